@@ -1,0 +1,210 @@
+//! The CPU backend: f32 in host memory. Operations run when they are called, on the caller's thread.
+
+use crate::backend::{AttentionState, Backend, BackendError, DeviceClass};
+use crate::ops::attention::{self, AttentionShape};
+use crate::ops::combine::{self, Dispatch};
+use crate::ops::gate::{self, GateShape};
+use crate::ops::rope::{self, RopeShape};
+use crate::ops::{cross_entropy, embedding, linear, rms_norm, swiglu};
+use crate::tensor::Tensor;
+use std::sync::Arc;
+
+/// See the module.
+#[derive(Debug, Clone, Copy, Default)]
+pub struct CpuBackend;
+
+fn matrix(rows: usize, data: Vec<f32>) -> Tensor {
+    let columns = data.len().checked_div(rows).unwrap_or(0);
+    Tensor::from_vec(rows, columns, data)
+}
+
+/// Runs `product` on each group of rows.
+fn by_group(x: &Tensor, counts: &Tensor, w: &[Tensor], columns: usize, product: impl Fn(&[f32], &Tensor, usize) -> Vec<f32>) -> Tensor {
+    let mut out = Vec::with_capacity(x.rows() * columns);
+    let mut from = 0;
+    for (count, w) in counts.u32s().iter().zip(w) {
+        let rows = *count as usize;
+        out.extend(product(&x.f32s()[from * x.columns()..][..rows * x.columns()], w, rows));
+        from += rows;
+    }
+    assert_eq!(from, x.rows(), "rows of all groups");
+    Tensor::from_vec(x.rows(), columns, out)
+}
+
+impl Backend for CpuBackend {
+    fn class(&self) -> DeviceClass {
+        // The products fuse multiply and add where the CPU can; without it the bits are others.
+        let fused = cfg!(target_arch = "aarch64") || {
+            #[cfg(target_arch = "x86_64")]
+            {
+                std::arch::is_x86_feature_detected!("fma")
+            }
+            #[cfg(not(target_arch = "x86_64"))]
+            {
+                false
+            }
+        };
+        DeviceClass(if fused { "cpu f32 fma" } else { "cpu f32 without fma" }.to_owned())
+    }
+
+    fn upload(&self, rows: usize, columns: usize, data: Arc<Vec<f32>>) -> Tensor {
+        Tensor::host(rows, columns, data)
+    }
+
+    fn upload_indices(&self, data: Vec<u32>) -> Tensor {
+        Tensor::indices(data)
+    }
+
+    fn read(&self, x: &Tensor) -> Result<Arc<Vec<f32>>, BackendError> {
+        Ok(Arc::clone(x.as_host().expect("an f32 matrix of the CPU backend")))
+    }
+
+    fn read_indices(&self, x: &Tensor) -> Result<Vec<u32>, BackendError> {
+        Ok(x.u32s().to_vec())
+    }
+
+    fn synchronize(&self) -> Result<(), BackendError> {
+        Ok(())
+    }
+
+    fn linear(&self, x: &Tensor, w: &Tensor) -> Tensor {
+        Tensor::from_vec(x.rows(), w.rows(), linear::forward(x.f32s(), w.f32s(), x.rows(), w.rows(), w.columns()))
+    }
+
+    fn linear_backward_input(&self, dy: &Tensor, w: &Tensor) -> Tensor {
+        let dx = linear::backward_input(dy.f32s(), w.f32s(), dy.rows(), w.rows(), w.columns());
+        Tensor::from_vec(dy.rows(), w.columns(), dx)
+    }
+
+    fn linear_backward_weight(&self, dy: &Tensor, x: &Tensor) -> Tensor {
+        let (out, input) = (dy.columns(), x.columns());
+        Tensor::from_vec(out, input, linear::backward_weight(dy.f32s(), x.f32s(), dy.rows(), out, input))
+    }
+
+    fn grouped_linear(&self, x: &Tensor, counts: &Tensor, w: &[Tensor]) -> Tensor {
+        let out = w.first().map_or(0, Tensor::rows);
+        by_group(x, counts, w, out, |x, w, rows| linear::forward(x, w.f32s(), rows, w.rows(), w.columns()))
+    }
+
+    fn grouped_linear_backward_input(&self, dy: &Tensor, counts: &Tensor, w: &[Tensor]) -> Tensor {
+        let input = w.first().map_or(0, Tensor::columns);
+        by_group(dy, counts, w, input, |dy, w, rows| linear::backward_input(dy, w.f32s(), rows, w.rows(), w.columns()))
+    }
+
+    fn add(&self, a: &Tensor, b: &Tensor) -> Tensor {
+        assert_eq!((a.rows(), a.columns()), (b.rows(), b.columns()), "shapes of a sum");
+        let sum = a.f32s().iter().zip(b.f32s()).map(|(a, b)| a + b).collect();
+        Tensor::from_vec(a.rows(), a.columns(), sum)
+    }
+
+    fn split(&self, x: &Tensor, at: usize) -> (Tensor, Tensor) {
+        let rows = || x.f32s().chunks_exact(x.columns());
+        let left = rows().flat_map(|r| &r[..at]).copied().collect();
+        let right = rows().flat_map(|r| &r[at..]).copied().collect();
+        (Tensor::from_vec(x.rows(), at, left), Tensor::from_vec(x.rows(), x.columns() - at, right))
+    }
+
+    fn join(&self, a: &Tensor, b: &Tensor) -> Tensor {
+        let rows = a.f32s().chunks_exact(a.columns()).zip(b.f32s().chunks_exact(b.columns()));
+        let joined = rows.flat_map(|(a, b)| a.iter().chain(b)).copied().collect();
+        Tensor::from_vec(a.rows(), a.columns() + b.columns(), joined)
+    }
+
+    fn stack(&self, parts: &[Tensor]) -> Tensor {
+        if let [only] = parts {
+            return only.clone();
+        }
+        let columns = parts.first().expect("at least one part").columns();
+        let data: Vec<f32> = parts.iter().flat_map(|p| p.f32s()).copied().collect();
+        Tensor::from_vec(parts.iter().map(Tensor::rows).sum(), columns, data)
+    }
+
+    fn rows(&self, x: &Tensor, from: usize, rows: usize) -> Tensor {
+        Tensor::from_vec(rows, x.columns(), x.f32s()[from * x.columns()..][..rows * x.columns()].to_vec())
+    }
+
+    fn embedding(&self, tokens: &Tensor, table: &Tensor) -> Tensor {
+        let y = embedding::forward(tokens.u32s(), table.f32s(), table.columns());
+        Tensor::from_vec(tokens.columns(), table.columns(), y)
+    }
+
+    fn embedding_backward_weight(&self, tokens: &Tensor, dy: &Tensor, vocabulary: usize) -> Tensor {
+        let d = embedding::backward_weight(tokens.u32s(), dy.f32s(), vocabulary, dy.columns());
+        Tensor::from_vec(vocabulary, dy.columns(), d)
+    }
+
+    fn rms_norm(&self, x: &Tensor, w: &Tensor, eps: f32) -> Tensor {
+        matrix(x.rows(), rms_norm::forward(x.f32s(), w.f32s(), eps))
+    }
+
+    fn rms_norm_backward_input(&self, x: &Tensor, w: &Tensor, dy: &Tensor, eps: f32) -> Tensor {
+        matrix(x.rows(), rms_norm::backward_input(x.f32s(), w.f32s(), dy.f32s(), eps))
+    }
+
+    fn rms_norm_backward_weight(&self, x: &Tensor, dy: &Tensor, eps: f32) -> Tensor {
+        matrix(1, rms_norm::backward_weight(x.f32s(), dy.f32s(), x.columns(), eps))
+    }
+
+    fn rope(&self, x: &Tensor, shape: &RopeShape, inverse: bool) -> Tensor {
+        matrix(x.rows(), rope::rotate(x.f32s(), shape, inverse))
+    }
+
+    fn attention(&self, q: Tensor, kv: Tensor, k_rope: Tensor, shape: &AttentionShape) -> AttentionState {
+        let (o, lse) = attention::forward(q.f32s(), kv.f32s(), k_rope.f32s(), shape);
+        let (o, lse) = (matrix(q.rows(), o), matrix(q.rows(), lse));
+        AttentionState { q, kv, k_rope, o, lse }
+    }
+
+    fn attention_backward(&self, state: &AttentionState, d_o: &Tensor, shape: &AttentionShape) -> (Tensor, Tensor, Tensor) {
+        let saved = attention::Saved {
+            q: state.q.f32s(),
+            kv: state.kv.f32s(),
+            k_rope: state.k_rope.f32s(),
+            o: state.o.f32s(),
+            lse: state.lse.f32s(),
+        };
+        let (dq, dkv, dk_rope) = attention::backward(&saved, d_o.f32s(), shape);
+        let rows = d_o.rows();
+        (matrix(rows, dq), matrix(rows, dkv), matrix(rows, dk_rope))
+    }
+
+    fn swiglu(&self, gate: &Tensor, up: &Tensor) -> Tensor {
+        matrix(gate.rows(), swiglu::forward(gate.f32s(), up.f32s()))
+    }
+
+    fn swiglu_backward(&self, gate: &Tensor, up: &Tensor, dh: &Tensor) -> (Tensor, Tensor) {
+        let (dgate, dup) = swiglu::backward(gate.f32s(), up.f32s(), dh.f32s());
+        (matrix(gate.rows(), dgate), matrix(gate.rows(), dup))
+    }
+
+    fn gate(&self, logits: &Tensor, bias: &Tensor, shape: &GateShape) -> (Tensor, Tensor) {
+        let (experts, weights) = gate::forward(logits.f32s(), bias.f32s(), shape);
+        (Tensor::indices(experts), matrix(logits.rows(), weights))
+    }
+
+    fn gate_backward(&self, logits: &Tensor, experts: &Tensor, dweights: &Tensor, shape: &GateShape) -> Tensor {
+        matrix(logits.rows(), gate::backward(logits.f32s(), experts.u32s(), dweights.f32s(), shape))
+    }
+
+    fn gather(&self, x: &Tensor, tokens: &[u32]) -> Tensor {
+        Tensor::from_vec(tokens.len(), x.columns(), combine::gather(x.f32s(), tokens, x.columns()))
+    }
+
+    fn combine(&self, rows: &[Tensor], weights: Option<&Tensor>, plan: &Dispatch) -> Tensor {
+        let columns = rows.first().expect("at least one expert").columns();
+        let views: Vec<&[f32]> = rows.iter().map(Tensor::f32s).collect();
+        matrix(plan.slots.len() / plan.top_k, combine::forward(&views, weights.map(Tensor::f32s), plan, columns))
+    }
+
+    fn combine_backward(&self, dy: &Tensor, rows: &[Tensor], weights: &Tensor, plan: &Dispatch) -> (Vec<Tensor>, Tensor) {
+        let views: Vec<&[f32]> = rows.iter().map(Tensor::f32s).collect();
+        let (drows, dweights) = combine::backward(dy.f32s(), &views, weights.f32s(), plan, dy.columns());
+        let drows = drows.into_iter().map(|d| Tensor::from_vec(d.len() / dy.columns(), dy.columns(), d)).collect();
+        (drows, matrix(weights.rows(), dweights))
+    }
+
+    fn cross_entropy(&self, logits: &Tensor, targets: &Tensor, scale: f32) -> (Tensor, Tensor) {
+        let (losses, dlogits) = cross_entropy::forward_backward(logits.f32s(), targets.u32s(), logits.columns(), scale);
+        (matrix(1, losses), matrix(logits.rows(), dlogits))
+    }
+}

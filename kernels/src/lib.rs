@@ -1,0 +1,21 @@
+//! Arithmetic of Everstep: the operations, the layers made of them, and the boundary to a device.
+//! Knows no actor, no network and no file.
+
+mod backend;
+mod cpu;
+mod gemm;
+mod math;
+mod ops;
+mod philox;
+mod tensor;
+
+pub use backend::{AttentionState, Backend, BackendError, DeviceClass};
+pub use cpu::CpuBackend;
+pub use math::power;
+pub use ops::adamw::{AdamW, NORM_CHUNK, StateSums, square_sums, state_sum, state_sums, step as adamw_step};
+pub use ops::attention::AttentionShape;
+pub use ops::combine::{Dispatch, Slot};
+pub use ops::gate::GateShape;
+pub use ops::rope::RopeShape;
+pub use philox::Philox;
+pub use tensor::{DeviceBuffer, Tensor};

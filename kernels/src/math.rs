@@ -1,0 +1,109 @@
+//! Scalar functions whose bits are the same on every machine.
+//!
+//! The system's `expf` differs between libc versions, and C1 promises equal bits wherever an actor
+//! runs, so the functions on the hot path are written out here in plain IEEE operations (no fused
+//! multiply-add, no table). Rust never contracts or reorders them, whatever the vector width.
+
+/// Lanes of every fixed-order sum. A sum over a row is `LANES` partial sums, then a binary tree.
+pub(crate) const LANES: usize = 16;
+
+/// `e^x` in f32, relative error below 3e-7 on [-87, 88]; clamped outside, NaN stays NaN.
+#[inline(always)]
+pub(crate) fn exp(x: f32) -> f32 {
+    const LOG2_E: f32 = std::f32::consts::LOG2_E;
+    const LN2_HIGH: f32 = 0.693_359_4;
+    const LN2_LOW: f32 = -2.121_944_4e-4;
+    // Adding and taking away 1.5 * 2^23 rounds to the nearest integer.
+    const ROUND: f32 = 12_582_912.0;
+    let nan = x.is_nan();
+    let x = x.clamp(-87.0, 88.0);
+    let n = (x * LOG2_E + ROUND) - ROUND;
+    let r = (x - n * LN2_HIGH) - n * LN2_LOW;
+    // Taylor coefficients 1/k!, enough for |r| <= ln(2)/2.
+    let mut p = 1.388_888_9e-3;
+    p = p * r + 8.333_334e-3;
+    p = p * r + 4.166_666_8e-2;
+    p = p * r + 0.166_666_67;
+    p = p * r + 0.5;
+    p = p * r + 1.0;
+    p = p * r + 1.0;
+    let scale = f32::from_bits((((n as i32) + 127) << 23) as u32);
+    if nan { f32::NAN } else { p * scale }
+}
+
+/// `1 / (1 + e^-x)`.
+#[inline(always)]
+pub(crate) fn sigmoid(x: f32) -> f32 {
+    1.0 / (1.0 + exp(-x))
+}
+
+/// Sum in a fixed order: lane `i % LANES` ascending, then the lanes as a binary tree.
+#[inline(always)]
+pub(crate) fn sum_by(n: usize, term: impl Fn(usize) -> f32) -> f32 {
+    let mut lanes = [0.0f32; LANES];
+    let whole = n / LANES * LANES;
+    let mut base = 0;
+    while base < whole {
+        for (lane, sum) in lanes.iter_mut().enumerate() {
+            *sum += term(base + lane);
+        }
+        base += LANES;
+    }
+    for i in whole..n {
+        lanes[i - whole] += term(i);
+    }
+    let mut width = LANES / 2;
+    while width > 0 {
+        for i in 0..width {
+            lanes[i] += lanes[i + width];
+        }
+        width /= 2;
+    }
+    lanes[0]
+}
+
+/// `base` to the power of `n` by squaring: one order of products everywhere.
+pub fn power(base: f64, mut n: u64) -> f64 {
+    let (mut result, mut square) = (1.0, base);
+    while n > 0 {
+        if n & 1 == 1 {
+            result *= square;
+        }
+        square *= square;
+        n >>= 1;
+    }
+    result
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn exp_is_close_to_f64() {
+        let mut worst = 0.0f64;
+        for i in -87_000..88_000 {
+            let x = i as f32 / 1000.0;
+            let exact = f64::from(x).exp();
+            worst = worst.max(((f64::from(exp(x)) - exact) / exact).abs());
+        }
+        assert!(worst < 3e-7, "worst relative error {worst:e}");
+        assert!(exp(f32::NAN).is_nan());
+        assert_eq!(exp(0.0), 1.0);
+    }
+
+    #[test]
+    fn sum_is_close_to_f64_for_ragged_lengths() {
+        for n in [0, 1, 15, 16, 17, 100, 1000] {
+            let exact: f64 = (0..n).map(|i| 1.0 / (i as f64 + 1.0)).sum();
+            let got = sum_by(n, |i| (1.0 / (i as f64 + 1.0)) as f32);
+            assert!((f64::from(got) - exact).abs() < 1e-5, "{n}: {got} against {exact}");
+        }
+    }
+
+    #[test]
+    fn power_agrees_with_powi() {
+        assert!((power(0.95, 137) - 0.95f64.powi(137)).abs() < 1e-15);
+        assert_eq!(power(3.0, 0), 1.0);
+    }
+}

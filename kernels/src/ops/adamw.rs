@@ -1,0 +1,139 @@
+//! AdamW with decoupled weight decay, and the two things that are measured beside it: the squared
+//! sums of a gradient (for clipping) and the fingerprint of what was written (contract C1, DESIGN 3.6).
+//!
+//! Every element is its own: chunks, shards and threads do not show in the result.
+
+/// Elements whose squares make one f64 part of the norm.
+pub const NORM_CHUNK: usize = 64 * 1024;
+
+/// The numbers of one optimizer step, the same for every shard.
+#[derive(Debug, Clone, Copy, PartialEq)]
+pub struct AdamW {
+    /// Learning rate.
+    pub lr: f32,
+    /// Decay of the first moment.
+    pub beta1: f32,
+    /// Decay of the second moment.
+    pub beta2: f32,
+    /// Added to the root of the second moment.
+    pub eps: f32,
+    /// Weight decay; zero for tensors that have none.
+    pub decay: f32,
+    /// What the gradient is multiplied with (clipping).
+    pub clip: f32,
+    /// `1 / (1 - beta1^step)`.
+    pub correction1: f32,
+    /// `1 / (1 - beta2^step)`.
+    pub correction2: f32,
+}
+
+/// 128-bit wrapping sums over weights, first and second moments.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Default)]
+pub struct StateSums(pub [u128; 3]);
+
+/// Mixes an element's index and bits into 128 bits (two rounds of splitmix64 with other constants).
+fn mix(index: u64, bits: u32) -> u128 {
+    fn splitmix(mut z: u64) -> u64 {
+        z = z.wrapping_add(0x9E37_79B9_7F4A_7C15);
+        z = (z ^ (z >> 30)).wrapping_mul(0xBF58_476D_1CE4_E5B9);
+        z = (z ^ (z >> 27)).wrapping_mul(0x94D0_49BB_1331_11EB);
+        z ^ (z >> 31)
+    }
+    let low = splitmix(index.wrapping_mul(0xD6E8_FEB8_6659_FD93) ^ u64::from(bits));
+    let high = splitmix(low ^ (index << 32 | u64::from(bits)));
+    u128::from(high) << 64 | u128::from(low)
+}
+
+/// The sum of one tensor.
+pub fn state_sum(x: &[f32]) -> u128 {
+    x.iter().enumerate().fold(0, |sum: u128, (i, x)| sum.wrapping_add(mix(i as u64, x.to_bits())))
+}
+
+/// The sums of a parameter's whole state.
+pub fn state_sums(w: &[f32], m: &[f32], v: &[f32]) -> StateSums {
+    StateSums([state_sum(w), state_sum(m), state_sum(v)])
+}
+
+/// One step in place; gives the sums of what was written.
+pub fn step(w: &mut [f32], m: &mut [f32], v: &mut [f32], g: &[f32], a: &AdamW) -> StateSums {
+    let mut sums = [0u128; 3];
+    for i in 0..w.len() {
+        let g = g[i] * a.clip;
+        m[i] = a.beta1 * m[i] + (1.0 - a.beta1) * g;
+        v[i] = a.beta2 * v[i] + (1.0 - a.beta2) * (g * g);
+        let update = (m[i] * a.correction1) / ((v[i] * a.correction2).sqrt() + a.eps);
+        w[i] -= a.lr * (update + a.decay * w[i]);
+        for (sum, x) in sums.iter_mut().zip([w[i], m[i], v[i]]) {
+            *sum = sum.wrapping_add(mix(i as u64, x.to_bits()));
+        }
+    }
+    StateSums(sums)
+}
+
+/// Squared sums of a gradient, one for each [`NORM_CHUNK`] elements, in f64 by eight fixed lanes.
+pub fn square_sums(g: &[f32]) -> Vec<f64> {
+    g.chunks(NORM_CHUNK)
+        .map(|chunk| {
+            let mut lanes = [0.0f64; 8];
+            for (i, x) in chunk.iter().enumerate() {
+                lanes[i % 8] += f64::from(*x) * f64::from(*x);
+            }
+            let pairs = [lanes[0] + lanes[4], lanes[1] + lanes[5], lanes[2] + lanes[6], lanes[3] + lanes[7]];
+            (pairs[0] + pairs[2]) + (pairs[1] + pairs[3])
+        })
+        .collect()
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::ops::testing::*;
+
+    const STEP: AdamW = AdamW {
+        lr: 1e-2, beta1: 0.9, beta2: 0.95, eps: 1e-8, decay: 0.1, clip: 0.5, correction1: 2.0, correction2: 3.0,
+    };
+
+    #[test]
+    fn agrees_with_the_reference_and_sums_what_it_wrote() {
+        let n = 1000;
+        let (mut w, mut m, g) = (random(n, 1), random(n, 2), random(n, 3));
+        let mut v: Vec<f32> = random(n, 4).iter().map(|x| x * x).collect();
+        let (w0, m0, v0) = (wide(&w), wide(&m), wide(&v));
+        let sums = step(&mut w, &mut m, &mut v, &g, &STEP);
+        let (mut ew, mut em, mut ev) = (Vec::new(), Vec::new(), Vec::new());
+        for i in 0..n {
+            let grad = f64::from(g[i]) * 0.5;
+            em.push(0.9 * m0[i] + 0.1 * grad);
+            ev.push(0.95 * v0[i] + 0.05 * grad * grad);
+            ew.push(w0[i] - 1e-2 * (em[i] * 2.0 / ((ev[i] * 3.0).sqrt() + 1e-8) + 0.1 * w0[i]));
+        }
+        assert_close(&w, &ew, 1e-6, "w");
+        assert_close(&m, &em, 1e-6, "m");
+        assert_close(&v, &ev, 1e-6, "v");
+        assert_eq!(sums, state_sums(&w, &m, &v));
+    }
+
+    #[test]
+    fn a_flipped_bit_or_two_exchanged_elements_change_the_sum() {
+        let x = random(100, 5);
+        let sum = state_sum(&x);
+        for bit in 0..32 {
+            let mut y = x.clone();
+            y[17] = f32::from_bits(y[17].to_bits() ^ (1 << bit));
+            assert_ne!(state_sum(&y), sum);
+        }
+        let mut y = x.clone();
+        y.swap(3, 4);
+        assert_ne!(state_sum(&y), sum);
+    }
+
+    #[test]
+    fn square_sums_come_by_chunk() {
+        let g = random(NORM_CHUNK + 5, 6);
+        let parts = square_sums(&g);
+        assert_eq!(parts.len(), 2);
+        let exact: f64 = wide(&g).iter().map(|x| x * x).sum();
+        assert!((parts.iter().sum::<f64>() - exact).abs() / exact < 1e-12);
+        assert_eq!(square_sums(&g[..NORM_CHUNK]), parts[..1]);
+    }
+}

@@ -1,0 +1,47 @@
+//! Softmax cross-entropy with its gradient, fused: the logits are read once.
+//!
+//! `logits_TV`, `targets_T`. The gradient is multiplied by `scale`, the reciprocal of the number of
+//! valid targets of the whole step, so that sums over micro-batches and lanes need no division.
+
+use crate::math::{exp, sum_by};
+
+/// `logits, targets, scale -> (loss_T, dlogits_TV)`; losses in nats, not scaled.
+pub(crate) fn forward_backward(logits: &[f32], targets: &[u32], v: usize, scale: f32) -> (Vec<f32>, Vec<f32>) {
+    let mut losses = Vec::with_capacity(targets.len());
+    let mut dlogits = vec![0.0; logits.len()];
+    for ((row, d), target) in logits.chunks_exact(v).zip(dlogits.chunks_exact_mut(v)).zip(targets) {
+        let target = *target as usize;
+        let max = row.iter().fold(f32::NEG_INFINITY, |m, x| m.max(*x));
+        for (d, x) in d.iter_mut().zip(row) {
+            *d = exp(x - max);
+        }
+        let sum = sum_by(v, |i| d[i]);
+        losses.push((libm::log(f64::from(sum)) - f64::from(row[target] - max)) as f32);
+        for d in d.iter_mut() {
+            *d = (*d / sum) * scale;
+        }
+        d[target] -= scale;
+    }
+    (losses, dlogits)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::ops::testing::*;
+
+    fn reference(logits: &[f64], targets: &[u32], v: usize) -> Vec<f64> {
+        let row = |(row, t): (&[f64], &u32)| row.iter().map(|x| x.exp()).sum::<f64>().ln() - row[*t as usize];
+        logits.chunks_exact(v).zip(targets).map(row).collect()
+    }
+
+    #[test]
+    fn agrees_with_the_reference() {
+        let (v, targets, scale) = (19, [3, 18, 0, 7], 0.25);
+        let logits = random(targets.len() * v, 1);
+        let (losses, dlogits) = forward_backward(&logits, &targets, v, scale);
+        assert_close(&losses, &reference(&wide(&logits), &targets, v), 1e-6, "loss");
+        let want = gradient(&logits, |l| reference(l, &targets, v).iter().sum::<f64>() * f64::from(scale));
+        assert_close(&dlogits, &want, 1e-6, "dlogits");
+    }
+}

@@ -1,0 +1,131 @@
+//! The gate of a mixture layer (technical report 2.1.2): sigmoid scores, a bias that takes part in
+//! the selection alone, group-limited top-k.
+//!
+//! A group's score is the sum of its two highest biased scores. Equal scores go to the lower index,
+//! for groups and for experts. Chosen experts are listed in ascending order: the order of every
+//! later sum. Weights are the unbiased scores, normalised to `routed_scale`.
+
+use crate::math::sigmoid;
+
+/// Experts, and how many of them a token is sent to.
+#[derive(Debug, Clone, Copy, PartialEq)]
+pub struct GateShape {
+    /// Routed experts of the layer.
+    pub experts: usize,
+    /// Experts of a token.
+    pub top_k: usize,
+    /// Groups of experts.
+    pub groups: usize,
+    /// Groups that a token may use.
+    pub groups_kept: usize,
+    /// What the weights of a token sum to.
+    pub routed_scale: f32,
+}
+
+/// Indices of the `k` highest, equal ones by lower index; in ascending order of index.
+fn highest(scores: impl Iterator<Item = (usize, f32)>, k: usize) -> Vec<usize> {
+    let mut all: Vec<(usize, f32)> = scores.collect();
+    all.sort_by(|a, b| b.1.total_cmp(&a.1).then(a.0.cmp(&b.0)));
+    let mut chosen: Vec<usize> = all[..k].iter().map(|(i, _)| *i).collect();
+    chosen.sort_unstable();
+    chosen
+}
+
+fn choose(biased: &[f32], shape: &GateShape) -> Vec<usize> {
+    let size = shape.experts / shape.groups;
+    let group_scores = biased.chunks_exact(size).map(|group| {
+        let best = highest(group.iter().copied().enumerate(), size.min(2));
+        best.iter().map(|i| group[*i]).sum::<f32>()
+    });
+    let kept = highest(group_scores.enumerate(), shape.groups_kept);
+    let allowed = kept.iter().flat_map(|g| g * size..(g + 1) * size);
+    highest(allowed.map(|e| (e, biased[e])), shape.top_k)
+}
+
+/// `logits_TE, bias_E -> (experts_TK, weights_TK)`.
+pub(crate) fn forward(logits: &[f32], bias: &[f32], shape: &GateShape) -> (Vec<u32>, Vec<f32>) {
+    let (mut experts, mut weights) = (Vec::new(), Vec::new());
+    for row in logits.chunks_exact(shape.experts) {
+        let scores: Vec<f32> = row.iter().map(|x| sigmoid(*x)).collect();
+        let biased: Vec<f32> = scores.iter().zip(bias).map(|(s, b)| s + b).collect();
+        let chosen = choose(&biased, shape);
+        let total: f32 = chosen.iter().map(|e| scores[*e]).sum::<f32>() + 1e-20;
+        weights.extend(chosen.iter().map(|e| scores[*e] / total * shape.routed_scale));
+        experts.extend(chosen.iter().map(|e| *e as u32));
+    }
+    (experts, weights)
+}
+
+/// `logits_TE, experts_TK, dweights_TK -> dlogits_TE`. The choice itself has no gradient.
+pub(crate) fn backward(logits: &[f32], experts: &[u32], dweights: &[f32], shape: &GateShape) -> Vec<f32> {
+    let mut dlogits = vec![0.0; logits.len()];
+    let rows = logits.chunks_exact(shape.experts).zip(dlogits.chunks_exact_mut(shape.experts));
+    let chosen = experts.chunks_exact(shape.top_k).zip(dweights.chunks_exact(shape.top_k));
+    for ((row, d), (experts, dw)) in rows.zip(chosen) {
+        let scores: Vec<f32> = experts.iter().map(|e| sigmoid(row[*e as usize])).collect();
+        let total: f32 = scores.iter().sum::<f32>() + 1e-20;
+        let mean: f32 = scores.iter().zip(dw).map(|(s, dw)| s * dw).sum::<f32>() / total;
+        for ((e, s), dw) in experts.iter().zip(&scores).zip(dw) {
+            let ds = (dw - mean) / total * shape.routed_scale;
+            d[*e as usize] = ds * (s * (1.0 - s));
+        }
+    }
+    dlogits
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::ops::testing::*;
+
+    const SHAPE: GateShape = GateShape { experts: 12, top_k: 3, groups: 4, groups_kept: 2, routed_scale: 2.5 };
+
+    /// Chooses by brute force over all sets; weights in f64.
+    fn reference(logits: &[f64], bias: &[f64], s: &GateShape) -> (Vec<u32>, Vec<f64>) {
+        let (mut experts, mut weights) = (Vec::new(), Vec::new());
+        for row in logits.chunks_exact(s.experts) {
+            let score: Vec<f64> = row.iter().map(|x| 1.0 / (1.0 + (-x).exp())).collect();
+            let c: Vec<f64> = score.iter().zip(bias).map(|(s, b)| s + b).collect();
+            let size = s.experts / s.groups;
+            let rank = |values: &[f64], i: usize| {
+                values.iter().enumerate().filter(|(j, v)| **v > values[i] || (**v == values[i] && *j < i)).count()
+            };
+            let group: Vec<f64> = c
+                .chunks_exact(size)
+                .map(|g| (0..size).filter(|i| rank(g, *i) < 2).map(|i| g[i]).sum())
+                .collect();
+            let masked: Vec<f64> = (0..s.experts)
+                .map(|e| if rank(&group, e / size) < s.groups_kept { c[e] } else { f64::NEG_INFINITY })
+                .collect();
+            let chosen: Vec<usize> = (0..s.experts).filter(|e| rank(&masked, *e) < s.top_k).collect();
+            let total: f64 = chosen.iter().map(|e| score[*e]).sum();
+            weights.extend(chosen.iter().map(|e| score[*e] / total * f64::from(s.routed_scale)));
+            experts.extend(chosen.iter().map(|e| *e as u32));
+        }
+        (experts, weights)
+    }
+
+    #[test]
+    fn agrees_with_the_reference_with_ties_and_negative_biases() {
+        let rows = 40;
+        let logits = random(rows * SHAPE.experts, 1);
+        for bias in [vec![0.0; 12], random(12, 2), vec![-5.0; 12]] {
+            let (experts, weights) = forward(&logits, &bias, &SHAPE);
+            let (want, want_weights) = reference(&wide(&logits), &wide(&bias), &SHAPE);
+            assert_eq!(experts, want);
+            assert_close(&weights, &want_weights, 1e-6, "weights");
+        }
+        let tied = vec![0.5; SHAPE.experts];
+        assert_eq!(forward(&tied, &[0.0; 12], &SHAPE).0, vec![0, 1, 2]);
+    }
+
+    #[test]
+    fn backward_agrees_with_differences() {
+        let logits = random(6 * SHAPE.experts, 3);
+        let bias = vec![0.0; SHAPE.experts];
+        let (experts, weights) = forward(&logits, &bias, &SHAPE);
+        let dw = random(weights.len(), 4);
+        let want = gradient(&logits, |l| dot(&reference(l, &[0.0; 12], &SHAPE).1, &dw));
+        assert_close(&backward(&logits, &experts, &dw, &SHAPE), &want, 2e-6, "dlogits");
+    }
+}

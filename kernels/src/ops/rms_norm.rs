@@ -1,0 +1,90 @@
+//! RMSNorm: `y = w * x / sqrt(mean(x^2) + eps)` for each row.
+//!
+//! `x_TD`, `w_D`. Sums over a row run in the fixed order of [`crate::math::sum_by`]; the weight
+//! gradient sums over rows in ascending order.
+
+use crate::math::sum_by;
+
+fn scale(x: &[f32], eps: f32) -> f32 {
+    let squares = sum_by(x.len(), |i| x[i] * x[i]);
+    1.0 / (squares / x.len() as f32 + eps).sqrt()
+}
+
+/// `x_TD, w_D -> y_TD`.
+pub(crate) fn forward(x: &[f32], w: &[f32], eps: f32) -> Vec<f32> {
+    let mut y = vec![0.0; x.len()];
+    for (x, y) in x.chunks_exact(w.len()).zip(y.chunks_exact_mut(w.len())) {
+        let r = scale(x, eps);
+        for ((y, x), w) in y.iter_mut().zip(x).zip(w) {
+            *y = (x * r) * w;
+        }
+    }
+    y
+}
+
+/// `x_TD, w_D, dy_TD -> dx_TD`.
+pub(crate) fn backward_input(x: &[f32], w: &[f32], dy: &[f32], eps: f32) -> Vec<f32> {
+    let d = w.len();
+    let mut dx = vec![0.0; x.len()];
+    for ((x, dy), dx) in x.chunks_exact(d).zip(dy.chunks_exact(d)).zip(dx.chunks_exact_mut(d)) {
+        let r = scale(x, eps);
+        let mean = sum_by(d, |i| (dy[i] * w[i]) * (x[i] * r)) / d as f32;
+        for i in 0..d {
+            dx[i] = r * (dy[i] * w[i] - (x[i] * r) * mean);
+        }
+    }
+    dx
+}
+
+/// `x_TD, dy_TD -> dw_D`.
+pub(crate) fn backward_weight(x: &[f32], dy: &[f32], d: usize, eps: f32) -> Vec<f32> {
+    let mut dw = vec![0.0; d];
+    for (x, dy) in x.chunks_exact(d).zip(dy.chunks_exact(d)) {
+        let r = scale(x, eps);
+        for i in 0..d {
+            dw[i] += dy[i] * (x[i] * r);
+        }
+    }
+    dw
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::ops::testing::*;
+
+    fn reference(x: &[f64], w: &[f64], eps: f64) -> Vec<f64> {
+        x.chunks_exact(w.len())
+            .flat_map(|x| {
+                let r = 1.0 / (x.iter().map(|v| v * v).sum::<f64>() / x.len() as f64 + eps).sqrt();
+                x.iter().zip(w).map(move |(x, w)| x * r * w).collect::<Vec<_>>()
+            })
+            .collect()
+    }
+
+    #[test]
+    fn agrees_with_the_reference() {
+        let eps = 1e-6;
+        for (t, d) in [(1, 5), (3, 16), (4, 37)] {
+            let (x, w, dy) = (random(t * d, 1), random(d, 2), random(t * d, 3));
+            let f = |x: &[f64], w: &[f64]| reference(x, w, f64::from(eps));
+            assert_close(&forward(&x, &w, eps), &f(&wide(&x), &wide(&w)), 1e-6, "y");
+            let dx = gradient(&x, |x| dot(&f(x, &wide(&w)), &dy));
+            assert_close(&backward_input(&x, &w, &dy, eps), &dx, 2e-6, "dx");
+            let dw = gradient(&w, |w| dot(&f(&wide(&x), w), &dy));
+            assert_close(&backward_weight(&x, &dy, d, eps), &dw, 2e-6, "dw");
+        }
+    }
+
+    #[test]
+    fn a_row_does_not_depend_on_its_batch() {
+        let (d, all) = (33, 9);
+        let (x, w, dy) = (random(all * d, 4), random(d, 5), random(all * d, 6));
+        let (y, dx) = (forward(&x, &w, 1e-6), backward_input(&x, &w, &dy, 1e-6));
+        for t in 0..all {
+            let at = t * d..(t + 1) * d;
+            assert!(same_bits(&forward(&x[at.clone()], &w, 1e-6), &y[at.clone()]));
+            assert!(same_bits(&backward_input(&x[at.clone()], &w, &dy[at.clone()], 1e-6), &dx[at]));
+        }
+    }
+}

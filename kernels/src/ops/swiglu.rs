@@ -1,0 +1,39 @@
+//! SwiGLU: `h = silu(gate) * up`, element by element. `gate_TI`, `up_TI`, `h_TI`.
+
+use crate::math::sigmoid;
+
+/// `gate, up -> h`.
+pub(crate) fn forward(gate: &[f32], up: &[f32]) -> Vec<f32> {
+    gate.iter().zip(up).map(|(g, u)| (g * sigmoid(*g)) * u).collect()
+}
+
+/// `gate, up, dh -> (dgate, dup)`.
+pub(crate) fn backward(gate: &[f32], up: &[f32], dh: &[f32]) -> (Vec<f32>, Vec<f32>) {
+    let mut dgate = vec![0.0; gate.len()];
+    let mut dup = vec![0.0; gate.len()];
+    for i in 0..gate.len() {
+        let (g, s) = (gate[i], sigmoid(gate[i]));
+        dup[i] = dh[i] * (g * s);
+        dgate[i] = (dh[i] * up[i]) * (s * (1.0 + g * (1.0 - s)));
+    }
+    (dgate, dup)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::ops::testing::*;
+
+    fn reference(g: &[f64], u: &[f64]) -> Vec<f64> {
+        g.iter().zip(u).map(|(g, u)| g / (1.0 + (-g).exp()) * u).collect()
+    }
+
+    #[test]
+    fn agrees_with_the_reference() {
+        let (g, u, dh) = (random(53, 1), random(53, 2), random(53, 3));
+        assert_close(&forward(&g, &u), &reference(&wide(&g), &wide(&u)), 1e-6, "h");
+        let (dg, du) = backward(&g, &u, &dh);
+        assert_close(&dg, &gradient(&g, |g| dot(&reference(g, &wide(&u)), &dh)), 1e-6, "dgate");
+        assert_close(&du, &gradient(&u, |u| dot(&reference(&wide(&g), u), &dh)), 1e-6, "dup");
+    }
+}

@@ -1,0 +1,106 @@
+//! A handle to a matrix on some device.
+//!
+//! Cloning a handle is cheap and shares the data; data is never changed through a handle, so an
+//! actor may keep one in an outbox, a snapshot and a running job at the same time.
+
+use std::any::Any;
+use std::fmt;
+use std::sync::Arc;
+
+/// What a GPU backend keeps behind a handle.
+pub trait DeviceBuffer: Any + Send + Sync + fmt::Debug {
+    /// For the backend that made the buffer to get its own type back.
+    fn as_any(&self) -> &dyn Any;
+}
+
+/// Where the elements are.
+#[derive(Debug, Clone)]
+pub(crate) enum Data {
+    F32(Arc<Vec<f32>>),
+    U32(Arc<Vec<u32>>),
+    Device(Arc<dyn DeviceBuffer>),
+}
+
+/// A row-major matrix of `rows x columns`. A vector is one row; a list of indices is one row of u32.
+#[derive(Clone)]
+pub struct Tensor {
+    rows: usize,
+    columns: usize,
+    data: Data,
+}
+
+impl Tensor {
+    /// A matrix in host memory. Panics if the lengths disagree: that is a broken caller.
+    pub fn host(rows: usize, columns: usize, data: Arc<Vec<f32>>) -> Self {
+        assert_eq!(data.len(), rows * columns, "elements of a {rows} x {columns} matrix");
+        Self { rows, columns, data: Data::F32(data) }
+    }
+
+    /// A matrix in host memory from its elements.
+    pub fn from_vec(rows: usize, columns: usize, data: Vec<f32>) -> Self {
+        Self::host(rows, columns, Arc::new(data))
+    }
+
+    /// A list of indices or counts in host memory.
+    pub fn indices(data: Vec<u32>) -> Self {
+        Self { rows: 1, columns: data.len(), data: Data::U32(Arc::new(data)) }
+    }
+
+    /// A matrix behind a device's buffer.
+    pub fn device(rows: usize, columns: usize, buffer: Arc<dyn DeviceBuffer>) -> Self {
+        Self { rows, columns, data: Data::Device(buffer) }
+    }
+
+    /// Number of rows.
+    pub fn rows(&self) -> usize {
+        self.rows
+    }
+
+    /// Number of columns.
+    pub fn columns(&self) -> usize {
+        self.columns
+    }
+
+    /// Bytes of its elements.
+    pub fn bytes(&self) -> usize {
+        self.rows * self.columns * 4
+    }
+
+    /// The elements, if they are f32 in host memory.
+    pub fn as_host(&self) -> Option<&Arc<Vec<f32>>> {
+        match &self.data {
+            Data::F32(data) => Some(data),
+            Data::U32(_) | Data::Device(_) => None,
+        }
+    }
+
+    pub(crate) fn f32s(&self) -> &[f32] {
+        self.as_host().expect("an f32 matrix of the CPU backend")
+    }
+
+    pub(crate) fn u32s(&self) -> &[u32] {
+        match &self.data {
+            Data::U32(data) => data,
+            Data::F32(_) | Data::Device(_) => panic!("a list of indices of the CPU backend"),
+        }
+    }
+
+    #[cfg(feature = "cuda")]
+    pub(crate) fn buffer(&self) -> Option<&dyn DeviceBuffer> {
+        match &self.data {
+            Data::Device(buffer) => Some(buffer.as_ref()),
+            Data::F32(_) | Data::U32(_) => None,
+        }
+    }
+}
+
+impl fmt::Debug for Tensor {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        let kind = match &self.data {
+            Data::F32(_) => "f32",
+            Data::U32(_) => "u32",
+            Data::Device(_) => "device",
+        };
+        write!(f, "Tensor({} x {} {kind})", self.rows, self.columns)
+    }
+}
