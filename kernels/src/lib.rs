@@ -4,14 +4,22 @@
 mod backend;
 mod cpu;
 mod gemm;
+mod layers;
 mod math;
+mod model;
 mod ops;
 mod philox;
 mod tensor;
 
 pub use backend::{AttentionState, Backend, BackendError, DeviceClass};
 pub use cpu::CpuBackend;
+pub use layers::expert::{
+    ExpertHeld, ExpertSaved, ExpertWeights, expert_backward_input, expert_backward_weight, expert_forward,
+};
+pub use layers::stage::{Progress, StageInput, StageModel, StageSums, Targets};
+pub use layers::{ParameterMap, Weight};
 pub use math::power;
+pub use model::{Group, ModelConfig, Parameter, Update};
 pub use ops::adamw::{AdamW, NORM_CHUNK, StateSums, square_sums, state_sum, state_sums, step as adamw_step};
 pub use ops::attention::AttentionShape;
 pub use ops::combine::{Dispatch, Slot};

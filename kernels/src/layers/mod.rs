@@ -1,0 +1,15 @@
+//! Layers made of operations. Each has `forward`, `backward_input` and a list of weight products that
+//! can be made later: the schedules need the three apart, so there is no tape.
+
+pub(crate) mod attention;
+pub(crate) mod expert;
+pub(crate) mod mixture;
+pub(crate) mod mlp;
+pub(crate) mod stage;
+mod weights;
+
+#[cfg(test)]
+mod reference;
+
+pub use weights::{ParameterMap, Weight};
+pub(crate) use weights::{Product, Products};

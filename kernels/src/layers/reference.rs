@@ -1,0 +1,274 @@
+//! The whole model once more, in f64 and plain loops, and the layers held against it: losses directly,
+//! every parameter's gradient by central differences.
+
+use super::ParameterMap;
+use super::expert::{ExpertWeights, expert_backward_input, expert_backward_weight, expert_forward};
+use super::stage::{Progress, StageInput, StageModel, Targets};
+use crate::backend::Backend;
+use crate::cpu::CpuBackend;
+use crate::model::{Group, ModelConfig, Update};
+use crate::ops::testing::random;
+use crate::tensor::Tensor;
+use std::collections::BTreeMap;
+use std::sync::Arc;
+
+fn config(query_rank: Option<usize>) -> ModelConfig {
+    ModelConfig {
+        vocabulary: 11, hidden: 8, layers: 3, dense_layers: 1, dense_inner: 12, heads: 2, query_rank, kv_rank: 4,
+        nope: 4, rope: 2, value: 3, experts: 4, shared_experts: 1, expert_inner: 6, top_k: 2, groups: 2,
+        groups_kept: 1, routed_scale: 2.5, sequence: 5, rope_theta: 10_000.0, initial_std: 0.3,
+    }
+}
+
+type Wide = BTreeMap<Arc<str>, Vec<f64>>;
+
+struct Reference<'a> {
+    c: &'a ModelConfig,
+    p: &'a Wide,
+}
+
+impl Reference<'_> {
+    fn w(&self, name: &str) -> &[f64] {
+        &self.p[name]
+    }
+
+    fn linear(&self, x: &[f64], name: &str) -> Vec<f64> {
+        self.w(name).chunks_exact(x.len()).map(|w| w.iter().zip(x).map(|(w, x)| w * x).sum()).collect()
+    }
+
+    fn norm(&self, x: &[f64], name: &str) -> Vec<f64> {
+        let r = (x.iter().map(|x| x * x).sum::<f64>() / x.len() as f64 + 1e-6).sqrt();
+        x.iter().zip(self.w(name)).map(|(x, w)| x / r * w).collect()
+    }
+
+    fn rope(&self, x: &mut [f64], position: usize) {
+        let n = x.len();
+        for i in 0..n / 2 {
+            let angle = position as f64 / self.c.rope_theta.powf(2.0 * i as f64 / n as f64);
+            let (a, b) = (x[2 * i], x[2 * i + 1]);
+            x[2 * i] = a * angle.cos() - b * angle.sin();
+            x[2 * i + 1] = a * angle.sin() + b * angle.cos();
+        }
+    }
+
+    fn mlp(&self, x: &[f64], prefix: &str) -> Vec<f64> {
+        let (g, u) = (self.linear(x, &format!("{prefix}gate_proj.weight")), self.linear(x, &format!("{prefix}up_proj.weight")));
+        let h: Vec<f64> = g.iter().zip(u).map(|(g, u)| g / (1.0 + (-g).exp()) * u).collect();
+        self.linear(&h, &format!("{prefix}down_proj.weight"))
+    }
+
+    fn attention(&self, hs: &[Vec<f64>], at: &str) -> Vec<Vec<f64>> {
+        let c = self.c;
+        let name = |n: &str| format!("{at}{n}");
+        let (mut qs, mut kvs, mut ropes) = (Vec::new(), Vec::new(), Vec::new());
+        for (t, h) in hs.iter().enumerate() {
+            let x = self.norm(h, &name("input_layernorm.weight"));
+            let mut q = if c.query_rank.is_some() {
+                let low = self.linear(&x, &name("self_attn.q_a_proj.weight"));
+                self.linear(&self.norm(&low, &name("self_attn.q_a_layernorm.weight")), &name("self_attn.q_b_proj.weight"))
+            } else {
+                self.linear(&x, &name("self_attn.q_proj.weight"))
+            };
+            q.chunks_exact_mut(c.nope + c.rope).for_each(|q| self.rope(&mut q[c.nope..], t % c.sequence));
+            let mut kv = self.linear(&x, &name("self_attn.kv_a_proj_with_mqa.weight"));
+            let mut k_rope = kv.split_off(c.kv_rank);
+            self.rope(&mut k_rope, t % c.sequence);
+            let latent = self.norm(&kv, &name("self_attn.kv_a_layernorm.weight"));
+            qs.push(q);
+            kvs.push(self.linear(&latent, &name("self_attn.kv_b_proj.weight")));
+            ropes.push(k_rope);
+        }
+        let scale = ((c.nope + c.rope) as f64).powf(-0.5);
+        (0..hs.len())
+            .map(|t| {
+                let mut o = Vec::new();
+                for head in 0..c.heads {
+                    let q = &qs[t][head * (c.nope + c.rope)..];
+                    let first = t / c.sequence * c.sequence;
+                    let kv = |u: usize| &kvs[u][head * (c.nope + c.value)..];
+                    let weights: Vec<f64> = (first..=t)
+                        .map(|u| {
+                            let nope: f64 = (0..c.nope).map(|i| q[i] * kv(u)[i]).sum();
+                            let rope: f64 = (0..c.rope).map(|i| q[c.nope + i] * ropes[u][i]).sum();
+                            ((nope + rope) * scale).exp()
+                        })
+                        .collect();
+                    let total: f64 = weights.iter().sum();
+                    for v in 0..c.value {
+                        o.push((first..=t).map(|u| weights[u - first] / total * kv(u)[c.nope + v]).sum());
+                    }
+                }
+                let y = self.linear(&o, &name("self_attn.o_proj.weight"));
+                hs[t].iter().zip(y).map(|(h, y)| h + y).collect()
+            })
+            .collect()
+    }
+
+    fn feed_forward(&self, h: &[f64], layer: usize) -> Vec<f64> {
+        let at = format!("model.layers.{layer}.");
+        let x = self.norm(h, &format!("{at}post_attention_layernorm.weight"));
+        let mut y = vec![0.0; h.len()];
+        let mut add = |scale: f64, part: Vec<f64>| y.iter_mut().zip(part).for_each(|(y, p)| *y += scale * p);
+        if self.c.is_mixture(layer) {
+            add(1.0, self.mlp(&x, &format!("{at}mlp.shared_experts.")));
+            let scores: Vec<f64> =
+                self.linear(&x, &format!("{at}mlp.gate.weight")).iter().map(|l| 1.0 / (1.0 + (-l).exp())).collect();
+            let bias = self.w(&format!("{at}mlp.gate.e_score_correction_bias"));
+            let c: Vec<f64> = scores.iter().zip(bias).map(|(s, b)| s + b).collect();
+            // With two experts in each of two groups, one kept: the better pair.
+            let kept = if c[0] + c[1] >= c[2] + c[3] { [0, 1] } else { [2, 3] };
+            let total: f64 = kept.iter().map(|e| scores[*e]).sum();
+            for e in kept {
+                add(scores[e] / total * f64::from(self.c.routed_scale), self.mlp(&x, &format!("{at}mlp.experts.{e}.")));
+            }
+        } else {
+            add(1.0, self.mlp(&x, &format!("{at}mlp.")));
+        }
+        h.iter().zip(y).map(|(h, y)| h + y).collect()
+    }
+
+    fn loss(&self, tokens: &[u32], targets: &[u32]) -> f64 {
+        let d = self.c.hidden;
+        let mut hs: Vec<Vec<f64>> =
+            tokens.iter().map(|t| self.w("model.embed_tokens.weight")[*t as usize * d..][..d].to_vec()).collect();
+        for layer in 0..self.c.layers {
+            hs = self.attention(&hs, &format!("model.layers.{layer}."));
+            hs = hs.iter().map(|h| self.feed_forward(h, layer)).collect();
+        }
+        hs.iter()
+            .zip(targets)
+            .map(|(h, t)| {
+                let logits = self.linear(&self.norm(h, "model.norm.weight"), "lm_head.weight");
+                logits.iter().map(|l| l.exp()).sum::<f64>().ln() - logits[*t as usize]
+            })
+            .sum()
+    }
+}
+
+fn parameters(c: &ModelConfig) -> ParameterMap {
+    let value = |(i, p): (usize, crate::model::Parameter)| {
+        let values = match p.update {
+            Update::Decayed => p.initial(5, c.initial_std),
+            Update::Plain => random(p.len(), i as u32).iter().map(|x| 1.0 + 0.2 * x).collect(),
+            Update::Balance => random(p.len(), i as u32).iter().map(|x| 0.1 * x).collect(),
+        };
+        (p.name, Tensor::from_vec(p.rows, p.columns, values))
+    };
+    c.parameters().into_iter().enumerate().map(value).collect()
+}
+
+/// Runs stages with all experts at hand. Gives the loss and all gradients of one micro-batch.
+fn train(c: &ModelConfig, map: &ParameterMap, cuts: &[usize], tokens: &[u32], targets: &[u32]) -> (f64, ParameterMap) {
+    let b = &CpuBackend;
+    let shared = Arc::new(c.clone());
+    let mut stages: Vec<StageModel> =
+        cuts.windows(2).map(|w| StageModel::new(Arc::clone(&shared), w[0]..w[1], map)).collect();
+    let experts = |layer: u32| (0..c.experts as u32).map(move |e| ExpertWeights::new(map, layer, e));
+    let (mut saved, mut gradients) = (BTreeMap::new(), ParameterMap::new());
+    let mut input = StageInput::Tokens(tokens.to_vec());
+    let last = stages.len() - 1;
+    for (s, stage) in stages.iter_mut().enumerate() {
+        let targets = (s == last).then(|| Targets { tokens: targets.to_vec(), scale: 1.0 });
+        let mut progress = stage.forward(b, 0, input.clone(), targets);
+        while let Progress::Experts { layer, rows } = progress {
+            let (y, keep): (Vec<_>, Vec<_>) = expert_forward(b, experts(layer).zip(rows).collect()).into_iter().unzip();
+            saved.insert(layer, keep);
+            progress = stage.resume_forward(b, 0, y);
+        }
+        if let Progress::Hidden(h) = progress {
+            input = StageInput::Hidden(h);
+        }
+    }
+    let mut gradient = None;
+    for stage in stages.iter_mut().rev() {
+        let mut progress = stage.backward_input(b, 0, gradient.take());
+        while let Progress::Experts { layer, rows } = progress {
+            let items = saved.remove(&layer).unwrap().into_iter().zip(rows);
+            let (dx, held): (Vec<_>, Vec<_>) =
+                expert_backward_input(b, experts(layer).zip(items).collect()).into_iter().unzip();
+            for (weights, held) in experts(layer).zip(held) {
+                gradients.extend(expert_backward_weight(b, &weights, &[held]));
+            }
+            progress = stage.resume_backward(b, 0, dx);
+        }
+        if let Progress::Hidden(h) = progress {
+            gradient = Some(h);
+        }
+        stage.weight(b, 0);
+    }
+    let sums: Vec<_> = stages.iter_mut().map(StageModel::take_sums).collect();
+    let loss = sums.iter().map(|s| s.loss).sum();
+    gradients.extend(sums.into_iter().flat_map(|s| s.gradients));
+    (loss, gradients)
+}
+
+#[test]
+fn losses_and_all_gradients_agree_with_the_f64_model() {
+    let (tokens, targets) = ([1, 4, 10, 0, 3, 7, 7, 2, 9, 5], [4, 10, 0, 3, 6, 7, 2, 9, 5, 1]);
+    for query_rank in [None, Some(5)] {
+        let c = config(query_rank);
+        let map = parameters(&c);
+        let mut wide: Wide =
+            map.iter().map(|(n, t)| (n.clone(), t.f32s().iter().map(|x| f64::from(*x)).collect())).collect();
+        let (loss, gradients) = train(&c, &map, &[0, 2, 3], &tokens, &targets);
+        let exact = Reference { c: &c, p: &wide }.loss(&tokens, &targets);
+        assert!((loss - exact).abs() / exact < 1e-5, "{loss} against {exact}");
+        for p in c.parameters().iter().filter(|p| p.update != Update::Balance) {
+            let got = gradients[&p.name].f32s().to_vec();
+            let scale = got.iter().fold(1e-3f32, |m, g| m.max(g.abs()));
+            // Every seventh element: enough to meet every row and column of these small matrices.
+            for i in (0..p.len()).step_by(7) {
+                let keep = wide[&p.name][i];
+                let mut at = |x: f64| {
+                    wide.get_mut(&p.name).unwrap()[i] = x;
+                    Reference { c: &c, p: &wide }.loss(&tokens, &targets)
+                };
+                let want = (at(keep + 1e-5) - at(keep - 1e-5)) / 2e-5;
+                at(keep);
+                // f32 through three layers: 1e-4 of the largest gradient is some 1,000 roundings.
+                let error = (f64::from(got[i]) - want).abs() / f64::from(scale);
+                assert!(error < 1e-4, "{} [{i}]: {} against {want}", p.name, got[i]);
+            }
+        }
+    }
+}
+
+#[test]
+fn bits_do_not_depend_on_stages_or_on_other_sequences() {
+    let c = config(Some(5));
+    let map = parameters(&c);
+    let (tokens, targets) = ([1, 4, 10, 0, 3], [4, 10, 0, 3, 6]);
+    let (loss, whole) = train(&c, &map, &[0, 3], &tokens, &targets);
+    for cuts in [&[0, 1, 3][..], &[0, 1, 2, 3]] {
+        let (other, parts) = train(&c, &map, cuts, &tokens, &targets);
+        assert_eq!(other.to_bits(), loss.to_bits());
+        for (name, tensor) in &whole {
+            assert_eq!(tensor.f32s(), parts[name].f32s(), "{name}");
+        }
+    }
+}
+
+#[test]
+fn a_batch_of_experts_gives_the_bits_of_each_alone() {
+    let c = config(None);
+    let map = parameters(&c);
+    let b = &CpuBackend;
+    let items: Vec<(ExpertWeights, Tensor)> = [3usize, 0, 1, 17]
+        .iter()
+        .enumerate()
+        .map(|(e, rows)| {
+            (ExpertWeights::new(&map, 1, e as u32), Tensor::from_vec(*rows, 8, random(rows * 8, e as u32)))
+        })
+        .collect();
+    let all = expert_forward(b, items.clone());
+    for (item, (y, saved)) in items.into_iter().zip(all) {
+        let dy = Tensor::from_vec(y.rows(), 8, random(y.rows() * 8, 50));
+        let alone = expert_forward(b, vec![item.clone()]).remove(0);
+        assert_eq!(alone.0.f32s(), y.f32s());
+        let (dx, held) = expert_backward_input(b, vec![(item.0.clone(), (saved, dy))]).remove(0);
+        assert_eq!(dx.rows(), y.rows());
+        let sums = expert_backward_weight(b, &item.0, &[held]);
+        assert_eq!(sums.len(), 3);
+    }
+    assert_eq!(c.groups_of_model().iter().filter(|g| matches!(g, Group::Expert { .. })).count(), 8);
+}
