@@ -1,1 +1,34 @@
-//! x
+//! The job of Everstep: actors and the protocols that they follow.
+//!
+//! Each protocol is a pure core (`stage`, `expert`, `host`, `reducer`, `router`, `supervisor`, `keeper`)
+//! that takes events and gives effects. The shells carry effects out with ractor, QUIC and files; the
+//! simulator carries the same effects out with simulated ones.
+
+mod compute;
+mod data;
+mod effect;
+mod expert;
+mod fingerprint;
+mod host;
+mod ids;
+mod keeper;
+mod message;
+mod outbox;
+mod plant;
+mod reducer;
+mod router;
+mod schedule;
+mod spec;
+mod stage;
+mod supervisor;
+mod table;
+
+pub use compute::{Job, Outcome, run};
+pub use data::{Corpus, TooShort};
+pub use effect::{Core, Effect, Event};
+pub use ids::{ActorId, Address, Incarnation, NodeId, SUPERVISOR_NODE, Step, UnknownActor};
+pub use message::{Body, Commit, Envelope};
+pub use plant::Bug;
+pub use spec::{JobSpec, Layout, OptimizerSpec};
+pub use supervisor::{Happening, Record, Report, Supervisor, SupervisorEffect, SupervisorEvent};
+pub use table::{Entry, NodeInfo, Table};

@@ -18,7 +18,7 @@ pub use layers::expert::{
 };
 pub use layers::stage::{Progress, StageInput, StageModel, StageSums, Targets};
 pub use layers::{ParameterMap, Weight};
-pub use math::power;
+pub use math::{cosine, power};
 pub use model::{Group, ModelConfig, Parameter, Update};
 pub use ops::adamw::{AdamW, NORM_CHUNK, StateSums, square_sums, state_sum, state_sums, step as adamw_step};
 pub use ops::attention::AttentionShape;

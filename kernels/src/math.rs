@@ -62,6 +62,11 @@ pub(crate) fn sum_by(n: usize, term: impl Fn(usize) -> f32) -> f32 {
     lanes[0]
 }
 
+/// The cosine by a portable libm: a system's own may differ in the last bit.
+pub fn cosine(x: f64) -> f64 {
+    libm::cos(x)
+}
+
 /// `base` to the power of `n` by squaring: one order of products everywhere.
 pub fn power(base: f64, mut n: u64) -> f64 {
     let (mut result, mut square) = (1.0, base);

@@ -46,6 +46,13 @@ pub struct ExpertHeld {
     dy: Tensor,
 }
 
+impl ExpertHeld {
+    /// Rows held.
+    pub fn rows(&self) -> usize {
+        self.dy.rows()
+    }
+}
+
 /// Splits rows that were stacked back into the items' parts.
 fn unstack(b: &dyn Backend, all: &Tensor, counts: &[u32]) -> Vec<Tensor> {
     let mut from = 0;

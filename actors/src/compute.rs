@@ -1,0 +1,179 @@
+//! The heavy half of the workers: jobs that run off the runtime's threads, each a pure function.
+
+use crate::ids::{ActorId, Address, Step};
+use crate::message::{Pass, Turn, Work, WorkItem, WorkResult};
+use crate::reducer::{Apply, Applied, Reduce, Reduced, initial};
+use everstep_kernels::{
+    Backend, ExpertHeld, ExpertWeights, Parameter, Progress, StageInput, StageModel, Targets, Tensor,
+    expert_backward_input, expert_backward_weight, expert_forward,
+};
+
+/// A stage's operation, with all it needs.
+#[derive(Debug)]
+pub enum StageOperation {
+    /// Forward of a micro-batch, up to the first experts.
+    Forward {
+        /// Which.
+        micro_batch: u32,
+        /// What enters.
+        input: StageInput,
+        /// For the last stage.
+        targets: Option<Targets>,
+    },
+    /// Input part of the backward, up to the first experts.
+    BackwardInput {
+        /// Which.
+        micro_batch: u32,
+        /// From the next stage.
+        gradient: Option<Tensor>,
+    },
+    /// Goes on with the experts' rows.
+    Resume {
+        /// Which.
+        micro_batch: u32,
+        /// Forward or backward.
+        pass: Pass,
+        /// By expert.
+        rows: Vec<Tensor>,
+    },
+    /// Weight part of the backward.
+    Weight {
+        /// Which.
+        micro_batch: u32,
+    },
+}
+
+/// Something to compute.
+#[derive(Debug)]
+pub enum Job {
+    /// A stage's operation.
+    Stage {
+        /// The step it belongs to.
+        step: Step,
+        /// The stage's layers.
+        model: Box<StageModel>,
+        /// What to do.
+        operation: StageOperation,
+    },
+    /// A host's batch.
+    Experts(Vec<WorkItem>),
+    /// An expert's weight gradient of one micro-batch.
+    ExpertWeight {
+        /// The step it belongs to.
+        step: Step,
+        /// The expert's weights.
+        weights: ExpertWeights,
+        /// Rows by lane.
+        parts: Vec<ExpertHeld>,
+        /// The sum so far.
+        sums: Option<Vec<Tensor>>,
+    },
+    /// The state before the first step.
+    Initial {
+        /// Names it.
+        seed: u64,
+        /// Deviation of the matrices.
+        std: f64,
+        /// Whose.
+        parameters: Vec<Parameter>,
+    },
+    /// Adds a step's sums over the lanes.
+    Reduce(Reduce),
+    /// The optimizer step.
+    Apply(Apply),
+}
+
+/// What came of a [`Job`].
+#[derive(Debug)]
+pub enum Outcome {
+    /// Of a stage's operation.
+    Stage {
+        /// The step it belongs to.
+        step: Step,
+        /// The stage's layers.
+        model: Box<StageModel>,
+        /// Forward or backward.
+        pass: Pass,
+        /// How far it came.
+        progress: Progress,
+    },
+    /// Of a host's batch.
+    Experts(Vec<(Address, ActorId, Turn, WorkResult)>),
+    /// Of a weight gradient.
+    ExpertWeight {
+        /// The step it belongs to.
+        step: Step,
+        /// The sum with it.
+        sums: Vec<Tensor>,
+    },
+    /// A reducer's first or next state.
+    Applied(Applied),
+    /// The step's sums.
+    Reduced(Reduced),
+}
+
+/// Runs a job. Never called on a runtime's thread.
+pub fn run(job: Job, b: &dyn Backend) -> Outcome {
+    match job {
+        Job::Stage { step, mut model, operation } => {
+            let (pass, progress) = run_stage(&mut model, operation, b);
+            Outcome::Stage { step, model, pass, progress }
+        }
+        Job::Experts(items) => Outcome::Experts(run_experts(items, b)),
+        Job::ExpertWeight { step, weights, parts, sums } => {
+            let products = expert_backward_weight(b, &weights, &parts).into_iter().map(|(_, p)| p);
+            let sums = match sums {
+                Some(sums) => sums.iter().zip(products).map(|(s, p)| b.add(s, &p)).collect(),
+                None => products.collect(),
+            };
+            Outcome::ExpertWeight { step, sums }
+        }
+        Job::Initial { seed, std, parameters } => Outcome::Applied(initial(seed, std, &parameters)),
+        Job::Reduce(reduce) => Outcome::Reduced(reduce.run()),
+        Job::Apply(apply) => Outcome::Applied(apply.run()),
+    }
+}
+
+fn run_stage(model: &mut StageModel, operation: StageOperation, b: &dyn Backend) -> (Pass, Progress) {
+    match operation {
+        StageOperation::Forward { micro_batch, input, targets } => {
+            (Pass::Forward, model.forward(b, micro_batch, input, targets))
+        }
+        StageOperation::BackwardInput { micro_batch, gradient } => {
+            (Pass::Backward, model.backward_input(b, micro_batch, gradient))
+        }
+        StageOperation::Resume { micro_batch, pass: Pass::Forward, rows } => {
+            (Pass::Forward, model.resume_forward(b, micro_batch, rows))
+        }
+        StageOperation::Resume { micro_batch, pass: Pass::Backward, rows } => {
+            (Pass::Backward, model.resume_backward(b, micro_batch, rows))
+        }
+        StageOperation::Weight { micro_batch } => {
+            model.weight(b, micro_batch);
+            (Pass::Backward, Progress::Finished)
+        }
+    }
+}
+
+/// One batch forward and one backward.
+fn run_experts(items: Vec<WorkItem>, b: &dyn Backend) -> Vec<(Address, ActorId, Turn, WorkResult)> {
+    let (mut forward, mut backward) = (Vec::new(), Vec::new());
+    let (mut forward_of, mut backward_of) = (Vec::new(), Vec::new());
+    for item in items {
+        let whose = (item.expert, item.stage, item.turn);
+        match item.work {
+            Work::Forward { x } => {
+                forward.push((item.weights, x));
+                forward_of.push(whose);
+            }
+            Work::Backward { saved, dy } => {
+                backward.push((item.weights, (saved, dy)));
+                backward_of.push(whose);
+            }
+        }
+    }
+    let forward = expert_forward(b, forward).into_iter().map(|(y, saved)| WorkResult::Forward { y, saved });
+    let backward = expert_backward_input(b, backward).into_iter().map(|(dx, held)| WorkResult::Backward { dx, held });
+    let label = |((expert, stage, turn), result)| (expert, stage, turn, result);
+    forward_of.into_iter().zip(forward).map(label).chain(backward_of.into_iter().zip(backward).map(label)).collect()
+}

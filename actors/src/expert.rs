@@ -1,0 +1,259 @@
+//! The core of a routed expert: owns its weights, its rows of the step, its load and its sum.
+//!
+//! Arithmetic is its host's (rows of many experts in one batch); whether rows may be computed, what is
+//! kept of them and when the weight gradient's turn comes is decided here.
+//! - EX-1: rows of one (lane, micro-batch) are computed once; a second copy changes nothing.
+//! - EX-2: weight gradients are made one micro-batch after another, ascending, over the rows of all
+//!   lanes in order of lane, and only then added.
+//! - EX-3: the sum leaves once every lane's rows of every micro-batch are in it.
+
+use crate::compute::{Job, Outcome};
+use crate::effect::{Core, Effect, Event};
+use crate::ids::{ActorId, Address, Step};
+use crate::message::{Body, Envelope, Local, Pass, Turn, Work, WorkItem, WorkResult};
+use crate::outbox::Outbox;
+use crate::spec::{JobSpec, Layout};
+use crate::table::Table;
+use everstep_kernels::{ExpertHeld, ExpertSaved, ExpertWeights, Group, ParameterMap, Tensor};
+use std::collections::BTreeMap;
+use std::sync::Arc;
+
+/// What an expert has of one lane's micro-batch.
+#[derive(Debug)]
+enum Rows {
+    /// At the host, on their way forward.
+    Going,
+    /// Forward is done.
+    Saved(ExpertSaved),
+    /// At the host, on their way back.
+    Returning,
+    /// Backward is done; waits for the weight gradient's turn.
+    Held(ExpertHeld),
+    /// In the sum.
+    Summed,
+}
+
+/// See the module.
+#[derive(Debug)]
+pub struct ExpertCore {
+    spec: Arc<JobSpec>,
+    layout: Arc<Layout>,
+    layer: u32,
+    expert: u32,
+    address: Address,
+    group: u32,
+    table: Arc<Table>,
+    /// The step that is run; 0 before the first weights.
+    step: Step,
+    weights: Option<ExpertWeights>,
+    /// By (micro-batch, lane): the order of the weight gradients.
+    rows: BTreeMap<(u32, u32), Rows>,
+    /// Messages for a step whose weights have not come, or for a pass whose forward is not done.
+    early: Vec<Envelope>,
+    sums: Option<Vec<Tensor>>,
+    /// The micro-batch whose weight gradient is next.
+    turn: u32,
+    computing: bool,
+    /// Rows of this step, for operators.
+    load: u64,
+    outbox: Outbox,
+}
+
+impl ExpertCore {
+    /// A new life of an expert.
+    pub fn new(spec: Arc<JobSpec>, layout: Arc<Layout>, address: Address, layer: u32, expert: u32) -> Self {
+        let wanted = Group::Expert { layer, expert };
+        let group = spec.model.groups_of_model().iter().position(|g| *g == wanted).expect("a group for each expert") as u32;
+        Self {
+            spec,
+            layout,
+            layer,
+            expert,
+            address,
+            group,
+            table: Arc::default(),
+            step: 0,
+            weights: None,
+            rows: BTreeMap::new(),
+            early: Vec::new(),
+            sums: None,
+            turn: 0,
+            computing: false,
+            load: 0,
+            outbox: Outbox::default(),
+        }
+    }
+
+    fn host(&self) -> ActorId {
+        ActorId::Host { layer: self.layer }
+    }
+
+    /// Rows arrived through the host: work for it, or nothing now.
+    fn arrived(&mut self, envelope: Envelope) -> Effect {
+        let local = self.admit(envelope).map_or(Local::Nothing, |item| Local::Ready(Box::new(item)));
+        Effect::Tell { to: self.host(), local }
+    }
+
+    /// Work, if these rows can be computed now and have not been. Keeps them if they are early.
+    fn admit(&mut self, envelope: Envelope) -> Option<WorkItem> {
+        let Body::Rows { turn, pass, rows } = &envelope.body else { return None };
+        let (turn, pass) = (*turn, *pass);
+        if turn.step < self.step || turn.micro_batch >= self.spec.micro_batches || turn.lane >= self.spec.lanes {
+            return None;
+        }
+        let key = (turn.micro_batch, turn.lane);
+        let present = turn.step == self.step && self.weights.is_some();
+        let work = match (present, pass, self.rows.get(&key)) {
+            (true, Pass::Forward, None) => Work::Forward { x: rows.clone() },
+            (true, Pass::Backward, Some(Rows::Saved(saved))) => Work::Backward { saved: saved.clone(), dy: rows.clone() },
+            (true, Pass::Forward, Some(_))
+            | (true, Pass::Backward, Some(Rows::Returning | Rows::Held(_) | Rows::Summed)) => return None,
+            (false, _, _) | (true, Pass::Backward, None | Some(Rows::Going)) => {
+                let same = |e: &Envelope| matches!(&e.body, Body::Rows { turn: t, pass: p, .. } if (*t, *p) == (turn, pass));
+                if !self.early.iter().any(same) {
+                    self.early.push(envelope);
+                }
+                return None;
+            }
+        };
+        let going = match pass {
+            Pass::Forward => {
+                self.load += rows.rows() as u64;
+                Rows::Going
+            }
+            Pass::Backward => Rows::Returning,
+        };
+        self.rows.insert(key, going);
+        let weights = self.weights.clone().expect("present weights");
+        Some(WorkItem { expert: self.address, stage: envelope.from.actor, turn, weights, work })
+    }
+
+    /// Gives early rows another chance.
+    fn retry(&mut self) -> Vec<Effect> {
+        let early = std::mem::take(&mut self.early);
+        let ready: Vec<WorkItem> = early.into_iter().filter_map(|e| self.admit(e)).collect();
+        let host = self.host();
+        ready.into_iter().map(|item| Effect::Tell { to: host, local: Local::Ready(Box::new(item)) }).collect()
+    }
+
+    /// The host computed rows and has sent them to their stage; they are kept for its next life.
+    fn done(&mut self, turn: Turn, result: WorkResult) -> Vec<Effect> {
+        if turn.step != self.step {
+            return Vec::new();
+        }
+        let body = Body::Answer { turn, pass: result.pass(), rows: result.rows().clone() };
+        let stage = self.stage_of_layer();
+        self.outbox.keep(self.step, ActorId::Stage { lane: turn.lane, stage }, body);
+        let state = match result {
+            WorkResult::Forward { saved, .. } => Rows::Saved(saved),
+            WorkResult::Backward { held, .. } => Rows::Held(held),
+        };
+        self.rows.insert((turn.micro_batch, turn.lane), state);
+        let mut effects = self.retry();
+        effects.extend(self.advance());
+        effects
+    }
+
+    fn stage_of_layer(&self) -> u32 {
+        let has = |s: &u32| self.spec.layers_of(*s).contains(&(self.layer as usize));
+        (0..self.spec.stages).find(has).expect("every layer belongs to a stage")
+    }
+
+    /// Starts the next weight gradient if all lanes' rows are held.
+    fn advance(&mut self) -> Vec<Effect> {
+        if self.computing || self.turn == self.spec.micro_batches {
+            return Vec::new();
+        }
+        let keys = (0..self.spec.lanes).map(|lane| (self.turn, lane));
+        let parts: Option<Vec<ExpertHeld>> = keys
+            .clone()
+            .map(|key| match self.rows.get(&key) {
+                Some(Rows::Held(held)) => Some(held.clone()),
+                Some(Rows::Going | Rows::Saved(_) | Rows::Returning | Rows::Summed) | None => None,
+            })
+            .collect();
+        let (Some(parts), Some(weights)) = (parts, self.weights.clone()) else { return Vec::new() };
+        keys.for_each(|key| {
+            self.rows.insert(key, Rows::Summed);
+        });
+        self.computing = true;
+        let cost = parts.iter().map(|p| p.rows() as u64).sum::<u64>() * self.size();
+        let job = Job::ExpertWeight { step: self.step, weights, parts, sums: self.sums.take() };
+        vec![Effect::Compute { job, cost }]
+    }
+
+    fn size(&self) -> u64 {
+        3 * self.spec.model.hidden as u64 * self.spec.model.expert_inner as u64
+    }
+
+    fn computed(&mut self, step: Step, sums: Vec<Tensor>) -> Vec<Effect> {
+        self.computing = false;
+        if step != self.step {
+            return self.advance();
+        }
+        self.turn += 1;
+        if self.turn < self.spec.micro_batches {
+            self.sums = Some(sums);
+            return self.advance();
+        }
+        let lanes = u64::from(self.spec.lanes);
+        let body = Body::Sums {
+            step: self.step,
+            group: self.group,
+            micro_batches: self.spec.micro_batches,
+            samples: lanes * u64::from(self.spec.micro_batches) * u64::from(self.spec.sequences),
+            gradients: sums,
+            loads: Vec::new(),
+            loss: 0.0,
+        };
+        let shard = self.layout.shard_of[&Group::Expert { layer: self.layer, expert: self.expert }];
+        let replicas = 0..=self.spec.mirrors;
+        replicas.map(|replica| self.outbox.send(step, ActorId::Reducer { shard, replica }, body.clone())).collect()
+    }
+
+    fn take_weights(&mut self, committed: Step, tensors: Vec<Tensor>) -> Vec<Effect> {
+        if committed < self.step || committed >= self.spec.steps {
+            return Vec::new();
+        }
+        let numbers = &self.layout.of_group[&Group::Expert { layer: self.layer, expert: self.expert }];
+        let named = numbers.iter().zip(tensors).map(|(n, t)| (self.layout.parameters[*n as usize].name.clone(), t));
+        let map: ParameterMap = named.collect();
+        self.step = committed + 1;
+        self.weights = Some(ExpertWeights::new(&map, self.layer, self.expert));
+        self.rows.clear();
+        self.sums = None;
+        self.turn = 0;
+        self.load = 0;
+        self.outbox.forget_until(committed);
+        self.retry()
+    }
+}
+
+impl Core for ExpertCore {
+    fn on(&mut self, event: Event) -> Vec<Effect> {
+        match event {
+            Event::Table(table) => {
+                let effects = self.outbox.resend(&self.table, &table);
+                self.table = table;
+                effects
+            }
+            Event::Message { body: Body::Weights { step, tensors, .. }, .. } => self.take_weights(step, tensors),
+            Event::Local { local: Local::Arrived(envelope), .. } => vec![self.arrived(envelope)],
+            Event::Local { local: Local::Done { turn, result }, .. } => self.done(turn, result),
+            Event::Computed(Outcome::ExpertWeight { step, sums }) => self.computed(step, sums),
+            Event::Message { .. } | Event::Local { .. } | Event::Computed(_) => Vec::new(),
+        }
+    }
+
+    fn describe(&self) -> String {
+        format!(
+            "step {}, {} rows, {} of {} micro-batches summed; {} early, {} kept",
+            self.step,
+            self.load,
+            self.turn,
+            self.spec.micro_batches,
+            self.early.len(),
+            self.outbox.len()
+        )
+    }
+}

@@ -1,0 +1,159 @@
+//! The core of the keeper: makes checkpoints of the shards' snapshots and gives states back.
+//!
+//! It lives beside the supervisor, since the catalogue has one owner; the heavy half (hashing, writing,
+//! syncing) is done elsewhere and reported back.
+//! - KE-1: a checkpoint exists once every shard of one step is stored and its manifest is published.
+//! - KE-2: a snapshot is acknowledged when it is stored, or not wanted any more.
+
+use crate::ids::{ActorId, Address, Step};
+use crate::message::{Body, ParameterState};
+use crate::table::Table;
+use everstep_kernels::Tensor;
+use std::collections::BTreeMap;
+use std::sync::Arc;
+
+/// What the keeper is told.
+#[derive(Debug)]
+pub enum KeeperEvent {
+    /// A new epoch.
+    Table(Arc<Table>),
+    /// A snapshot, or the wish for a state.
+    Message {
+        /// Who sent it.
+        from: Address,
+        /// What it says.
+        body: Body<Tensor>,
+    },
+    /// A shard's chunks are on disk.
+    Stored {
+        /// The step.
+        step: Step,
+        /// The shard.
+        shard: u32,
+    },
+    /// A manifest is on disk.
+    Published(Step),
+    /// A shard's state was read.
+    Loaded {
+        /// The step.
+        step: Step,
+        /// For whom.
+        to: ActorId,
+        /// In order of number.
+        parameters: Vec<ParameterState<Tensor>>,
+    },
+}
+
+/// What the keeper asks for.
+#[derive(Debug)]
+pub enum KeeperEffect {
+    /// Write a shard's chunks.
+    Store {
+        /// The step.
+        step: Step,
+        /// The shard.
+        shard: u32,
+        /// In order of number.
+        parameters: Vec<ParameterState<Tensor>>,
+    },
+    /// Write the manifest of a step whose shards are all stored.
+    Publish(Step),
+    /// Read a shard's state.
+    Load {
+        /// The step.
+        step: Step,
+        /// The shard.
+        shard: u32,
+        /// For whom.
+        to: ActorId,
+    },
+    /// Send to an actor.
+    Send(ActorId, Body<Tensor>),
+    /// Tell the supervisor.
+    Checkpointed(Step),
+}
+
+/// See the module.
+#[derive(Debug)]
+pub struct KeeperCore {
+    shards: u32,
+    table: Arc<Table>,
+    published: Step,
+    /// Shards of each step that are being stored, and whether they are.
+    storing: BTreeMap<Step, BTreeMap<u32, bool>>,
+}
+
+impl KeeperCore {
+    /// A keeper whose newest checkpoint is of step `published` (0: none).
+    pub fn new(shards: u32, published: Step) -> Self {
+        Self { shards, table: Arc::default(), published, storing: BTreeMap::new() }
+    }
+
+    /// Takes an event and gives what is to be done.
+    pub fn on(&mut self, event: KeeperEvent) -> Vec<KeeperEffect> {
+        match event {
+            KeeperEvent::Table(table) => {
+                self.table = table;
+                Vec::new()
+            }
+            KeeperEvent::Message { from, body } => self.message(from, body),
+            KeeperEvent::Stored { step, shard } => self.stored(step, shard),
+            KeeperEvent::Published(step) => {
+                self.published = self.published.max(step);
+                self.storing.retain(|s, _| *s > step);
+                vec![KeeperEffect::Checkpointed(step)]
+            }
+            KeeperEvent::Loaded { step, to, parameters } => {
+                vec![KeeperEffect::Send(to, Body::State { step, parameters })]
+            }
+        }
+    }
+
+    fn message(&mut self, from: Address, body: Body<Tensor>) -> Vec<KeeperEffect> {
+        let ActorId::Reducer { shard, .. } = from.actor else { return Vec::new() };
+        match body {
+            Body::Snapshot { step, .. } if step <= self.published => {
+                vec![KeeperEffect::Send(from.actor, Body::SnapshotKept { step })]
+            }
+            Body::Snapshot { step, parameters } => {
+                let of_step = self.storing.entry(step).or_default();
+                if of_step.contains_key(&shard) {
+                    return Vec::new();
+                }
+                of_step.insert(shard, false);
+                vec![KeeperEffect::Store { step, shard, parameters }]
+            }
+            // Whoever asks the keeper has no primary to ask, so it starts from the table's checkpoint.
+            Body::Fetch { .. } if self.table.base > 0 => {
+                vec![KeeperEffect::Load { step: self.table.base, shard, to: from.actor }]
+            }
+            Body::Fetch { .. }
+            | Body::Hidden { .. }
+            | Body::Gradient { .. }
+            | Body::Rows { .. }
+            | Body::Answer { .. }
+            | Body::Sums { .. }
+            | Body::Weights { .. }
+            | Body::State { .. }
+            | Body::Prepared { .. }
+            | Body::Applied { .. }
+            | Body::Stateless
+            | Body::Commit(_)
+            | Body::SnapshotKept { .. } => Vec::new(),
+        }
+    }
+
+    fn stored(&mut self, step: Step, shard: u32) -> Vec<KeeperEffect> {
+        let Some(of_step) = self.storing.get_mut(&step) else { return Vec::new() };
+        of_step.insert(shard, true);
+        let complete = of_step.len() == self.shards as usize && of_step.values().all(|stored| *stored);
+        let mut effects = Vec::new();
+        if let Some(primary) = self.table.primary(shard) {
+            effects.push(KeeperEffect::Send(primary, Body::SnapshotKept { step }));
+        }
+        if complete {
+            effects.push(KeeperEffect::Publish(step));
+        }
+        effects
+    }
+}

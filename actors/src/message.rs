@@ -1,0 +1,297 @@
+//! What actors say to each other.
+//!
+//! A message's logical key is in its body: (step, lane, micro-batch, layer, kind). Two messages with the
+//! same key carry the same bits, whoever made them and however often: every computation is a pure
+//! function of keyed messages. That is why a lost actor can be run again from the start of the step, a
+//! late message of an earlier epoch still counts, and a second copy can be dropped.
+//!
+//! `Body<T>` is generic in how a tensor is carried: a handle inside a process, a place in a list of
+//! regions on the wire.
+
+use crate::ids::{ActorId, Address, Step};
+use everstep_kernels::{ExpertHeld, ExpertSaved, ExpertWeights, Tensor};
+use serde::{Deserialize, Serialize};
+
+/// The micro-batch of a lane in a step.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord, Hash, Serialize, Deserialize)]
+pub struct Turn {
+    /// The step.
+    pub step: Step,
+    /// The lane.
+    pub lane: u32,
+    /// The micro-batch of that lane.
+    pub micro_batch: u32,
+}
+
+/// Which way rows go through a layer.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord, Hash, Serialize, Deserialize)]
+pub enum Pass {
+    /// Activations.
+    Forward,
+    /// Gradients of activations.
+    Backward,
+}
+
+/// The numbers of a committed step, equal for every shard.
+#[derive(Debug, Clone, Copy, PartialEq, Serialize, Deserialize)]
+pub struct Commit {
+    /// The step.
+    pub step: Step,
+    /// What gradients are multiplied with before the update.
+    pub clip: f32,
+    /// Learning rate.
+    pub lr: f32,
+    /// The norm was not finite: only the step number changes.
+    pub skipped: bool,
+}
+
+/// Weight, first and second moment of a parameter.
+pub type ParameterState<T> = [T; 3];
+
+/// A message between logical actors. Everything but `Fetch` and the reports to the supervisor is kept by
+/// its sender, or made again from its state, until the step is committed.
+#[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
+pub enum Body<T> {
+    /// A stage to the next: activations of a micro-batch.
+    Hidden {
+        /// Whose.
+        turn: Turn,
+        /// `[tokens, hidden]`.
+        rows: T,
+    },
+    /// A stage to the one before: gradients of those activations.
+    Gradient {
+        /// Whose.
+        turn: Turn,
+        /// `[tokens, hidden]`.
+        rows: T,
+    },
+    /// A stage to an expert: its rows of a micro-batch, possibly none (dispatch).
+    Rows {
+        /// Whose.
+        turn: Turn,
+        /// Activations, or gradients of the expert's results.
+        pass: Pass,
+        /// `[rows, hidden]`.
+        rows: T,
+    },
+    /// An expert to a stage: what it made of the rows (combine).
+    Answer {
+        /// Whose.
+        turn: Turn,
+        /// Results, or gradients of the activations.
+        pass: Pass,
+        /// `[rows, hidden]`, in the order of the request.
+        rows: T,
+    },
+    /// A stage or an expert to every copy of a shard: its sum over a step's micro-batches.
+    Sums {
+        /// The step.
+        step: Step,
+        /// Number of the group in the model.
+        group: u32,
+        /// Micro-batches in the sum, all from 0 on.
+        micro_batches: u32,
+        /// Samples in the sum.
+        samples: u64,
+        /// One for each parameter that has a gradient, in order of number.
+        gradients: Vec<T>,
+        /// Rows that the layer's gate sent to each of its experts.
+        loads: Vec<u64>,
+        /// Sum of the losses, from the last stage.
+        loss: f64,
+    },
+    /// A shard's primary to those who use a group: its weights after a step.
+    Weights {
+        /// The committed step they are the result of.
+        step: Step,
+        /// Number of the group in the model.
+        group: u32,
+        /// In order of number.
+        tensors: Vec<T>,
+    },
+    /// A reducer without state to its shard's primary, or to the keeper if there is none.
+    Fetch {
+        /// The state must be of this step or a later one.
+        step: Step,
+    },
+    /// The answer.
+    State {
+        /// The committed step it is the result of.
+        step: Step,
+        /// In order of number.
+        parameters: Vec<ParameterState<T>>,
+    },
+    /// A reducer to the supervisor: the step's sums are complete.
+    Prepared {
+        /// The step.
+        step: Step,
+        /// Squared sums of chunks by number of the parameter.
+        norm: Vec<(u32, Vec<f64>)>,
+        /// Sum of the losses over the lanes, if the shard has the head.
+        loss: Option<f64>,
+        /// Samples that each group of the shard counted, which must all be equal.
+        samples: u64,
+    },
+    /// A reducer to the supervisor: it has the state after a step.
+    Applied {
+        /// The step.
+        step: Step,
+        /// Fingerprint sums by number of the parameter.
+        sums: Vec<(u32, [u128; 3])>,
+    },
+    /// A reducer to a new supervisor: it has no state yet.
+    Stateless,
+    /// The supervisor to every reducer.
+    Commit(Commit),
+    /// A primary to the keeper: a state to be stored.
+    Snapshot {
+        /// The committed step it is the result of.
+        step: Step,
+        /// In order of number.
+        parameters: Vec<ParameterState<T>>,
+    },
+    /// The keeper to a primary: its snapshot is stored, or no longer wanted.
+    SnapshotKept {
+        /// The step.
+        step: Step,
+    },
+}
+
+impl<T> Body<T> {
+    /// The same message with its tensors carried otherwise.
+    pub fn map<U>(self, f: &mut impl FnMut(T) -> U) -> Body<U> {
+        let mut all = |list: Vec<ParameterState<T>>| list.into_iter().map(|p| p.map(&mut *f)).collect();
+        match self {
+            Self::State { step, parameters } => Body::State { step, parameters: all(parameters) },
+            Self::Snapshot { step, parameters } => Body::Snapshot { step, parameters: all(parameters) },
+            Self::Hidden { turn, rows } => Body::Hidden { turn, rows: f(rows) },
+            Self::Gradient { turn, rows } => Body::Gradient { turn, rows: f(rows) },
+            Self::Rows { turn, pass, rows } => Body::Rows { turn, pass, rows: f(rows) },
+            Self::Answer { turn, pass, rows } => Body::Answer { turn, pass, rows: f(rows) },
+            Self::Sums { step, group, micro_batches, samples, gradients, loads, loss } => {
+                let gradients = gradients.into_iter().map(f).collect();
+                Body::Sums { step, group, micro_batches, samples, gradients, loads, loss }
+            }
+            Self::Weights { step, group, tensors } => {
+                Body::Weights { step, group, tensors: tensors.into_iter().map(f).collect() }
+            }
+            Self::Fetch { step } => Body::Fetch { step },
+            Self::Prepared { step, norm, loss, samples } => Body::Prepared { step, norm, loss, samples },
+            Self::Applied { step, sums } => Body::Applied { step, sums },
+            Self::Stateless => Body::Stateless,
+            Self::Commit(commit) => Body::Commit(commit),
+            Self::SnapshotKept { step } => Body::SnapshotKept { step },
+        }
+    }
+}
+
+/// A message with both ends' lives: refused if either has been replaced (contract C4).
+#[derive(Debug, Clone)]
+pub struct Envelope {
+    /// Who says it.
+    pub from: Address,
+    /// To whom.
+    pub to: Address,
+    /// What.
+    pub body: Body<Tensor>,
+}
+
+/// What an expert lets its host compute.
+#[derive(Debug, Clone)]
+pub enum Work {
+    /// Rows to send through the expert.
+    Forward {
+        /// `[rows, hidden]`.
+        x: Tensor,
+    },
+    /// Gradients to send back through it.
+    Backward {
+        /// Kept since the forward pass.
+        saved: ExpertSaved,
+        /// `[rows, hidden]`.
+        dy: Tensor,
+    },
+}
+
+impl Work {
+    /// Rows of the work.
+    pub fn rows(&self) -> usize {
+        match self {
+            Self::Forward { x } => x.rows(),
+            Self::Backward { dy, .. } => dy.rows(),
+        }
+    }
+}
+
+/// The result of one piece of [`Work`].
+#[derive(Debug, Clone)]
+pub enum WorkResult {
+    /// Rows and what the backward pass needs.
+    Forward {
+        /// `[rows, hidden]`.
+        y: Tensor,
+        /// For the expert to keep.
+        saved: ExpertSaved,
+    },
+    /// Input gradients and what the weight gradient needs.
+    Backward {
+        /// `[rows, hidden]`.
+        dx: Tensor,
+        /// For the expert to keep.
+        held: ExpertHeld,
+    },
+}
+
+impl WorkResult {
+    /// The rows that go back to the stage.
+    pub fn rows(&self) -> &Tensor {
+        match self {
+            Self::Forward { y, .. } => y,
+            Self::Backward { dx, .. } => dx,
+        }
+    }
+
+    /// Which way they go.
+    pub fn pass(&self) -> Pass {
+        match self {
+            Self::Forward { .. } => Pass::Forward,
+            Self::Backward { .. } => Pass::Backward,
+        }
+    }
+}
+
+/// One piece of work of a host's batch.
+#[derive(Debug, Clone)]
+pub struct WorkItem {
+    /// The life of the expert whose work it is.
+    pub expert: Address,
+    /// The stage that waits for the rows.
+    pub stage: ActorId,
+    /// The micro-batch.
+    pub turn: Turn,
+    /// The expert's weights.
+    pub weights: ExpertWeights,
+    /// What to do.
+    pub work: Work,
+}
+
+/// Between the actors of one node: handles, never bytes.
+#[derive(Debug, Clone)]
+pub enum Local {
+    /// The node's router to a host: messages with rows that arrived or were sent together.
+    Batch(Vec<Envelope>),
+    /// A host to an expert: rows that arrived for it. Answered with `Ready` or `Nothing`.
+    Arrived(Envelope),
+    /// An expert to its host: rows can be computed.
+    Ready(Box<WorkItem>),
+    /// An expert to its host: an arrived message needs no work now.
+    Nothing,
+    /// A host to an expert: its work is done.
+    Done {
+        /// The micro-batch.
+        turn: Turn,
+        /// For the expert to keep.
+        result: WorkResult,
+    },
+}

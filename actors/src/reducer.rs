@@ -1,0 +1,355 @@
+//! The core of a reducer: one copy of a shard of the parameters.
+//!
+//! Owns master weights, moments and gate biases; it alone (with the other copies) knows the true state.
+//! - RE-1: a sum is counted once; a step is prepared when the ledger balances: every group has every
+//!   sender's sum, over all micro-batches (contract C3).
+//! - RE-2: lanes are added as a fixed binary tree over the lane number, whatever order they came in.
+//! - RE-3: a state changes only by a commit of the next step, or to a later state of another copy.
+//! - RE-4: a copy without state, or that missed a step, asks until it has one; sums that arrive
+//!   meanwhile are kept, so it need not miss the next step.
+//! - RE-5: the primary hands its weights to every user of them, and again to a user's new life.
+
+mod arithmetic;
+mod ledger;
+
+pub use arithmetic::{Applied, Apply, ParameterData, Reduce, Reduced, initial};
+pub use ledger::{Ledger, Receipt};
+
+use crate::compute::{Job, Outcome};
+use crate::effect::{Core, Effect, Event};
+use crate::ids::{ActorId, Address, Step};
+use crate::message::{Body, Commit};
+use crate::plant::Bug;
+use crate::spec::{JobSpec, Layout};
+use crate::table::Table;
+use everstep_kernels::{Group, Tensor};
+use std::collections::BTreeMap;
+use std::sync::Arc;
+
+/// The state after a step, shared with snapshots and copies: never changed in place while it is.
+#[derive(Debug, Clone)]
+struct State {
+    step: Step,
+    parameters: Vec<ParameterData>,
+    sums: Vec<(u32, [u128; 3])>,
+}
+
+/// See the module.
+#[derive(Debug)]
+pub struct ReducerCore {
+    spec: Arc<JobSpec>,
+    layout: Arc<Layout>,
+    shard: u32,
+    replica: u32,
+    numbers: Vec<u32>,
+    groups: Vec<Group>,
+    table: Arc<Table>,
+    state: Option<State>,
+    /// Sums by step: of the next step, and of the one after it while a commit is on its way.
+    ledgers: BTreeMap<Step, Ledger>,
+    /// Sums over the lanes of the step after the state's.
+    reduced: Option<Reduced>,
+    commits: BTreeMap<Step, Commit>,
+    computing: bool,
+    /// Copies that wait for a state of at least a step.
+    waiting: BTreeMap<ActorId, Step>,
+    /// The step of the state that this copy asked for.
+    asked: Option<Step>,
+    /// The step of this state, if it is to be stored and the keeper has not said that it is.
+    snapshot: Option<Step>,
+    plant: Option<Bug>,
+}
+
+impl ReducerCore {
+    /// A new life of a copy.
+    pub fn new(spec: Arc<JobSpec>, layout: Arc<Layout>, shard: u32, replica: u32, plant: Option<Bug>) -> Self {
+        let numbers = layout.of_shard(shard);
+        let groups = layout.groups[shard as usize].clone();
+        Self {
+            spec,
+            layout,
+            shard,
+            replica,
+            numbers,
+            groups,
+            table: Arc::default(),
+            state: None,
+            ledgers: BTreeMap::new(),
+            reduced: None,
+            commits: BTreeMap::new(),
+            computing: false,
+            waiting: BTreeMap::new(),
+            asked: None,
+            snapshot: None,
+            plant,
+        }
+    }
+
+    fn me(&self) -> ActorId {
+        ActorId::Reducer { shard: self.shard, replica: self.replica }
+    }
+
+    fn is_primary(&self) -> bool {
+        self.table.primary(self.shard) == Some(self.me())
+    }
+
+    fn on_table(&mut self, table: Arc<Table>) -> Vec<Effect> {
+        let before = std::mem::replace(&mut self.table, table);
+        let first = before.epoch == 0;
+        let mut effects = Vec::new();
+        let new_supervisor = self.table.replaced(&before, ActorId::Supervisor);
+        if before.primary(self.shard) != self.table.primary(self.shard) || new_supervisor {
+            // Whoever was asked (a primary, or the keeper beside the supervisor) may not answer any more.
+            self.asked = None;
+        }
+        if self.state.is_none() && !self.computing {
+            effects.extend(self.obtain());
+        } else if self.asked.is_none() && self.behind() {
+            effects.extend(self.ask());
+        }
+        if new_supervisor && !first {
+            effects.extend(self.report());
+        }
+        let me = self.me();
+        self.waiting.retain(|copy, _| *copy != me && !self.table.replaced(&before, *copy));
+        if self.is_primary() {
+            let was = before.primary(self.shard) == Some(self.me());
+            effects.extend(self.hand_out(|user| !was || self.table.replaced(&before, user)));
+            if !was || new_supervisor {
+                effects.extend(self.send_snapshot());
+            }
+        }
+        effects
+    }
+
+    /// Gets a first state: from the primary, a checkpoint, or made from the seed.
+    fn obtain(&mut self) -> Vec<Effect> {
+        if self.table.primary(self.shard).is_none() && self.table.base == 0 {
+            self.computing = true;
+            let parameters = self.numbers.iter().map(|n| self.layout.parameters[*n as usize].clone()).collect();
+            let job = Job::Initial { seed: self.spec.seed, std: self.spec.model.initial_std, parameters };
+            return vec![Effect::Compute { job, cost: self.size() }];
+        }
+        self.ask()
+    }
+
+    /// Asks for the state that the next commit that came needs, or for any.
+    fn ask(&mut self) -> Vec<Effect> {
+        let step = self.commits.keys().next_back().map_or(0, |s| *s);
+        if self.asked.is_some_and(|asked| asked >= step) || self.is_primary() {
+            return Vec::new();
+        }
+        self.asked = Some(step);
+        let to = self.table.primary(self.shard).unwrap_or(ActorId::Keeper);
+        vec![Effect::send(to, Body::Fetch { step })]
+    }
+
+    /// A commit came that this copy cannot follow with the sums it has.
+    fn behind(&self) -> bool {
+        let Some(state) = &self.state else { return true };
+        let Some((last, _)) = self.commits.last_key_value() else { return false };
+        let complete = |step: Step| self.ledgers.get(&step).is_some_and(|l| l.balanced());
+        *last > state.step && !(self.commits.contains_key(&(state.step + 1)) && complete(state.step + 1))
+    }
+
+    fn size(&self) -> u64 {
+        self.numbers.iter().map(|n| self.layout.parameters[*n as usize].len() as u64).sum()
+    }
+
+    fn step(&self) -> Option<Step> {
+        self.state.as_ref().map(|s| s.step)
+    }
+
+    fn take_sums(&mut self, from: Address, body: Body<Tensor>) -> Vec<Effect> {
+        let Body::Sums { step, group, micro_batches, samples, gradients, loads, loss } = body else { return Vec::new() };
+        if self.step().is_some_and(|done| step <= done) {
+            return Vec::new();
+        }
+        let group = self.spec.model.groups_of_model().get(group as usize).copied();
+        let Some(group) = group.filter(|g| self.groups.contains(g)) else { return Vec::new() };
+        let ledger = self.ledgers.entry(step).or_insert_with(|| Ledger::new(&self.spec, &self.groups, self.plant));
+        ledger.credit(from.actor, group, Receipt { micro_batches, samples, gradients, loads, loss });
+        self.advance()
+    }
+
+    /// Adds the lanes once the step's ledger balances; applies once the step is committed.
+    fn advance(&mut self) -> Vec<Effect> {
+        let Some(step) = self.step().filter(|_| !self.computing) else { return Vec::new() };
+        let next = step + 1;
+        if self.reduced.is_none() {
+            let Some(ledger) = self.ledgers.get(&next).filter(|l| l.balanced()) else { return Vec::new() };
+            self.computing = true;
+            let reduce = Reduce::new(next, ledger, &self.layout, &self.groups);
+            return vec![Effect::Compute { job: Job::Reduce(reduce), cost: self.size() * u64::from(self.spec.lanes) }];
+        }
+        let Some(commit) = self.commits.get(&next).copied() else { return Vec::new() };
+        let (Some(state), Some(reduced)) = (&self.state, self.reduced.take()) else { return Vec::new() };
+        self.computing = true;
+        let job = Job::Apply(Apply::new(&self.spec, &self.layout, &self.numbers, &state.parameters, reduced, commit));
+        vec![Effect::Compute { job, cost: self.size() }]
+    }
+
+    fn on_reduced(&mut self, reduced: Reduced) -> Vec<Effect> {
+        self.computing = false;
+        if self.step().is_none_or(|s| s + 1 != reduced.step) {
+            return self.advance();
+        }
+        self.reduced = Some(reduced);
+        let mut effects: Vec<Effect> = self.prepared().into_iter().collect();
+        effects.extend(self.advance());
+        effects
+    }
+
+    fn prepared(&self) -> Option<Effect> {
+        let r = self.reduced.as_ref()?;
+        let body = Body::Prepared { step: r.step, norm: r.norm.clone(), loss: r.loss, samples: r.samples };
+        Some(Effect::send(ActorId::Supervisor, body))
+    }
+
+    /// What a new supervisor must know.
+    fn report(&self) -> Vec<Effect> {
+        let body = match &self.state {
+            Some(s) => Body::Applied { step: s.step, sums: s.sums.clone() },
+            None => Body::Stateless,
+        };
+        std::iter::once(Effect::send(ActorId::Supervisor, body)).chain(self.prepared()).collect()
+    }
+
+    fn on_applied(&mut self, applied: Applied) -> Vec<Effect> {
+        self.computing = false;
+        if self.step().is_some_and(|s| s >= applied.step) {
+            return self.advance();
+        }
+        let sums = self.numbers.iter().copied().zip(applied.sums).collect();
+        self.enter(State { step: applied.step, parameters: applied.parameters, sums })
+    }
+
+    fn on_state(&mut self, step: Step, parameters: Vec<[Tensor; 3]>) -> Vec<Effect> {
+        self.asked = None;
+        if self.step().is_some_and(|s| s >= step) || parameters.len() != self.numbers.len() {
+            return Vec::new();
+        }
+        let parameters: Vec<ParameterData> = parameters.into_iter().map(ParameterData::from_tensors).collect();
+        let sums = self.numbers.iter().copied().zip(parameters.iter().map(ParameterData::sums)).collect();
+        self.reduced = None;
+        self.enter(State { step, parameters, sums })
+    }
+
+    /// Takes a state and tells everybody who waits for it.
+    fn enter(&mut self, state: State) -> Vec<Effect> {
+        let step = state.step;
+        let report = Body::Applied { step, sums: state.sums.clone() };
+        self.snapshot = Some(step).filter(|s| self.spec.is_stored(*s));
+        self.state = Some(state);
+        self.ledgers = self.ledgers.split_off(&(step + 1));
+        self.commits = self.commits.split_off(&(step + 1));
+        let mut effects = vec![Effect::send(ActorId::Supervisor, report)];
+        if self.is_primary() {
+            effects.extend(self.hand_out(|_| true));
+            effects.extend(self.send_snapshot());
+        }
+        let due: Vec<ActorId> = self.waiting.iter().filter(|(_, s)| **s <= step).map(|(copy, _)| *copy).collect();
+        for copy in due {
+            self.waiting.remove(&copy);
+            effects.push(Effect::send(copy, Body::State { step, parameters: self.tensors() }));
+        }
+        if self.behind() {
+            effects.extend(self.ask());
+        }
+        effects.extend(self.advance());
+        effects
+    }
+
+    /// The state to the keeper, if it is one to be stored and is not known to be.
+    fn send_snapshot(&self) -> Option<Effect> {
+        let step = self.snapshot?;
+        Some(Effect::send(ActorId::Keeper, Body::Snapshot { step, parameters: self.tensors() }))
+    }
+
+    fn tensors(&self) -> Vec<[Tensor; 3]> {
+        self.state.iter().flat_map(|s| s.parameters.iter().map(ParameterData::tensors)).collect()
+    }
+
+    fn on_fetch(&mut self, from: ActorId, wanted: Step) -> Vec<Effect> {
+        match self.step() {
+            Some(step) if step >= wanted => vec![Effect::send(from, Body::State { step, parameters: self.tensors() })],
+            Some(_) | None => {
+                self.waiting.insert(from, wanted);
+                Vec::new()
+            }
+        }
+    }
+
+    fn on_commit(&mut self, commit: Commit) -> Vec<Effect> {
+        if self.step().is_some_and(|s| commit.step <= s) {
+            // A new supervisor repeats its last commit: it wants to hear what came of it.
+            return self.report();
+        }
+        self.commits.insert(commit.step, commit);
+        let mut effects = self.advance();
+        if !self.computing && self.behind() {
+            effects.extend(self.ask());
+        }
+        effects
+    }
+
+    /// Sends the weights of this state to those users of the shard's groups that `wanted` names.
+    fn hand_out(&self, wanted: impl Fn(ActorId) -> bool) -> Vec<Effect> {
+        let Some(state) = &self.state else { return Vec::new() };
+        let all = self.spec.model.groups_of_model();
+        let mut effects = Vec::new();
+        for group in &self.groups {
+            let number = all.iter().position(|g| g == group).expect("a group of the model") as u32;
+            for user in self.spec.senders_of(*group).into_iter().filter(|u| wanted(*u)) {
+                let of_group = &self.layout.of_group[group];
+                let tensors = self
+                    .numbers
+                    .iter()
+                    .zip(&state.parameters)
+                    .filter(|(n, _)| of_group.contains(n))
+                    .map(|(_, p)| p.weight())
+                    .collect();
+                effects.push(Effect::send(user, Body::Weights { step: state.step, group: number, tensors }));
+            }
+        }
+        effects
+    }
+}
+
+impl Core for ReducerCore {
+    fn on(&mut self, event: Event) -> Vec<Effect> {
+        match event {
+            Event::Table(table) => self.on_table(table),
+            Event::Message { from, body } => match body {
+                Body::Sums { .. } => self.take_sums(from, body),
+                Body::Commit(commit) => self.on_commit(commit),
+                Body::Fetch { step } => self.on_fetch(from.actor, step),
+                Body::State { step, parameters } => self.on_state(step, parameters),
+                Body::SnapshotKept { step } => {
+                    self.snapshot = self.snapshot.filter(|s| *s != step);
+                    Vec::new()
+                }
+                Body::Hidden { .. }
+                | Body::Gradient { .. }
+                | Body::Rows { .. }
+                | Body::Answer { .. }
+                | Body::Weights { .. }
+                | Body::Prepared { .. }
+                | Body::Applied { .. }
+                | Body::Stateless
+                | Body::Snapshot { .. } => Vec::new(),
+            },
+            Event::Computed(Outcome::Reduced(reduced)) => self.on_reduced(reduced),
+            Event::Computed(Outcome::Applied(applied)) => self.on_applied(applied),
+            Event::Computed(_) | Event::Local { .. } => Vec::new(),
+        }
+    }
+
+    fn describe(&self) -> String {
+        let state = self.step().map_or("no state yet".to_owned(), |s| format!("state of step {s}"));
+        let role = if self.is_primary() { "primary" } else { "mirror" };
+        let missing = self.step().and_then(|s| self.ledgers.get(&(s + 1))).map_or(0, Ledger::missing);
+        let snapshot = self.snapshot.map_or(String::new(), |s| format!(", snapshot of step {s} on its way"));
+        format!("{role}, {state}, {} parameters; the next step lacks {missing} sums{snapshot}", self.size())
+    }
+}

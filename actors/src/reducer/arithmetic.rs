@@ -1,0 +1,272 @@
+//! What a reducer computes: sums over the lanes, the shard's part of the norm, the optimizer step.
+
+use super::Ledger;
+use super::ledger::Receipt;
+use crate::ids::Step;
+use crate::message::Commit;
+use crate::spec::{JobSpec, Layout};
+use everstep_kernels::{
+    AdamW, Group, Parameter, Tensor, Update, adamw_step, power, square_sums, state_sums,
+};
+use std::sync::Arc;
+
+/// Weight and moments of one parameter.
+#[derive(Debug, Clone)]
+pub struct ParameterData {
+    rows: usize,
+    columns: usize,
+    data: [Arc<Vec<f32>>; 3],
+}
+
+impl ParameterData {
+    /// From the tensors of a message, in host memory.
+    pub fn from_tensors(tensors: [Tensor; 3]) -> Self {
+        let (rows, columns) = (tensors[0].rows(), tensors[0].columns());
+        let data = tensors.map(|t| Arc::clone(t.as_host().expect("states travel through host memory")));
+        Self { rows, columns, data }
+    }
+
+    /// As tensors that share the data.
+    pub fn tensors(&self) -> [Tensor; 3] {
+        self.data.clone().map(|d| Tensor::host(self.rows, self.columns, d))
+    }
+
+    /// The weight alone.
+    pub fn weight(&self) -> Tensor {
+        Tensor::host(self.rows, self.columns, Arc::clone(&self.data[0]))
+    }
+
+    /// Fingerprint sums.
+    pub fn sums(&self) -> [u128; 3] {
+        state_sums(&self.data[0], &self.data[1], &self.data[2]).0
+    }
+}
+
+/// The state before the first step.
+pub fn initial(seed: u64, std: f64, parameters: &[Parameter]) -> Applied {
+    let parameters: Vec<ParameterData> = parameters
+        .iter()
+        .map(|p| {
+            let zeros = Arc::new(vec![0.0; p.len()]);
+            let data = [Arc::new(p.initial(seed, std)), Arc::clone(&zeros), zeros];
+            ParameterData { rows: p.rows, columns: p.columns, data }
+        })
+        .collect();
+    let sums = parameters.iter().map(ParameterData::sums).collect();
+    Applied { step: 0, parameters, sums }
+}
+
+/// Adds the sums of all senders of each group.
+#[derive(Debug)]
+pub struct Reduce {
+    step: Step,
+    /// Receipts, numbers of the parameters with a gradient, and whether these are lanes.
+    groups: Vec<(Vec<Receipt>, Vec<u32>)>,
+    head: Option<usize>,
+}
+
+/// A step's gradients over all lanes.
+#[derive(Debug)]
+pub struct Reduced {
+    /// The step.
+    pub step: Step,
+    /// Gradients by number of the parameter.
+    pub gradients: Vec<(u32, Vec<f32>)>,
+    /// Rows by expert, with the groups in the shard's order.
+    pub loads: Vec<Vec<u64>>,
+    /// Squared sums of chunks by number.
+    pub norm: Vec<(u32, Vec<f64>)>,
+    /// Sum of the losses, if the shard has the head.
+    pub loss: Option<f64>,
+    /// Samples that each group counted.
+    pub samples: u64,
+}
+
+/// Adds `parts` as a binary tree that splits at the largest power of two below their number (DESIGN 3.1).
+fn tree<T>(parts: &[T], add: &impl Fn(T, T) -> T) -> T
+where
+    T: Clone,
+{
+    match parts {
+        [] => unreachable!("a balanced ledger has a receipt of every sender"),
+        [only] => only.clone(),
+        _ => {
+            let cut = parts.len().next_power_of_two() / 2;
+            add(tree(&parts[..cut], add), tree(&parts[cut..], add))
+        }
+    }
+}
+
+fn add_vectors(mut a: Vec<f32>, b: Vec<f32>) -> Vec<f32> {
+    a.iter_mut().zip(b).for_each(|(a, b)| *a += b);
+    a
+}
+
+impl Reduce {
+    /// Of a balanced ledger.
+    pub fn new(step: Step, ledger: &Ledger, layout: &Layout, groups: &[Group]) -> Self {
+        let with_gradient = |g: &Group| layout.of_group[g].iter().copied().filter(|n| layout.has_gradient(*n)).collect();
+        let head = groups.iter().position(|g| *g == Group::Head);
+        let groups = groups.iter().map(|g| (ledger.receipts(*g), with_gradient(g))).collect();
+        Self { step, groups, head }
+    }
+
+    /// Does it.
+    pub fn run(self) -> Reduced {
+        let (mut gradients, mut loads, mut norm, mut samples) = (Vec::new(), Vec::new(), Vec::new(), Vec::new());
+        for (receipts, numbers) in &self.groups {
+            for (at, number) in numbers.iter().enumerate() {
+                let host = |r: &Receipt| r.gradients[at].as_host().expect("sums travel through host memory").to_vec();
+                let parts: Vec<Vec<f32>> = receipts.iter().map(host).collect();
+                let sum = tree(&parts, &add_vectors);
+                norm.push((*number, square_sums(&sum)));
+                gradients.push((*number, sum));
+            }
+            let parts: Vec<Vec<u64>> = receipts.iter().map(|r| r.loads.clone()).collect();
+            loads.push(tree(&parts, &|a: Vec<u64>, b| a.iter().zip(b).map(|(a, b)| a + b).collect()));
+            samples.push(receipts.iter().map(|r| r.samples).sum::<u64>());
+        }
+        let loss = self.head.map(|h| {
+            let losses: Vec<f64> = self.groups[h].0.iter().map(|r| r.loss).collect();
+            tree(&losses, &|a, b| a + b)
+        });
+        // Unequal counts are shown as a wrong one: the supervisor refuses to commit it.
+        let first = samples.first().copied().unwrap_or(0);
+        let samples = if samples.iter().all(|s| *s == first) { first } else { u64::MAX };
+        Reduced { step: self.step, gradients, loads, norm, loss, samples }
+    }
+}
+
+/// An optimizer step over a shard.
+#[derive(Debug)]
+pub struct Apply {
+    commit: Commit,
+    adamw: AdamW,
+    decay: f32,
+    bias_step: f32,
+    /// State, gradient or load, and kind of each parameter.
+    work: Vec<(ParameterData, Option<Vec<f32>>, Vec<u64>, Update)>,
+}
+
+/// A state and its fingerprint sums.
+#[derive(Debug)]
+pub struct Applied {
+    /// The committed step.
+    pub step: Step,
+    /// In order of the shard's parameters.
+    pub parameters: Vec<ParameterData>,
+    /// The same.
+    pub sums: Vec<[u128; 3]>,
+}
+
+impl Apply {
+    /// Of a committed step's sums.
+    pub fn new(
+        spec: &JobSpec,
+        layout: &Layout,
+        numbers: &[u32],
+        state: &[ParameterData],
+        reduced: Reduced,
+        commit: Commit,
+    ) -> Self {
+        let o = &spec.optimizer;
+        let adamw = AdamW {
+            lr: commit.lr,
+            beta1: o.beta1 as f32,
+            beta2: o.beta2 as f32,
+            eps: o.eps as f32,
+            decay: 0.0,
+            clip: commit.clip,
+            correction1: (1.0 / (1.0 - power(o.beta1, commit.step))) as f32,
+            correction2: (1.0 / (1.0 - power(o.beta2, commit.step))) as f32,
+        };
+        let mut gradients: std::collections::BTreeMap<u32, Vec<f32>> = reduced.gradients.into_iter().collect();
+        let loads: std::collections::BTreeMap<Group, Vec<u64>> = {
+            let mut groups: Vec<Group> = numbers.iter().map(|n| layout.parameters[*n as usize].group).collect();
+            groups.dedup();
+            groups.into_iter().zip(reduced.loads).collect()
+        };
+        let work = numbers
+            .iter()
+            .zip(state)
+            .map(|(n, data)| {
+                let p = &layout.parameters[*n as usize];
+                (data.clone(), gradients.remove(n), loads.get(&p.group).cloned().unwrap_or_default(), p.update)
+            })
+            .collect();
+        Self { commit, adamw, decay: o.weight_decay as f32, bias_step: o.bias_step, work }
+    }
+
+    /// Does it.
+    pub fn run(self) -> Applied {
+        let (mut parameters, mut sums) = (Vec::new(), Vec::new());
+        for (mut p, gradient, loads, update) in self.work {
+            let sum = if self.commit.skipped {
+                p.sums()
+            } else {
+                match (update, gradient) {
+                    (Update::Balance, _) => {
+                        let bias: &mut Vec<f32> = Arc::make_mut(&mut p.data[0]);
+                        balance(bias, &loads, self.bias_step);
+                        p.sums()
+                    }
+                    (Update::Decayed | Update::Plain, Some(gradient)) => {
+                        let decay = if update == Update::Decayed { self.decay } else { 0.0 };
+                        let [w, m, v] = &mut p.data;
+                        // Shared data (a snapshot, a copy on its way) is copied first.
+                        let (w, m, v) = (Arc::make_mut(w), Arc::make_mut(m), Arc::make_mut(v));
+                        adamw_step(w, m, v, &gradient, &AdamW { decay, ..self.adamw }).0
+                    }
+                    (Update::Decayed | Update::Plain, None) => {
+                        unreachable!("a balanced ledger has a gradient of every parameter")
+                    }
+                }
+            };
+            parameters.push(p);
+            sums.push(sum);
+        }
+        Applied { step: self.commit.step, parameters, sums }
+    }
+}
+
+/// Moves each expert's bias against its load (technical report 2.1.2): down by `by` if it had more than
+/// the mean, up if less.
+fn balance(bias: &mut [f32], loads: &[u64], by: f32) {
+    let total: u64 = loads.iter().sum();
+    let n = loads.len() as u64;
+    for (bias, load) in bias.iter_mut().zip(loads) {
+        match (load * n).cmp(&total) {
+            std::cmp::Ordering::Greater => *bias -= by,
+            std::cmp::Ordering::Less => *bias += by,
+            std::cmp::Ordering::Equal => {}
+        }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn the_tree_splits_at_the_largest_power_of_two() {
+        let shown = |n: usize| {
+            let parts: Vec<String> = (0..n).map(|i| i.to_string()).collect();
+            tree(&parts, &|a: String, b: String| format!("({a}{b})"))
+        };
+        assert_eq!(shown(1), "0");
+        assert_eq!(shown(2), "(01)");
+        assert_eq!(shown(3), "((01)2)");
+        assert_eq!(shown(5), "(((01)(23))4)");
+        assert_eq!(shown(6), "(((01)(23))(45))");
+        assert_eq!(shown(8), "(((01)(23))((45)(67)))");
+    }
+
+    #[test]
+    fn biases_move_against_the_load() {
+        let mut bias = [0.0, 1.0, 0.0, 0.0];
+        balance(&mut bias, &[9, 3, 4, 4], 0.5);
+        assert_eq!(bias, [-0.5, 1.5, 0.5, 0.5]);
+        balance(&mut bias, &[2, 2, 2, 2], 0.5);
+        assert_eq!(bias, [-0.5, 1.5, 0.5, 0.5]);
+    }
+}

@@ -1,0 +1,79 @@
+//! The ledger of a step: who has contributed what to a shard (contract C3).
+//!
+//! - LE-1: each expected sender is counted once for each group, with all micro-batches, or not at all.
+//! - LE-2: it balances exactly when no expected sum is missing; then every group counts every sample
+//!   of the step once.
+
+use crate::ids::ActorId;
+use crate::plant::Bug;
+use crate::spec::JobSpec;
+use everstep_kernels::{Group, Tensor};
+use std::collections::BTreeMap;
+
+/// One sender's sum of one group.
+#[derive(Debug, Clone)]
+pub struct Receipt {
+    /// Micro-batches in it.
+    pub micro_batches: u32,
+    /// Samples in it.
+    pub samples: u64,
+    /// Gradients by parameter.
+    pub gradients: Vec<Tensor>,
+    /// Rows by expert.
+    pub loads: Vec<u64>,
+    /// Sum of losses.
+    pub loss: f64,
+}
+
+/// See the module.
+#[derive(Debug)]
+pub struct Ledger {
+    micro_batches: u32,
+    /// Receipts by group and sender, in order of sender; `None` while one is missing.
+    expected: BTreeMap<Group, BTreeMap<ActorId, Option<Receipt>>>,
+    /// Order of arrival, for the planted bug that sums in it.
+    arrivals: BTreeMap<Group, Vec<Receipt>>,
+    plant: Option<Bug>,
+}
+
+impl Ledger {
+    /// An empty ledger of a shard's groups.
+    pub fn new(spec: &JobSpec, groups: &[Group], plant: Option<Bug>) -> Self {
+        let senders = |g: &Group| spec.senders_of(*g).into_iter().map(|s| (s, None)).collect();
+        let expected = groups.iter().map(|g| (*g, senders(g))).collect();
+        Self { micro_batches: spec.micro_batches, expected, arrivals: BTreeMap::new(), plant }
+    }
+
+    /// Counts a sum. Foreign senders, incomplete sums and second copies are not counted.
+    pub fn credit(&mut self, sender: ActorId, group: Group, receipt: Receipt) {
+        if receipt.micro_batches != self.micro_batches {
+            return;
+        }
+        let Some(place) = self.expected.get_mut(&group).and_then(|of| of.get_mut(&sender)) else { return };
+        if place.is_some() && self.plant != Some(Bug::ContributionTwice) {
+            return;
+        }
+        if self.plant.is_some() {
+            self.arrivals.entry(group).or_default().push(receipt.clone());
+        }
+        *place = Some(receipt);
+    }
+
+    /// Sums that are missing.
+    pub fn missing(&self) -> usize {
+        self.expected.values().flat_map(BTreeMap::values).filter(|r| r.is_none()).count()
+    }
+
+    /// Whether none is.
+    pub fn balanced(&self) -> bool {
+        self.missing() == 0
+    }
+
+    /// A group's receipts in order of sender.
+    pub fn receipts(&self, group: Group) -> Vec<Receipt> {
+        if matches!(self.plant, Some(Bug::ArrivalOrderSum | Bug::ContributionTwice)) {
+            return self.arrivals[&group].clone();
+        }
+        self.expected[&group].values().flatten().cloned().collect()
+    }
+}

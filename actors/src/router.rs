@@ -1,0 +1,176 @@
+//! The pure half of a node: the fence, the way of each message, and which actors live here.
+//!
+//! - RO-1: a message reaches an actor only if both ends' lives are the table's (contract C4). Messages
+//!   between survivors pass in every epoch.
+//! - RO-2: a message from a life that this node has not heard of yet is held until the table names it.
+//! - RO-3: messages that one actor sends at once to actors of one node travel as one bundle; rows for
+//!   experts of one layer reach their host as one batch.
+//! - RO-4: an actor is spawned once for each life that the table places here.
+
+use crate::effect::Event;
+use crate::ids::{ActorId, Address, NodeId};
+use crate::message::{Body, Envelope, Local};
+use crate::plant::Bug;
+use crate::table::Table;
+use everstep_kernels::Tensor;
+use std::cmp::Ordering;
+use std::collections::BTreeMap;
+use std::sync::Arc;
+
+/// Messages that may wait for their sender's life to be announced. A life sends at most the messages
+/// of a step before it needs an answer, so a node that sees more is fed garbage.
+pub const EARLY_MAX: usize = 65_536;
+
+/// What the node is to do.
+#[derive(Debug)]
+pub enum Action {
+    /// Start an actor.
+    Spawn(Address),
+    /// Stop one: it lives elsewhere or nowhere.
+    Stop(Address),
+    /// Give an event to an actor of this node.
+    Deliver(ActorId, Event),
+    /// Send messages to another node, together.
+    Transmit(NodeId, Vec<Envelope>),
+    /// Nodes that were in the table before and are not any more.
+    Forget(Vec<NodeId>),
+}
+
+/// What the fence says about a message.
+enum Verdict {
+    Pass,
+    Hold,
+    Refuse,
+}
+
+/// See the module.
+#[derive(Debug)]
+pub struct Router {
+    node: NodeId,
+    table: Arc<Table>,
+    early: Vec<Envelope>,
+    refused: u64,
+    plant: Option<Bug>,
+}
+
+impl Router {
+    /// The router of a node that has not heard of any epoch.
+    pub fn new(node: NodeId, plant: Option<Bug>) -> Self {
+        Self { node, table: Arc::default(), early: Vec::new(), refused: 0, plant }
+    }
+
+    /// The epoch it knows.
+    pub fn table(&self) -> &Arc<Table> {
+        &self.table
+    }
+
+    /// Messages that the fence refused.
+    pub fn refused(&self) -> u64 {
+        self.refused
+    }
+
+    /// Messages that wait for a life to be announced.
+    pub fn held(&self) -> usize {
+        self.early.len()
+    }
+
+    /// Hosts that a table wants on a node.
+    fn hosts(&self, table: &Table) -> Vec<ActorId> {
+        let mut layers: Vec<u32> = table
+            .actors_of(self.node)
+            .filter_map(|a| match a.actor {
+                ActorId::Expert { layer, .. } => Some(layer),
+                _ => None,
+            })
+            .collect();
+        layers.dedup();
+        layers.into_iter().map(|layer| ActorId::Host { layer }).collect()
+    }
+
+    /// A new epoch. Older ones are ignored.
+    pub fn on_table(&mut self, table: Arc<Table>) -> Vec<Action> {
+        if table.epoch <= self.table.epoch {
+            return Vec::new();
+        }
+        let before = std::mem::replace(&mut self.table, Arc::clone(&table));
+        let mut actions = Vec::new();
+        let old: Vec<Address> = before.actors_of(self.node).collect();
+        let new: Vec<Address> = table.actors_of(self.node).collect();
+        actions.extend(old.iter().filter(|a| !new.contains(a)).map(|a| Action::Stop(*a)));
+        let first = |actor| Address { actor, incarnation: crate::ids::Incarnation(0) };
+        let (old_hosts, new_hosts) = (self.hosts(&before), self.hosts(&table));
+        actions.extend(old_hosts.iter().filter(|h| !new_hosts.contains(h)).map(|h| Action::Stop(first(*h))));
+        actions.extend(new_hosts.iter().filter(|h| !old_hosts.contains(h)).map(|h| Action::Spawn(first(*h))));
+        actions.extend(new.iter().filter(|a| !old.contains(a)).map(|a| Action::Spawn(*a)));
+        let inform = new_hosts.into_iter().chain(new.iter().map(|a| a.actor));
+        actions.extend(inform.map(|actor| Action::Deliver(actor, Event::Table(Arc::clone(&table)))));
+        let gone: Vec<NodeId> = before.nodes.keys().filter(|n| !table.nodes.contains_key(n)).copied().collect();
+        if !gone.is_empty() {
+            actions.push(Action::Forget(gone));
+        }
+        let early = std::mem::take(&mut self.early);
+        actions.extend(self.arrive(early));
+        actions
+    }
+
+    fn verdict(&self, envelope: &Envelope) -> Verdict {
+        if self.plant == Some(Bug::FenceSkipped) {
+            return Verdict::Pass;
+        }
+        let compare = |a: &Address| self.table.address(a.actor).map(|now| a.incarnation.cmp(&now.incarnation));
+        match (compare(&envelope.from), compare(&envelope.to)) {
+            (Some(Ordering::Less), _) | (_, Some(Ordering::Less)) => Verdict::Refuse,
+            (Some(Ordering::Equal), Some(Ordering::Equal)) => {
+                // The same life may have been moved only by a new one, so it is here.
+                if self.table.node_of(envelope.to.actor) == Some(self.node) { Verdict::Pass } else { Verdict::Refuse }
+            }
+            (None | Some(Ordering::Equal | Ordering::Greater), None | Some(Ordering::Equal | Ordering::Greater)) => {
+                Verdict::Hold
+            }
+        }
+    }
+
+    /// A bundle came from a node, or from an actor of this one.
+    pub fn arrive(&mut self, bundle: Vec<Envelope>) -> Vec<Action> {
+        let mut batches: BTreeMap<u32, Vec<Envelope>> = BTreeMap::new();
+        let mut actions = Vec::new();
+        for envelope in bundle {
+            match self.verdict(&envelope) {
+                Verdict::Refuse => self.refused += 1,
+                Verdict::Hold if self.early.len() < EARLY_MAX => self.early.push(envelope),
+                Verdict::Hold => self.refused += 1,
+                Verdict::Pass => match (envelope.to.actor, &envelope.body) {
+                    (ActorId::Expert { layer, .. }, Body::Rows { .. }) => batches.entry(layer).or_default().push(envelope),
+                    (actor, _) => {
+                        let Envelope { from, body, .. } = envelope;
+                        actions.push(Action::Deliver(actor, Event::Message { from, body }));
+                    }
+                },
+            }
+        }
+        for (layer, batch) in batches {
+            let event = Event::Local { from: ActorId::Host { layer }, local: Local::Batch(batch) };
+            actions.push(Action::Deliver(ActorId::Host { layer }, event));
+        }
+        actions
+    }
+
+    /// Messages that one actor sends at once: `(in whose name, to whom, what)`.
+    pub fn send(&mut self, messages: Vec<(Address, ActorId, Body<Tensor>)>) -> Vec<Action> {
+        let mut bundles: BTreeMap<NodeId, Vec<Envelope>> = BTreeMap::new();
+        for (from, to, body) in messages {
+            // An actor without a place gets it from the outbox once it has one.
+            let (Some(address), Some(node)) = (self.table.address(to), self.table.node_of(to)) else { continue };
+            bundles.entry(node).or_default().push(Envelope { from, to: address, body });
+        }
+        let mut actions = Vec::new();
+        for (node, bundle) in bundles {
+            if node == self.node {
+                actions.extend(self.arrive(bundle));
+            } else {
+                actions.push(Action::Transmit(node, bundle));
+            }
+        }
+        actions
+    }
+}

@@ -1,0 +1,334 @@
+//! The core of a stage: runs its program of operations as its inputs arrive.
+//!
+//! Owns a lane's layers, their activations and the lane's sums of the step.
+//! - ST-1: an operation starts only when its inputs are there, and operations start in program order.
+//! - ST-2: a message is used once; a second copy of the same key changes nothing.
+//! - ST-3: a new life started with the same weights sends the same messages.
+//! - ST-4: sums leave once the program is done; the step ends with the weights of its commit.
+
+use crate::compute::{Job, Outcome, StageOperation};
+use crate::data::Corpus;
+use crate::effect::{Core, Effect, Event};
+use crate::ids::{ActorId, Address, Step};
+use crate::message::{Body, Pass, Turn};
+use crate::outbox::Outbox;
+use crate::schedule::{Operation, one_forward_one_backward};
+use crate::spec::{JobSpec, Layout};
+use crate::table::Table;
+use everstep_kernels::{Group, ParameterMap, Progress, StageInput, StageModel, Targets, Tensor};
+use std::collections::BTreeMap;
+use std::sync::Arc;
+
+/// What a stage waits for, by micro-batch.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord)]
+enum Input {
+    Hidden(u32),
+    Gradient(u32),
+    Answer { micro_batch: u32, pass: Pass, layer: u32, expert: u32 },
+}
+
+/// Where the program is.
+#[derive(Debug)]
+enum Phase {
+    /// Waits for the weights of all groups.
+    Weights,
+    /// Between operations.
+    Idle(Box<StageModel>),
+    /// An operation waits for a layer's experts.
+    Experts { model: Box<StageModel>, micro_batch: u32, pass: Pass, layer: u32 },
+    /// A job has the model.
+    Computing { micro_batch: u32 },
+    /// The sums are out; waits for the commit.
+    Finished,
+}
+
+/// See the module.
+#[derive(Debug)]
+pub struct StageCore {
+    spec: Arc<JobSpec>,
+    layout: Arc<Layout>,
+    corpus: Corpus,
+    lane: u32,
+    stage: u32,
+    groups: Vec<Group>,
+    numbers: BTreeMap<Group, u32>,
+    table: Arc<Table>,
+    /// The step that is run; 0 before the first weights.
+    step: Step,
+    phase: Phase,
+    program: Vec<Operation>,
+    next: usize,
+    inbox: BTreeMap<(Step, Input), Tensor>,
+    /// Weights that came, by the step they are the result of.
+    weights: BTreeMap<Step, BTreeMap<Group, Vec<Tensor>>>,
+    outbox: Outbox,
+}
+
+impl StageCore {
+    /// A new life of a stage.
+    pub fn new(spec: Arc<JobSpec>, layout: Arc<Layout>, corpus: Corpus, lane: u32, stage: u32) -> Self {
+        let groups = spec.groups_of_stage(stage);
+        let all = spec.model.groups_of_model();
+        let numbers = all.into_iter().enumerate().map(|(i, g)| (g, i as u32)).filter(|(g, _)| groups.contains(g)).collect();
+        let program = one_forward_one_backward(stage, spec.stages, spec.micro_batches);
+        Self {
+            spec,
+            layout,
+            corpus,
+            lane,
+            stage,
+            groups,
+            numbers,
+            table: Arc::default(),
+            step: 0,
+            phase: Phase::Weights,
+            program,
+            next: 0,
+            inbox: BTreeMap::new(),
+            weights: BTreeMap::new(),
+            outbox: Outbox::default(),
+        }
+    }
+
+    fn turn(&self, micro_batch: u32) -> Turn {
+        Turn { step: self.step, lane: self.lane, micro_batch }
+    }
+
+    fn is_last(&self) -> bool {
+        self.stage + 1 == self.spec.stages
+    }
+
+    fn message(&mut self, from: Address, body: Body<Tensor>) -> Vec<Effect> {
+        let (turn, input, rows) = match body {
+            Body::Weights { step, group, tensors } => return self.take_weights(step, group, tensors),
+            Body::Hidden { turn, rows } => (turn, Input::Hidden(turn.micro_batch), rows),
+            Body::Gradient { turn, rows } => (turn, Input::Gradient(turn.micro_batch), rows),
+            Body::Answer { turn, pass, rows } => {
+                let ActorId::Expert { layer, expert } = from.actor else { return Vec::new() };
+                (turn, Input::Answer { micro_batch: turn.micro_batch, pass, layer, expert }, rows)
+            }
+            Body::Rows { .. }
+            | Body::Sums { .. }
+            | Body::Fetch { .. }
+            | Body::State { .. }
+            | Body::Prepared { .. }
+            | Body::Applied { .. }
+            | Body::Stateless
+            | Body::Commit(_)
+            | Body::Snapshot { .. }
+            | Body::SnapshotKept { .. } => return Vec::new(),
+        };
+        if turn.step >= self.step && turn.lane == self.lane {
+            self.inbox.entry((turn.step, input)).or_insert(rows);
+        }
+        self.advance()
+    }
+
+    fn take_weights(&mut self, step: Step, group: u32, tensors: Vec<Tensor>) -> Vec<Effect> {
+        let Some(group) = self.groups.iter().find(|g| self.numbers[*g] == group).copied() else { return Vec::new() };
+        // Weights of the step before the one that runs are what it runs with.
+        if step < self.step || step >= self.spec.steps {
+            return Vec::new();
+        }
+        self.weights.entry(step).or_default().insert(group, tensors);
+        let complete = |of: &BTreeMap<Group, Vec<Tensor>>| of.len() == self.groups.len();
+        if self.weights.get(&step).is_some_and(complete) && step + 1 > self.step {
+            self.begin(step);
+        }
+        self.advance()
+    }
+
+    /// Starts the step after `committed`. Whatever ran before belongs to a committed step.
+    fn begin(&mut self, committed: Step) {
+        let groups = self.weights.remove(&committed).expect("complete weights");
+        self.weights.retain(|step, _| *step > committed);
+        let mut map = ParameterMap::new();
+        for (group, tensors) in groups {
+            for (number, tensor) in self.layout.of_group[&group].iter().zip(tensors) {
+                map.insert(self.layout.parameters[*number as usize].name.clone(), tensor);
+            }
+        }
+        let config = Arc::new(self.spec.model.clone());
+        self.step = committed + 1;
+        self.next = 0;
+        self.phase = Phase::Idle(Box::new(StageModel::new(config, self.spec.layers_of(self.stage), &map)));
+        self.outbox.forget_until(committed);
+        self.inbox = self.inbox.split_off(&(self.step, Input::Hidden(0)));
+    }
+
+    /// Starts what can be started.
+    fn advance(&mut self) -> Vec<Effect> {
+        match std::mem::replace(&mut self.phase, Phase::Finished) {
+            Phase::Idle(model) => self.next_operation(model),
+            Phase::Experts { model, micro_batch, pass, layer } => {
+                let experts = 0..self.spec.model.experts as u32;
+                let keys = experts.map(|expert| (self.step, Input::Answer { micro_batch, pass, layer, expert }));
+                let rows: Option<Vec<Tensor>> = keys.map(|key| self.inbox.get(&key).cloned()).collect();
+                match rows {
+                    Some(rows) => self.compute(model, micro_batch, StageOperation::Resume { micro_batch, pass, rows }, 0),
+                    None => {
+                        self.phase = Phase::Experts { model, micro_batch, pass, layer };
+                        Vec::new()
+                    }
+                }
+            }
+            other @ (Phase::Weights | Phase::Computing { .. } | Phase::Finished) => {
+                self.phase = other;
+                Vec::new()
+            }
+        }
+    }
+
+    fn next_operation(&mut self, model: Box<StageModel>) -> Vec<Effect> {
+        let Some(operation) = self.program.get(self.next).copied() else { return self.finish(model) };
+        let ready = match operation {
+            Operation::Forward(micro_batch) => self.forward(micro_batch),
+            Operation::BackwardInput(micro_batch) => self.backward(micro_batch),
+            Operation::BackwardWeight(micro_batch) => Some(StageOperation::Weight { micro_batch }),
+        };
+        let Some(ready) = ready else {
+            self.phase = Phase::Idle(model);
+            return Vec::new();
+        };
+        self.next += 1;
+        let micro_batch = match operation {
+            Operation::Forward(m) | Operation::BackwardInput(m) | Operation::BackwardWeight(m) => m,
+        };
+        let tokens = u64::from(self.spec.sequences) * self.spec.model.sequence as u64;
+        let cost = tokens * self.layout_size();
+        self.compute(model, micro_batch, ready, cost)
+    }
+
+    /// Parameters of the stage: the multiply-adds of one token's pass through it.
+    fn layout_size(&self) -> u64 {
+        let of = |g: &Group| self.layout.of_group[g].iter().map(|n| self.layout.parameters[*n as usize].len() as u64).sum::<u64>();
+        self.groups.iter().map(of).sum()
+    }
+
+    fn forward(&self, micro_batch: u32) -> Option<StageOperation> {
+        let needs_text = self.stage == 0 || self.is_last();
+        let text = needs_text.then(|| self.corpus.micro_batch(&self.spec, self.step, self.lane, micro_batch));
+        let (tokens, targets) = text.unwrap_or_default();
+        let input = if self.stage == 0 {
+            StageInput::Tokens(tokens)
+        } else {
+            StageInput::Hidden(self.inbox.get(&(self.step, Input::Hidden(micro_batch)))?.clone())
+        };
+        let scale = (1.0 / self.spec.targets_of_step() as f64) as f32;
+        let targets = self.is_last().then_some(Targets { tokens: targets, scale });
+        Some(StageOperation::Forward { micro_batch, input, targets })
+    }
+
+    fn backward(&self, micro_batch: u32) -> Option<StageOperation> {
+        let gradient = if self.is_last() {
+            None
+        } else {
+            Some(self.inbox.get(&(self.step, Input::Gradient(micro_batch)))?.clone())
+        };
+        Some(StageOperation::BackwardInput { micro_batch, gradient })
+    }
+
+    fn compute(&mut self, model: Box<StageModel>, micro_batch: u32, operation: StageOperation, cost: u64) -> Vec<Effect> {
+        self.phase = Phase::Computing { micro_batch };
+        vec![Effect::Compute { job: Job::Stage { step: self.step, model, operation }, cost }]
+    }
+
+    fn computed(&mut self, step: Step, model: Box<StageModel>, pass: Pass, progress: Progress) -> Vec<Effect> {
+        let Phase::Computing { micro_batch } = self.phase else { return Vec::new() };
+        if step != self.step {
+            return Vec::new();
+        }
+        let turn = self.turn(micro_batch);
+        let mut effects = Vec::new();
+        match progress {
+            Progress::Experts { layer, rows } => {
+                for (expert, rows) in rows.into_iter().enumerate() {
+                    let to = ActorId::Expert { layer, expert: expert as u32 };
+                    effects.push(self.outbox.send(self.step, to, Body::Rows { turn, pass, rows }));
+                }
+                self.phase = Phase::Experts { model, micro_batch, pass, layer };
+            }
+            Progress::Hidden(rows) => {
+                let (stage, body) = match pass {
+                    Pass::Forward => (self.stage + 1, Body::Hidden { turn, rows }),
+                    Pass::Backward => (self.stage - 1, Body::Gradient { turn, rows }),
+                };
+                effects.push(self.outbox.send(self.step, ActorId::Stage { lane: self.lane, stage }, body));
+                self.phase = Phase::Idle(model);
+            }
+            Progress::Finished => self.phase = Phase::Idle(model),
+        }
+        effects.extend(self.advance());
+        effects
+    }
+
+    /// Sends the lane's sums to every copy of their shards.
+    fn finish(&mut self, mut model: Box<StageModel>) -> Vec<Effect> {
+        let mut sums = model.take_sums();
+        self.phase = Phase::Finished;
+        let mut effects = Vec::new();
+        for group in &self.groups {
+            let gradients: Vec<Tensor> = self.layout.of_group[group]
+                .iter()
+                .filter(|n| self.layout.has_gradient(**n))
+                .map(|n| {
+                    let name = &self.layout.parameters[*n as usize].name;
+                    sums.gradients.remove(name).unwrap_or_else(|| panic!("no gradient of {name}"))
+                })
+                .collect();
+            let loads = match group {
+                Group::Layer(layer) => sums.loads.remove(layer).unwrap_or_default(),
+                Group::Embedding | Group::Head | Group::Expert { .. } => Vec::new(),
+            };
+            let body = Body::Sums {
+                step: self.step,
+                group: self.numbers[group],
+                micro_batches: self.spec.micro_batches,
+                samples: u64::from(self.spec.micro_batches) * u64::from(self.spec.sequences),
+                gradients,
+                loads,
+                loss: if *group == Group::Head { sums.loss } else { 0.0 },
+            };
+            let shard = self.layout.shard_of[group];
+            for replica in 0..=self.spec.mirrors {
+                effects.push(self.outbox.send(self.step, ActorId::Reducer { shard, replica }, body.clone()));
+            }
+        }
+        effects
+    }
+}
+
+impl Core for StageCore {
+    fn on(&mut self, event: Event) -> Vec<Effect> {
+        match event {
+            Event::Table(table) => {
+                let effects = self.outbox.resend(&self.table, &table);
+                self.table = table;
+                effects
+            }
+            Event::Message { from, body } => self.message(from, body),
+            Event::Computed(Outcome::Stage { step, model, pass, progress }) => self.computed(step, model, pass, progress),
+            Event::Computed(_) | Event::Local { .. } => Vec::new(),
+        }
+    }
+
+    fn describe(&self) -> String {
+        let doing = match &self.phase {
+            Phase::Weights => "waits for weights".to_owned(),
+            Phase::Idle(_) => format!("waits for the input of {:?}", self.program.get(self.next)),
+            Phase::Experts { micro_batch, pass, layer, .. } => {
+                format!("waits for the experts of layer {layer}, micro-batch {micro_batch}, {pass:?}")
+            }
+            Phase::Computing { micro_batch } => format!("computes micro-batch {micro_batch}"),
+            Phase::Finished => "waits for the commit".to_owned(),
+        };
+        format!(
+            "step {}, operation {} of {}: {doing}; {} messages in, {} kept",
+            self.step,
+            self.next,
+            self.program.len(),
+            self.inbox.len(),
+            self.outbox.len()
+        )
+    }
+}

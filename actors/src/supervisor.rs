@@ -1,0 +1,607 @@
+//! The core of the supervisor: who is in the job, where actors live, which steps are committed.
+//!
+//! Owns the table and the control log. Decides; the process around it syncs, sends and spawns.
+//! - SU-1: an epoch or a commit is announced only after its record is synced (contract C2).
+//! - SU-2: epochs and steps grow by one; an incarnation never goes back.
+//! - SU-3: a node that was declared dead stays dead; what it says is answered by fencing it.
+//! - SU-4: a step is committed only when every copy in sync of every shard is prepared, and each has
+//!   counted every sample once (contracts C2, C3).
+//! - SU-5: a shard without a copy in sync sends the whole job back to the newest checkpoint, with new
+//!   lives for all; a step done again must give the fingerprint that was reported.
+
+mod commit;
+mod membership;
+mod placement;
+mod record;
+
+pub use commit::CommitError;
+use commit::{CommitCore, Prepared};
+use membership::Membership;
+pub use membership::LEASE;
+use placement::{Costs, Placement};
+pub use record::{Record, CommitRecord};
+
+use crate::ids::{ActorId, Address, Incarnation, NodeId, SUPERVISOR_NODE, Step};
+use crate::message::{Body, Commit};
+use crate::plant::Bug;
+use crate::spec::{JobSpec, Layout};
+use crate::table::{Entry, NodeInfo, Table};
+use everstep_kernels::Tensor;
+use serde::Serialize;
+use std::collections::{BTreeMap, BTreeSet, VecDeque};
+use std::sync::Arc;
+use std::time::Duration;
+
+/// Restarts of one actor within [`RESTART_WINDOW`] that are still taken for accidents.
+pub const RESTARTS_MAX: usize = 5;
+/// See [`RESTARTS_MAX`].
+pub const RESTART_WINDOW: Duration = Duration::from_secs(60);
+
+/// What the supervisor is told.
+#[derive(Debug)]
+pub enum SupervisorEvent {
+    /// A process wants to be a node.
+    Join(NodeInfo),
+    /// A node that an earlier life of the supervisor knew has come back to this one.
+    Return(NodeId),
+    /// A node lives; it has done so much work so far.
+    Heartbeat {
+        /// Which.
+        node: NodeId,
+        /// Multiply-adds since it joined.
+        work: u64,
+    },
+    /// A node's process is known to have ended.
+    Lost {
+        /// Which.
+        node: NodeId,
+        /// How that is known.
+        why: String,
+    },
+    /// An actor panicked or failed.
+    ActorFailed {
+        /// Which life.
+        address: Address,
+        /// Its last words.
+        reason: String,
+    },
+    /// A report of a reducer.
+    Message {
+        /// Who sent it.
+        from: Address,
+        /// What it says.
+        body: Body<Tensor>,
+    },
+    /// The keeper has a whole checkpoint on disk.
+    Checkpointed(Step),
+    /// The oldest record that was appended and not synced yet is synced.
+    Synced,
+    /// Time went by.
+    Tick,
+}
+
+/// What the supervisor asks for.
+#[derive(Debug)]
+pub enum SupervisorEffect {
+    /// Append to the control log and sync.
+    Append(Record),
+    /// Tell every node, and this process's own router.
+    Announce(Arc<Table>),
+    /// Tell a new node its number.
+    Welcome(NodeId, NodeInfo),
+    /// Tell a node that was declared dead.
+    Fence(NodeId),
+    /// Send to an actor.
+    Send(ActorId, Body<Tensor>),
+    /// A committed step, reported once.
+    Report(Report),
+    /// Something that operators want to know.
+    Note(Happening),
+    /// The job is over.
+    Finish(Result<(), String>),
+}
+
+/// A line of metrics.jsonl, without what the process adds.
+#[derive(Debug, Clone, PartialEq)]
+pub struct Report {
+    /// Numbers of the commit.
+    pub commit: CommitRecord,
+    /// Root of the fingerprint, in hexadecimal.
+    pub fingerprint: String,
+    /// The epoch at the report.
+    pub epoch: u64,
+    /// Work of each living node since the report before.
+    pub operations: BTreeMap<NodeId, u64>,
+}
+
+/// A line of events.jsonl, without its time.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize)]
+#[serde(tag = "event", rename_all = "snake_case")]
+#[allow(missing_docs)]
+pub enum Happening {
+    NodeJoined { node: u64, address: String },
+    NodeReturned { node: u64 },
+    NodeDead { node: u64, why: String, epoch: u64 },
+    NodeFenced { node: u64 },
+    ActorFailed { actor: String, incarnation: u32, reason: String, epoch: u64 },
+    Placed { epoch: u64, actors: usize, nodes: usize },
+    Moved { epoch: u64, actors: Vec<String> },
+    RolledBack { to_step: u64, epoch: u64, why: String },
+    CheckpointStored { step: u64 },
+    SupervisorRestarted { incarnation: u32, committed: u64 },
+    Recovered { step: u64, milliseconds: u64 },
+    Waiting { why: String },
+    Skipped { step: u64, why: String },
+}
+
+/// See the module.
+#[derive(Debug)]
+pub struct Supervisor {
+    spec: Arc<JobSpec>,
+    layout: Arc<Layout>,
+    costs: Costs,
+    nodes_wanted: usize,
+    table: Table,
+    membership: Membership,
+    commit: CommitCore,
+    /// The newest numbers of a committed step.
+    last: Option<CommitRecord>,
+    checkpoint: Step,
+    next_node: u64,
+    restarts: BTreeMap<ActorId, VecDeque<Duration>>,
+    /// Effects that wait for the sync of the record before them.
+    held: VecDeque<Vec<SupervisorEffect>>,
+    /// Work of each node, and how much of it has been reported.
+    work: BTreeMap<NodeId, (u64, u64)>,
+    /// Fingerprints that were reported, from the newest checkpoint on: a step done again must match.
+    reported: BTreeMap<Step, String>,
+    /// When the failure was noticed after which no step has been committed yet.
+    recovering: Option<Duration>,
+    finished: bool,
+    plant: Option<Bug>,
+}
+
+impl Supervisor {
+    /// A supervisor from its control log; an empty log is a new job. `reported` are the fingerprints in
+    /// metrics.jsonl. Gives the first effects too.
+    pub fn new(
+        spec: Arc<JobSpec>,
+        nodes_wanted: usize,
+        log: &[Record],
+        reported: BTreeMap<Step, String>,
+        now: Duration,
+        plant: Option<Bug>,
+    ) -> (Self, Vec<SupervisorEffect>) {
+        let layout = Layout::new(&spec);
+        let mut s = Self {
+            costs: Costs::new(&spec),
+            commit: CommitCore::new(Arc::clone(&spec), Arc::clone(&layout)),
+            layout,
+            nodes_wanted,
+            table: Table { primaries: vec![None; spec.shards as usize], ..Table::default() },
+            membership: Membership::default(),
+            last: None,
+            checkpoint: 0,
+            next_node: 1,
+            restarts: BTreeMap::new(),
+            held: VecDeque::new(),
+            work: BTreeMap::new(),
+            reported,
+            recovering: None,
+            finished: false,
+            plant,
+            spec,
+        };
+        for record in log {
+            s.replay(record);
+        }
+        let restarted = !log.is_empty();
+        let life = s.table.entries.get(&ActorId::Supervisor).map_or(Incarnation(1), |e| e.incarnation.next());
+        for actor in [ActorId::Supervisor, ActorId::Keeper] {
+            s.table.entries.insert(actor, Entry { node: SUPERVISOR_NODE, incarnation: life });
+        }
+        let nodes: Vec<NodeId> = s.table.nodes.keys().copied().collect();
+        for node in nodes {
+            s.membership.heard(now, node);
+        }
+        let unheard = if s.table.primaries.contains(&None) { BTreeSet::new() } else { s.placed_copies() };
+        s.commit.restore(s.last.as_ref().map_or(s.table.base, |l| l.commit.step), unheard);
+        let mut effects = s.publish(Vec::new());
+        if restarted {
+            s.recovering = Some(now);
+            let committed = s.commit.committed();
+            effects.push(SupervisorEffect::Note(Happening::SupervisorRestarted { incarnation: life.0, committed }));
+        }
+        (s, effects)
+    }
+
+    fn placed_copies(&self) -> BTreeSet<(u32, u32)> {
+        let copy = |actor: &ActorId| match actor {
+            ActorId::Reducer { shard, replica } => Some((*shard, *replica)),
+            _ => None,
+        };
+        self.table.entries.keys().filter_map(copy).collect()
+    }
+
+    /// The number of a job's last committed step.
+    pub fn committed(&self) -> Step {
+        self.commit.committed()
+    }
+
+    /// The present epoch.
+    pub fn table(&self) -> &Table {
+        &self.table
+    }
+
+    fn replay(&mut self, record: &Record) {
+        match record {
+            Record::Epoch { table, next_node } => {
+                self.table = table.clone();
+                self.next_node = *next_node;
+            }
+            Record::Commit(commit) => self.last = Some(*commit),
+            Record::RolledBack { to } => self.last = self.last.map(|l| CommitRecord { commit: Commit { step: *to, ..l.commit }, ..l }),
+            Record::Checkpoint(step) => self.checkpoint = *step,
+        }
+    }
+
+    /// Takes an event and gives what is to be done.
+    pub fn on(&mut self, now: Duration, event: SupervisorEvent) -> Vec<SupervisorEffect> {
+        if self.finished && !matches!(event, SupervisorEvent::Synced) {
+            return Vec::new();
+        }
+        match event {
+            SupervisorEvent::Join(info) => self.join(now, info),
+            SupervisorEvent::Return(node) => self.returned(now, node),
+            SupervisorEvent::Heartbeat { node, work } => self.heartbeat(now, node, work),
+            SupervisorEvent::Lost { node, why } => self.dead(now, &[(node, why)]),
+            SupervisorEvent::ActorFailed { address, reason } => self.actor_failed(now, address, reason),
+            SupervisorEvent::Message { from, body } => self.message(now, from, body),
+            SupervisorEvent::Checkpointed(step) => self.checkpointed(step),
+            SupervisorEvent::Synced => self.held.pop_front().unwrap_or_default(),
+            SupervisorEvent::Tick => {
+                let silent = self.membership.expired(now);
+                let why = format!("silent for {} ms", LEASE.as_millis());
+                let silent: Vec<_> = silent.into_iter().map(|n| (n, why.clone())).collect();
+                if silent.is_empty() { Vec::new() } else { self.dead(now, &silent) }
+            }
+        }
+    }
+
+    /// Logs a record; `then` follows its sync.
+    fn log(&mut self, record: Record, then: Vec<SupervisorEffect>) -> Vec<SupervisorEffect> {
+        let mut effects = vec![SupervisorEffect::Append(record)];
+        if self.plant == Some(Bug::AcknowledgedBeforeSynced) {
+            effects.extend(then);
+            self.held.push_back(Vec::new());
+        } else {
+            self.held.push_back(then);
+        }
+        effects
+    }
+
+    /// Makes the changed table the next epoch.
+    fn publish(&mut self, then: Vec<SupervisorEffect>) -> Vec<SupervisorEffect> {
+        self.table.epoch += 1;
+        let announce = SupervisorEffect::Announce(Arc::new(self.table.clone()));
+        let record = Record::Epoch { table: self.table.clone(), next_node: self.next_node };
+        self.log(record, std::iter::once(announce).chain(then).collect())
+    }
+
+    fn join(&mut self, now: Duration, info: NodeInfo) -> Vec<SupervisorEffect> {
+        let node = NodeId(self.next_node);
+        self.next_node += 1;
+        self.membership.heard(now, node);
+        self.table.nodes.insert(node, info.clone());
+        let note = Happening::NodeJoined { node: node.0, address: info.address.clone() };
+        let mut effects = vec![SupervisorEffect::Note(note)];
+        self.place(true);
+        effects.extend(self.publish(vec![SupervisorEffect::Welcome(node, info)]));
+        effects
+    }
+
+    fn returned(&mut self, now: Duration, node: NodeId) -> Vec<SupervisorEffect> {
+        if !self.table.nodes.contains_key(&node) {
+            return vec![SupervisorEffect::Fence(node), SupervisorEffect::Note(Happening::NodeFenced { node: node.0 })];
+        }
+        self.membership.heard(now, node);
+        let mut then = vec![SupervisorEffect::Announce(Arc::new(self.table.clone()))];
+        // The commit may have been logged and never sent.
+        if let Some(last) = self.last {
+            then.extend(self.reducers().map(|to| SupervisorEffect::Send(to, Body::Commit(last.commit))));
+        }
+        let mut effects = vec![SupervisorEffect::Note(Happening::NodeReturned { node: node.0 })];
+        effects.extend(self.after_sync(then));
+        effects
+    }
+
+    /// Effects that must not overtake the records before them.
+    fn after_sync(&mut self, then: Vec<SupervisorEffect>) -> Vec<SupervisorEffect> {
+        match self.held.back_mut() {
+            Some(last) => {
+                last.extend(then);
+                Vec::new()
+            }
+            None => then,
+        }
+    }
+
+    fn reducers(&self) -> impl Iterator<Item = ActorId> {
+        (0..self.spec.shards).flat_map(|shard| self.table.replicas(shard).collect::<Vec<_>>())
+    }
+
+    fn heartbeat(&mut self, now: Duration, node: NodeId, work: u64) -> Vec<SupervisorEffect> {
+        if !self.table.nodes.contains_key(&node) {
+            return vec![SupervisorEffect::Fence(node)];
+        }
+        self.membership.heard(now, node);
+        self.work.entry(node).or_default().0 = work;
+        Vec::new()
+    }
+
+    /// Places what has no place. With `level`, evens out what may be moved too.
+    /// Gives the actors that were moved.
+    fn place(&mut self, level: bool) -> Vec<ActorId> {
+        let started = self.table.entries.len() > 2;
+        if self.table.nodes.is_empty() || (!started && self.table.nodes.len() < self.nodes_wanted) {
+            return Vec::new();
+        }
+        let nodes: Vec<NodeId> = self.table.nodes.keys().copied().collect();
+        let present = self.table.entries.iter().filter(|(a, _)| !matches!(a, ActorId::Supervisor | ActorId::Keeper));
+        let present: BTreeMap<ActorId, NodeId> = present.map(|(a, e)| (*a, e.node)).collect();
+        let wanted = Placement::new(&self.spec, &self.costs, &nodes).place(&present, level);
+        let mut moved = Vec::new();
+        for (actor, node) in wanted {
+            let life = self.table.entries.get(&actor).copied();
+            if life.is_none_or(|e| e.node != node) {
+                let incarnation = life.map_or(Incarnation(1), |e| e.incarnation.next());
+                self.table.entries.insert(actor, Entry { node, incarnation });
+                moved.push(actor);
+            }
+        }
+        moved
+    }
+
+    fn dead(&mut self, now: Duration, lost: &[(NodeId, String)]) -> Vec<SupervisorEffect> {
+        let mut effects = Vec::new();
+        let mut any = false;
+        for (node, why) in lost {
+            if self.table.nodes.remove(node).is_none() {
+                continue;
+            }
+            any = true;
+            self.membership.forget(*node);
+            self.work.remove(node);
+            let note = Happening::NodeDead { node: node.0, why: why.clone(), epoch: self.table.epoch + 1 };
+            effects.push(SupervisorEffect::Note(note));
+        }
+        if !any {
+            return effects;
+        }
+        self.recovering.get_or_insert(now);
+        effects.extend(self.replace_homeless());
+        effects
+    }
+
+    /// Gives every actor whose node is gone a new life, and every shard a primary that is in sync.
+    fn replace_homeless(&mut self) -> Vec<SupervisorEffect> {
+        let homeless = |t: &Table, e: &Entry| e.node != SUPERVISOR_NODE && !t.nodes.contains_key(&e.node);
+        let lost: Vec<ActorId> =
+            self.table.entries.iter().filter(|(_, e)| homeless(&self.table, e)).map(|(a, _)| *a).collect();
+        for actor in &lost {
+            self.commit.out_of_sync(*actor);
+        }
+        if self.table.nodes.is_empty() {
+            // Nobody to place them on: they keep their last entry, and get a new life with the first node.
+            let why = "no node is left".to_owned();
+            let mut effects = self.elect();
+            effects.push(SupervisorEffect::Note(Happening::Waiting { why }));
+            return effects;
+        }
+        let moved = self.place(false);
+        let mut effects = self.elect();
+        if effects.is_empty() {
+            effects = self.publish(Vec::new());
+        }
+        let actors = moved.iter().map(ToString::to_string).collect();
+        effects.push(SupervisorEffect::Note(Happening::Moved { epoch: self.table.epoch, actors }));
+        effects
+    }
+
+    /// Keeps each shard's primary in sync, or goes back to a checkpoint. Publishes only then.
+    fn elect(&mut self) -> Vec<SupervisorEffect> {
+        for shard in 0..self.spec.shards {
+            let at = shard as usize;
+            let present = self.table.primaries[at];
+            let in_sync = |r: u32| self.commit.in_sync(shard, r);
+            if present.is_some_and(in_sync) {
+                continue;
+            }
+            let heir = (0..=self.spec.mirrors).find(|r| in_sync(*r));
+            if present.is_some() && heir.is_none() && !self.commit.unheard(shard) {
+                return self.roll_back(format!("shard {shard} lost all its copies"));
+            }
+            if heir.is_some() {
+                self.table.primaries[at] = heir;
+            }
+        }
+        Vec::new()
+    }
+
+    /// Everybody gets a new life at the newest checkpoint.
+    fn roll_back(&mut self, why: String) -> Vec<SupervisorEffect> {
+        let to_step = self.checkpoint;
+        self.table.base = to_step;
+        self.table.primaries.fill(None);
+        for (actor, entry) in &mut self.table.entries {
+            if !matches!(actor, ActorId::Supervisor | ActorId::Keeper) {
+                entry.incarnation = entry.incarnation.next();
+            }
+        }
+        self.place(true);
+        self.last = self.last.map(|l| CommitRecord { commit: Commit { step: to_step, ..l.commit }, ..l });
+        self.commit.restore(to_step, BTreeSet::new());
+        let mut effects = self.log(Record::RolledBack { to: to_step }, Vec::new());
+        effects.extend(self.publish(Vec::new()));
+        let epoch = self.table.epoch;
+        effects.push(SupervisorEffect::Note(Happening::RolledBack { to_step, epoch, why }));
+        effects
+    }
+
+    fn actor_failed(&mut self, now: Duration, address: Address, reason: String) -> Vec<SupervisorEffect> {
+        if self.table.address(address.actor) != Some(address) {
+            return Vec::new();
+        }
+        let times = self.restarts.entry(address.actor).or_default();
+        times.retain(|at| now.saturating_sub(*at) < RESTART_WINDOW);
+        times.push_back(now);
+        if times.len() > RESTARTS_MAX {
+            let why = format!("{} failed {} times within {} s; last: {reason}", address.actor, times.len(), RESTART_WINDOW.as_secs());
+            return self.finish(Err(why));
+        }
+        self.recovering.get_or_insert(now);
+        if let Some(entry) = self.table.entries.get_mut(&address.actor) {
+            entry.incarnation = entry.incarnation.next();
+        }
+        self.commit.out_of_sync(address.actor);
+        let mut effects = self.elect();
+        if effects.is_empty() {
+            effects = self.publish(Vec::new());
+        }
+        effects.push(SupervisorEffect::Note(Happening::ActorFailed {
+            actor: address.actor.to_string(),
+            incarnation: address.incarnation.0,
+            reason,
+            epoch: self.table.epoch,
+        }));
+        effects
+    }
+
+    fn message(&mut self, now: Duration, from: Address, body: Body<Tensor>) -> Vec<SupervisorEffect> {
+        let ActorId::Reducer { shard, replica } = from.actor else { return Vec::new() };
+        if self.table.address(from.actor) != Some(from) {
+            return Vec::new();
+        }
+        let mut effects = Vec::new();
+        match body {
+            Body::Prepared { step, norm, loss, samples } => {
+                self.commit.prepared(shard, replica, Prepared { step, norm, loss, samples });
+            }
+            Body::Applied { step, sums } => {
+                if let Err(e) = self.commit.applied(shard, replica, step, sums) {
+                    return self.finish(Err(e.to_string()));
+                }
+                if self.table.primaries.contains(&None) && self.commit.all_in_sync() {
+                    effects.extend(self.elect());
+                    effects.extend(self.publish(Vec::new()));
+                }
+            }
+            Body::Stateless => {
+                self.commit.stateless(shard, replica);
+                effects.extend(self.elect());
+            }
+            Body::Hidden { .. }
+            | Body::Gradient { .. }
+            | Body::Rows { .. }
+            | Body::Answer { .. }
+            | Body::Sums { .. }
+            | Body::Weights { .. }
+            | Body::Fetch { .. }
+            | Body::State { .. }
+            | Body::Commit(_)
+            | Body::Snapshot { .. }
+            | Body::SnapshotKept { .. } => {}
+        }
+        effects.extend(self.decide(now));
+        effects
+    }
+
+    /// Reports and commits what can be.
+    fn decide(&mut self, now: Duration) -> Vec<SupervisorEffect> {
+        let mut effects = self.report();
+        if self.finished || self.table.primaries.contains(&None) {
+            return effects;
+        }
+        let commit = match self.commit.decide() {
+            Ok(Some(commit)) => commit,
+            Ok(None) => return effects,
+            Err(e) => {
+                effects.extend(self.finish(Err(e.to_string())));
+                return effects;
+            }
+        };
+        self.last = Some(commit);
+        let send = self.reducers().map(|to| SupervisorEffect::Send(to, Body::Commit(commit.commit))).collect();
+        effects.extend(self.log(Record::Commit(commit), send));
+        if commit.commit.skipped {
+            let why = "the gradient's norm is not finite".to_owned();
+            effects.push(SupervisorEffect::Note(Happening::Skipped { step: commit.commit.step, why }));
+        }
+        if let Some(since) = self.recovering.take() {
+            let milliseconds = now.saturating_sub(since).as_millis() as u64;
+            effects.push(SupervisorEffect::Note(Happening::Recovered { step: commit.commit.step, milliseconds }));
+        }
+        effects
+    }
+
+    /// Reports the newest committed step once every shard has applied it.
+    fn report(&mut self) -> Vec<SupervisorEffect> {
+        let Some(fingerprint) = self.commit.take_fingerprint() else { return Vec::new() };
+        let Some(commit) = self.last.filter(|l| l.commit.step == self.commit.committed()) else { return Vec::new() };
+        let step = commit.commit.step;
+        let mut effects = Vec::new();
+        match self.reported.get(&step) {
+            Some(before) if *before != fingerprint => {
+                let why = format!("step {step} was done again and has fingerprint {fingerprint}, not {before}");
+                return self.finish(Err(why));
+            }
+            Some(_) => {}
+            None if step > 0 && step > self.table.base => {
+                let operations = self.work.iter_mut().map(|(node, (now, told))| (*node, *now - std::mem::replace(told, *now)));
+                let report = Report { commit, fingerprint: fingerprint.clone(), epoch: self.table.epoch, operations: operations.collect() };
+                effects.push(SupervisorEffect::Report(report));
+                self.reported.insert(step, fingerprint);
+            }
+            None => {}
+        }
+        let finish = step == self.spec.steps && self.checkpoint == step;
+        if finish {
+            effects.extend(self.finish(Ok(())));
+        }
+        effects
+    }
+
+    fn checkpointed(&mut self, step: Step) -> Vec<SupervisorEffect> {
+        self.checkpoint = self.checkpoint.max(step);
+        let newest = self.checkpoint;
+        self.reported.retain(|s, _| *s >= newest);
+        let mut effects = self.log(Record::Checkpoint(step), Vec::new());
+        effects.push(SupervisorEffect::Note(Happening::CheckpointStored { step }));
+        if step == self.spec.steps && self.reported.contains_key(&step) {
+            effects.extend(self.finish(Ok(())));
+        }
+        effects
+    }
+
+    fn finish(&mut self, result: Result<(), String>) -> Vec<SupervisorEffect> {
+        self.finished = true;
+        vec![SupervisorEffect::Finish(result)]
+    }
+
+    /// Which copies the next commit waits for, for operators.
+    pub fn describe(&self) -> String {
+        format!(
+            "epoch {}, {} nodes, step {} committed, checkpoint of step {}; {}",
+            self.table.epoch,
+            self.table.nodes.len(),
+            self.committed(),
+            self.checkpoint,
+            self.commit.describe()
+        )
+    }
+
+    /// The parameters in order of number.
+    pub fn layout(&self) -> &Layout {
+        &self.layout
+    }
+}

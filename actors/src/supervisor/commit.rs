@@ -1,0 +1,237 @@
+//! When a step is committed: a pure function of what the reducers report.
+//!
+//! A copy is *in sync* when it has the state after the newest committed step; it stays so until it dies,
+//! since a commit waits for every copy in sync.
+//! - CO-1: steps are committed one after another; the next not before the last is reported.
+//! - CO-2: every shard has a copy in sync, and all copies in sync are prepared.
+//! - CO-3: every group of every shard counted every sample of the step once.
+//! - CO-4: copies of a shard report the same sums and the same norm; a difference stops the job.
+//! - CO-5: the norm adds f64 parts by parameter name and chunk, never by shard.
+
+use super::record::CommitRecord;
+use crate::ids::{ActorId, Step};
+use crate::message::Commit;
+use crate::spec::{JobSpec, Layout};
+use std::collections::{BTreeMap, BTreeSet};
+use std::fmt::Write;
+use std::sync::Arc;
+
+/// A reducer's report that a step's sums are complete.
+#[derive(Debug, Clone, PartialEq)]
+pub struct Prepared {
+    /// The step.
+    pub step: Step,
+    /// Squared sums of chunks by number of the parameter.
+    pub norm: Vec<(u32, Vec<f64>)>,
+    /// Sum of the losses, if the shard has the head.
+    pub loss: Option<f64>,
+    /// Samples that each of its groups counted.
+    pub samples: u64,
+}
+
+/// The reports contradict each other or the data.
+#[derive(Debug, Clone, PartialEq, Eq, thiserror::Error)]
+pub enum CommitError {
+    /// Copies of a shard differ.
+    #[error("copies {first} and {second} of shard {shard} differ in {what} of step {step}: one of them is corrupt")]
+    CopiesDiffer {
+        /// The shard.
+        shard: u32,
+        /// A copy.
+        first: u32,
+        /// Another.
+        second: u32,
+        /// The step.
+        step: Step,
+        /// What differs.
+        what: &'static str,
+    },
+    /// A sample is missing or was counted twice.
+    #[error("shard {shard} counted {got} samples in step {step}, expected {expected}")]
+    Unbalanced {
+        /// The shard.
+        shard: u32,
+        /// The step.
+        step: Step,
+        /// Samples it counted.
+        got: u64,
+        /// Samples of a step.
+        expected: u64,
+    },
+}
+
+/// A copy of a shard.
+type Copy = (u32, u32);
+/// Fingerprint sums by number of the parameter.
+type Sums = Vec<(u32, [u128; 3])>;
+
+/// See the module.
+#[derive(Debug)]
+pub struct CommitCore {
+    spec: Arc<JobSpec>,
+    layout: Arc<Layout>,
+    committed: Step,
+    in_sync: BTreeSet<Copy>,
+    prepared: BTreeMap<Copy, Prepared>,
+    applied: BTreeMap<u32, (u32, Sums)>,
+    /// Copies that lived before this supervisor and have not reported to it yet.
+    unheard: BTreeSet<Copy>,
+    reported: bool,
+}
+
+impl CommitCore {
+    /// At the start of a job.
+    pub fn new(spec: Arc<JobSpec>, layout: Arc<Layout>) -> Self {
+        Self {
+            spec,
+            layout,
+            committed: 0,
+            in_sync: BTreeSet::new(),
+            prepared: BTreeMap::new(),
+            applied: BTreeMap::new(),
+            unheard: BTreeSet::new(),
+            reported: false,
+        }
+    }
+
+    /// Nothing is known but that `committed` steps are, and which copies may still have their state.
+    pub fn restore(&mut self, committed: Step, unheard: BTreeSet<(u32, u32)>) {
+        self.committed = committed;
+        self.in_sync.clear();
+        self.prepared.clear();
+        self.applied.clear();
+        self.unheard = unheard;
+        self.reported = false;
+    }
+
+    /// The newest committed step.
+    pub fn committed(&self) -> Step {
+        self.committed
+    }
+
+    /// Whether a copy has the newest committed state.
+    pub fn in_sync(&self, shard: u32, replica: u32) -> bool {
+        self.in_sync.contains(&(shard, replica))
+    }
+
+    /// Whether a copy of a shard may still report a state that it has from before this supervisor.
+    pub fn unheard(&self, shard: u32) -> bool {
+        self.unheard.range((shard, 0)..=(shard, u32::MAX)).next().is_some()
+    }
+
+    /// A copy has no state.
+    pub fn stateless(&mut self, shard: u32, replica: u32) {
+        self.unheard.remove(&(shard, replica));
+    }
+
+    /// Whether every shard has a copy in sync.
+    pub fn all_in_sync(&self) -> bool {
+        (0..self.spec.shards).all(|s| self.copies(s).next().is_some())
+    }
+
+    fn copies(&self, shard: u32) -> impl Iterator<Item = Copy> {
+        self.in_sync.range((shard, 0)..=(shard, u32::MAX)).copied()
+    }
+
+    /// A copy died.
+    pub fn out_of_sync(&mut self, actor: ActorId) {
+        if let ActorId::Reducer { shard, replica } = actor {
+            self.in_sync.remove(&(shard, replica));
+            self.prepared.remove(&(shard, replica));
+            self.unheard.remove(&(shard, replica));
+        }
+    }
+
+    /// A copy's sums of a step are complete.
+    pub fn prepared(&mut self, shard: u32, replica: u32, report: Prepared) {
+        if report.step == self.committed + 1 {
+            self.prepared.insert((shard, replica), report);
+        }
+    }
+
+    /// A copy has the state after `step`.
+    pub fn applied(&mut self, shard: u32, replica: u32, step: Step, sums: Sums) -> Result<(), CommitError> {
+        if step != self.committed {
+            // One step behind: the commit is on its way to it.
+            return Ok(());
+        }
+        self.unheard.remove(&(shard, replica));
+        if let Some((first, known)) = self.applied.get(&shard) {
+            if *known != sums {
+                return Err(CommitError::CopiesDiffer { shard, first: *first, second: replica, step, what: "state" });
+            }
+        } else {
+            self.applied.insert(shard, (replica, sums));
+        }
+        self.in_sync.insert((shard, replica));
+        Ok(())
+    }
+
+    /// The fingerprint of the newest committed step, once, when every shard has reported it.
+    pub fn take_fingerprint(&mut self) -> Option<String> {
+        if self.reported || self.applied.len() < self.spec.shards as usize {
+            return None;
+        }
+        self.reported = true;
+        let sums = self.applied.values().flat_map(|(_, sums)| sums.iter().copied());
+        Some(crate::fingerprint::root(&self.layout, &sums.collect()))
+    }
+
+    /// The next step, if it can be committed.
+    pub fn decide(&mut self) -> Result<Option<CommitRecord>, CommitError> {
+        let ready = self.in_sync.iter().all(|copy| self.prepared.contains_key(copy));
+        if !self.reported || !self.all_in_sync() || !ready || self.committed == self.spec.steps {
+            return Ok(None);
+        }
+        let step = self.committed + 1;
+        let expected = self.spec.targets_of_step() / self.spec.model.sequence as u64;
+        let mut norm: BTreeMap<u32, &Vec<f64>> = BTreeMap::new();
+        let (mut loss, mut copies) = (0.0, u32::MAX);
+        for shard in 0..self.spec.shards {
+            let mut reports = self.copies(shard).map(|c| (c.1, &self.prepared[&c]));
+            let (first, report) = reports.next().expect("every shard has a copy in sync");
+            let mut of_shard = 1;
+            for (second, other) in reports {
+                of_shard += 1;
+                if other != report {
+                    return Err(CommitError::CopiesDiffer { shard, first, second, step, what: "sums" });
+                }
+            }
+            if report.samples != expected {
+                return Err(CommitError::Unbalanced { shard, step, got: report.samples, expected });
+            }
+            norm.extend(report.norm.iter().map(|(n, parts)| (*n, parts)));
+            loss += report.loss.unwrap_or(0.0);
+            copies = copies.min(of_shard);
+        }
+        let record = self.record(step, norm.values().flat_map(|p| p.iter()).sum(), loss, copies);
+        self.committed = step;
+        self.prepared.clear();
+        self.applied.clear();
+        self.reported = false;
+        Ok(Some(record))
+    }
+
+    fn record(&self, step: Step, squares: f64, loss: f64, copies: u32) -> CommitRecord {
+        let grad_norm = squares.sqrt();
+        let clip = self.spec.optimizer.clip;
+        let scale = if grad_norm > clip { clip / grad_norm } else { 1.0 };
+        let commit = Commit {
+            step,
+            clip: scale as f32,
+            lr: self.spec.lr(step) as f32,
+            skipped: !grad_norm.is_finite(),
+        };
+        CommitRecord { commit, loss: loss / self.spec.targets_of_step() as f64, grad_norm, copies }
+    }
+
+    /// What the next commit waits for.
+    pub fn describe(&self) -> String {
+        let mut text = format!("step {} prepared by", self.committed + 1);
+        for (shard, replica) in &self.in_sync {
+            let mark = if self.prepared.contains_key(&(*shard, *replica)) { "yes" } else { "no" };
+            let _ = write!(text, " {shard}.{replica}:{mark}");
+        }
+        text
+    }
+}

@@ -1,0 +1,130 @@
+//! Where actors live: a pure function of the nodes, the costs and where they live now.
+//!
+//! - PL-1: an actor whose node lives stays there, unless evening out is asked for.
+//! - PL-2: copies of one shard live on different nodes; a copy that has no node of its own is not placed.
+//! - PL-3: the same input gives the same places (ties go to the lower number).
+
+use crate::ids::{ActorId, NodeId};
+use crate::spec::JobSpec;
+use everstep_kernels::{Group, Parameter};
+use std::collections::BTreeMap;
+
+/// Multiply-adds of a step by actor: what a place costs.
+#[derive(Debug, Clone)]
+pub struct Costs {
+    by_actor: BTreeMap<ActorId, u64>,
+}
+
+impl Costs {
+    /// Expected costs, with even loads of the experts.
+    pub fn new(spec: &JobSpec) -> Self {
+        let size = |g: &Group| spec.model.parameters_of(*g).iter().map(|p| Parameter::len(p) as u64).sum::<u64>();
+        let tokens = spec.targets_of_step();
+        let lane_tokens = tokens / u64::from(spec.lanes);
+        let mut by_actor = BTreeMap::new();
+        for actor in spec.workers() {
+            let cost = match actor {
+                ActorId::Stage { stage, .. } => {
+                    3 * lane_tokens * spec.groups_of_stage(stage).iter().map(size).sum::<u64>()
+                }
+                ActorId::Expert { layer, expert } => {
+                    let share = tokens * spec.model.top_k as u64 / spec.model.experts as u64;
+                    3 * share * size(&Group::Expert { layer, expert })
+                }
+                ActorId::Supervisor | ActorId::Keeper | ActorId::Reducer { .. } | ActorId::Host { .. } => 0,
+            };
+            by_actor.insert(actor, cost);
+        }
+        for (group, shard) in spec.shard_of_groups() {
+            for replica in 0..=spec.mirrors {
+                // An update costs about as much as a few passes of one row.
+                *by_actor.entry(ActorId::Reducer { shard, replica }).or_default() += 8 * size(&group);
+            }
+        }
+        Self { by_actor }
+    }
+
+    /// Of one actor.
+    pub fn of(&self, actor: ActorId) -> u64 {
+        self.by_actor.get(&actor).copied().unwrap_or(0)
+    }
+}
+
+/// See the module.
+#[derive(Debug)]
+pub struct Placement<'a> {
+    costs: &'a Costs,
+    actors: Vec<ActorId>,
+    nodes: &'a [NodeId],
+    load: BTreeMap<NodeId, u64>,
+}
+
+impl<'a> Placement<'a> {
+    /// On these nodes; there is at least one.
+    pub fn new(spec: &JobSpec, costs: &'a Costs, nodes: &'a [NodeId]) -> Self {
+        let copies = (0..spec.shards).flat_map(|shard| (0..=spec.mirrors).map(move |replica| ActorId::Reducer { shard, replica }));
+        let mut actors: Vec<ActorId> = spec.workers().into_iter().chain(copies).collect();
+        actors.sort_by(|a, b| costs.of(*b).cmp(&costs.of(*a)).then(a.cmp(b)));
+        Self { costs, actors, nodes, load: nodes.iter().map(|n| (*n, 0)).collect() }
+    }
+
+    /// Places every actor that can be placed. `present` may name nodes that are gone.
+    pub fn place(mut self, present: &BTreeMap<ActorId, NodeId>, level: bool) -> BTreeMap<ActorId, NodeId> {
+        let mut places: BTreeMap<ActorId, NodeId> = BTreeMap::new();
+        for actor in &self.actors {
+            if let Some(node) = present.get(actor).filter(|n| self.nodes.contains(n)) {
+                places.insert(*actor, *node);
+                *self.load.entry(*node).or_default() += self.costs.of(*actor);
+            }
+        }
+        for actor in self.actors.clone() {
+            if places.contains_key(&actor) {
+                continue;
+            }
+            if let Some(node) = self.lightest(actor, &places) {
+                places.insert(actor, node);
+                *self.load.entry(node).or_default() += self.costs.of(actor);
+            }
+        }
+        if level {
+            self.level(&mut places);
+        }
+        places
+    }
+
+    /// The lightest node that may have the actor.
+    fn lightest(&self, actor: ActorId, places: &BTreeMap<ActorId, NodeId>) -> Option<NodeId> {
+        let taken: Vec<NodeId> = match actor {
+            ActorId::Reducer { shard, .. } => places
+                .iter()
+                .filter(|(a, _)| matches!(a, ActorId::Reducer { shard: s, .. } if *s == shard))
+                .map(|(_, node)| *node)
+                .collect(),
+            _ => Vec::new(),
+        };
+        self.nodes.iter().filter(|n| !taken.contains(n)).min_by_key(|n| self.load[n]).copied()
+    }
+
+    /// Moves stages and experts (never state) from the heaviest node to the lightest while that helps.
+    fn level(&mut self, places: &mut BTreeMap<ActorId, NodeId>) {
+        for _ in 0..self.actors.len() {
+            let heaviest = *self.nodes.iter().max_by_key(|n| (self.load[n], std::cmp::Reverse(**n))).expect("a node");
+            let lightest = *self.nodes.iter().min_by_key(|n| (self.load[n], **n)).expect("a node");
+            let gap = self.load[&heaviest] - self.load[&lightest];
+            let movable = |a: &&ActorId| {
+                matches!(a, ActorId::Stage { .. } | ActorId::Expert { .. })
+                    && places.get(a) == Some(&heaviest)
+                    && self.costs.of(**a) > 0
+                    && self.costs.of(**a) < gap
+            };
+            // The one that brings the two closest together.
+            let Some(actor) = self.actors.iter().filter(movable).min_by_key(|a| gap.abs_diff(2 * self.costs.of(**a))) else {
+                return;
+            };
+            let cost = self.costs.of(*actor);
+            places.insert(*actor, lightest);
+            *self.load.entry(heaviest).or_default() -= cost;
+            *self.load.entry(lightest).or_default() += cost;
+        }
+    }
+}

@@ -1,0 +1,40 @@
+//! What the control log holds. Records are read by the next life of the supervisor.
+
+use crate::ids::Step;
+use crate::message::Commit;
+use crate::table::Table;
+use serde::{Deserialize, Serialize};
+
+/// A committed step.
+#[derive(Debug, Clone, Copy, PartialEq, Serialize, Deserialize)]
+pub struct CommitRecord {
+    /// The numbers that every shard gets.
+    pub commit: Commit,
+    /// Mean loss of the step's targets.
+    pub loss: f64,
+    /// Norm of the gradients before clipping.
+    pub grad_norm: f64,
+    /// The fewest copies in which a shard was safe.
+    pub copies: u32,
+}
+
+/// One decision.
+#[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
+pub enum Record {
+    /// A new epoch.
+    Epoch {
+        /// Its table.
+        table: Table,
+        /// The number that the next node gets.
+        next_node: u64,
+    },
+    /// A step is committed.
+    Commit(CommitRecord),
+    /// The job went back to a checkpoint.
+    RolledBack {
+        /// The checkpoint's step.
+        to: Step,
+    },
+    /// A checkpoint is on disk.
+    Checkpoint(Step),
+}

@@ -1,0 +1,76 @@
+//! The table: an epoch's membership and placement, as the supervisor announces it to every node.
+
+use crate::ids::{ActorId, Address, Incarnation, NodeId, Step};
+use serde::{Deserialize, Serialize};
+use std::collections::BTreeMap;
+
+/// Where an actor lives, and which of its lives this is.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
+pub struct Entry {
+    /// Its node.
+    pub node: NodeId,
+    /// Its life.
+    pub incarnation: Incarnation,
+}
+
+/// How a node is reached.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+pub struct NodeInfo {
+    /// `host:port` of its endpoint.
+    pub address: String,
+    /// The random name of this life of the process, which sessions use.
+    pub peer: u64,
+}
+
+/// An epoch. Only the supervisor makes one; nodes take the one with the highest number.
+#[derive(Debug, Clone, PartialEq, Eq, Default, Serialize, Deserialize)]
+pub struct Table {
+    /// Its number; grows by one with every change.
+    pub epoch: u64,
+    /// Living nodes.
+    pub nodes: BTreeMap<NodeId, NodeInfo>,
+    /// Every actor that is placed.
+    pub entries: BTreeMap<ActorId, Entry>,
+    /// The copy of each shard that hands out weights and state; none until one has a state.
+    pub primaries: Vec<Option<u32>>,
+    /// The checkpoint that reducers start from when no copy of their shard has a state; 0: the initial state.
+    pub base: Step,
+}
+
+impl Table {
+    /// An actor's present life.
+    pub fn address(&self, actor: ActorId) -> Option<Address> {
+        let entry = self.entries.get(&actor)?;
+        Some(Address { actor, incarnation: entry.incarnation })
+    }
+
+    /// Where an actor lives.
+    pub fn node_of(&self, actor: ActorId) -> Option<NodeId> {
+        self.entries.get(&actor).map(|e| e.node)
+    }
+
+    /// Whether an actor got another life between `before` and this epoch.
+    pub fn replaced(&self, before: &Self, actor: ActorId) -> bool {
+        self.entries.get(&actor).map(|e| e.incarnation) != before.entries.get(&actor).map(|e| e.incarnation)
+    }
+
+    /// The primary of a shard.
+    pub fn primary(&self, shard: u32) -> Option<ActorId> {
+        let replica = (*self.primaries.get(shard as usize)?)?;
+        Some(ActorId::Reducer { shard, replica })
+    }
+
+    /// Copies of a shard that are placed, ascending.
+    pub fn replicas(&self, shard: u32) -> impl Iterator<Item = ActorId> {
+        let range = ActorId::Reducer { shard, replica: 0 }..=ActorId::Reducer { shard, replica: u32::MAX };
+        self.entries.range(range).map(|(actor, _)| *actor)
+    }
+
+    /// Actors of a node.
+    pub fn actors_of(&self, node: NodeId) -> impl Iterator<Item = Address> {
+        self.entries
+            .iter()
+            .filter(move |(_, e)| e.node == node)
+            .map(|(actor, e)| Address { actor: *actor, incarnation: e.incarnation })
+    }
+}
