@@ -5,6 +5,7 @@
 //! simulator carries the same effects out with simulated ones.
 
 mod compute;
+mod control;
 mod data;
 mod effect;
 mod expert;
@@ -16,12 +17,15 @@ mod message;
 mod outbox;
 mod plant;
 mod reducer;
+mod root;
 mod router;
 mod schedule;
 mod spec;
 mod stage;
 mod supervisor;
 mod table;
+mod worker;
+pub mod sim;
 
 pub use compute::{Job, Outcome, run};
 pub use data::{Corpus, TooShort};

@@ -14,7 +14,6 @@ mod membership;
 mod placement;
 mod record;
 
-pub use commit::CommitError;
 use commit::{CommitCore, Prepared};
 use membership::Membership;
 pub use membership::LEASE;

@@ -13,9 +13,9 @@ use std::sync::Arc;
 #[derive(Debug, Clone, Copy, Default)]
 pub struct CpuBackend;
 
-fn matrix(rows: usize, data: Vec<f32>) -> Tensor {
-    let columns = data.len().checked_div(rows).unwrap_or(0);
-    Tensor::from_vec(rows, columns, data)
+/// A matrix of the shape of `x`.
+fn like(x: &Tensor, data: Vec<f32>) -> Tensor {
+    Tensor::from_vec(x.rows(), x.columns(), data)
 }
 
 /// Runs `product` on each group of rows.
@@ -134,24 +134,25 @@ impl Backend for CpuBackend {
     }
 
     fn rms_norm(&self, x: &Tensor, w: &Tensor, eps: f32) -> Tensor {
-        matrix(x.rows(), rms_norm::forward(x.f32s(), w.f32s(), eps))
+        like(x, rms_norm::forward(x.f32s(), w.f32s(), eps))
     }
 
     fn rms_norm_backward_input(&self, x: &Tensor, w: &Tensor, dy: &Tensor, eps: f32) -> Tensor {
-        matrix(x.rows(), rms_norm::backward_input(x.f32s(), w.f32s(), dy.f32s(), eps))
+        like(x, rms_norm::backward_input(x.f32s(), w.f32s(), dy.f32s(), eps))
     }
 
     fn rms_norm_backward_weight(&self, x: &Tensor, dy: &Tensor, eps: f32) -> Tensor {
-        matrix(1, rms_norm::backward_weight(x.f32s(), dy.f32s(), x.columns(), eps))
+        Tensor::from_vec(1, x.columns(), rms_norm::backward_weight(x.f32s(), dy.f32s(), x.columns(), eps))
     }
 
     fn rope(&self, x: &Tensor, shape: &RopeShape, inverse: bool) -> Tensor {
-        matrix(x.rows(), rope::rotate(x.f32s(), shape, inverse))
+        like(x, rope::rotate(x.f32s(), shape, inverse))
     }
 
     fn attention(&self, q: Tensor, kv: Tensor, k_rope: Tensor, shape: &AttentionShape) -> AttentionState {
         let (o, lse) = attention::forward(q.f32s(), kv.f32s(), k_rope.f32s(), shape);
-        let (o, lse) = (matrix(q.rows(), o), matrix(q.rows(), lse));
+        let o = Tensor::from_vec(q.rows(), shape.heads * shape.value, o);
+        let lse = Tensor::from_vec(q.rows(), shape.heads, lse);
         AttentionState { q, kv, k_rope, o, lse }
     }
 
@@ -164,26 +165,25 @@ impl Backend for CpuBackend {
             lse: state.lse.f32s(),
         };
         let (dq, dkv, dk_rope) = attention::backward(&saved, d_o.f32s(), shape);
-        let rows = d_o.rows();
-        (matrix(rows, dq), matrix(rows, dkv), matrix(rows, dk_rope))
+        (like(&state.q, dq), like(&state.kv, dkv), like(&state.k_rope, dk_rope))
     }
 
     fn swiglu(&self, gate: &Tensor, up: &Tensor) -> Tensor {
-        matrix(gate.rows(), swiglu::forward(gate.f32s(), up.f32s()))
+        like(gate, swiglu::forward(gate.f32s(), up.f32s()))
     }
 
     fn swiglu_backward(&self, gate: &Tensor, up: &Tensor, dh: &Tensor) -> (Tensor, Tensor) {
         let (dgate, dup) = swiglu::backward(gate.f32s(), up.f32s(), dh.f32s());
-        (matrix(gate.rows(), dgate), matrix(gate.rows(), dup))
+        (like(gate, dgate), like(up, dup))
     }
 
     fn gate(&self, logits: &Tensor, bias: &Tensor, shape: &GateShape) -> (Tensor, Tensor) {
         let (experts, weights) = gate::forward(logits.f32s(), bias.f32s(), shape);
-        (Tensor::indices(experts), matrix(logits.rows(), weights))
+        (Tensor::indices(experts), Tensor::from_vec(logits.rows(), shape.top_k, weights))
     }
 
     fn gate_backward(&self, logits: &Tensor, experts: &Tensor, dweights: &Tensor, shape: &GateShape) -> Tensor {
-        matrix(logits.rows(), gate::backward(logits.f32s(), experts.u32s(), dweights.f32s(), shape))
+        like(logits, gate::backward(logits.f32s(), experts.u32s(), dweights.f32s(), shape))
     }
 
     fn gather(&self, x: &Tensor, tokens: &[u32]) -> Tensor {
@@ -193,18 +193,19 @@ impl Backend for CpuBackend {
     fn combine(&self, rows: &[Tensor], weights: Option<&Tensor>, plan: &Dispatch) -> Tensor {
         let columns = rows.first().expect("at least one expert").columns();
         let views: Vec<&[f32]> = rows.iter().map(Tensor::f32s).collect();
-        matrix(plan.slots.len() / plan.top_k, combine::forward(&views, weights.map(Tensor::f32s), plan, columns))
+        let y = combine::forward(&views, weights.map(Tensor::f32s), plan, columns);
+        Tensor::from_vec(plan.slots.len() / plan.top_k, columns, y)
     }
 
     fn combine_backward(&self, dy: &Tensor, rows: &[Tensor], weights: &Tensor, plan: &Dispatch) -> (Vec<Tensor>, Tensor) {
         let views: Vec<&[f32]> = rows.iter().map(Tensor::f32s).collect();
         let (drows, dweights) = combine::backward(dy.f32s(), &views, weights.f32s(), plan, dy.columns());
         let drows = drows.into_iter().map(|d| Tensor::from_vec(d.len() / dy.columns(), dy.columns(), d)).collect();
-        (drows, matrix(weights.rows(), dweights))
+        (drows, like(weights, dweights))
     }
 
     fn cross_entropy(&self, logits: &Tensor, targets: &Tensor, scale: f32) -> (Tensor, Tensor) {
         let (losses, dlogits) = cross_entropy::forward_backward(logits.f32s(), targets.u32s(), logits.columns(), scale);
-        (matrix(1, losses), matrix(logits.rows(), dlogits))
+        (Tensor::from_vec(1, targets.columns(), losses), like(logits, dlogits))
     }
 }

@@ -1,0 +1,105 @@
+//! What nodes and the supervisor's process say to each other about the job itself.
+
+use crate::ids::{Address, NodeId};
+use crate::table::{NodeInfo, Table};
+use serde::{Deserialize, Serialize};
+use std::sync::Arc;
+
+/// A message between a node and the supervisor's process.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+pub enum Control {
+    /// A process asks to become a node. Answered with `Welcome`.
+    Join {
+        /// How it is reached.
+        info: NodeInfo,
+        /// Whose bits it makes; a job does not mix classes.
+        device_class: String,
+        /// Its process, for the supervisor of the same machine to watch.
+        pid: u32,
+        /// The machine's boot: equal for processes that can watch each other.
+        machine: String,
+    },
+    /// A node that is a member comes back to a new life of the supervisor.
+    Return {
+        /// Which.
+        node: NodeId,
+        /// Its process.
+        pid: u32,
+        /// Its machine.
+        machine: String,
+    },
+    /// The supervisor takes the process into the job.
+    Welcome {
+        /// The number of this life.
+        node: NodeId,
+    },
+    /// The supervisor does not take it, or ends the job: the process ends.
+    Dismiss {
+        /// Why.
+        why: String,
+    },
+    /// A new epoch.
+    Table(Arc<Table>),
+    /// The node was declared dead: it gives up all it has and joins as new.
+    Fence,
+    /// The node lives.
+    Heartbeat {
+        /// Which.
+        node: NodeId,
+        /// Multiply-adds since it joined.
+        work: u64,
+    },
+    /// An actor panicked or failed.
+    ActorFailed {
+        /// Which life.
+        address: Address,
+        /// Its last words.
+        reason: String,
+    },
+    /// Asks a node to make an actor panic (chaos), or to describe one.
+    Actor {
+        /// Which.
+        address: Address,
+        /// What to do.
+        request: ActorRequest,
+        /// For the answer.
+        ticket: u64,
+    },
+    /// The answer.
+    Described {
+        /// Of the request.
+        ticket: u64,
+        /// One line.
+        text: String,
+    },
+    /// A node asks for a part of the corpus.
+    CorpusWanted {
+        /// The first byte.
+        from: u64,
+    },
+    /// The answer; empty at the end.
+    CorpusPart {
+        /// The first byte.
+        from: u64,
+        /// The bytes.
+        bytes: Vec<u8>,
+    },
+    /// What a new node needs to know of the job.
+    Job {
+        /// The effective configuration.
+        config: String,
+        /// Bytes of the corpus.
+        corpus_bytes: u64,
+        /// BLAKE3 of the corpus, in hexadecimal.
+        corpus_hash: String,
+    },
+}
+
+/// What an operator asks of an actor.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
+pub enum ActorRequest {
+    /// Describe itself.
+    Describe,
+    /// Panic.
+    Panic,
+}

@@ -1,0 +1,181 @@
+//! The pure half of the supervisor's process: supervisor, keeper and router as one.
+
+use crate::control::Control;
+use crate::effect::Event;
+use crate::ids::{ActorId, Address, NodeId, SUPERVISOR_NODE, Step};
+use crate::keeper::{KeeperCore, KeeperEffect, KeeperEvent};
+use crate::message::{Body, Envelope, ParameterState};
+use crate::plant::Bug;
+use crate::router::{Action, Router};
+use crate::supervisor::{Happening, Record, Report, Supervisor, SupervisorEffect, SupervisorEvent};
+use everstep_kernels::Tensor;
+use std::time::Duration;
+
+/// What the process is told.
+#[derive(Debug)]
+pub enum RootEvent {
+    /// For the supervisor.
+    Supervisor(SupervisorEvent),
+    /// For the keeper.
+    Keeper(KeeperEvent),
+    /// Messages from a node.
+    Arrived(Vec<Envelope>),
+}
+
+/// What the process is to do.
+#[derive(Debug)]
+pub enum RootEffect {
+    /// Append to the control log and sync; answer with `Synced`.
+    Append(Record),
+    /// Say to a node.
+    Tell(NodeId, Control),
+    /// Send messages to a node.
+    Transmit(NodeId, Vec<Envelope>),
+    /// Nodes left the job.
+    Forget(Vec<NodeId>),
+    /// A line of metrics.jsonl.
+    Report(Report),
+    /// A line of events.jsonl.
+    Note(Happening),
+    /// Write a shard's chunks; answer with `Stored`.
+    Store {
+        /// The step.
+        step: Step,
+        /// The shard.
+        shard: u32,
+        /// In order of number.
+        parameters: Vec<ParameterState<Tensor>>,
+    },
+    /// Write a manifest; answer with `Published`.
+    Publish(Step),
+    /// Read a shard's state; answer with `Loaded`.
+    Load {
+        /// The step.
+        step: Step,
+        /// The shard.
+        shard: u32,
+        /// For whom.
+        to: ActorId,
+    },
+    /// The job is over.
+    Finish(Result<(), String>),
+}
+
+/// See the module.
+#[derive(Debug)]
+pub struct Root {
+    /// Decides.
+    pub supervisor: Supervisor,
+    keeper: KeeperCore,
+    router: Router,
+}
+
+impl Root {
+    /// From a supervisor and its first effects.
+    pub fn new(supervisor: Supervisor, first: Vec<SupervisorEffect>, keeper: KeeperCore, plant: Option<Bug>) -> (Self, Vec<RootEffect>) {
+        let mut root = Self { supervisor, keeper, router: Router::new(SUPERVISOR_NODE, plant) };
+        let effects = root.supervised(Duration::ZERO, first);
+        (root, effects)
+    }
+
+    /// Takes an event and gives what is to be done.
+    pub fn on(&mut self, now: Duration, event: RootEvent) -> Vec<RootEffect> {
+        match event {
+            RootEvent::Supervisor(event) => {
+                let effects = self.supervisor.on(now, event);
+                self.supervised(now, effects)
+            }
+            RootEvent::Keeper(event) => {
+                let effects = self.keeper.on(event);
+                self.kept(now, effects)
+            }
+            RootEvent::Arrived(bundle) => {
+                let actions = self.router.arrive(bundle);
+                self.routed(now, actions)
+            }
+        }
+    }
+
+    fn supervised(&mut self, now: Duration, effects: Vec<SupervisorEffect>) -> Vec<RootEffect> {
+        let mut out = Vec::new();
+        let mut messages = Vec::new();
+        for effect in effects {
+            match effect {
+                SupervisorEffect::Append(record) => out.push(RootEffect::Append(record)),
+                SupervisorEffect::Announce(table) => {
+                    let tell = |node: &NodeId| RootEffect::Tell(*node, Control::Table(table.clone()));
+                    out.extend(table.nodes.keys().map(tell));
+                    let actions = self.router.on_table(table.clone());
+                    out.extend(self.routed(now, actions));
+                }
+                SupervisorEffect::Welcome(node, _) => {
+                    out.push(RootEffect::Tell(node, Control::Welcome { node }));
+                    let table = self.router.table().clone();
+                    out.push(RootEffect::Tell(node, Control::Table(table)));
+                }
+                SupervisorEffect::Fence(node) => out.push(RootEffect::Tell(node, Control::Fence)),
+                SupervisorEffect::Send(to, body) => messages.push((ActorId::Supervisor, to, body)),
+                SupervisorEffect::Report(report) => out.push(RootEffect::Report(report)),
+                SupervisorEffect::Note(happening) => out.push(RootEffect::Note(happening)),
+                SupervisorEffect::Finish(result) => out.push(RootEffect::Finish(result)),
+            }
+        }
+        out.extend(self.send(now, messages));
+        out
+    }
+
+    fn kept(&mut self, now: Duration, effects: Vec<KeeperEffect>) -> Vec<RootEffect> {
+        let mut out = Vec::new();
+        for effect in effects {
+            match effect {
+                KeeperEffect::Store { step, shard, parameters } => out.push(RootEffect::Store { step, shard, parameters }),
+                KeeperEffect::Publish(step) => out.push(RootEffect::Publish(step)),
+                KeeperEffect::Load { step, shard, to } => out.push(RootEffect::Load { step, shard, to }),
+                KeeperEffect::Send(to, body) => out.extend(self.send(now, vec![(ActorId::Keeper, to, body)])),
+                KeeperEffect::Checkpointed(step) => {
+                    let effects = self.supervisor.on(now, SupervisorEvent::Checkpointed(step));
+                    out.extend(self.supervised(now, effects));
+                }
+            }
+        }
+        out
+    }
+
+    fn send(&mut self, now: Duration, messages: Vec<(ActorId, ActorId, Body<Tensor>)>) -> Vec<RootEffect> {
+        let table = self.supervisor.table();
+        let stamped: Vec<(Address, ActorId, Body<Tensor>)> =
+            messages.into_iter().filter_map(|(from, to, body)| Some((table.address(from)?, to, body))).collect();
+        let actions = self.router.send(stamped);
+        self.routed(now, actions)
+    }
+
+    fn routed(&mut self, now: Duration, actions: Vec<Action>) -> Vec<RootEffect> {
+        let mut out = Vec::new();
+        for action in actions {
+            match action {
+                Action::Transmit(node, bundle) => out.push(RootEffect::Transmit(node, bundle)),
+                Action::Forget(nodes) => out.push(RootEffect::Forget(nodes)),
+                Action::Deliver(ActorId::Supervisor, Event::Message { from, body }) => {
+                    let effects = self.supervisor.on(now, SupervisorEvent::Message { from, body });
+                    out.extend(self.supervised(now, effects));
+                }
+                Action::Deliver(ActorId::Keeper, event) => {
+                    let event = match event {
+                        Event::Table(table) => KeeperEvent::Table(table),
+                        Event::Message { from, body } => KeeperEvent::Message { from, body },
+                        Event::Local { .. } | Event::Computed(_) => continue,
+                    };
+                    let effects = self.keeper.on(event);
+                    out.extend(self.kept(now, effects));
+                }
+                Action::Deliver(..) | Action::Spawn(_) | Action::Stop(_) => {}
+            }
+        }
+        out
+    }
+
+    /// The router, for operators and the simulator's checks.
+    pub fn router(&self) -> &Router {
+        &self.router
+    }
+}

@@ -1,0 +1,71 @@
+//! Simulated sessions between processes: the real session core over links that break.
+
+use crate::control::Control;
+use crate::message::Envelope;
+use everstep_transport::{Frame, Lane, Session};
+use std::collections::BTreeMap;
+
+/// One life of a process.
+pub(super) type Life = u64;
+
+/// What a session carries.
+#[derive(Debug, Clone)]
+pub(super) enum Unit {
+    Control(Control),
+    Bundle(Vec<Envelope>),
+}
+
+impl Unit {
+    pub(super) fn lane(&self) -> Lane {
+        match self {
+            Self::Control(_) => Lane::Control,
+            Self::Bundle(_) => Lane::Bulk,
+        }
+    }
+}
+
+/// A frame on its way.
+#[derive(Debug)]
+pub(super) struct Flight {
+    pub(super) from: Life,
+    pub(super) to: Life,
+    /// The link that carries it; it is lost with it.
+    pub(super) link: u64,
+    pub(super) frame: Frame<Unit>,
+}
+
+/// The link between two lives.
+#[derive(Debug, Default)]
+pub(super) struct Link {
+    /// Counts the links that there were.
+    pub(super) number: u64,
+    pub(super) up: bool,
+    /// When the last frame in each direction arrives: a link keeps the order.
+    pub(super) last: BTreeMap<Life, u64>,
+}
+
+/// All sessions and links.
+#[derive(Debug, Default)]
+pub(super) struct Network {
+    /// By (owner, peer).
+    pub(super) sessions: BTreeMap<(Life, Life), Session<Unit>>,
+    /// By (lower, higher).
+    pub(super) links: BTreeMap<(Life, Life), Link>,
+}
+
+impl Network {
+    pub(super) fn pair(a: Life, b: Life) -> (Life, Life) {
+        (a.min(b), a.max(b))
+    }
+
+    /// A life has ended: its links and sessions are gone, and its peers see broken links.
+    pub(super) fn end(&mut self, life: Life) {
+        self.links.retain(|(a, b), _| *a != life && *b != life);
+        self.sessions.retain(|(owner, _), _| *owner != life);
+        for ((_, peer), session) in &mut self.sessions {
+            if *peer == life {
+                session.link_down();
+            }
+        }
+    }
+}

@@ -1,0 +1,45 @@
+//! Simulated processes: nodes with their actors, and the supervisor's.
+
+use super::network::Life;
+use crate::effect::{Core, Event};
+use crate::ids::{ActorId, Incarnation, NodeId};
+use crate::root::Root;
+use crate::router::Router;
+use std::collections::{BTreeMap, VecDeque};
+
+/// An actor and its mailbox.
+#[derive(Debug)]
+pub(super) struct SimActor {
+    pub(super) incarnation: Incarnation,
+    pub(super) core: Box<dyn Core>,
+    pub(super) mailbox: VecDeque<Event>,
+    pub(super) awake: bool,
+}
+
+/// A node's process.
+#[derive(Debug)]
+pub(super) struct SimNode {
+    pub(super) life: Life,
+    /// Its number, once it was welcomed.
+    pub(super) node: Option<NodeId>,
+    pub(super) router: Option<Router>,
+    pub(super) actors: BTreeMap<ActorId, SimActor>,
+    /// Stopped until then.
+    pub(super) paused: u64,
+    pub(super) work: u64,
+    /// The life of the supervisor that it talks to.
+    pub(super) supervisor: Option<Life>,
+}
+
+/// The supervisor's process.
+#[derive(Debug)]
+pub(super) struct SimRoot {
+    pub(super) life: Life,
+    pub(super) root: Root,
+    /// Lives of nodes by number.
+    pub(super) lives: BTreeMap<NodeId, Life>,
+    /// The life of the process whose join is being handled.
+    pub(super) joining: BTreeMap<u64, Life>,
+    /// Syncs and writes of another life are not reported to this one.
+    pub(super) paused: u64,
+}
