@@ -3,7 +3,7 @@
 //! It lives beside the supervisor, since the catalogue has one owner; the heavy half (hashing, writing,
 //! syncing) is done elsewhere and reported back.
 //! - KE-1: a checkpoint exists once every shard of one step is stored and its manifest is published.
-//! - KE-2: a snapshot is acknowledged when it is stored, or not wanted any more.
+//! - KE-2: a snapshot is acknowledged when the checkpoint that it is part of exists.
 
 use crate::ids::{ActorId, Address, Step};
 use crate::message::{Body, ParameterState};
@@ -101,7 +101,9 @@ impl KeeperCore {
             KeeperEvent::Published(step) => {
                 self.published = self.published.max(step);
                 self.storing.retain(|s, _| *s > step);
-                vec![KeeperEffect::Checkpointed(step)]
+                let primaries = (0..self.shards).filter_map(|shard| self.table.primary(shard));
+                let kept = primaries.map(|to| KeeperEffect::Send(to, Body::SnapshotKept { step }));
+                kept.chain([KeeperEffect::Checkpointed(step)]).collect()
             }
             KeeperEvent::Loaded { step, to, parameters } => {
                 vec![KeeperEffect::Send(to, Body::State { step, parameters })]
@@ -147,13 +149,6 @@ impl KeeperCore {
         let Some(of_step) = self.storing.get_mut(&step) else { return Vec::new() };
         of_step.insert(shard, true);
         let complete = of_step.len() == self.shards as usize && of_step.values().all(|stored| *stored);
-        let mut effects = Vec::new();
-        if let Some(primary) = self.table.primary(shard) {
-            effects.push(KeeperEffect::Send(primary, Body::SnapshotKept { step }));
-        }
-        if complete {
-            effects.push(KeeperEffect::Publish(step));
-        }
-        effects
+        if complete { vec![KeeperEffect::Publish(step)] } else { Vec::new() }
     }
 }

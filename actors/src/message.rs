@@ -140,7 +140,7 @@ pub enum Body<T> {
         /// Fingerprint sums by number of the parameter.
         sums: Vec<(u32, [u128; 3])>,
     },
-    /// A reducer to a new supervisor: it has no state yet.
+    /// A reducer to the supervisor: it has no state, or not the sums to follow the newest commit.
     Stateless,
     /// The supervisor to every reducer.
     Commit(Commit),
@@ -151,7 +151,7 @@ pub enum Body<T> {
         /// In order of number.
         parameters: Vec<ParameterState<T>>,
     },
-    /// The keeper to a primary: its snapshot is stored, or no longer wanted.
+    /// The keeper to a primary: the checkpoint that its snapshot is part of exists.
     SnapshotKept {
         /// The step.
         step: Step,

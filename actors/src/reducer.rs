@@ -209,8 +209,8 @@ impl ReducerCore {
     /// What a new supervisor must know.
     fn report(&self) -> Vec<Effect> {
         let body = match &self.state {
-            Some(s) => Body::Applied { step: s.step, sums: s.sums.clone() },
-            None => Body::Stateless,
+            Some(s) if !self.behind() => Body::Applied { step: s.step, sums: s.sums.clone() },
+            Some(_) | None => Body::Stateless,
         };
         std::iter::once(Effect::send(ActorId::Supervisor, body)).chain(self.prepared()).collect()
     }
@@ -289,6 +289,8 @@ impl ReducerCore {
         let mut effects = self.advance();
         if !self.computing && self.behind() {
             effects.extend(self.ask());
+            // Nobody may count on this copy until it has caught up.
+            effects.push(Effect::send(ActorId::Supervisor, Body::Stateless));
         }
         effects
     }

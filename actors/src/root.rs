@@ -73,7 +73,9 @@ pub struct Root {
 impl Root {
     /// From a supervisor and its first effects.
     pub fn new(supervisor: Supervisor, first: Vec<SupervisorEffect>, keeper: KeeperCore, plant: Option<Bug>) -> (Self, Vec<RootEffect>) {
-        let mut root = Self { supervisor, keeper, router: Router::new(SUPERVISOR_NODE, plant) };
+        let mut router = Router::new(plant);
+        router.welcome(SUPERVISOR_NODE);
+        let mut root = Self { supervisor, keeper, router };
         let effects = root.supervised(Duration::ZERO, first);
         (root, effects)
     }
@@ -110,8 +112,6 @@ impl Root {
                 }
                 SupervisorEffect::Welcome(node, _) => {
                     out.push(RootEffect::Tell(node, Control::Welcome { node }));
-                    let table = self.router.table().clone();
-                    out.push(RootEffect::Tell(node, Control::Table(table)));
                 }
                 SupervisorEffect::Fence(node) => out.push(RootEffect::Tell(node, Control::Fence)),
                 SupervisorEffect::Send(to, body) => messages.push((ActorId::Supervisor, to, body)),

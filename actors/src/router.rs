@@ -6,6 +6,7 @@
 //! - RO-3: messages that one actor sends at once to actors of one node travel as one bundle; rows for
 //!   experts of one layer reach their host as one batch.
 //! - RO-4: an actor is spawned once for each life that the table places here.
+//! - RO-5: a failed life is reported to every life of the supervisor until the table replaces it.
 
 use crate::effect::Event;
 use crate::ids::{ActorId, Address, NodeId};
@@ -46,17 +47,30 @@ enum Verdict {
 /// See the module.
 #[derive(Debug)]
 pub struct Router {
-    node: NodeId,
+    /// None until the supervisor has welcomed the process; messages may come before that.
+    node: Option<NodeId>,
     table: Arc<Table>,
     early: Vec<Envelope>,
     refused: u64,
+    /// Lives that failed and are not replaced yet, with their last words.
+    failed: BTreeMap<Address, String>,
     plant: Option<Bug>,
 }
 
 impl Router {
-    /// The router of a node that has not heard of any epoch.
-    pub fn new(node: NodeId, plant: Option<Bug>) -> Self {
-        Self { node, table: Arc::default(), early: Vec::new(), refused: 0, plant }
+    /// The router of a process that has not heard of any epoch.
+    pub fn new(plant: Option<Bug>) -> Self {
+        Self { node: None, table: Arc::default(), early: Vec::new(), refused: 0, failed: BTreeMap::new(), plant }
+    }
+
+    /// The supervisor has given this process its number.
+    pub fn welcome(&mut self, node: NodeId) {
+        self.node = Some(node);
+    }
+
+    /// The number of this process.
+    pub fn node(&self) -> Option<NodeId> {
+        self.node
     }
 
     /// The epoch it knows.
@@ -74,10 +88,22 @@ impl Router {
         self.early.len()
     }
 
+    /// An actor of this node failed.
+    pub fn fail(&mut self, address: Address, reason: String) {
+        self.failed.insert(address, reason);
+    }
+
+    /// Lives that failed and are not replaced yet, for a new life of the supervisor.
+    pub fn failures(&self) -> impl Iterator<Item = (&Address, &String)> {
+        self.failed.iter()
+    }
+
     /// Hosts that a table wants on a node.
     fn hosts(&self, table: &Table) -> Vec<ActorId> {
-        let mut layers: Vec<u32> = table
-            .actors_of(self.node)
+        let mut layers: Vec<u32> = self
+            .node
+            .iter()
+            .flat_map(|node| table.actors_of(*node))
             .filter_map(|a| match a.actor {
                 ActorId::Expert { layer, .. } => Some(layer),
                 _ => None,
@@ -93,9 +119,10 @@ impl Router {
             return Vec::new();
         }
         let before = std::mem::replace(&mut self.table, Arc::clone(&table));
+        self.failed.retain(|address, _| table.address(address.actor) == Some(*address));
         let mut actions = Vec::new();
-        let old: Vec<Address> = before.actors_of(self.node).collect();
-        let new: Vec<Address> = table.actors_of(self.node).collect();
+        let here = |table: &Table| self.node.iter().flat_map(|node| table.actors_of(*node)).collect();
+        let (old, new): (Vec<Address>, Vec<Address>) = (here(&before), here(&table));
         actions.extend(old.iter().filter(|a| !new.contains(a)).map(|a| Action::Stop(*a)));
         let first = |actor| Address { actor, incarnation: crate::ids::Incarnation(0) };
         let (old_hosts, new_hosts) = (self.hosts(&before), self.hosts(&table));
@@ -122,7 +149,7 @@ impl Router {
             (Some(Ordering::Less), _) | (_, Some(Ordering::Less)) => Verdict::Refuse,
             (Some(Ordering::Equal), Some(Ordering::Equal)) => {
                 // The same life may have been moved only by a new one, so it is here.
-                if self.table.node_of(envelope.to.actor) == Some(self.node) { Verdict::Pass } else { Verdict::Refuse }
+                if self.table.node_of(envelope.to.actor) == self.node { Verdict::Pass } else { Verdict::Refuse }
             }
             (None | Some(Ordering::Equal | Ordering::Greater), None | Some(Ordering::Equal | Ordering::Greater)) => {
                 Verdict::Hold
@@ -165,7 +192,7 @@ impl Router {
         }
         let mut actions = Vec::new();
         for (node, bundle) in bundles {
-            if node == self.node {
+            if Some(node) == self.node {
                 actions.extend(self.arrive(bundle));
             } else {
                 actions.push(Action::Transmit(node, bundle));

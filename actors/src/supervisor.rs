@@ -21,7 +21,7 @@ use placement::{Costs, Placement};
 pub use record::{Record, CommitRecord};
 
 use crate::ids::{ActorId, Address, Incarnation, NodeId, SUPERVISOR_NODE, Step};
-use crate::message::{Body, Commit};
+use crate::message::Body;
 use crate::plant::Bug;
 use crate::spec::{JobSpec, Layout};
 use crate::table::{Entry, NodeInfo, Table};
@@ -152,7 +152,7 @@ pub struct Supervisor {
     held: VecDeque<Vec<SupervisorEffect>>,
     /// Work of each node, and how much of it has been reported.
     work: BTreeMap<NodeId, (u64, u64)>,
-    /// Fingerprints that were reported, from the newest checkpoint on: a step done again must match.
+    /// Fingerprints of steps that may be done again: they must match.
     reported: BTreeMap<Step, String>,
     /// When the failure was noticed after which no step has been committed yet.
     recovering: Option<Duration>,
@@ -161,12 +161,13 @@ pub struct Supervisor {
 }
 
 impl Supervisor {
-    /// A supervisor from its control log; an empty log is a new job. `reported` are the fingerprints in
-    /// metrics.jsonl. Gives the first effects too.
+    /// A supervisor from its control log; an empty log is a new job. `checkpoint` is the step of the newest
+    /// one that exists (0: none), `reported` are the fingerprints in metrics.jsonl. Gives the first effects too.
     pub fn new(
         spec: Arc<JobSpec>,
         nodes_wanted: usize,
         log: &[Record],
+        checkpoint: Step,
         reported: BTreeMap<Step, String>,
         now: Duration,
         plant: Option<Bug>,
@@ -180,7 +181,7 @@ impl Supervisor {
             table: Table { primaries: vec![None; spec.shards as usize], ..Table::default() },
             membership: Membership::default(),
             last: None,
-            checkpoint: 0,
+            checkpoint,
             next_node: 1,
             restarts: BTreeMap::new(),
             held: VecDeque::new(),
@@ -215,11 +216,11 @@ impl Supervisor {
     }
 
     fn placed_copies(&self) -> BTreeSet<(u32, u32)> {
-        let copy = |actor: &ActorId| match actor {
-            ActorId::Reducer { shard, replica } => Some((*shard, *replica)),
+        let copy = |(actor, entry): (&ActorId, &Entry)| match actor {
+            ActorId::Reducer { shard, replica } if self.table.nodes.contains_key(&entry.node) => Some((*shard, *replica)),
             _ => None,
         };
-        self.table.entries.keys().filter_map(copy).collect()
+        self.table.entries.iter().filter_map(copy).collect()
     }
 
     /// The number of a job's last committed step.
@@ -235,12 +236,14 @@ impl Supervisor {
     fn replay(&mut self, record: &Record) {
         match record {
             Record::Epoch { table, next_node } => {
+                if table.base != self.table.base || table.primaries.iter().all(Option::is_none) {
+                    // The job went back: what was committed after the checkpoint is to be done again.
+                    self.last = None;
+                }
                 self.table = table.clone();
                 self.next_node = *next_node;
             }
             Record::Commit(commit) => self.last = Some(*commit),
-            Record::RolledBack { to } => self.last = self.last.map(|l| CommitRecord { commit: Commit { step: *to, ..l.commit }, ..l }),
-            Record::Checkpoint(step) => self.checkpoint = *step,
         }
     }
 
@@ -279,12 +282,13 @@ impl Supervisor {
         effects
     }
 
-    /// Makes the changed table the next epoch.
-    fn publish(&mut self, then: Vec<SupervisorEffect>) -> Vec<SupervisorEffect> {
+    /// Makes the changed table the next epoch; `first` goes out before it, after the sync.
+    fn publish(&mut self, mut first: Vec<SupervisorEffect>) -> Vec<SupervisorEffect> {
         self.table.epoch += 1;
         let announce = SupervisorEffect::Announce(Arc::new(self.table.clone()));
         let record = Record::Epoch { table: self.table.clone(), next_node: self.next_node };
-        self.log(record, std::iter::once(announce).chain(then).collect())
+        first.push(announce);
+        self.log(record, first)
     }
 
     fn join(&mut self, now: Duration, info: NodeInfo) -> Vec<SupervisorEffect> {
@@ -295,7 +299,7 @@ impl Supervisor {
         let note = Happening::NodeJoined { node: node.0, address: info.address.clone() };
         let mut effects = vec![SupervisorEffect::Note(note)];
         self.place(true);
-        effects.extend(self.publish(vec![SupervisorEffect::Welcome(node, info)]));
+        effects.extend(self.settle(vec![SupervisorEffect::Welcome(node, info)]));
         effects
     }
 
@@ -355,6 +359,7 @@ impl Supervisor {
             if life.is_none_or(|e| e.node != node) {
                 let incarnation = life.map_or(Incarnation(1), |e| e.incarnation.next());
                 self.table.entries.insert(actor, Entry { node, incarnation });
+                self.commit.out_of_sync(actor);
                 moved.push(actor);
             }
         }
@@ -390,45 +395,59 @@ impl Supervisor {
         for actor in &lost {
             self.commit.out_of_sync(*actor);
         }
-        if self.table.nodes.is_empty() {
-            // Nobody to place them on: they keep their last entry, and get a new life with the first node.
-            let why = "no node is left".to_owned();
-            let mut effects = self.elect();
-            effects.push(SupervisorEffect::Note(Happening::Waiting { why }));
-            return effects;
-        }
+        // Without a node they keep their last entry, and get a new life with the first one that joins.
         let moved = self.place(false);
-        let mut effects = self.elect();
-        if effects.is_empty() {
-            effects = self.publish(Vec::new());
-        }
-        let actors = moved.iter().map(ToString::to_string).collect();
-        effects.push(SupervisorEffect::Note(Happening::Moved { epoch: self.table.epoch, actors }));
+        let mut effects = self.settle(Vec::new());
+        let note = if self.table.nodes.is_empty() {
+            Happening::Waiting { why: "no node is left".to_owned() }
+        } else {
+            let actors = moved.iter().map(ToString::to_string).collect();
+            Happening::Moved { epoch: self.table.epoch, actors }
+        };
+        effects.push(SupervisorEffect::Note(note));
         effects
     }
 
-    /// Keeps each shard's primary in sync, or goes back to a checkpoint. Publishes only then.
-    fn elect(&mut self) -> Vec<SupervisorEffect> {
+    /// Whether a shard's primary has no state, and a copy is known that has. At the start of a job, and
+    /// after a way back, all shards get their first primaries together.
+    fn can_elect(&self) -> bool {
+        let unfit = |(shard, primary): (usize, &Option<u32>)| match primary {
+            Some(replica) => !self.commit.in_sync(shard as u32, *replica) && self.commit.has_copy(shard as u32),
+            None => self.commit.all_in_sync(),
+        };
+        self.table.primaries.iter().enumerate().any(unfit)
+    }
+
+    /// Publishes the changed table, with primaries that are in sync or everybody back at the checkpoint.
+    fn settle(&mut self, first: Vec<SupervisorEffect>) -> Vec<SupervisorEffect> {
+        let note = self.elect();
+        let mut effects = self.publish(first);
+        effects.extend(note.map(SupervisorEffect::Note));
+        effects
+    }
+
+    /// Gives each shard a primary that is in sync. A shard that lost all its copies sends the job back.
+    fn elect(&mut self) -> Option<Happening> {
         for shard in 0..self.spec.shards {
             let at = shard as usize;
-            let present = self.table.primaries[at];
             let in_sync = |r: u32| self.commit.in_sync(shard, r);
+            let present = self.table.primaries[at];
             if present.is_some_and(in_sync) {
                 continue;
             }
             let heir = (0..=self.spec.mirrors).find(|r| in_sync(*r));
             if present.is_some() && heir.is_none() && !self.commit.unheard(shard) {
-                return self.roll_back(format!("shard {shard} lost all its copies"));
+                return Some(self.roll_back(format!("shard {shard} lost all its copies")));
             }
             if heir.is_some() {
                 self.table.primaries[at] = heir;
             }
         }
-        Vec::new()
+        None
     }
 
     /// Everybody gets a new life at the newest checkpoint.
-    fn roll_back(&mut self, why: String) -> Vec<SupervisorEffect> {
+    fn roll_back(&mut self, why: String) -> Happening {
         let to_step = self.checkpoint;
         self.table.base = to_step;
         self.table.primaries.fill(None);
@@ -438,13 +457,9 @@ impl Supervisor {
             }
         }
         self.place(true);
-        self.last = self.last.map(|l| CommitRecord { commit: Commit { step: to_step, ..l.commit }, ..l });
+        self.last = None;
         self.commit.restore(to_step, BTreeSet::new());
-        let mut effects = self.log(Record::RolledBack { to: to_step }, Vec::new());
-        effects.extend(self.publish(Vec::new()));
-        let epoch = self.table.epoch;
-        effects.push(SupervisorEffect::Note(Happening::RolledBack { to_step, epoch, why }));
-        effects
+        Happening::RolledBack { to_step, epoch: self.table.epoch + 1, why }
     }
 
     fn actor_failed(&mut self, now: Duration, address: Address, reason: String) -> Vec<SupervisorEffect> {
@@ -463,10 +478,7 @@ impl Supervisor {
             entry.incarnation = entry.incarnation.next();
         }
         self.commit.out_of_sync(address.actor);
-        let mut effects = self.elect();
-        if effects.is_empty() {
-            effects = self.publish(Vec::new());
-        }
+        let mut effects = self.settle(Vec::new());
         effects.push(SupervisorEffect::Note(Happening::ActorFailed {
             actor: address.actor.to_string(),
             incarnation: address.incarnation.0,
@@ -490,14 +502,18 @@ impl Supervisor {
                 if let Err(e) = self.commit.applied(shard, replica, step, sums) {
                     return self.finish(Err(e.to_string()));
                 }
-                if self.table.primaries.contains(&None) && self.commit.all_in_sync() {
-                    effects.extend(self.elect());
-                    effects.extend(self.publish(Vec::new()));
+                if self.can_elect() {
+                    effects.extend(self.settle(Vec::new()));
                 }
             }
             Body::Stateless => {
-                self.commit.stateless(shard, replica);
-                effects.extend(self.elect());
+                self.commit.out_of_sync(from.actor);
+                let before = self.table.primaries.clone();
+                let note = self.elect();
+                if self.table.primaries != before {
+                    effects.extend(self.publish(Vec::new()));
+                }
+                effects.extend(note.map(SupervisorEffect::Note));
             }
             Body::Hidden { .. }
             | Body::Gradient { .. }
@@ -546,25 +562,23 @@ impl Supervisor {
     /// Reports the newest committed step once every shard has applied it.
     fn report(&mut self) -> Vec<SupervisorEffect> {
         let Some(fingerprint) = self.commit.take_fingerprint() else { return Vec::new() };
-        let Some(commit) = self.last.filter(|l| l.commit.step == self.commit.committed()) else { return Vec::new() };
-        let step = commit.commit.step;
+        let step = self.commit.committed();
         let mut effects = Vec::new();
-        match self.reported.get(&step) {
-            Some(before) if *before != fingerprint => {
+        match (self.reported.get(&step), self.last) {
+            (Some(before), _) if *before != fingerprint => {
                 let why = format!("step {step} was done again and has fingerprint {fingerprint}, not {before}");
                 return self.finish(Err(why));
             }
-            Some(_) => {}
-            None if step > 0 && step > self.table.base => {
-                let operations = self.work.iter_mut().map(|(node, (now, told))| (*node, *now - std::mem::replace(told, *now)));
-                let report = Report { commit, fingerprint: fingerprint.clone(), epoch: self.table.epoch, operations: operations.collect() };
-                effects.push(SupervisorEffect::Report(report));
-                self.reported.insert(step, fingerprint);
+            (None, Some(commit)) if commit.commit.step == step => {
+                let since = |told: &mut (u64, u64)| told.0 - std::mem::replace(&mut told.1, told.0);
+                let operations = self.work.iter_mut().map(|(node, told)| (*node, since(told))).collect();
+                let (fingerprint, epoch) = (fingerprint.clone(), self.table.epoch);
+                effects.push(SupervisorEffect::Report(Report { commit, fingerprint, epoch, operations }));
             }
-            None => {}
+            (Some(_) | None, _) => {}
         }
-        let finish = step == self.spec.steps && self.checkpoint == step;
-        if finish {
+        self.reported.insert(step, fingerprint);
+        if step == self.spec.steps && self.checkpoint == step {
             effects.extend(self.finish(Ok(())));
         }
         effects
@@ -572,10 +586,10 @@ impl Supervisor {
 
     fn checkpointed(&mut self, step: Step) -> Vec<SupervisorEffect> {
         self.checkpoint = self.checkpoint.max(step);
-        let newest = self.checkpoint;
-        self.reported.retain(|s, _| *s >= newest);
-        let mut effects = self.log(Record::Checkpoint(step), Vec::new());
-        effects.push(SupervisorEffect::Note(Happening::CheckpointStored { step }));
+        // A step is done again only after the newest checkpoint, or if the job is before it now.
+        let floor = self.checkpoint.min(self.committed());
+        self.reported.retain(|s, _| *s >= floor);
+        let mut effects = vec![SupervisorEffect::Note(Happening::CheckpointStored { step })];
         if step == self.spec.steps && self.reported.contains_key(&step) {
             effects.extend(self.finish(Ok(())));
         }

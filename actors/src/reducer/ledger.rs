@@ -31,8 +31,8 @@ pub struct Ledger {
     micro_batches: u32,
     /// Receipts by group and sender, in order of sender; `None` while one is missing.
     expected: BTreeMap<Group, BTreeMap<ActorId, Option<Receipt>>>,
-    /// Order of arrival, for the planted bug that sums in it.
-    arrivals: BTreeMap<Group, Vec<Receipt>>,
+    /// In order of arrival, for the planted bugs.
+    arrivals: BTreeMap<Group, Vec<(ActorId, Receipt)>>,
     plant: Option<Bug>,
 }
 
@@ -54,7 +54,7 @@ impl Ledger {
             return;
         }
         if self.plant.is_some() {
-            self.arrivals.entry(group).or_default().push(receipt.clone());
+            self.arrivals.entry(group).or_default().push((sender, receipt.clone()));
         }
         *place = Some(receipt);
     }
@@ -71,8 +71,14 @@ impl Ledger {
 
     /// A group's receipts in order of sender.
     pub fn receipts(&self, group: Group) -> Vec<Receipt> {
-        if matches!(self.plant, Some(Bug::ArrivalOrderSum | Bug::ContributionTwice)) {
-            return self.arrivals[&group].clone();
+        match self.plant {
+            Some(Bug::ArrivalOrderSum) => return self.arrivals[&group].iter().map(|(_, r)| r.clone()).collect(),
+            Some(Bug::ContributionTwice) => {
+                let mut all = self.arrivals[&group].clone();
+                all.sort_by_key(|(sender, _)| *sender);
+                return all.into_iter().map(|(_, r)| r).collect();
+            }
+            Some(Bug::FenceSkipped | Bug::AcknowledgedBeforeSynced | Bug::LostAtReconnect) | None => {}
         }
         self.expected[&group].values().flatten().cloned().collect()
     }

@@ -20,9 +20,7 @@ pub(super) struct SimActor {
 #[derive(Debug)]
 pub(super) struct SimNode {
     pub(super) life: Life,
-    /// Its number, once it was welcomed.
-    pub(super) node: Option<NodeId>,
-    pub(super) router: Option<Router>,
+    pub(super) router: Router,
     pub(super) actors: BTreeMap<ActorId, SimActor>,
     /// Stopped until then.
     pub(super) paused: u64,

@@ -223,7 +223,7 @@ impl World {
         }
         let mut state = self.root.as_ref().map_or("no supervisor".to_owned(), |r| r.root.supervisor.describe());
         for node in self.nodes.iter().flatten() {
-            let _ = write!(state, "\n    {:?}, {} held:", node.node, node.router.as_ref().map_or(0, Router::held));
+            let _ = write!(state, "\n    {:?}, {} held:", node.router.node(), node.router.held());
             for (actor, a) in &node.actors {
                 let _ = write!(state, "\n      {actor}#{}: {}", a.incarnation.0, a.core.describe());
             }
@@ -360,8 +360,7 @@ impl World {
         self.note(format!("slot {slot} starts as life {life}"));
         self.nodes[slot] = Some(SimNode {
             life,
-            node: None,
-            router: None,
+            router: Router::new(self.materials.plant),
             actors: BTreeMap::new(),
             paused: 0,
             work: 0,
@@ -376,7 +375,7 @@ impl World {
         let now = Duration::from_micros(self.now);
         let spec = Arc::clone(&self.materials.spec);
         let plant = self.materials.plant;
-        let (supervisor, first) = Supervisor::new(spec, self.wanted, &self.disk, reported, now, plant);
+        let (supervisor, first) = Supervisor::new(spec, self.wanted, &self.disk, self.published, reported, now, plant);
         self.note(format!("the supervisor starts as life {life} with step {} committed", supervisor.committed()));
         if supervisor.committed() < self.announced {
             let what = format!("step {} was announced, the next supervisor knows {}", self.announced, supervisor.committed());
@@ -393,7 +392,7 @@ impl World {
         let Some(node) = self.nodes[slot].take() else { return };
         self.network.end(node.life);
         self.stopped.remove(&node.life);
-        if let (true, Some(number)) = (seen, node.node) {
+        if let (true, Some(number)) = (seen, node.router.node()) {
             let delay = 500 + self.draw(2000);
             self.after(delay, SimEvent::Lost(number));
         }
@@ -451,6 +450,9 @@ impl World {
         let life = node.life;
         self.note(format!("{actor}#{} panics", incarnation.0));
         let address = Address { actor, incarnation };
+        if let Some(node) = self.node_of_life(life) {
+            node.router.fail(address, "injected".to_owned());
+        }
         self.send_to_root(life, Control::ActorFailed { address, reason: "injected".to_owned() })
     }
 
@@ -561,8 +563,8 @@ impl World {
         match unit {
             Unit::Control(control) => self.node_hears(to, control),
             Unit::Bundle(bundle) => {
-                let Some(router) = self.node_of_life(to).and_then(|n| n.router.as_mut()) else { return Ok(()) };
-                let actions = router.arrive(bundle);
+                let Some(node) = self.node_of_life(to) else { return Ok(()) };
+                let actions = node.router.arrive(bundle);
                 self.perform_node(to, actions)
             }
         }
@@ -573,7 +575,7 @@ impl World {
     fn heartbeat(&mut self, life: Life) -> Result<(), Broken> {
         let root = self.root.as_ref().map(|r| r.life);
         let Some(node) = self.node_of_life(life) else { return Ok(()) };
-        let (number, work) = (node.node, node.work);
+        let (number, work) = (node.router.node(), node.work);
         let new_root = root.is_some() && node.supervisor != root;
         node.supervisor = root.or(node.supervisor);
         let machine = String::new();
@@ -590,7 +592,13 @@ impl World {
             }
         };
         self.after(HEARTBEAT, SimEvent::Heartbeat(life));
-        self.send_to_root(life, control)
+        let returns = matches!(control, Control::Return { .. });
+        self.send_to_root(life, control)?;
+        let Some(node) = self.node_of_life(life).filter(|_| returns) else { return Ok(()) };
+        let failures: Vec<(Address, String)> = node.router.failures().map(|(a, r)| (*a, r.clone())).collect();
+        failures.into_iter().try_for_each(|(address, reason)| {
+            self.send_to_root(life, Control::ActorFailed { address, reason })
+        })
     }
 
     fn send_to_root(&mut self, life: Life, control: Control) -> Result<(), Broken> {
@@ -599,17 +607,14 @@ impl World {
     }
 
     fn node_hears(&mut self, life: Life, control: Control) -> Result<(), Broken> {
-        let plant = self.materials.plant;
         let Some(node) = self.node_of_life(life) else { return Ok(()) };
         match control {
             Control::Welcome { node: number } => {
-                node.node = Some(number);
-                node.router = Some(Router::new(number, plant));
+                node.router.welcome(number);
                 Ok(())
             }
             Control::Table(table) => {
-                let Some(router) = &mut node.router else { return Ok(()) };
-                let actions = router.on_table(table);
+                let actions = node.router.on_table(table);
                 self.perform_node(life, actions)
             }
             Control::Fence => {
@@ -662,13 +667,13 @@ impl World {
         if node == crate::ids::SUPERVISOR_NODE {
             return self.root.as_ref().map(|r| r.life);
         }
-        let router = self.node_of_life(life)?.router.as_ref()?;
+        let router = &self.node_of_life(life)?.router;
         router.table().nodes.get(&node).map(|info| info.peer)
     }
 
     fn check_delivery(&mut self, life: Life, actor: ActorId, event: &Event) -> Result<(), Broken> {
-        let Some(router) = self.node_of_life(life).and_then(|n| n.router.as_ref()) else { return Ok(()) };
-        let table = router.table();
+        let Some(node) = self.node_of_life(life) else { return Ok(()) };
+        let table = node.router.table();
         match event {
             Event::Message { from, .. } => checks::fenced((actor, from), table),
             Event::Local { local: Local::Batch(batch), .. } => checks::fenced_batch(batch, table),
@@ -716,8 +721,8 @@ impl World {
                 Effect::Compute { job, cost } => self.compute(life, me, job, cost),
             }
         }
-        let Some(router) = self.node_of_life(life).and_then(|n| n.router.as_mut()) else { return Ok(()) };
-        let actions = router.send(messages);
+        let Some(node) = self.node_of_life(life) else { return Ok(()) };
+        let actions = node.router.send(messages);
         self.perform_node(life, actions)
     }
 

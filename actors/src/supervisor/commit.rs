@@ -119,21 +119,21 @@ impl CommitCore {
         self.unheard.range((shard, 0)..=(shard, u32::MAX)).next().is_some()
     }
 
-    /// A copy has no state.
-    pub fn stateless(&mut self, shard: u32, replica: u32) {
-        self.unheard.remove(&(shard, replica));
-    }
-
     /// Whether every shard has a copy in sync.
     pub fn all_in_sync(&self) -> bool {
-        (0..self.spec.shards).all(|s| self.copies(s).next().is_some())
+        (0..self.spec.shards).all(|s| self.has_copy(s))
+    }
+
+    /// Whether a shard has a copy in sync.
+    pub fn has_copy(&self, shard: u32) -> bool {
+        self.copies(shard).next().is_some()
     }
 
     fn copies(&self, shard: u32) -> impl Iterator<Item = Copy> {
         self.in_sync.range((shard, 0)..=(shard, u32::MAX)).copied()
     }
 
-    /// A copy died.
+    /// A copy died, or has no state.
     pub fn out_of_sync(&mut self, actor: ActorId) {
         if let ActorId::Reducer { shard, replica } = actor {
             self.in_sync.remove(&(shard, replica));
@@ -179,7 +179,8 @@ impl CommitCore {
 
     /// The next step, if it can be committed.
     pub fn decide(&mut self) -> Result<Option<CommitRecord>, CommitError> {
-        let ready = self.in_sync.iter().all(|copy| self.prepared.contains_key(copy));
+        // Copies that a new supervisor has not heard yet may be in sync: it waits for them or their death.
+        let ready = self.unheard.is_empty() && self.in_sync.iter().all(|copy| self.prepared.contains_key(copy));
         if !self.reported || !self.all_in_sync() || !ready || self.committed == self.spec.steps {
             return Ok(None);
         }

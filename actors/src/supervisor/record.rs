@@ -1,6 +1,5 @@
 //! What the control log holds. Records are read by the next life of the supervisor.
 
-use crate::ids::Step;
 use crate::message::Commit;
 use crate::table::Table;
 use serde::{Deserialize, Serialize};
@@ -30,11 +29,4 @@ pub enum Record {
     },
     /// A step is committed.
     Commit(CommitRecord),
-    /// The job went back to a checkpoint.
-    RolledBack {
-        /// The checkpoint's step.
-        to: Step,
-    },
-    /// A checkpoint is on disk.
-    Checkpoint(Step),
 }
