@@ -239,7 +239,9 @@ impl Core for ExpertCore {
             }
             Event::Message { body: Body::Weights { step, tensors, .. }, .. } => self.take_weights(step, tensors),
             Event::Local { local: Local::Arrived(envelope), .. } => vec![self.arrived(envelope)],
-            Event::Local { local: Local::Done { turn, result }, .. } => self.done(turn, result),
+            Event::Local { local: Local::Done { expert, turn, result }, .. } if expert == self.address => {
+                self.done(turn, result)
+            }
             Event::Computed(Outcome::ExpertWeight { step, sums }) => self.computed(step, sums),
             Event::Message { .. } | Event::Local { .. } | Event::Computed(_) => Vec::new(),
         }

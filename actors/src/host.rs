@@ -81,7 +81,7 @@ impl Core for HostCore {
                 self.computing = false;
                 for (expert, stage, turn, result) in done {
                     let body = Body::Answer { turn, pass: result.pass(), rows: result.rows().clone() };
-                    effects.push(Effect::Tell { to: expert.actor, local: Local::Done { turn, result } });
+                    effects.push(Effect::Tell { to: expert.actor, local: Local::Done { expert, turn, result } });
                     effects.push(Effect::Send { from: Some(expert), to: stage, body });
                 }
             }

@@ -289,6 +289,8 @@ pub enum Local {
     Nothing,
     /// A host to an expert: its work is done.
     Done {
+        /// The life whose work it was: another one has not sent what goes with it.
+        expert: Address,
         /// The micro-batch.
         turn: Turn,
         /// For the expert to keep.

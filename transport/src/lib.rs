@@ -1,5 +1,21 @@
 //! Bytes between the processes of a job. Knows no actor and no model.
+//!
+//! From the bottom: a [`Link`] carries frames and may break; a session (pure core: [`Session`]) makes an
+//! ordered, exactly-once, flow-controlled stream of units on two lanes of any number of links; a
+//! [`Hub`] keeps all sessions of a process, over QUIC.
 
+mod codec;
+mod credentials;
+mod hub;
+mod link;
+mod message;
+mod quic;
 mod session;
 
+pub use codec::FrameError;
+pub use credentials::{Credentials, CredentialsError};
+pub use hub::{Hub, HubEvent, SEND_QUEUE};
+pub use link::Link;
+pub use message::{Assembler, FRAGMENT_MAX, Fragment, HEADER_MAX, Message, MessageError};
+pub use quic::{Peer, QuicError};
 pub use session::{Frame, Lane, Resume, Session, SessionEffect, SessionError};

@@ -1,0 +1,389 @@
+//! All sessions of a process: dials, accepts, reconnects, and hands messages over.
+//!
+//! - HU-1: a session outlives its links: it is ended by [`Hub::close`] alone.
+//! - HU-2: sending never waits. What a session may hold is bounded by [`SEND_QUEUE`] messages; a sender
+//!   beyond it is out of step with its protocol, and loses the session (an event says so).
+//! - HU-3: a message is taken from the peer's grant when the receiver takes its event, so a process that
+//!   does not keep up slows its peers.
+
+use crate::credentials::Credentials;
+use crate::link::Link;
+use crate::message::{Assembler, Fragment, Message};
+use crate::quic::{self, HANDSHAKE, Peer, QuicError, Shaking, explain};
+use crate::session::{Lane, Resume, Session, SessionEffect};
+use quinn::Endpoint;
+use std::collections::BTreeMap;
+use std::net::SocketAddr;
+use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
+use std::time::Duration;
+use tokio::sync::{mpsc, oneshot, watch};
+
+/// Messages that one session may be given and not have sent yet.
+pub const SEND_QUEUE: usize = 65_536;
+/// Messages that wait for the process to take them.
+const EVENTS: usize = 1024;
+const REDIAL: Duration = Duration::from_millis(50);
+
+/// What happened.
+#[derive(Debug)]
+pub enum HubEvent {
+    /// A link to a peer is there.
+    Up(Peer),
+    /// The link to a peer is gone; the session goes on when there is another.
+    Down(Peer),
+    /// A message of a peer.
+    Message(Peer, Message),
+    /// The session with a peer is over: one of the two broke the protocol.
+    Broken(Peer, String),
+    /// A process that is not of this job tried to connect.
+    Refused(String),
+}
+
+/// What a session's task is told.
+enum Command {
+    Send(Lane, Message),
+    /// A new link is being made: the old one ends; answered with what the session has.
+    Prepare(oneshot::Sender<Resume>),
+    Up(Link, Resume),
+}
+
+/// A session's task, seen from outside.
+#[derive(Clone)]
+struct Handle {
+    commands: mpsc::Sender<Command>,
+    linked: watch::Receiver<bool>,
+}
+
+struct Shared {
+    endpoint: Endpoint,
+    me: Peer,
+    sessions: Mutex<BTreeMap<Peer, Handle>>,
+    events: mpsc::Sender<HubEvent>,
+}
+
+/// See the module. Clones are handles of the same hub.
+#[derive(Clone)]
+pub struct Hub(Arc<Shared>);
+
+impl std::fmt::Debug for Hub {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        write!(f, "Hub({:x})", self.0.me)
+    }
+}
+
+impl Hub {
+    /// Opens an endpoint at `bind` for the process named `me`.
+    pub fn open(bind: SocketAddr, credentials: &Credentials, me: Peer) -> Result<(Self, mpsc::Receiver<HubEvent>), QuicError> {
+        let endpoint = quic::open(bind, credentials)?;
+        let (events, receiver) = mpsc::channel(EVENTS);
+        let hub = Self(Arc::new(Shared { endpoint, me, sessions: Mutex::default(), events }));
+        tokio::spawn(accept(hub.clone()));
+        Ok((hub, receiver))
+    }
+
+    /// Where the endpoint listens.
+    pub fn address(&self) -> std::io::Result<SocketAddr> {
+        self.0.endpoint.local_addr()
+    }
+
+    /// This process's name.
+    pub fn me(&self) -> Peer {
+        self.0.me
+    }
+
+    /// The session with a peer; a new one if there is none.
+    fn session(&self, peer: Peer) -> Handle {
+        let start = || {
+            let (commands, queue) = mpsc::channel(SEND_QUEUE);
+            let (links, linked) = watch::channel(false);
+            let task = SessionTask {
+                peer,
+                session: Session::new(),
+                link: None,
+                links,
+                events: self.0.events.clone(),
+                assemblers: Default::default(),
+            };
+            tokio::spawn(task.run(queue));
+            Handle { commands, linked }
+        };
+        self.sessions().entry(peer).or_insert_with(start).clone()
+    }
+
+    fn sessions(&self) -> MutexGuard<'_, BTreeMap<Peer, Handle>> {
+        self.0.sessions.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
+    /// Sends to a peer, now or when there is a link. Never waits.
+    pub fn send(&self, peer: Peer, lane: Lane, message: Message) {
+        if self.session(peer).commands.try_send(Command::Send(lane, message)).is_err() {
+            self.close(peer);
+            tracing::error!(peer, limit = SEND_QUEUE, "a session's queue is full: the session ends");
+        }
+    }
+
+    /// Ends the session with a peer.
+    pub fn close(&self, peer: Peer) {
+        self.sessions().remove(&peer);
+    }
+
+    /// Dials once. Gives the name of who answered.
+    pub async fn dial(&self, address: SocketAddr) -> Result<Peer, QuicError> {
+        let unreachable = QuicError::Unreachable { address, reason: "no answer".to_owned() };
+        tokio::time::timeout(HANDSHAKE, self.dial_unbounded(address)).await.unwrap_or(Err(unreachable))
+    }
+
+    async fn dial_unbounded(&self, address: SocketAddr) -> Result<Peer, QuicError> {
+        let (mut shaking, peer, theirs) = Shaking::dial(&self.0.endpoint, address, self.0.me).await?;
+        let session = self.session(peer);
+        let ended = || QuicError::Unreachable { address, reason: "the session has ended".to_owned() };
+        let ours = session.prepare().await.ok_or_else(ended)?;
+        shaking.confirm(ours).await?;
+        session.commands.send(Command::Up(shaking.into_link(), theirs)).await.map_err(|_| ended())?;
+        Ok(peer)
+    }
+
+    /// Keeps a link to a peer until the session is closed or another life answers. Call once for each peer.
+    pub fn keep(&self, peer: Peer, address: SocketAddr) {
+        let hub = self.clone();
+        let mut linked = self.session(peer).linked;
+        tokio::spawn(async move {
+            while hub.sessions().contains_key(&peer) {
+                match hub.dial(address).await {
+                    Ok(answered) if answered == peer => {
+                        if linked.wait_for(|up| *up).await.is_err() || linked.wait_for(|up| !*up).await.is_err() {
+                            return;
+                        }
+                    }
+                    Ok(_) => return,
+                    Err(_) => tokio::time::sleep(REDIAL).await,
+                }
+            }
+        });
+    }
+
+    /// Closes the endpoint.
+    pub fn shut_down(&self) {
+        self.sessions().clear();
+        self.0.endpoint.close(quinn::VarInt::from_u32(0), b"the process ends");
+    }
+}
+
+impl Handle {
+    /// Ends the present link, if any, and tells what the session has.
+    async fn prepare(&self) -> Option<Resume> {
+        let (answer, resume) = oneshot::channel();
+        self.commands.send(Command::Prepare(answer)).await.ok()?;
+        resume.await.ok()
+    }
+}
+
+/// Accepts connections until the endpoint closes.
+async fn accept(hub: Hub) {
+    while let Some(incoming) = hub.0.endpoint.accept().await {
+        let hub = hub.clone();
+        let address = incoming.remote_address();
+        tokio::spawn(async move {
+            let late = QuicError::Unreachable { address, reason: "the handshake took too long".to_owned() };
+            let result = tokio::time::timeout(HANDSHAKE, admit(&hub, incoming)).await.unwrap_or(Err(late));
+            if let Err(error @ QuicError::ForeignJob { .. }) = result {
+                let _ = hub.0.events.send(HubEvent::Refused(error.to_string())).await;
+            }
+        });
+    }
+}
+
+async fn admit(hub: &Hub, incoming: quinn::Incoming) -> Result<(), QuicError> {
+    let address = incoming.remote_address();
+    let connection = incoming.await.map_err(|e| explain(address, &e))?;
+    let (mut shaking, peer) = Shaking::accept(connection).await?;
+    let session = hub.session(peer);
+    let ended = || QuicError::Unreachable { address, reason: "the session has ended".to_owned() };
+    let ours = session.prepare().await.ok_or_else(ended)?;
+    let theirs = shaking.answer(hub.me(), ours).await?;
+    session.commands.send(Command::Up(shaking.into_link(), theirs)).await.map_err(|_| ended())
+}
+
+/// One session: the pure core between commands, a link and the process.
+struct SessionTask {
+    peer: Peer,
+    session: Session<Fragment>,
+    link: Option<Link>,
+    links: watch::Sender<bool>,
+    events: mpsc::Sender<HubEvent>,
+    assemblers: [Assembler; 2],
+}
+
+impl SessionTask {
+    async fn run(mut self, mut commands: mpsc::Receiver<Command>) {
+        loop {
+            let incoming = async {
+                match &mut self.link {
+                    Some(link) => link.incoming.recv().await,
+                    None => std::future::pending().await,
+                }
+            };
+            let result = tokio::select! {
+                // Frames first: they bring the grants that sending waits for.
+                biased;
+                frame = incoming => match frame {
+                    Some(frame) => match self.session.on_frame(frame) {
+                        Ok(effects) => self.perform(effects).await,
+                        Err(error) => Err(error.to_string()),
+                    },
+                    None => {
+                        self.unlink().await;
+                        Ok(())
+                    }
+                },
+                command = commands.recv() => match command {
+                    Some(command) => self.command(command).await,
+                    None => return,
+                },
+            };
+            if let Err(reason) = result {
+                let _ = self.events.send(HubEvent::Broken(self.peer, reason)).await;
+                return;
+            }
+        }
+    }
+
+    async fn command(&mut self, command: Command) -> Result<(), String> {
+        match command {
+            Command::Send(lane, message) => {
+                for fragment in message.fragments() {
+                    let effects = self.session.send(lane, fragment);
+                    self.perform(effects).await?;
+                }
+                Ok(())
+            }
+            Command::Prepare(answer) => {
+                self.unlink().await;
+                let _ = answer.send(self.session.resume());
+                Ok(())
+            }
+            Command::Up(link, theirs) => {
+                self.link = Some(link);
+                let effects = self.session.link_up(theirs).map_err(|e| e.to_string())?;
+                let _ = self.links.send(true);
+                let _ = self.events.send(HubEvent::Up(self.peer)).await;
+                self.perform(effects).await
+            }
+        }
+    }
+
+    async fn unlink(&mut self) {
+        if self.link.take().is_some() {
+            self.session.link_down();
+            let _ = self.links.send(false);
+            let _ = self.events.send(HubEvent::Down(self.peer)).await;
+        }
+    }
+
+    async fn perform(&mut self, effects: Vec<SessionEffect<Fragment>>) -> Result<(), String> {
+        let mut queue = std::collections::VecDeque::from(effects);
+        while let Some(effect) = queue.pop_front() {
+            match effect {
+                SessionEffect::Transmit(frame) => {
+                    let failed = self.link.as_ref().is_some_and(|link| link.transmit(frame).is_err());
+                    if failed {
+                        self.unlink().await;
+                    }
+                }
+                SessionEffect::Deliver(lane, fragment) => {
+                    let at = usize::from(lane == Lane::Bulk);
+                    let message = self.assemblers[at].push(&fragment).map_err(|e| e.to_string())?;
+                    if let Some(message) = message
+                        && self.events.send(HubEvent::Message(self.peer, message)).await.is_err()
+                    {
+                        return Err("the process takes no more messages".to_owned());
+                    }
+                    queue.extend(self.session.consumed(lane));
+                }
+            }
+        }
+        Ok(())
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use std::sync::Arc;
+
+    fn hub(folder: &std::path::Path, me: Peer) -> (Hub, mpsc::Receiver<HubEvent>) {
+        let credentials = Credentials::load(folder).unwrap();
+        Hub::open("127.0.0.1:0".parse().unwrap(), &credentials, me).unwrap()
+    }
+
+    async fn next_message(events: &mut mpsc::Receiver<HubEvent>) -> Message {
+        loop {
+            match events.recv().await.expect("the hub lives") {
+                HubEvent::Message(_, message) => return message,
+                HubEvent::Up(_) | HubEvent::Down(_) => {}
+                other => panic!("{other:?}"),
+            }
+        }
+    }
+
+    #[tokio::test(flavor = "multi_thread")]
+    async fn tensors_arrive_whole_and_small_messages_pass_them() {
+        let folder = tempfile::tempdir().unwrap();
+        Credentials::create(folder.path()).unwrap();
+        let (a, _a_events) = hub(folder.path(), 1);
+        let (b, mut b_events) = hub(folder.path(), 2);
+        let address = b.address().unwrap();
+        assert_eq!(a.dial(address).await.unwrap(), 2);
+        let region = Arc::new((0..10_000_000).map(|i| i as f32).collect::<Vec<f32>>());
+        a.send(2, Lane::Bulk, Message { header: b"big".to_vec(), regions: vec![Arc::clone(&region)] });
+        a.send(2, Lane::Control, Message::small(b"small".to_vec()));
+        assert_eq!(next_message(&mut b_events).await.header, b"small", "40 MB must not delay a control message");
+        let big = next_message(&mut b_events).await;
+        assert!(big.header == b"big" && big.regions == [region]);
+    }
+
+    #[tokio::test(flavor = "multi_thread")]
+    async fn a_session_survives_its_links() {
+        let folder = tempfile::tempdir().unwrap();
+        Credentials::create(folder.path()).unwrap();
+        let (a, mut a_events) = hub(folder.path(), 1);
+        let (b, mut b_events) = hub(folder.path(), 2);
+        let address = b.address().unwrap();
+        tokio::spawn(async move { while a_events.recv().await.is_some() {} });
+        for n in 0..200u32 {
+            if n.is_multiple_of(20) {
+                // A new link ends the one before, with whatever is on its way.
+                a.dial(address).await.unwrap();
+            }
+            let region = Arc::new(vec![n as f32; 100_000]);
+            a.send(2, Lane::Bulk, Message { header: n.to_le_bytes().to_vec(), regions: vec![region] });
+        }
+        for n in 0..200u32 {
+            let message = next_message(&mut b_events).await;
+            assert_eq!(message.header, n.to_le_bytes());
+            assert_eq!(*message.regions[0], vec![n as f32; 100_000]);
+        }
+    }
+
+    #[tokio::test(flavor = "multi_thread")]
+    async fn a_foreign_job_is_refused_and_both_sides_say_so() {
+        let (ours, theirs) = (tempfile::tempdir().unwrap(), tempfile::tempdir().unwrap());
+        Credentials::create(ours.path()).unwrap();
+        Credentials::create(theirs.path()).unwrap();
+        let (a, _a_events) = hub(theirs.path(), 1);
+        let (b, mut b_events) = hub(ours.path(), 2);
+        let error = a.dial(b.address().unwrap()).await.unwrap_err();
+        assert!(matches!(error, QuicError::ForeignJob { .. }), "{error}");
+        assert!(matches!(b_events.recv().await, Some(HubEvent::Refused(_))));
+    }
+
+    #[tokio::test(flavor = "multi_thread")]
+    async fn a_port_in_use_is_named() {
+        let folder = tempfile::tempdir().unwrap();
+        Credentials::create(folder.path()).unwrap();
+        let (a, _events) = hub(folder.path(), 1);
+        let credentials = Credentials::load(folder.path()).unwrap();
+        let error = Hub::open(a.address().unwrap(), &credentials, 2).unwrap_err();
+        assert!(error.to_string().contains(&a.address().unwrap().to_string()), "{error}");
+    }
+}

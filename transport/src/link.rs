@@ -1,0 +1,49 @@
+//! A link: what carries a session's frames until it breaks.
+//!
+//! To a session a link is three queues of frames; what is behind them (a task that moves frames over
+//! QUIC, another process's queues in memory, later RDMA writes) does not show. A fragment's number is
+//! its grant: the receiver has room for the fragment `sequence % window` of the bulk lane, so a link
+//! with registered memory can place it there without asking.
+
+use crate::message::Fragment;
+use crate::session::{Frame, Lane};
+use tokio::sync::mpsc;
+
+/// A session's end of a link. Dropping it closes the link; a closed `incoming` says that it is broken.
+#[derive(Debug)]
+pub struct Link {
+    /// Grants and small messages.
+    pub control: mpsc::Sender<Frame<Fragment>>,
+    /// Fragments of tensors.
+    pub bulk: mpsc::Sender<Frame<Fragment>>,
+    /// Both, as they come.
+    pub incoming: mpsc::Receiver<Frame<Fragment>>,
+    /// What is behind it, for operators.
+    pub kind: &'static str,
+}
+
+/// Frames that may wait in a link's queue: the windows, and grants beside them.
+pub(crate) const QUEUE: usize = 8192;
+
+impl Link {
+    /// Two ends of a link in memory.
+    pub fn memory() -> (Self, Self) {
+        let ((to_b, from_a), (to_a, from_b)) = (mpsc::channel(QUEUE), mpsc::channel(QUEUE));
+        let end = |to: mpsc::Sender<_>, incoming| Self { control: to.clone(), bulk: to, incoming, kind: "memory" };
+        (end(to_b, from_b), end(to_a, from_a))
+    }
+
+    /// Puts a frame into its queue. A full queue means that the windows were not kept, and a closed one
+    /// that the link is broken; both end the link.
+    pub(crate) fn transmit(&self, frame: Frame<Fragment>) -> Result<(), LinkClosed> {
+        let queue = match &frame {
+            Frame::Data { lane: Lane::Bulk, .. } => &self.bulk,
+            Frame::Data { lane: Lane::Control, .. } | Frame::Grant { .. } => &self.control,
+        };
+        queue.try_send(frame).map_err(|_| LinkClosed)
+    }
+}
+
+/// The link is broken.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub(crate) struct LinkClosed;

@@ -1,0 +1,262 @@
+//! QUIC beneath a link: one connection, one stream for each lane, TLS 1.3 with both sides proving that
+//! they belong to the job.
+//!
+//! Handshake on the control stream: the dialler says who it is, the other side answers with who it is
+//! and what it has of the dialler's session, the dialler says what it has of the other's.
+
+use crate::codec::{self, DATA_HEAD, FrameError, GRANT, Kind};
+use crate::credentials::{Credentials, NAME};
+use crate::link::{Link, QUEUE};
+use crate::message::Fragment;
+use crate::session::{Frame, Resume};
+use bytes::Bytes;
+use quinn::crypto::rustls::{QuicClientConfig, QuicServerConfig};
+use quinn::{Connection, Endpoint, IdleTimeout, RecvStream, SendStream, TransportConfig, VarInt};
+use std::net::SocketAddr;
+use std::sync::Arc;
+use std::time::Duration;
+use tokio::sync::mpsc;
+
+/// Both ends must speak the same.
+const PROTOCOL: &[u8] = b"everstep/1";
+/// A connection without a sign of life for so long is broken.
+const IDLE: Duration = Duration::from_millis(2000);
+const KEEP_ALIVE: Duration = Duration::from_millis(300);
+/// A handshake must be over by then.
+pub(crate) const HANDSHAKE: Duration = Duration::from_secs(3);
+
+/// One life of a process, by its random name.
+pub type Peer = u64;
+
+/// A link could not be made.
+#[derive(Debug, thiserror::Error)]
+pub enum QuicError {
+    /// The endpoint could not be opened.
+    #[error("cannot listen on {address}: {source}")]
+    Bind {
+        /// Where.
+        address: SocketAddr,
+        /// Why.
+        source: std::io::Error,
+    },
+    /// The certificates are of no use.
+    #[error("the credentials are not usable: {0}")]
+    Tls(String),
+    /// One side's certificate is not of the other's job.
+    #[error("{address} belongs to another job: its certificate or ours is not signed by the other's authority ({reason})")]
+    ForeignJob {
+        /// The other side.
+        address: SocketAddr,
+        /// What TLS said.
+        reason: String,
+    },
+    /// Nobody answers, or the connection broke.
+    #[error("no link to {address}: {reason}")]
+    Unreachable {
+        /// The other side.
+        address: SocketAddr,
+        /// What happened.
+        reason: String,
+    },
+}
+
+fn transport() -> Arc<TransportConfig> {
+    let mut config = TransportConfig::default();
+    let idle = IdleTimeout::try_from(IDLE).expect("two seconds are a valid time-out");
+    config.max_idle_timeout(Some(idle)).keep_alive_interval(Some(KEEP_ALIVE));
+    config.stream_receive_window(VarInt::from_u32(16 << 20)).receive_window(VarInt::from_u32(64 << 20));
+    config.send_window(64 << 20).max_concurrent_bidi_streams(VarInt::from_u32(4));
+    Arc::new(config)
+}
+
+/// Opens an endpoint that accepts and dials members of the job.
+pub(crate) fn open(bind: SocketAddr, credentials: &Credentials) -> Result<Endpoint, QuicError> {
+    let tls = |e: &dyn std::fmt::Display| QuicError::Tls(e.to_string());
+    let provider = Arc::new(rustls::crypto::ring::default_provider());
+    let mut roots = rustls::RootCertStore::empty();
+    roots.add(credentials.authority.clone()).map_err(|e| tls(&e))?;
+    let roots = Arc::new(roots);
+    let chain = || vec![credentials.certificate.clone()];
+    let verifier = rustls::server::WebPkiClientVerifier::builder_with_provider(Arc::clone(&roots), Arc::clone(&provider))
+        .build()
+        .map_err(|e| tls(&e))?;
+    let mut server = rustls::ServerConfig::builder_with_provider(Arc::clone(&provider))
+        .with_protocol_versions(&[&rustls::version::TLS13])
+        .map_err(|e| tls(&e))?
+        .with_client_cert_verifier(verifier)
+        .with_single_cert(chain(), credentials.key.clone_key())
+        .map_err(|e| tls(&e))?;
+    server.alpn_protocols = vec![PROTOCOL.to_vec()];
+    let mut client = rustls::ClientConfig::builder_with_provider(provider)
+        .with_protocol_versions(&[&rustls::version::TLS13])
+        .map_err(|e| tls(&e))?
+        .with_root_certificates(roots)
+        .with_client_auth_cert(chain(), credentials.key.clone_key())
+        .map_err(|e| tls(&e))?;
+    client.alpn_protocols = vec![PROTOCOL.to_vec()];
+    let mut server = quinn::ServerConfig::with_crypto(Arc::new(QuicServerConfig::try_from(server).map_err(|e| tls(&e))?));
+    server.transport_config(transport());
+    let mut client = quinn::ClientConfig::new(Arc::new(QuicClientConfig::try_from(client).map_err(|e| tls(&e))?));
+    client.transport_config(transport());
+    let mut endpoint = Endpoint::server(server, bind).map_err(|source| QuicError::Bind { address: bind, source })?;
+    endpoint.set_default_client_config(client);
+    Ok(endpoint)
+}
+
+/// Tells a foreign certificate from a broken connection.
+pub(crate) fn explain(address: SocketAddr, error: &quinn::ConnectionError) -> QuicError {
+    let reason = error.to_string();
+    // TLS alerts about certificates: RFC 8446 section 6.2, codes 42 to 51 and 116, as QUIC error 0x100 + code.
+    let alert = match error {
+        quinn::ConnectionError::TransportError(e) => Some(u64::from(e.code)),
+        quinn::ConnectionError::ConnectionClosed(e) => Some(u64::from(e.error_code)),
+        _ => None,
+    };
+    match alert {
+        Some(code) if (0x12a..=0x133).contains(&code) || code == 0x174 => QuicError::ForeignJob { address, reason },
+        _ => QuicError::Unreachable { address, reason },
+    }
+}
+
+/// Streams of a connection whose handshake is not over.
+pub(crate) struct Shaking {
+    connection: Connection,
+    control: (SendStream, RecvStream),
+    bulk: (SendStream, RecvStream),
+}
+
+fn broken(connection: &Connection, reason: impl std::fmt::Display) -> QuicError {
+    let address = connection.remote_address();
+    match connection.close_reason() {
+        Some(error) => explain(address, &error),
+        None => QuicError::Unreachable { address, reason: reason.to_string() },
+    }
+}
+
+async fn read_word(connection: &Connection, stream: &mut RecvStream) -> Result<u64, QuicError> {
+    let mut bytes = [0; 8];
+    stream.read_exact(&mut bytes).await.map_err(|e| broken(connection, e))?;
+    Ok(u64::from_le_bytes(bytes))
+}
+
+impl Shaking {
+    /// Dials and learns who answers, and what it has of our session.
+    pub(crate) async fn dial(endpoint: &Endpoint, address: SocketAddr, me: Peer) -> Result<(Self, Peer, Resume), QuicError> {
+        let connecting = endpoint.connect(address, NAME);
+        let unreachable = |e: &dyn std::fmt::Display| QuicError::Unreachable { address, reason: e.to_string() };
+        let connection = connecting.map_err(|e| unreachable(&e))?.await.map_err(|e| explain(address, &e))?;
+        let mut control = connection.open_bi().await.map_err(|e| explain(address, &e))?;
+        let mut bulk = connection.open_bi().await.map_err(|e| explain(address, &e))?;
+        control.0.write_all(&me.to_le_bytes()).await.map_err(|e| broken(&connection, e))?;
+        bulk.0.write_all(&[1]).await.map_err(|e| broken(&connection, e))?;
+        let peer = read_word(&connection, &mut control.1).await?;
+        let resume = [read_word(&connection, &mut control.1).await?, read_word(&connection, &mut control.1).await?];
+        Ok((Self { connection, control, bulk }, peer, resume))
+    }
+
+    /// Accepts and learns who dials.
+    pub(crate) async fn accept(connection: Connection) -> Result<(Self, Peer), QuicError> {
+        let mut control = connection.accept_bi().await.map_err(|e| explain(connection.remote_address(), &e))?;
+        let peer = read_word(&connection, &mut control.1).await?;
+        let mut bulk = connection.accept_bi().await.map_err(|e| explain(connection.remote_address(), &e))?;
+        let mut mark = [0];
+        bulk.1.read_exact(&mut mark).await.map_err(|e| broken(&connection, e))?;
+        Ok((Self { connection, control, bulk }, peer))
+    }
+
+    /// The accepting side's answer; gives what the dialler has.
+    pub(crate) async fn answer(&mut self, me: Peer, resume: Resume) -> Result<Resume, QuicError> {
+        let words = [me, resume[0], resume[1]].map(u64::to_le_bytes).concat();
+        self.control.0.write_all(&words).await.map_err(|e| broken(&self.connection, e))?;
+        let connection = self.connection.clone();
+        Ok([read_word(&connection, &mut self.control.1).await?, read_word(&connection, &mut self.control.1).await?])
+    }
+
+    /// The dialling side's last word.
+    pub(crate) async fn confirm(&mut self, resume: Resume) -> Result<(), QuicError> {
+        let words = resume.map(u64::to_le_bytes).concat();
+        self.control.0.write_all(&words).await.map_err(|e| broken(&self.connection, e))
+    }
+
+    /// The link, carried by tasks of their own until either side closes.
+    pub(crate) fn into_link(self) -> Link {
+        let (control, control_queue) = mpsc::channel(QUEUE);
+        let (bulk, bulk_queue) = mpsc::channel(QUEUE);
+        let (arrived, incoming) = mpsc::channel(256);
+        // Control goes first wherever both lanes have something to send.
+        let _ = self.control.0.set_priority(1);
+        let c = self.connection;
+        tokio::spawn(write(c.clone(), self.control.0, control_queue));
+        tokio::spawn(write(c.clone(), self.bulk.0, bulk_queue));
+        tokio::spawn(read(c.clone(), self.control.1, arrived.clone()));
+        tokio::spawn(read(c, self.bulk.1, arrived));
+        Link { control, bulk, incoming, kind: "quic" }
+    }
+}
+
+async fn write(connection: Connection, mut stream: SendStream, mut queue: mpsc::Receiver<Frame<Fragment>>) {
+    while let Some(frame) = queue.recv().await {
+        let mut pieces = codec::encode(frame);
+        if stream.write_all_chunks(&mut pieces).await.is_err() {
+            break;
+        }
+    }
+    connection.close(VarInt::from_u32(0), b"the session's end of the link is gone");
+}
+
+/// A stream broke or holds no frames.
+#[derive(Debug, thiserror::Error)]
+enum ReadFailure {
+    #[error(transparent)]
+    Stream(#[from] quinn::ReadExactError),
+    #[error(transparent)]
+    Chunk(#[from] quinn::ReadError),
+    #[error("the stream ended in the middle of a frame")]
+    Ended,
+    #[error(transparent)]
+    Frame(#[from] FrameError),
+}
+
+async fn read(connection: Connection, mut stream: RecvStream, arrived: mpsc::Sender<Frame<Fragment>>) {
+    loop {
+        match read_frame(&mut stream).await {
+            Ok(frame) => {
+                if arrived.send(frame).await.is_err() {
+                    return;
+                }
+            }
+            Err(failure) => {
+                if let ReadFailure::Frame(error) = &failure {
+                    tracing::warn!(peer = %connection.remote_address(), %error, "garbage from a member of the job");
+                }
+                connection.close(VarInt::from_u32(1), failure.to_string().as_bytes());
+                return;
+            }
+        }
+    }
+}
+
+async fn read_frame(stream: &mut RecvStream) -> Result<Frame<Fragment>, ReadFailure> {
+    let mut first = [0];
+    stream.read_exact(&mut first).await?;
+    match codec::kind(first[0])? {
+        Kind::Grant => {
+            let mut bytes = [0; GRANT];
+            stream.read_exact(&mut bytes).await?;
+            Ok(codec::grant(&bytes)?)
+        }
+        Kind::Data => {
+            let mut bytes = [0; DATA_HEAD];
+            stream.read_exact(&mut bytes).await?;
+            let (lane, sequence, last, length) = codec::data_head(&bytes)?;
+            let mut parts: Vec<Bytes> = Vec::new();
+            let mut missing = length;
+            while missing > 0 {
+                let chunk = stream.read_chunk(missing, true).await?.ok_or(ReadFailure::Ended)?;
+                missing -= chunk.bytes.len();
+                parts.push(chunk.bytes);
+            }
+            Ok(Frame::Data { lane, sequence, unit: Fragment { parts, last } })
+        }
+    }
+}
