@@ -5,6 +5,7 @@
 //! simulator carries the same effects out with simulated ones.
 
 mod compute;
+mod config;
 mod control;
 mod data;
 mod effect;
@@ -28,6 +29,7 @@ mod worker;
 pub mod sim;
 
 pub use compute::{Job, Outcome, run};
+pub use config::{Config, ConfigError};
 pub use data::{Corpus, TooShort};
 pub use effect::{Core, Effect, Event};
 pub use ids::{ActorId, Address, Incarnation, NodeId, SUPERVISOR_NODE, Step, UnknownActor};

@@ -1,1 +1,15 @@
-//! x
+//! State on disk: chunks addressed by content, manifests, a catalogue that can be made again, and the
+//! append-only log of decisions. Knows no actor and no model.
+
+mod catalogue;
+mod chunk;
+mod error;
+mod log;
+mod manifest;
+mod store;
+
+pub use chunk::{CHUNK_ELEMENTS, ChunkHash};
+pub use error::StoreError;
+pub use log::{Log, RECORD_MAX};
+pub use manifest::{Manifest, TensorEntry};
+pub use store::{Store, StoredTensor};

@@ -1,0 +1,74 @@
+//! What can go wrong on disk.
+
+use std::io;
+use std::path::{Path, PathBuf};
+
+/// A store could not be read or written.
+#[derive(Debug, thiserror::Error)]
+pub enum StoreError {
+    /// The file system said no.
+    #[error("{path}: {source}")]
+    File {
+        /// The file or folder.
+        path: PathBuf,
+        /// Why.
+        source: io::Error,
+    },
+    /// A chunk is not what its name says: truncated or changed.
+    #[error("chunk {path} is damaged: its {bytes} bytes have hash {got}, expected {expected}")]
+    Damaged {
+        /// The chunk.
+        path: PathBuf,
+        /// Its name.
+        expected: String,
+        /// Its content's.
+        got: String,
+        /// Its length.
+        bytes: usize,
+    },
+    /// A manifest or a log is not readable.
+    #[error("{path} is not a valid {what}: {reason}")]
+    Invalid {
+        /// The file.
+        path: PathBuf,
+        /// What it should be.
+        what: &'static str,
+        /// What is wrong.
+        reason: String,
+    },
+    /// A checkpoint of another job.
+    #[error("manifest {path} belongs to job {got}, not to job {expected}")]
+    ForeignJob {
+        /// The manifest.
+        path: PathBuf,
+        /// This job.
+        expected: String,
+        /// Whose it is.
+        got: String,
+    },
+    /// A tensor is not in a checkpoint, or has another shape.
+    #[error("checkpoint of step {step} in {path}: tensor {tensor} {reason}")]
+    Tensor {
+        /// The manifest.
+        path: PathBuf,
+        /// The step.
+        step: u64,
+        /// The tensor.
+        tensor: String,
+        /// What is wrong.
+        reason: String,
+    },
+    /// The catalogue failed.
+    #[error("catalogue {path}: {source}")]
+    Catalogue {
+        /// Its folder.
+        path: PathBuf,
+        /// Why.
+        source: sled::Error,
+    },
+}
+
+/// Names the path in an error of the file system.
+pub(crate) fn at(path: &Path) -> impl Fn(io::Error) -> StoreError {
+    move |source| StoreError::File { path: path.to_owned(), source }
+}

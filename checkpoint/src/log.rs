@@ -1,0 +1,112 @@
+//! An append-only log of records: each with its length and CRC-32C, synced before it counts.
+//!
+//! - LO-1: [`Log::append`] returns after the record is on disk.
+//! - LO-2: opening gives every record that was appended; a torn last one (a crash while it was written,
+//!   so nobody was told of it) is cut off. Damage before the end is an error that says where.
+
+use crate::error::{StoreError, at};
+use std::fs::{File, OpenOptions};
+use std::io::{Read, Seek, SeekFrom, Write};
+use std::path::{Path, PathBuf};
+
+/// Bytes of a record.
+pub const RECORD_MAX: usize = 64 << 20;
+
+/// See the module.
+#[derive(Debug)]
+pub struct Log {
+    file: File,
+    path: PathBuf,
+}
+
+impl Log {
+    /// Opens or creates a log and gives its records.
+    pub fn open(path: &Path) -> Result<(Self, Vec<Vec<u8>>), StoreError> {
+        let new = !path.exists();
+        let mut file =
+            OpenOptions::new().read(true).write(true).create(true).truncate(false).open(path).map_err(at(path))?;
+        let mut bytes = Vec::new();
+        file.read_to_end(&mut bytes).map_err(at(path))?;
+        let (records, good) = parse(&bytes).map_err(|reason| StoreError::Invalid {
+            path: path.to_owned(),
+            what: "control log",
+            reason,
+        })?;
+        if good < bytes.len() {
+            file.set_len(good as u64).and_then(|()| file.sync_all()).map_err(at(path))?;
+        }
+        file.seek(SeekFrom::End(0)).map_err(at(path))?;
+        if new && let Some(folder) = path.parent() {
+            File::open(folder).and_then(|f| f.sync_all()).map_err(at(folder))?;
+        }
+        Ok((Self { file, path: path.to_owned() }, records))
+    }
+
+    /// Appends a record and syncs it.
+    pub fn append(&mut self, record: &[u8]) -> Result<(), StoreError> {
+        assert!(record.len() <= RECORD_MAX, "a record of {} bytes", record.len());
+        let head = [(record.len() as u32).to_le_bytes(), crc32c::crc32c(record).to_le_bytes()].concat();
+        self.file.write_all(&[&head, record].concat()).and_then(|()| self.file.sync_data()).map_err(at(&self.path))
+    }
+}
+
+/// Records, and how many bytes of the input they are.
+fn parse(bytes: &[u8]) -> Result<(Vec<Vec<u8>>, usize), String> {
+    let mut records = Vec::new();
+    let mut from = 0;
+    while let Some((head, rest)) = bytes[from..].split_first_chunk::<8>() {
+        let length = u32::from_le_bytes(*head.first_chunk().expect("four bytes")) as usize;
+        let sum = u32::from_le_bytes(*head.last_chunk().expect("four bytes"));
+        if rest.len() < length {
+            break;
+        }
+        if crc32c::crc32c(&rest[..length]) != sum {
+            if rest.len() == length {
+                break;
+            }
+            return Err(format!("record {} at byte {from} has a wrong checksum", records.len()));
+        }
+        records.push(rest[..length].to_vec());
+        from += 8 + length;
+    }
+    Ok((records, from))
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn records_are_read_back_and_a_torn_end_is_cut_off() {
+        let folder = tempfile::tempdir().unwrap();
+        let path = folder.path().join("log");
+        let records: Vec<Vec<u8>> = vec![b"one".to_vec(), Vec::new(), vec![7; 1000]];
+        let (mut log, found) = Log::open(&path).unwrap();
+        assert!(found.is_empty());
+        records.iter().for_each(|r| log.append(r).unwrap());
+        drop(log);
+        let whole = std::fs::read(&path).unwrap();
+        for cut in 0..whole.len() {
+            std::fs::write(&path, &whole[..cut]).unwrap();
+            let (mut log, found) = Log::open(&path).unwrap();
+            assert_eq!(found[..], records[..found.len()]);
+            log.append(b"next").unwrap();
+            drop(log);
+            assert_eq!(Log::open(&path).unwrap().1.last().unwrap(), b"next");
+        }
+    }
+
+    #[test]
+    fn damage_in_the_middle_is_an_error_that_says_where() {
+        let folder = tempfile::tempdir().unwrap();
+        let path = folder.path().join("log");
+        let (mut log, _) = Log::open(&path).unwrap();
+        log.append(b"first").unwrap();
+        log.append(b"second").unwrap();
+        let mut bytes = std::fs::read(&path).unwrap();
+        bytes[9] ^= 1;
+        std::fs::write(&path, &bytes).unwrap();
+        let error = Log::open(&path).unwrap_err().to_string();
+        assert!(error.contains("record 0 at byte 0"), "{error}");
+    }
+}

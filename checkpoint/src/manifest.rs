@@ -1,0 +1,73 @@
+//! Manifests: a checkpoint exists when its manifest does.
+//!
+//! A manifest names every tensor of a step with the chunks of its weight and moments. It is bincode
+//! behind a magic and in front of a CRC-32C, at most 256 MiB.
+
+use crate::error::{StoreError, at};
+use serde::{Deserialize, Serialize};
+use std::fs;
+use std::path::Path;
+
+const MAGIC: &[u8; 8] = b"EVERMAN1";
+/// Bytes of a manifest.
+const MANIFEST_MAX: usize = 256 << 20;
+
+/// One tensor of a checkpoint.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+pub struct TensorEntry {
+    /// Its name.
+    pub name: String,
+    /// Rows.
+    pub rows: u64,
+    /// Columns.
+    pub columns: u64,
+    /// Chunks of the weight and of both moments, in order.
+    pub chunks: [Vec<[u8; 32]>; 3],
+}
+
+/// A checkpoint's table of contents.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+pub struct Manifest {
+    /// The job.
+    pub job: String,
+    /// The committed step.
+    pub step: u64,
+    /// All tensors, in order of name.
+    pub tensors: Vec<TensorEntry>,
+}
+
+impl Manifest {
+    /// As bytes of a file.
+    pub(crate) fn encode(&self) -> Vec<u8> {
+        let config = bincode::config::standard().with_limit::<MANIFEST_MAX>();
+        let body = bincode::serde::encode_to_vec(self, config).expect("a manifest can be encoded");
+        let sum = crc32c::crc32c(&body).to_le_bytes();
+        [MAGIC.as_slice(), &body, &sum].concat()
+    }
+
+    /// Reads and verifies a manifest of `job`.
+    pub(crate) fn read(path: &Path, job: &str) -> Result<Self, StoreError> {
+        let bytes = fs::read(path).map_err(at(path))?;
+        let manifest = Self::decode(&bytes).map_err(|reason| StoreError::Invalid {
+            path: path.to_owned(),
+            what: "manifest",
+            reason,
+        })?;
+        if manifest.job != job {
+            return Err(StoreError::ForeignJob { path: path.to_owned(), expected: job.to_owned(), got: manifest.job });
+        }
+        Ok(manifest)
+    }
+
+    /// From the bytes of a file. Any bytes give a manifest or an error.
+    pub fn decode(bytes: &[u8]) -> Result<Self, String> {
+        let rest = bytes.strip_prefix(MAGIC).ok_or("it does not start with the magic of a manifest")?;
+        let (body, sum) = rest.split_last_chunk::<4>().ok_or("it is truncated")?;
+        if crc32c::crc32c(body) != u32::from_le_bytes(*sum) {
+            return Err("its checksum is wrong: it is truncated or changed".to_owned());
+        }
+        let config = bincode::config::standard().with_limit::<MANIFEST_MAX>();
+        let (manifest, used) = bincode::serde::decode_from_slice(body, config).map_err(|e| e.to_string())?;
+        if used == body.len() { Ok(manifest) } else { Err(format!("{} bytes follow it", body.len() - used)) }
+    }
+}

@@ -1,0 +1,278 @@
+//! The store of a run's checkpoints.
+//!
+//! Layout of the folder: `chunks/HASH`, `manifests/STEP`, `catalogue/` (sled).
+//! - ST-1: a checkpoint exists when its manifest is there; the manifest is written after all its chunks
+//!   are synced.
+//! - ST-2: the catalogue says nothing that manifests don't: it is made from them again when it is
+//!   missing, damaged or behind.
+//! - ST-3: the newest `keep` checkpoints are kept; chunks that no kept manifest names are removed.
+
+use crate::catalogue::Catalogue;
+use crate::chunk::{CHUNK_ELEMENTS, ChunkHash, Chunks, write_whole};
+use crate::error::{StoreError, at};
+use crate::manifest::{Manifest, TensorEntry};
+use std::collections::BTreeSet;
+use std::fs;
+use std::path::{Path, PathBuf};
+use std::sync::Arc;
+
+/// A tensor's weight and moments in memory.
+#[derive(Debug, Clone, PartialEq)]
+pub struct StoredTensor {
+    /// Its name.
+    pub name: String,
+    /// Rows.
+    pub rows: usize,
+    /// Columns.
+    pub columns: usize,
+    /// Weight, first and second moment.
+    pub data: [Arc<Vec<f32>>; 3],
+}
+
+/// See the module.
+#[derive(Debug)]
+pub struct Store {
+    folder: PathBuf,
+    job: String,
+    keep: usize,
+    chunks: Chunks,
+    catalogue: Catalogue,
+}
+
+impl Store {
+    /// Opens or creates the store of `job` in `folder`. `keep` is at least 1.
+    pub fn open(folder: &Path, job: &str, keep: usize) -> Result<Self, StoreError> {
+        let manifests = folder.join("manifests");
+        fs::create_dir_all(&manifests).map_err(at(&manifests))?;
+        let chunks = Chunks::open(folder.join("chunks"))?;
+        let found = steps(&manifests)?;
+        let read = |step: &u64| Manifest::read(&manifests.join(step.to_string()), job);
+        let catalogue = Catalogue::open(&folder.join("catalogue"), &found, read)?;
+        Ok(Self { folder: folder.to_owned(), job: job.to_owned(), keep: keep.max(1), chunks, catalogue })
+    }
+
+    fn manifest_path(&self, step: u64) -> PathBuf {
+        self.folder.join("manifests").join(step.to_string())
+    }
+
+    /// Steps of the checkpoints that exist, ascending.
+    pub fn steps(&self) -> Result<Vec<u64>, StoreError> {
+        steps(&self.folder.join("manifests"))
+    }
+
+    /// Writes and syncs the chunks of some tensors; gives their entries for a manifest.
+    pub fn put(&self, tensors: &[StoredTensor]) -> Result<Vec<TensorEntry>, StoreError> {
+        let store = |data: &Arc<Vec<f32>>| -> Result<Vec<[u8; 32]>, StoreError> {
+            data.chunks(CHUNK_ELEMENTS).map(|c| Ok(self.chunks.put(bytemuck::cast_slice(c))?.0)).collect()
+        };
+        let entry = |t: &StoredTensor| {
+            let [w, m, v] = &t.data;
+            let chunks = [store(w)?, store(m)?, store(v)?];
+            Ok(TensorEntry { name: t.name.clone(), rows: t.rows as u64, columns: t.columns as u64, chunks })
+        };
+        tensors.iter().map(entry).collect()
+    }
+
+    /// Makes the checkpoint of `step` exist, and removes those that are not kept any more.
+    pub fn publish(&self, step: u64, mut tensors: Vec<TensorEntry>) -> Result<(), StoreError> {
+        tensors.sort_by(|a, b| a.name.cmp(&b.name));
+        let manifest = Manifest { job: self.job.clone(), step, tensors };
+        write_whole(&self.manifest_path(step), &manifest.encode())?;
+        self.catalogue.add(&manifest)?;
+        self.prune()
+    }
+
+    fn prune(&self) -> Result<(), StoreError> {
+        let steps = self.steps()?;
+        let old = &steps[..steps.len().saturating_sub(self.keep)];
+        if old.is_empty() {
+            return Ok(());
+        }
+        for step in old {
+            let path = self.manifest_path(*step);
+            fs::remove_file(&path).map_err(at(&path))?;
+            self.catalogue.remove(*step)?;
+        }
+        let named: BTreeSet<String> = self.catalogue.chunks()?;
+        self.chunks.sweep(|name| named.contains(name))?;
+        Ok(())
+    }
+
+    /// Reads a manifest.
+    pub fn manifest(&self, step: u64) -> Result<Manifest, StoreError> {
+        Manifest::read(&self.manifest_path(step), &self.job)
+    }
+
+    /// Reads tensors of a checkpoint, verifying every chunk.
+    pub fn read(&self, step: u64, names: &[(String, usize, usize)]) -> Result<Vec<StoredTensor>, StoreError> {
+        let manifest = self.manifest(step)?;
+        let wrong = |tensor: &str, reason: String| StoreError::Tensor {
+            path: self.manifest_path(step),
+            step,
+            tensor: tensor.to_owned(),
+            reason,
+        };
+        let read = |(name, rows, columns): &(String, usize, usize)| {
+            let found = manifest.tensors.binary_search_by(|t| t.name.as_str().cmp(name));
+            let entry = found.map(|at| &manifest.tensors[at]).map_err(|_| wrong(name, "is missing".to_owned()))?;
+            if (entry.rows, entry.columns) != (*rows as u64, *columns as u64) {
+                let reason = format!("is {} x {}, expected {rows} x {columns}", entry.rows, entry.columns);
+                return Err(wrong(name, reason));
+            }
+            let load = |hashes: &Vec<[u8; 32]>| -> Result<Arc<Vec<f32>>, StoreError> {
+                let mut data = Vec::with_capacity(rows * columns);
+                for hash in hashes {
+                    data.extend(bytemuck::pod_collect_to_vec::<u8, f32>(&self.chunks.get(ChunkHash(*hash))?));
+                }
+                if data.len() == rows * columns {
+                    Ok(Arc::new(data))
+                } else {
+                    Err(wrong(name, format!("has {} elements, expected {}", data.len(), rows * columns)))
+                }
+            };
+            let [w, m, v] = &entry.chunks;
+            Ok(StoredTensor { name: name.clone(), rows: *rows, columns: *columns, data: [load(w)?, load(m)?, load(v)?] })
+        };
+        names.iter().map(read).collect()
+    }
+
+    /// The newest checkpoint of which every chunk can be read, and what is wrong with newer ones.
+    pub fn newest_good(&self) -> Result<(Option<u64>, Vec<StoreError>), StoreError> {
+        let mut wrong = Vec::new();
+        for step in self.steps()?.into_iter().rev() {
+            match self.verify(step) {
+                Ok(()) => return Ok((Some(step), wrong)),
+                Err(error) => wrong.push(error),
+            }
+        }
+        Ok((None, wrong))
+    }
+
+    fn verify(&self, step: u64) -> Result<(), StoreError> {
+        let manifest = self.manifest(step)?;
+        let all = manifest.tensors.iter().flat_map(|t| t.chunks.iter().flatten());
+        let unique: BTreeSet<&[u8; 32]> = all.collect();
+        unique.into_iter().try_for_each(|hash| self.chunks.get(ChunkHash(*hash)).map(|_| ()))
+    }
+
+    /// Removes checkpoints after `step`, which turned out not to be readable.
+    pub fn forget_after(&self, step: u64) -> Result<(), StoreError> {
+        for newer in self.steps()?.into_iter().filter(|s| *s > step) {
+            let path = self.manifest_path(newer);
+            fs::remove_file(&path).map_err(at(&path))?;
+            self.catalogue.remove(newer)?;
+        }
+        Ok(())
+    }
+}
+
+fn steps(manifests: &Path) -> Result<Vec<u64>, StoreError> {
+    let mut steps = Vec::new();
+    for entry in fs::read_dir(manifests).map_err(at(manifests))? {
+        let entry = entry.map_err(at(manifests))?;
+        // Anything else is what an interrupted write left behind.
+        steps.extend(entry.file_name().to_string_lossy().parse::<u64>());
+    }
+    steps.sort_unstable();
+    Ok(steps)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn tensors(seed: f32) -> Vec<StoredTensor> {
+        let data = |n: usize, plus: f32| Arc::new((0..n).map(|i| i as f32 * 0.5 + plus).collect::<Vec<f32>>());
+        vec![
+            StoredTensor { name: "b".into(), rows: 2, columns: 3, data: [data(6, seed), data(6, 1.0), data(6, 2.0)] },
+            StoredTensor {
+                name: "a".into(),
+                rows: 1,
+                columns: CHUNK_ELEMENTS + 5,
+                data: [data(CHUNK_ELEMENTS + 5, seed), data(CHUNK_ELEMENTS + 5, 0.0), data(CHUNK_ELEMENTS + 5, 0.0)],
+            },
+        ]
+    }
+
+    fn names() -> Vec<(String, usize, usize)> {
+        vec![("a".into(), 1, CHUNK_ELEMENTS + 5), ("b".into(), 2, 3)]
+    }
+
+    fn save(store: &Store, step: u64, seed: f32) {
+        store.publish(step, store.put(&tensors(seed)).unwrap()).unwrap();
+    }
+
+    #[test]
+    fn what_is_stored_is_read_and_old_ones_go_with_their_chunks() {
+        let folder = tempfile::tempdir().unwrap();
+        let store = Store::open(folder.path(), "job", 2).unwrap();
+        for step in 1..=4 {
+            save(&store, step, step as f32);
+        }
+        assert_eq!(store.steps().unwrap(), [3, 4]);
+        let read = store.read(4, &names()).unwrap();
+        assert_eq!(read[1], tensors(4.0)[0]);
+        assert_eq!(read[0], tensors(4.0)[1]);
+        let count = fs::read_dir(folder.path().join("chunks")).unwrap().count();
+        // Per step: three chunks of weights (a: 2, b: 1); common: b's moments (2) and a's (2, shared by both).
+        assert_eq!(count, 2 * 3 + 4);
+    }
+
+    #[test]
+    fn the_catalogue_is_made_again_from_manifests() {
+        let folder = tempfile::tempdir().unwrap();
+        save(&Store::open(folder.path(), "job", 3).unwrap(), 1, 1.0);
+        fs::remove_dir_all(folder.path().join("catalogue")).unwrap();
+        save(&Store::open(folder.path(), "job", 3).unwrap(), 2, 2.0);
+        for file in fs::read_dir(folder.path().join("catalogue")).unwrap() {
+            let path = file.unwrap().path();
+            if path.is_file() {
+                fs::write(path, b"garbage").unwrap();
+            }
+        }
+        let store = Store::open(folder.path(), "job", 1).unwrap();
+        save(&store, 3, 3.0);
+        assert_eq!(store.steps().unwrap(), [3]);
+        assert_eq!(store.read(3, &names()).unwrap()[1], tensors(3.0)[0]);
+    }
+
+    #[test]
+    fn damage_is_named_and_the_one_before_is_found() {
+        let folder = tempfile::tempdir().unwrap();
+        let store = Store::open(folder.path(), "job", 3).unwrap();
+        save(&store, 1, 11.0);
+        save(&store, 2, 12.0);
+        let hash = ChunkHash(store.manifest(2).unwrap().tensors[1].chunks[0][0]);
+        let path = folder.path().join("chunks").join(hash.to_string());
+        let good = fs::read(&path).unwrap();
+        let mut flipped = good.clone();
+        flipped[3] ^= 1;
+        for bad in [&good[..5], &flipped, &[]] {
+            fs::write(&path, bad).unwrap();
+            let error = store.read(2, &names()).unwrap_err().to_string();
+            assert!(error.contains(&hash.to_string()), "{error}");
+            let (newest, wrong) = store.newest_good().unwrap();
+            assert_eq!((newest, wrong.len()), (Some(1), 1));
+        }
+        let manifest = folder.path().join("manifests/2");
+        let mut bytes = fs::read(&manifest).unwrap();
+        bytes[20] ^= 4;
+        fs::write(&manifest, &bytes).unwrap();
+        assert_eq!(store.newest_good().unwrap().0, Some(1));
+    }
+
+    #[test]
+    fn a_foreign_manifest_is_refused() {
+        let folder = tempfile::tempdir().unwrap();
+        save(&Store::open(folder.path(), "job", 3).unwrap(), 1, 1.0);
+        let error = Store::open(folder.path(), "other", 3).unwrap().manifest(1).unwrap_err();
+        assert!(matches!(error, StoreError::ForeignJob { .. }), "{error}");
+    }
+
+    #[test]
+    fn garbage_is_no_manifest() {
+        for bytes in [&b""[..], b"EVERMAN1", b"EVERMAN1\0\0\0\0", b"EVERMAN1aaaaaaaaaaaaaaaaaaaaaa"] {
+            assert!(Manifest::decode(bytes).is_err());
+        }
+    }
+}
