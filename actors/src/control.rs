@@ -1,6 +1,6 @@
 //! What nodes and the supervisor's process say to each other about the job itself.
 
-use crate::ids::{Address, NodeId};
+use crate::ids::{ActorId, Address, NodeId};
 use crate::table::{NodeInfo, Table};
 use serde::{Deserialize, Serialize};
 use std::sync::Arc;
@@ -8,6 +8,8 @@ use std::sync::Arc;
 /// A message between a node and the supervisor's process.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
 pub enum Control {
+    /// A process asks what the job is. Answered with `Job`.
+    Enquire,
     /// A process asks to become a node. Answered with `Welcome`.
     Join {
         /// How it is reached.
@@ -72,6 +74,13 @@ pub enum Control {
         /// One line.
         text: String,
     },
+    /// An operator asks. Answered with `Described`.
+    Admin {
+        /// For the answer.
+        ticket: u64,
+        /// What.
+        request: AdminRequest,
+    },
     /// A node asks for a part of the corpus.
     CorpusWanted {
         /// The first byte.
@@ -93,6 +102,17 @@ pub enum Control {
         /// BLAKE3 of the corpus, in hexadecimal.
         corpus_hash: String,
     },
+}
+
+/// What an operator asks of a job.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
+pub enum AdminRequest {
+    /// Nodes and their actors.
+    Tree,
+    /// One actor's state.
+    Inspect(ActorId),
+    /// Make an actor panic (chaos).
+    Kill(ActorId),
 }
 
 /// What an operator asks of an actor.

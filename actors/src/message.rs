@@ -159,6 +159,26 @@ pub enum Body<T> {
 }
 
 impl<T> Body<T> {
+    /// Whether it carries tensors, if perhaps empty ones.
+    pub fn carries_tensors(&self) -> bool {
+        match self {
+            Self::Hidden { .. }
+            | Self::Gradient { .. }
+            | Self::Rows { .. }
+            | Self::Answer { .. }
+            | Self::Sums { .. }
+            | Self::Weights { .. }
+            | Self::State { .. }
+            | Self::Snapshot { .. } => true,
+            Self::Fetch { .. }
+            | Self::Prepared { .. }
+            | Self::Applied { .. }
+            | Self::Stateless
+            | Self::Commit(_)
+            | Self::SnapshotKept { .. } => false,
+        }
+    }
+
     /// The same message with its tensors carried otherwise.
     pub fn map<U>(self, f: &mut impl FnMut(T) -> U) -> Body<U> {
         let mut all = |list: Vec<ParameterState<T>>| list.into_iter().map(|p| p.map(&mut *f)).collect();

@@ -131,6 +131,8 @@ pub enum Happening {
     Recovered { step: u64, milliseconds: u64 },
     Waiting { why: String },
     Skipped { step: u64, why: String },
+    CheckpointRefused { why: String },
+    StrangerRefused { why: String },
 }
 
 /// See the module.

@@ -1,28 +1,11 @@
 //! Simulated sessions between processes: the real session core over links that break.
 
-use crate::control::Control;
-use crate::message::Envelope;
-use everstep_transport::{Frame, Lane, Session};
+use crate::wire::Unit;
+use everstep_transport::{Frame, Session};
 use std::collections::BTreeMap;
 
 /// One life of a process.
 pub(super) type Life = u64;
-
-/// What a session carries.
-#[derive(Debug, Clone)]
-pub(super) enum Unit {
-    Control(Control),
-    Bundle(Vec<Envelope>),
-}
-
-impl Unit {
-    pub(super) fn lane(&self) -> Lane {
-        match self {
-            Self::Control(_) => Lane::Control,
-            Self::Bundle(_) => Lane::Bulk,
-        }
-    }
-}
 
 /// A frame on its way.
 #[derive(Debug)]

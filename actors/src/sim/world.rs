@@ -1,7 +1,7 @@
 //! The simulated world: a queue of events in order of time, and what each does.
 
 use super::checks::{self, Broken};
-use super::network::{Flight, Life, Network, Unit};
+use super::network::{Flight, Life, Network};
 use super::process::{SimActor, SimNode, SimRoot};
 use super::{Summary, Violation};
 use crate::compute::{Job, Outcome, run};
@@ -17,6 +17,7 @@ use crate::router::{Action, Router};
 use crate::spec::{JobSpec, Layout};
 use crate::supervisor::{Happening, Record, Supervisor, SupervisorEvent};
 use crate::table::NodeInfo;
+use crate::wire::Unit;
 use crate::worker::Materials;
 use everstep_kernels::{CpuBackend, Philox, Tensor};
 use everstep_transport::{Frame, Session, SessionEffect};

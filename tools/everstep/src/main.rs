@@ -1,1 +1,243 @@
-fn main() {}
+//! The `everstep` program: trains, resumes, is a node, looks into a job, and proves that it works.
+
+mod admin;
+mod bench;
+mod chaos;
+mod fingerprint;
+mod launcher;
+mod progress;
+mod report;
+mod sample;
+mod simulate;
+mod text;
+
+use anyhow::{Context, Result, bail};
+use clap::{Parser, Subcommand};
+use everstep_actors::{AdminRequest, ActorId, Bug, Config, NodeEnd, NodeOptions, RunFolder, SupervisorEnd};
+use launcher::{End, Launcher};
+use std::net::SocketAddr;
+use std::path::{Path, PathBuf};
+use std::process::ExitCode;
+
+/// Exit status of a supervisor or node that ended for a reason that a restart would not change.
+const STATUS_FAILED: u8 = 3;
+
+/// Elastic, fault-tolerant training of mixture-of-experts models: the same bits, whatever fails.
+#[derive(Debug, Parser)]
+#[command(version)]
+struct Cli {
+    #[command(subcommand)]
+    command: Command,
+}
+
+#[derive(Debug, Subcommand)]
+enum Command {
+    /// Start a supervisor and local nodes, and train.
+    Train {
+        /// The configuration.
+        config: PathBuf,
+        /// Local nodes (0: wait for others to join); the configuration's `job.nodes` by default.
+        #[arg(long)]
+        nodes: Option<usize>,
+        /// Override a key of the configuration.
+        #[arg(long = "set", value_name = "KEY=VALUE")]
+        set: Vec<String>,
+    },
+    /// Go on with a run from its control log and newest good checkpoint.
+    Resume {
+        /// The run folder.
+        run: PathBuf,
+        /// Local nodes; the configuration's `job.nodes` by default.
+        #[arg(long)]
+        nodes: Option<usize>,
+    },
+    /// Be a node of a job.
+    Node {
+        /// The supervisor's ADDRESS:PORT.
+        #[arg(long)]
+        join: SocketAddr,
+        /// The folder of the job's credentials.
+        #[arg(long)]
+        credentials: PathBuf,
+        /// Where this node listens for other nodes.
+        #[arg(long, default_value = "127.0.0.1:0")]
+        listen: SocketAddr,
+        /// Threads that compute; the machine's cores by default.
+        #[arg(long)]
+        threads: Option<usize>,
+        /// End when this process ends.
+        #[arg(long, hide = true)]
+        parent: Option<u32>,
+    },
+    /// Be the supervisor of a run (started by train and resume).
+    #[command(hide = true)]
+    Supervisor {
+        /// The run folder.
+        run: PathBuf,
+        /// Where to listen.
+        #[arg(long)]
+        listen: SocketAddr,
+        /// End when this process ends.
+        #[arg(long)]
+        parent: Option<u32>,
+    },
+    /// Look into a running job.
+    Admin {
+        /// The run folder; the newest under `runs/` by default.
+        #[arg(long, global = true)]
+        run: Option<PathBuf>,
+        #[command(subcommand)]
+        request: Admin,
+    },
+    /// Train while processes are killed, and compare every fingerprint with the undisturbed run.
+    Chaos {
+        /// The plan of the kills.
+        plan: PathBuf,
+        /// The configuration.
+        config: PathBuf,
+        /// Override a key of the configuration.
+        #[arg(long = "set", value_name = "KEY=VALUE")]
+        set: Vec<String>,
+    },
+    /// Run the job's protocols under simulated time, network, disk and crashes.
+    Simulate {
+        /// `A..B`: seeds from A to B - 1.
+        #[arg(long)]
+        seeds: String,
+        /// Plant a bug that a seed must find.
+        #[arg(long)]
+        plant: Option<Bug>,
+        /// One JSON object per line.
+        #[arg(long)]
+        json: bool,
+    },
+    /// The fingerprint of a stored step, computed from its chunks.
+    Fingerprint {
+        /// The run folder.
+        run: PathBuf,
+        /// The step; the newest stored one by default.
+        #[arg(long)]
+        step: Option<u64>,
+    },
+    /// Measure: one JSON object per figure, with its limit.
+    Bench,
+}
+
+#[derive(Debug, Clone, Copy, Subcommand)]
+enum Admin {
+    /// Nodes and their actors.
+    Tree,
+    /// One actor's state.
+    Inspect {
+        /// For example stage.0.1, expert.2.3, reducer.0.1 or supervisor.
+        actor: ActorId,
+    },
+    /// Make an actor panic: it is restarted, and the job goes on.
+    Kill {
+        /// The actor.
+        actor: ActorId,
+    },
+}
+
+fn main() -> ExitCode {
+    let cli = Cli::parse();
+    let filter = tracing_subscriber::EnvFilter::try_from_default_env().unwrap_or_else(|_| "warn".into());
+    tracing_subscriber::fmt().with_env_filter(filter).with_writer(std::io::stderr).init();
+    match run(cli.command) {
+        Ok(code) => code,
+        Err(error) => {
+            eprintln!("error: {error:#}");
+            ExitCode::from(STATUS_FAILED)
+        }
+    }
+}
+
+fn run(command: Command) -> Result<ExitCode> {
+    match command {
+        Command::Train { config, nodes, set } => {
+            let config = read_config(&config, &set)?;
+            let nodes = nodes.unwrap_or(config.nodes);
+            let run = launcher::create(&config)?;
+            train(run, nodes)
+        }
+        Command::Resume { run, nodes } => {
+            let run = RunFolder(run);
+            let path = run.config();
+            let text = std::fs::read_to_string(&path)
+                .with_context(|| format!("{} is no run folder: cannot read {}", run.0.display(), path.display()))?;
+            let config = Config::parse(&text, &path.display().to_string(), &[])?;
+            train(run, nodes.unwrap_or(config.nodes))
+        }
+        Command::Node { join, credentials, listen, threads, parent } => {
+            launcher::end_with(parent)?;
+            let cores = std::thread::available_parallelism().map_or(1, usize::from);
+            be_node(&NodeOptions { join, listen, credentials, threads: threads.unwrap_or(cores) })
+        }
+        Command::Supervisor { run, listen, parent } => {
+            launcher::end_with(parent)?;
+            match runtime()?.block_on(everstep_actors::run_supervisor(RunFolder(run), listen)) {
+                Ok(SupervisorEnd::Finished) => Ok(ExitCode::SUCCESS),
+                Ok(SupervisorEnd::Failed(why)) => bail!("{why}"),
+                Err(error) => bail!("{error}"),
+            }
+        }
+        Command::Admin { run, request } => {
+            let request = match request {
+                Admin::Tree => AdminRequest::Tree,
+                Admin::Inspect { actor } => AdminRequest::Inspect(actor),
+                Admin::Kill { actor } => AdminRequest::Kill(actor),
+            };
+            let run = run.map_or_else(admin::newest_run, |run| Ok(RunFolder(run)))?;
+            println!("{}", runtime()?.block_on(admin::ask(&run, request))?.trim_end());
+            Ok(ExitCode::SUCCESS)
+        }
+        Command::Chaos { plan, config, set } => chaos::run(&plan, &config, &set),
+        Command::Simulate { seeds, plant, json } => simulate::run(&seeds, plant, json),
+        Command::Fingerprint { run, step } => {
+            println!("{}", fingerprint::of_step(&RunFolder(run), step)?);
+            Ok(ExitCode::SUCCESS)
+        }
+        Command::Bench => bench::run(),
+    }
+}
+
+fn runtime() -> Result<tokio::runtime::Runtime> {
+    Ok(tokio::runtime::Builder::new_multi_thread().worker_threads(2).enable_all().build()?)
+}
+
+fn read_config(path: &Path, set: &[String]) -> Result<Config> {
+    let text = std::fs::read_to_string(path).with_context(|| format!("cannot read {}", path.display()))?;
+    Ok(Config::parse(&text, &path.display().to_string(), set)?)
+}
+
+/// Trains a run folder to its end, and shows what came of it.
+fn train(run: RunFolder, nodes: usize) -> Result<ExitCode> {
+    let end = Launcher::start(run.clone(), nodes, true)?.wait(|_| {})?;
+    match end {
+        End::Finished => {
+            report::write(&run)?;
+            println!("{}", sample::text(&run, 300)?);
+            println!("\nreport: {}\nrun:    {}", run.report().display(), run.0.display());
+            Ok(ExitCode::SUCCESS)
+        }
+        End::Failed(why) => bail!("{why}"),
+        End::Interrupted(signal) => {
+            eprintln!("stopped; go on with: everstep resume {}", run.0.display());
+            Ok(ExitCode::from(128 + signal))
+        }
+    }
+}
+
+/// A node of a job; when it is fenced, the process joins as a new one.
+fn be_node(options: &NodeOptions) -> Result<ExitCode> {
+    loop {
+        match runtime()?.block_on(everstep_actors::run_node(options)) {
+            Ok(NodeEnd::Fenced) => eprintln!("this node was declared dead: it joins as new"),
+            Ok(NodeEnd::Dismissed(why)) => {
+                eprintln!("the node ends: {why}");
+                return Ok(ExitCode::SUCCESS);
+            }
+            Err(error) => bail!("{error}"),
+        }
+    }
+}

@@ -1,0 +1,46 @@
+//! The thin shells: ractor actors and threads that carry out what the cores decide.
+
+mod node;
+mod pool;
+mod run_folder;
+mod scribe;
+mod supervisor;
+mod worker;
+
+pub use node::{NodeEnd, NodeOptions, run_node};
+pub use run_folder::{MetricsLine, RunFolder, RunIdentity};
+pub use supervisor::{SupervisorEnd, run_supervisor};
+
+use crate::control::Control;
+use crate::wire::Unit;
+use everstep_transport::{Hub, Peer};
+
+/// An error of any kind, with its words.
+pub type AnyError = Box<dyn std::error::Error + Send + Sync>;
+
+/// Says something to a process.
+fn tell(hub: &Hub, peer: Peer, control: Control) {
+    send(hub, peer, Unit::Control(control));
+}
+
+fn send(hub: &Hub, peer: Peer, unit: Unit) {
+    let lane = unit.lane();
+    hub.send(peer, lane, unit.encode());
+}
+
+/// BLAKE3 of some bytes, in hexadecimal: how a run names its text.
+pub fn hash_hex(bytes: &[u8]) -> String {
+    blake3::hash(bytes).to_hex().to_string()
+}
+
+/// A random name for this life of the process.
+pub fn new_name() -> Peer {
+    use std::hash::{BuildHasher, Hasher};
+    // Seeded by the system for every process; names are never part of a result.
+    std::collections::hash_map::RandomState::new().build_hasher().finish()
+}
+
+/// This machine's boot: processes with the same can watch each other.
+fn machine() -> String {
+    std::fs::read_to_string("/proc/sys/kernel/random/boot_id").unwrap_or_default().trim().to_owned()
+}

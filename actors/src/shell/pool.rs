@@ -1,0 +1,76 @@
+//! Threads for jobs, so that nothing heavy runs on a runtime's thread.
+//!
+//! Bound: an actor has one job at a time, so there are at most as many jobs as actors.
+
+use crate::compute::{Job, Outcome, run};
+use everstep_kernels::Backend;
+use std::panic::{AssertUnwindSafe, catch_unwind};
+use std::sync::atomic::{AtomicU64, Ordering};
+use std::sync::mpsc::{Receiver, SyncSender, sync_channel};
+use std::sync::{Arc, Mutex, PoisonError};
+
+/// Jobs that may wait.
+const QUEUE: usize = 65_536;
+
+/// What becomes of a job: its outcome, or the words of a panic.
+type Reply = Box<dyn FnOnce(Result<Outcome, String>) + Send>;
+
+struct Task {
+    job: Job,
+    cost: u64,
+    reply: Reply,
+}
+
+/// See the module. The threads end with the last handle.
+#[derive(Debug, Clone)]
+pub(super) struct Pool {
+    queue: SyncSender<Task>,
+    work: Arc<AtomicU64>,
+}
+
+impl std::fmt::Debug for Task {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        write!(f, "Task({:?})", self.job)
+    }
+}
+
+impl Pool {
+    pub(super) fn new(threads: usize, backend: &Arc<dyn Backend>) -> std::io::Result<Self> {
+        let (queue, tasks) = sync_channel::<Task>(QUEUE);
+        let tasks = Arc::new(Mutex::new(tasks));
+        let work = Arc::new(AtomicU64::new(0));
+        for n in 0..threads.max(1) {
+            let (tasks, backend, work) = (Arc::clone(&tasks), Arc::clone(backend), Arc::clone(&work));
+            std::thread::Builder::new().name(format!("compute-{n}")).spawn(move || serve(&tasks, &*backend, &work))?;
+        }
+        Ok(Self { queue, work })
+    }
+
+    /// Multiply-adds done so far.
+    pub(super) fn work(&self) -> u64 {
+        self.work.load(Ordering::Relaxed)
+    }
+
+    /// Runs a job; `reply` is called on the job's thread.
+    pub(super) fn submit(&self, job: Job, cost: u64, reply: impl FnOnce(Result<Outcome, String>) + Send + 'static) {
+        let task = Task { job, cost, reply: Box::new(reply) };
+        if let Err(error) = self.queue.try_send(task) {
+            tracing::error!(%error, "a job cannot be queued");
+        }
+    }
+}
+
+fn serve(tasks: &Mutex<Receiver<Task>>, backend: &dyn Backend, work: &AtomicU64) {
+    loop {
+        let next = tasks.lock().unwrap_or_else(PoisonError::into_inner).recv();
+        let Ok(Task { job, cost, reply }) = next else { return };
+        let result = catch_unwind(AssertUnwindSafe(|| run(job, backend)));
+        work.fetch_add(cost, Ordering::Relaxed);
+        reply(result.map_err(|panic| words_of(&*panic)));
+    }
+}
+
+fn words_of(panic: &(dyn std::any::Any + Send)) -> String {
+    let text = panic.downcast_ref::<&str>().map(|s| (*s).to_owned());
+    text.or_else(|| panic.downcast_ref::<String>().cloned()).unwrap_or_else(|| "a panic without words".to_owned())
+}

@@ -1,0 +1,137 @@
+//! The files of a run, and the forms of those that others read.
+
+use crate::ids::Step;
+use crate::supervisor::Report;
+use serde::{Deserialize, Serialize};
+use std::collections::BTreeMap;
+use std::path::{Path, PathBuf};
+
+/// Paths inside a run folder.
+#[derive(Debug, Clone)]
+pub struct RunFolder(pub PathBuf);
+
+impl RunFolder {
+    /// The effective configuration.
+    pub fn config(&self) -> PathBuf {
+        self.0.join("config.toml")
+    }
+    /// Which job this is.
+    pub fn identity(&self) -> PathBuf {
+        self.0.join("job.json")
+    }
+    /// The snapshot of the text.
+    pub fn corpus(&self) -> PathBuf {
+        self.0.join("corpus.bin")
+    }
+    /// The supervisor's decisions.
+    pub fn control_log(&self) -> PathBuf {
+        self.0.join("control.log")
+    }
+    /// One line for each committed step.
+    pub fn metrics(&self) -> PathBuf {
+        self.0.join("metrics.jsonl")
+    }
+    /// One line for each happening.
+    pub fn events(&self) -> PathBuf {
+        self.0.join("events.jsonl")
+    }
+    /// The store of checkpoints.
+    pub fn checkpoints(&self) -> PathBuf {
+        self.0.join("checkpoints")
+    }
+    /// What proves membership.
+    pub fn credentials(&self) -> PathBuf {
+        self.0.join("credentials")
+    }
+    /// Where the supervisor listens.
+    pub fn address(&self) -> PathBuf {
+        self.0.join("address")
+    }
+    /// What the processes say.
+    pub fn logs(&self) -> PathBuf {
+        self.0.join("logs")
+    }
+    /// The report for people.
+    pub fn report(&self) -> PathBuf {
+        self.0.join("report.html")
+    }
+}
+
+/// Which job a run folder belongs to.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+pub struct RunIdentity {
+    /// The job's random name; checkpoints carry it.
+    pub job: String,
+    /// BLAKE3 of the text, in hexadecimal.
+    pub corpus_hash: String,
+    /// Files in the text.
+    pub corpus_files: usize,
+}
+
+/// A line of metrics.jsonl.
+#[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
+pub struct MetricsLine {
+    /// The committed step.
+    pub step: Step,
+    /// Mean loss of the step's targets, in nats.
+    pub loss: f64,
+    /// Targets of the step.
+    pub tokens: u64,
+    /// Norm of the gradients before clipping.
+    pub grad_norm: f64,
+    /// Learning rate.
+    pub lr: f32,
+    /// Since the line before.
+    pub tokens_per_s: f64,
+    /// Milliseconds since 1970.
+    pub time: u64,
+    /// The epoch.
+    pub epoch: u64,
+    /// Living nodes.
+    pub nodes: usize,
+    /// The fewest copies in which a shard was safe.
+    pub copies: u32,
+    /// Multiply-adds by node since the line before.
+    pub operations: BTreeMap<String, u64>,
+    /// Root of the fingerprint.
+    pub fingerprint: String,
+}
+
+impl MetricsLine {
+    pub(super) fn new(report: Report, tokens: u64, time: u64, since: Option<u64>) -> Self {
+        let seconds = since.map_or(f64::INFINITY, |s| time.saturating_sub(s).max(1) as f64 / 1000.0);
+        Self {
+            step: report.commit.commit.step,
+            loss: report.commit.loss,
+            tokens,
+            grad_norm: report.commit.grad_norm,
+            lr: report.commit.commit.lr,
+            tokens_per_s: tokens as f64 / seconds,
+            time,
+            epoch: report.epoch,
+            nodes: report.operations.len(),
+            copies: report.commit.copies,
+            operations: report.operations.into_iter().map(|(node, n)| (node.0.to_string(), n)).collect(),
+            fingerprint: report.fingerprint,
+        }
+    }
+
+    /// Reads metrics.jsonl; a missing file has no lines. A torn last line (the process died while it
+    /// was written) is left out; gives how many bytes are whole too.
+    pub fn read_all(path: &Path) -> std::io::Result<(Vec<Self>, usize)> {
+        let text = match std::fs::read_to_string(path) {
+            Ok(text) => text,
+            Err(e) if e.kind() == std::io::ErrorKind::NotFound => return Ok((Vec::new(), 0)),
+            Err(e) => return Err(e),
+        };
+        let whole = text.rfind('\n').map_or(0, |at| at + 1);
+        let parse = |(n, line): (usize, &str)| {
+            serde_json::from_str(line).map_err(|e| {
+                let words = format!("{}, line {}: {e}", path.display(), n + 1);
+                std::io::Error::new(std::io::ErrorKind::InvalidData, words)
+            })
+        };
+        let lines = text[..whole].lines().enumerate().map(parse).collect::<Result<_, _>>()?;
+        Ok((lines, whole))
+    }
+}

@@ -1,0 +1,502 @@
+//! The supervisor's process: the ractor actor around supervisor, keeper and router.
+//!
+//! Owns the run folder's files (through threads of their own), the endpoint that nodes join, and the
+//! watch over processes of this machine.
+
+use super::run_folder::{MetricsLine, RunFolder, RunIdentity};
+use super::scribe::{Checkpointing, Files, Line, start_scribe, start_store};
+use super::{AnyError, machine, new_name, send, tell};
+use crate::config::Config;
+use crate::control::{ActorRequest, AdminRequest, Control};
+use crate::ids::{ActorId, NodeId, Step};
+use crate::keeper::{KeeperCore, KeeperEvent};
+use crate::message::ParameterState;
+use crate::root::{Root, RootEffect, RootEvent};
+use crate::supervisor::{Happening, Record, Report, Supervisor, SupervisorEvent};
+use crate::wire::Unit;
+use everstep_checkpoint::{Log, RECORD_MAX, Store};
+use everstep_kernels::{Backend, CpuBackend, Tensor};
+use everstep_transport::{Credentials, Hub, HubEvent, Peer};
+use ractor::{Actor, ActorProcessingErr, ActorRef, SupervisionEvent};
+use std::collections::BTreeMap;
+use std::fmt::Write;
+use std::fs::OpenOptions;
+use std::net::SocketAddr;
+use std::sync::Arc;
+use std::sync::mpsc::SyncSender;
+use std::time::{Duration, Instant, SystemTime, UNIX_EPOCH};
+use tokio::sync::mpsc;
+
+const TICK: Duration = Duration::from_millis(100);
+/// Bytes of the corpus in one answer.
+const CORPUS_PART: usize = 1 << 20;
+/// A dead node's session is kept for so long, so that it is fenced if it wakes.
+const FENCE_FOR: Duration = Duration::from_secs(120);
+
+/// How a supervisor's life ended.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub enum SupervisorEnd {
+    /// All steps are committed and stored.
+    Finished,
+    /// The job cannot go on.
+    Failed(String),
+}
+
+/// What the supervisor's process is told.
+#[derive(Debug)]
+pub(super) enum Msg {
+    /// From the hub.
+    Hub(HubEvent),
+    /// From our own ticker.
+    Tick,
+    /// From the scribe: the oldest record that was not synced is.
+    Synced,
+    /// From the scribe: all is written.
+    Flushed,
+    /// From the store's thread.
+    Stored { step: Step, shard: u32 },
+    /// From the store's thread.
+    Published(Step),
+    /// From the store's thread.
+    Loaded { step: Step, to: ActorId, parameters: Vec<ParameterState<Tensor>> },
+    /// From either thread: the disk said no.
+    DiskFailed(String),
+    /// From a watch over a process of this machine.
+    ProcessEnded(Peer),
+}
+
+struct State {
+    root: Root,
+    config: Config,
+    identity: RunIdentity,
+    corpus: Arc<Vec<u8>>,
+    hub: Hub,
+    began: Instant,
+    scribe: SyncSender<Line>,
+    store: SyncSender<Checkpointing>,
+    peers: BTreeMap<NodeId, Peer>,
+    reported_at: Option<u64>,
+    operators: BTreeMap<u64, (Peer, u64)>,
+    next_ticket: u64,
+    class: String,
+    result: Option<SupervisorEnd>,
+    end: mpsc::Sender<SupervisorEnd>,
+}
+
+struct Args {
+    run: RunFolder,
+    config: Config,
+    identity: RunIdentity,
+    corpus: Arc<Vec<u8>>,
+    hub: Hub,
+    end: mpsc::Sender<SupervisorEnd>,
+}
+
+struct SupervisorProcess;
+
+fn milliseconds() -> u64 {
+    SystemTime::now().duration_since(UNIX_EPOCH).map_or(0, |d| d.as_millis() as u64)
+}
+
+/// Runs the supervisor of a run folder until the job is over.
+pub async fn run_supervisor(run: RunFolder, listen: SocketAddr) -> Result<SupervisorEnd, AnyError> {
+    let text = std::fs::read_to_string(run.config())?;
+    let config = Config::parse(&text, &run.config().display().to_string(), &[])?;
+    let identity: RunIdentity = serde_json::from_str(&std::fs::read_to_string(run.identity())?)?;
+    let corpus = Arc::new(std::fs::read(run.corpus())?);
+    let hash = blake3::hash(&corpus).to_hex().to_string();
+    if hash != identity.corpus_hash {
+        let path = run.corpus();
+        return Err(format!("{} has hash {hash}, expected {}", path.display(), identity.corpus_hash).into());
+    }
+    let credentials = Credentials::load(&run.credentials())?;
+    let (hub, mut events) = Hub::open(listen, &credentials, new_name())?;
+    let (end, mut ended) = mpsc::channel(1);
+    let address = hub.address()?.to_string();
+    let args = Args { run: run.clone(), config, identity, corpus, hub: hub.clone(), end };
+    let (actor, handle) = Actor::spawn(None, SupervisorProcess, args).await?;
+    // Nodes may come from now on: the launcher reads this file.
+    let scratch = run.0.join(".address.new");
+    std::fs::write(&scratch, &address)?;
+    std::fs::rename(&scratch, run.address())?;
+    let result = loop {
+        tokio::select! {
+            event = events.recv() => match event {
+                Some(event) => { let _ = actor.cast(Msg::Hub(event)); }
+                None => break Err("the endpoint closed".into()),
+            },
+            end = ended.recv() => break end.ok_or_else(|| "the supervisor's actor failed".into()),
+        }
+    };
+    // The last words to the nodes need a moment to leave.
+    tokio::time::sleep(Duration::from_millis(200)).await;
+    actor.stop(None);
+    let _ = handle.await;
+    hub.shut_down();
+    result
+}
+
+/// What a supervisor starts from: files of the run folder.
+struct Restored {
+    records: Vec<Record>,
+    checkpoint: Step,
+    reported: BTreeMap<Step, String>,
+    files: Files,
+    store: Store,
+    notes: Vec<String>,
+}
+
+fn restore(run: &RunFolder, config: &Config, identity: &RunIdentity) -> Result<Restored, AnyError> {
+    let (log, raw) = Log::open(&run.control_log())?;
+    let limit = bincode::config::standard().with_limit::<RECORD_MAX>();
+    let decode = |(n, bytes): (usize, Vec<u8>)| -> Result<Record, AnyError> {
+        let decoded = bincode::serde::decode_from_slice(&bytes, limit);
+        Ok(decoded.map_err(|e| format!("{}: record {n} cannot be decoded: {e}", run.control_log().display()))?.0)
+    };
+    let records: Vec<Record> = raw.into_iter().enumerate().map(decode).collect::<Result<_, _>>()?;
+    let store = Store::open(&run.checkpoints(), &identity.job, config.keep)?;
+    let (good, wrong) = store.newest_good()?;
+    if good.is_none() && !wrong.is_empty() {
+        let words: Vec<String> = wrong.iter().map(ToString::to_string).collect();
+        return Err(format!("no checkpoint can be read: {}", words.join("; ")).into());
+    }
+    let checkpoint = good.unwrap_or(0);
+    store.forget_after(checkpoint)?;
+    let (lines, whole) = MetricsLine::read_all(&run.metrics())?;
+    let open = |path: std::path::PathBuf| -> Result<(std::path::PathBuf, std::fs::File), AnyError> {
+        let file = OpenOptions::new().create(true).append(true).open(&path).map_err(|e| format!("{}: {e}", path.display()))?;
+        Ok((path, file))
+    };
+    let metrics = open(run.metrics())?;
+    metrics.1.set_len(whole as u64)?;
+    let reported = lines.into_iter().map(|l| (l.step, l.fingerprint)).collect();
+    let notes = wrong.iter().map(ToString::to_string).collect();
+    let files = Files { log, metrics, events: open(run.events())? };
+    Ok(Restored { records, checkpoint, reported, files, store, notes })
+}
+
+impl Actor for SupervisorProcess {
+    type Msg = Msg;
+    type State = State;
+    type Arguments = Args;
+
+    async fn pre_start(&self, myself: ActorRef<Msg>, args: Args) -> Result<State, ActorProcessingErr> {
+        let Args { run, config, identity, corpus, hub, end } = args;
+        let restored = restore(&run, &config, &identity)?;
+        let spec = Arc::new(config.spec.clone());
+        let layout = crate::spec::Layout::new(&spec);
+        let shards = spec.shards;
+        let checkpoint = restored.checkpoint;
+        let (supervisor, first) =
+            Supervisor::new(spec, config.nodes, &restored.records, checkpoint, restored.reported, Duration::ZERO, None);
+        let (root, effects) = Root::new(supervisor, first, KeeperCore::new(shards, checkpoint), None);
+        let mut state = State {
+            root,
+            config,
+            identity,
+            corpus,
+            hub,
+            began: Instant::now(),
+            scribe: start_scribe(restored.files, myself.clone())?,
+            store: start_store(restored.store, layout, myself.clone())?,
+            peers: BTreeMap::new(),
+            reported_at: None,
+            operators: BTreeMap::new(),
+            next_ticket: 0,
+            class: CpuBackend.class().0,
+            result: None,
+            end,
+        };
+        for why in restored.notes {
+            tracing::warn!(why, "a checkpoint is not readable, an older one is used");
+            state.note(&Happening::CheckpointRefused { why });
+        }
+        state.perform(effects);
+        myself.send_interval(TICK, || Msg::Tick);
+        Ok(state)
+    }
+
+    async fn handle(&self, myself: ActorRef<Msg>, message: Msg, state: &mut State) -> Result<(), ActorProcessingErr> {
+        match message {
+            Msg::Hub(event) => state.on_hub(&myself, event),
+            Msg::Tick => state.supervise(SupervisorEvent::Tick),
+            Msg::Synced => state.supervise(SupervisorEvent::Synced),
+            Msg::Flushed => {
+                if let Some(result) = state.result.clone() {
+                    let _ = state.end.try_send(result);
+                }
+            }
+            Msg::Stored { step, shard } => state.root_event(RootEvent::Keeper(KeeperEvent::Stored { step, shard })),
+            Msg::Published(step) => state.root_event(RootEvent::Keeper(KeeperEvent::Published(step))),
+            Msg::Loaded { step, to, parameters } => {
+                state.root_event(RootEvent::Keeper(KeeperEvent::Loaded { step, to, parameters }));
+            }
+            Msg::DiskFailed(why) => {
+                state.dismiss(&why);
+                let _ = state.end.try_send(SupervisorEnd::Failed(why));
+            }
+            Msg::ProcessEnded(peer) => state.on_process_ended(peer),
+        }
+        Ok(())
+    }
+
+    async fn handle_supervisor_evt(
+        &self,
+        _: ActorRef<Msg>,
+        event: SupervisionEvent,
+        _: &mut State,
+    ) -> Result<(), ActorProcessingErr> {
+        match event {
+            // It has no children: nodes are other processes.
+            SupervisionEvent::ActorStarted(_)
+            | SupervisionEvent::ActorFailed(..)
+            | SupervisionEvent::ActorTerminated(..)
+            | SupervisionEvent::ProcessGroupChanged(_) => Ok(()),
+        }
+    }
+}
+
+impl State {
+    fn supervise(&mut self, event: SupervisorEvent) {
+        self.root_event(RootEvent::Supervisor(event));
+    }
+
+    fn root_event(&mut self, event: RootEvent) {
+        let effects = self.root.on(self.began.elapsed(), event);
+        self.perform(effects);
+    }
+
+    fn write(&self, line: Line) {
+        // The queue is full only if the disk hangs: then the supervisor waits, and is taken for dead.
+        if self.scribe.send(line).is_err() {
+            let _ = self.end.try_send(SupervisorEnd::Failed("the thread that writes has ended".to_owned()));
+        }
+    }
+
+    fn note(&self, happening: &Happening) {
+        let mut value = serde_json::to_value(happening).expect("a happening is an object");
+        if let Some(object) = value.as_object_mut() {
+            object.insert("time".to_owned(), milliseconds().into());
+        }
+        self.write(Line::Event(value.to_string()));
+    }
+
+    fn perform(&mut self, effects: Vec<RootEffect>) {
+        for effect in effects {
+            match effect {
+                RootEffect::Append(record) => {
+                    let limit = bincode::config::standard().with_limit::<RECORD_MAX>();
+                    let bytes = bincode::serde::encode_to_vec(&record, limit).expect("a record can be encoded");
+                    self.write(Line::Record(bytes));
+                }
+                RootEffect::Tell(node, control) => {
+                    if let Some(peer) = self.peer_of(node) {
+                        tell(&self.hub, peer, control);
+                    }
+                }
+                RootEffect::Transmit(node, bundle) => {
+                    if let Some(peer) = self.peer_of(node) {
+                        send(&self.hub, peer, Unit::Bundle(bundle));
+                    }
+                }
+                RootEffect::Forget(nodes) => nodes.into_iter().for_each(|n| self.forget(n)),
+                RootEffect::Report(report) => self.report(report),
+                RootEffect::Note(happening) => self.note(&happening),
+                RootEffect::Store { step, shard, parameters } => {
+                    self.checkpoint(Checkpointing::Store { step, shard, parameters });
+                }
+                RootEffect::Publish(step) => self.checkpoint(Checkpointing::Publish(step)),
+                RootEffect::Load { step, shard, to } => self.checkpoint(Checkpointing::Load { step, shard, to }),
+                RootEffect::Finish(result) => {
+                    let end = match result {
+                        Ok(()) => SupervisorEnd::Finished,
+                        Err(why) => SupervisorEnd::Failed(why),
+                    };
+                    self.dismiss("the job is over");
+                    self.result = Some(end);
+                    self.write(Line::Flush);
+                }
+            }
+        }
+    }
+
+    fn checkpoint(&self, wish: Checkpointing) {
+        if self.store.send(wish).is_err() {
+            let _ = self.end.try_send(SupervisorEnd::Failed("the thread of checkpoints has ended".to_owned()));
+        }
+    }
+
+    /// The session of a node: of its last word, or as the table has it.
+    fn peer_of(&mut self, node: NodeId) -> Option<Peer> {
+        if let Some(peer) = self.peers.get(&node) {
+            return Some(*peer);
+        }
+        let peer = self.root.supervisor.table().nodes.get(&node)?.peer;
+        self.peers.insert(node, peer);
+        Some(peer)
+    }
+
+    fn forget(&mut self, node: NodeId) {
+        if let Some(peer) = self.peers.get(&node).copied() {
+            let hub = self.hub.clone();
+            tokio::spawn(async move {
+                tokio::time::sleep(FENCE_FOR).await;
+                hub.close(peer);
+            });
+        }
+    }
+
+    fn report(&mut self, report: Report) {
+        let now = milliseconds();
+        let line = MetricsLine::new(report, self.config.spec.targets_of_step(), now, self.reported_at.replace(now));
+        self.write(Line::Metrics(serde_json::to_string(&line).expect("a line of metrics can be written")));
+    }
+
+    fn dismiss(&mut self, why: &str) {
+        let nodes: Vec<NodeId> = self.root.supervisor.table().nodes.keys().copied().collect();
+        for node in nodes {
+            if let Some(peer) = self.peer_of(node) {
+                tell(&self.hub, peer, Control::Dismiss { why: why.to_owned() });
+            }
+        }
+    }
+
+    fn on_process_ended(&mut self, peer: Peer) {
+        let node = self.root.supervisor.table().nodes.iter().find(|(_, info)| info.peer == peer).map(|(n, _)| *n);
+        if let Some(node) = node {
+            self.supervise(SupervisorEvent::Lost { node, why: "its process ended".to_owned() });
+        }
+    }
+
+    fn on_hub(&mut self, myself: &ActorRef<Msg>, event: HubEvent) {
+        match event {
+            HubEvent::Message(peer, message) => match Unit::decode(message) {
+                Ok(Unit::Control(control)) => self.on_control(myself, peer, control),
+                Ok(Unit::Bundle(bundle)) => self.root_event(RootEvent::Arrived(bundle)),
+                Err(error) => {
+                    tracing::warn!(peer, %error, "garbage from a member of the job: its session ends");
+                    self.hub.close(peer);
+                }
+            },
+            HubEvent::Refused(why) => {
+                tracing::warn!(why, "a stranger was refused");
+                self.note(&Happening::StrangerRefused { why });
+            }
+            // Whether a node lives is for its lease and its process to say.
+            HubEvent::Up(_) | HubEvent::Down(_) | HubEvent::Broken(..) => {}
+        }
+    }
+
+    fn on_control(&mut self, myself: &ActorRef<Msg>, peer: Peer, control: Control) {
+        match control {
+            Control::Enquire => {
+                let job = Control::Job {
+                    config: self.config.text.clone(),
+                    corpus_bytes: self.corpus.len() as u64,
+                    corpus_hash: self.identity.corpus_hash.clone(),
+                };
+                tell(&self.hub, peer, job);
+            }
+            Control::CorpusWanted { from } => {
+                let start = usize::try_from(from).unwrap_or(usize::MAX).min(self.corpus.len());
+                let end = start.saturating_add(CORPUS_PART).min(self.corpus.len());
+                tell(&self.hub, peer, Control::CorpusPart { from, bytes: self.corpus[start..end].to_vec() });
+            }
+            Control::Join { info, device_class, pid, machine } => {
+                if device_class != self.class {
+                    let why = format!("its device class is {device_class}, the job's is {}: their bits differ", self.class);
+                    tell(&self.hub, peer, Control::Dismiss { why });
+                    return;
+                }
+                watch(myself, peer, pid, &machine);
+                self.supervise(SupervisorEvent::Join(info));
+            }
+            Control::Return { node, pid, machine } => {
+                self.peers.insert(node, peer);
+                watch(myself, peer, pid, &machine);
+                self.supervise(SupervisorEvent::Return(node));
+            }
+            Control::Heartbeat { node, work } => {
+                self.peers.insert(node, peer);
+                self.supervise(SupervisorEvent::Heartbeat { node, work });
+            }
+            Control::ActorFailed { address, reason } => {
+                self.supervise(SupervisorEvent::ActorFailed { address, reason });
+            }
+            Control::Described { ticket, text } => {
+                if let Some((operator, ticket)) = self.operators.remove(&ticket) {
+                    tell(&self.hub, operator, Control::Described { ticket, text });
+                }
+            }
+            Control::Admin { ticket, request } => self.on_admin(peer, ticket, request),
+            // What only the supervisor says.
+            Control::Welcome { .. }
+            | Control::Dismiss { .. }
+            | Control::Table(_)
+            | Control::Fence
+            | Control::Actor { .. }
+            | Control::CorpusPart { .. }
+            | Control::Job { .. } => {}
+        }
+    }
+
+    fn on_admin(&mut self, operator: Peer, ticket: u64, request: AdminRequest) {
+        let (actor, request) = match request {
+            AdminRequest::Tree => {
+                tell(&self.hub, operator, Control::Described { ticket, text: self.tree() });
+                return;
+            }
+            AdminRequest::Inspect(ActorId::Supervisor) => {
+                let text = format!("{}; {} messages refused", self.root.supervisor.describe(), self.root.router().refused());
+                tell(&self.hub, operator, Control::Described { ticket, text });
+                return;
+            }
+            AdminRequest::Inspect(actor) => (actor, ActorRequest::Describe),
+            AdminRequest::Kill(actor) => (actor, ActorRequest::Panic),
+        };
+        let table = self.root.supervisor.table();
+        let target = table.address(actor).zip(table.node_of(actor));
+        let Some((address, peer)) = target.and_then(|(a, node)| Some((a, self.peer_of(node)?))) else {
+            let text = format!("{actor} has no place on a node");
+            tell(&self.hub, operator, Control::Described { ticket, text });
+            return;
+        };
+        self.next_ticket += 1;
+        self.operators.insert(self.next_ticket, (operator, ticket));
+        tell(&self.hub, peer, Control::Actor { address, request, ticket: self.next_ticket });
+    }
+
+    fn tree(&self) -> String {
+        let table = self.root.supervisor.table();
+        let mut text = format!("supervisor: {}\n", self.root.supervisor.describe());
+        for (node, info) in &table.nodes {
+            let _ = writeln!(text, "{node} at {}", info.address);
+            for address in table.actors_of(*node) {
+                let primary = match address.actor {
+                    ActorId::Reducer { shard, .. } if table.primary(shard) == Some(address.actor) => "  primary",
+                    _ => "",
+                };
+                let _ = writeln!(text, "  {address}{primary}");
+            }
+        }
+        text
+    }
+}
+
+/// Watches a process of this machine: the kernel tells at once when it ends.
+fn watch(myself: &ActorRef<Msg>, peer: Peer, pid: u32, machine_of_peer: &str) {
+    let ours = machine();
+    if ours.is_empty() || machine_of_peer != ours {
+        return;
+    }
+    let Some(pid) = i32::try_from(pid).ok().and_then(rustix::process::Pid::from_raw) else { return };
+    let opened = rustix::process::pidfd_open(pid, rustix::process::PidfdFlags::NONBLOCK);
+    let Some(fd) = opened.ok().and_then(|fd| tokio::io::unix::AsyncFd::new(fd).ok()) else { return };
+    let myself = myself.clone();
+    tokio::spawn(async move {
+        let ended = fd.readable().await.is_ok();
+        if ended {
+            let _ = myself.cast(Msg::ProcessEnded(peer));
+        }
+    });
+}

@@ -1,0 +1,172 @@
+//! `everstep chaos`: a real job of real processes under kills, and the same job undisturbed; every
+//! committed step's fingerprint must be the same.
+
+use crate::launcher::{self, End, Launcher, Targets};
+use crate::read_config;
+use anyhow::{Context, Result, bail};
+use everstep_actors::{MetricsLine, RunFolder};
+use everstep_kernels::Philox;
+use rustix::process::Signal;
+use serde::Deserialize;
+use std::path::Path;
+use std::process::ExitCode;
+use std::time::{Duration, Instant};
+
+const PURPOSE_CHAOS: u32 = 4;
+
+/// What is killed.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Deserialize)]
+#[serde(rename_all = "kebab-case")]
+enum Target {
+    /// A random node.
+    Node,
+    /// Two random nodes at once.
+    TwoNodes,
+    /// The supervisor.
+    Supervisor,
+    /// Everything; the run is resumed.
+    Everything,
+    /// A random node is stopped for ten seconds.
+    Stop,
+}
+
+/// When and what.
+#[derive(Debug, Clone, Deserialize)]
+#[serde(deny_unknown_fields)]
+struct Plan {
+    /// Names the moments and the nodes.
+    seed: u64,
+    /// Kills in all.
+    kills: u64,
+    /// Mean milliseconds between two kills.
+    every_ms: u64,
+    /// Taken in turn.
+    targets: Vec<Target>,
+}
+
+struct Killer {
+    plan: Plan,
+    random: Philox,
+    done: u64,
+    next: Instant,
+    stopped: Option<(u32, Instant)>,
+}
+
+impl Killer {
+    fn draw(&self, salt: u64) -> u64 {
+        (self.random.uniform(self.done * 4 + salt) * 1e9) as u64
+    }
+
+    fn wait(&mut self) {
+        // Between half and one and a half of the mean.
+        let ms = self.plan.every_ms / 2 + self.draw(0) % self.plan.every_ms.max(1);
+        self.next = Instant::now() + Duration::from_millis(ms);
+    }
+
+    fn act(&mut self, targets: &mut Targets) {
+        if let Some((pid, until)) = self.stopped
+            && Instant::now() > until
+        {
+            launcher::kill(pid, Signal::CONT);
+            self.stopped = None;
+        }
+        // The first step shows that the job runs.
+        if self.done == self.plan.kills || targets.steps == 0 || Instant::now() < self.next {
+            return;
+        }
+        let target = self.plan.targets[self.done as usize % self.plan.targets.len()];
+        let n = targets.nodes.len().max(1) as u64;
+        let first = self.draw(1) % n;
+        match target {
+            Target::Node => launcher::kill(targets.nodes[first as usize], Signal::KILL),
+            Target::TwoNodes => {
+                launcher::kill(targets.nodes[first as usize], Signal::KILL);
+                launcher::kill(targets.nodes[((first + 1) % n) as usize], Signal::KILL);
+            }
+            Target::Supervisor => launcher::kill(targets.supervisor, Signal::KILL),
+            Target::Everything => targets.kill_all = true,
+            Target::Stop => {
+                let pid = targets.nodes[first as usize];
+                launcher::kill(pid, Signal::STOP);
+                self.stopped = Some((pid, Instant::now() + Duration::from_secs(10)));
+            }
+        }
+        eprintln!("kill {} of {}: {target:?} after step {}", self.done + 1, self.plan.kills, targets.steps);
+        self.done += 1;
+        self.wait();
+    }
+}
+
+fn fingerprints(run: &RunFolder) -> Result<Vec<(u64, String)>> {
+    Ok(MetricsLine::read_all(&run.metrics())?.0.into_iter().map(|l| (l.step, l.fingerprint)).collect())
+}
+
+pub(crate) fn run(plan: &Path, config: &Path, set: &[String]) -> Result<ExitCode> {
+    let text = std::fs::read_to_string(plan).with_context(|| format!("cannot read {}", plan.display()))?;
+    let plan_of: Plan = toml_from(&text).with_context(|| plan.display().to_string())?;
+    if plan_of.targets.is_empty() {
+        bail!("{}: targets is empty", plan.display());
+    }
+    let base = read_config(config, set)?;
+    let folder = |part: &str| format!("run.folder={}", base.folder.join(part).display());
+    let start = |part: &str, nodes: Option<usize>| -> Result<(RunFolder, Launcher)> {
+        let mut set = set.to_vec();
+        set.push(folder(part));
+        set.extend(nodes.map(|n| format!("job.nodes={n}")));
+        let config = read_config(config, &set)?;
+        let run = launcher::create(&config)?;
+        Ok((run.clone(), Launcher::start(run, config.nodes, true)?))
+    };
+    std::fs::create_dir_all(&base.folder)?;
+    eprintln!("the job under kills");
+    let (disturbed, launcher) = start("chaos", None)?;
+    let random = Philox::new(plan_of.seed, PURPOSE_CHAOS, 0);
+    let mut killer = Killer { plan: plan_of, random, done: 0, next: Instant::now(), stopped: None };
+    killer.wait();
+    finished(launcher.wait(|targets| killer.act(targets))?)?;
+    eprintln!("the same job undisturbed, on one node");
+    let (reference, launcher) = start("undisturbed", Some(1))?;
+    // The text may hold what was written meanwhile: both must train on the same snapshot.
+    finished(launcher.wait(|_| {})?)?;
+    compare(&disturbed, &reference, killer.done)
+}
+
+fn toml_from<T: for<'de> Deserialize<'de>>(text: &str) -> Result<T> {
+    Ok(toml::from_str(text)?)
+}
+
+fn finished(end: End) -> Result<()> {
+    match end {
+        End::Finished => Ok(()),
+        End::Failed(why) => bail!("{why}"),
+        End::Interrupted(signal) => bail!("stopped by signal {signal}"),
+    }
+}
+
+fn compare(disturbed: &RunFolder, reference: &RunFolder, kills: u64) -> Result<ExitCode> {
+    let (got, want) = (fingerprints(disturbed)?, fingerprints(reference)?);
+    let events = std::fs::read_to_string(disturbed.events())?;
+    let mut recoveries: Vec<u64> = events
+        .lines()
+        .filter_map(|l| serde_json::from_str::<serde_json::Value>(l).ok())
+        .filter(|e| e["event"] == "recovered")
+        .filter_map(|e| e["milliseconds"].as_u64())
+        .collect();
+    recoveries.sort_unstable();
+    let median = recoveries.get(recoveries.len() / 2).copied().unwrap_or(0);
+    let wrong = got.iter().zip(&want).find(|(a, b)| a != b);
+    if let Some((got, want)) = wrong {
+        println!("step {}: fingerprint {} under kills, {} undisturbed", got.0, got.1, want.1);
+        return Ok(ExitCode::FAILURE);
+    }
+    if got.len() != want.len() {
+        println!("{} steps under kills, {} undisturbed", got.len(), want.len());
+        return Ok(ExitCode::FAILURE);
+    }
+    println!(
+        "{} steps, {kills} kills, {} recoveries (median {median} ms from knowing of it to the next commit): every fingerprint equals the undisturbed run's",
+        got.len(),
+        recoveries.len()
+    );
+    Ok(ExitCode::SUCCESS)
+}

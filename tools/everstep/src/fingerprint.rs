@@ -1,0 +1,37 @@
+//! The fingerprint of a stored step, computed again from its chunks.
+
+use anyhow::{Context, Result, bail};
+use everstep_actors::{Config, Layout, RunFolder, RunIdentity, fingerprint_root};
+use everstep_checkpoint::{Store, StoredTensor};
+use everstep_kernels::state_sums;
+
+/// Opens a run folder's configuration and store.
+pub(crate) fn open(run: &RunFolder) -> Result<(Config, Store)> {
+    let read = |path: std::path::PathBuf| std::fs::read_to_string(&path).with_context(|| format!("cannot read {}", path.display()));
+    let config = Config::parse(&read(run.config())?, &run.config().display().to_string(), &[])?;
+    let identity: RunIdentity = serde_json::from_str(&read(run.identity())?)?;
+    let store = Store::open(&run.checkpoints(), &identity.job, config.keep)?;
+    Ok((config, store))
+}
+
+/// All tensors of a stored step, in order of name.
+pub(crate) fn tensors(run: &RunFolder, step: Option<u64>) -> Result<(Config, u64, Vec<StoredTensor>)> {
+    let (config, store) = open(run)?;
+    let steps = store.steps()?;
+    let step = match step {
+        Some(step) if steps.contains(&step) => step,
+        Some(step) => bail!("step {step} is not stored in {}: there are {steps:?}", run.checkpoints().display()),
+        None => *steps.last().with_context(|| format!("{} holds no checkpoint", run.checkpoints().display()))?,
+    };
+    let layout = Layout::new(&config.spec);
+    let names: Vec<_> = layout.parameters.iter().map(|p| (p.name.to_string(), p.rows, p.columns)).collect();
+    let tensors = store.read(step, &names)?;
+    Ok((config, step, tensors))
+}
+
+pub(crate) fn of_step(run: &RunFolder, step: Option<u64>) -> Result<String> {
+    let (config, _, tensors) = tensors(run, step)?;
+    let layout = Layout::new(&config.spec);
+    let sums = tensors.iter().enumerate().map(|(n, t)| (n as u32, state_sums(&t.data[0], &t.data[1], &t.data[2]).0));
+    Ok(fingerprint_root(&layout, &sums.collect()))
+}

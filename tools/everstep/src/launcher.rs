@@ -1,0 +1,342 @@
+//! The launcher: makes a run folder, starts the supervisor and local nodes, restarts what dies, and
+//! leaves no process behind.
+//!
+//! It decides nothing about the job: it watches processes and reads the run's files.
+
+use crate::progress::Progress;
+use crate::{STATUS_FAILED, text};
+use anyhow::{Context, Result, bail};
+use everstep_actors::{Config, RunFolder, RunIdentity};
+use rustix::process::{Pid, Signal, getppid, kill_process, set_parent_process_death_signal};
+use std::fs::{self, OpenOptions};
+use std::os::unix::process::ExitStatusExt;
+use std::path::PathBuf;
+use std::process::{Child, Command, ExitStatus, Stdio};
+use std::time::{Duration, Instant};
+
+const LOOK: Duration = Duration::from_millis(20);
+/// The supervisor must listen by then.
+const START: Duration = Duration::from_secs(30);
+/// Restarts of one process within [`RESTART_WINDOW`] after which the job is given up.
+const RESTARTS_MAX: usize = 20;
+const RESTART_WINDOW: Duration = Duration::from_secs(30);
+/// How long processes may take to end by themselves when the job is over.
+const FAREWELL: Duration = Duration::from_secs(3);
+
+/// How a run ended.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub(crate) enum End {
+    /// All steps are committed and stored.
+    Finished,
+    /// It cannot go on.
+    Failed(String),
+    /// The launcher was told to stop by this signal.
+    Interrupted(u8),
+}
+
+/// Makes the folder of a new run: configuration, snapshot of the text, credentials.
+pub(crate) fn create(config: &Config) -> Result<RunFolder> {
+    let run = RunFolder(config.folder.clone());
+    if run.0.exists() {
+        bail!(
+            "run folder {} exists: choose another run.folder, or go on with: everstep resume {}",
+            run.0.display(),
+            run.0.display()
+        );
+    }
+    let corpus = text::collect(&config.data_paths)?;
+    everstep_actors::Corpus::new(std::sync::Arc::new(corpus.bytes.clone()), &config.spec)
+        .with_context(|| format!("data.paths = {:?}", config.data_paths))?;
+    // Everything is made under another name first, so that a run folder is whole or not there.
+    let parent = run.0.parent().map_or_else(PathBuf::new, PathBuf::from);
+    let name = run.0.file_name().context("run.folder has no name")?.to_string_lossy().into_owned();
+    let scratch = RunFolder(parent.join(format!(".{name}.{}.new", std::process::id())));
+    let made = fill(&scratch, config, &corpus).and_then(|()| Ok(fs::rename(&scratch.0, &run.0)?));
+    if let Err(error) = made {
+        let _ = fs::remove_dir_all(&scratch.0);
+        return Err(error.context(format!("cannot make run folder {}", run.0.display())));
+    }
+    Ok(run)
+}
+
+fn fill(run: &RunFolder, config: &Config, corpus: &text::Text) -> Result<()> {
+    fs::create_dir_all(run.logs())?;
+    fs::write(run.config(), &config.text)?;
+    fs::write(run.corpus(), &corpus.bytes)?;
+    let mut random = [0u8; 16];
+    std::io::Read::read_exact(&mut fs::File::open("/dev/urandom")?, &mut random)?;
+    let job = random.iter().map(|b| format!("{b:02x}")).collect();
+    let identity = RunIdentity { job, corpus_hash: corpus.hash.clone(), corpus_files: corpus.files };
+    fs::write(run.identity(), serde_json::to_string_pretty(&identity)?)?;
+    everstep_transport::Credentials::create(&run.credentials())?;
+    Ok(())
+}
+
+/// Makes this process end with its parent, however that ends.
+pub(crate) fn end_with(parent: Option<u32>) -> Result<()> {
+    let Some(parent) = parent else { return Ok(()) };
+    set_parent_process_death_signal(Some(Signal::KILL))?;
+    // It may have ended before the line above.
+    if getppid().map(|p| p.as_raw_nonzero().get() as u32) != Some(parent) {
+        bail!("the launcher has ended");
+    }
+    Ok(())
+}
+
+/// A process and its restarts.
+#[derive(Debug)]
+struct Slot {
+    name: String,
+    child: Child,
+    restarts: Vec<Instant>,
+}
+
+/// What chaos may do to a running job.
+#[derive(Debug)]
+pub(crate) struct Targets {
+    pub(crate) supervisor: u32,
+    pub(crate) nodes: Vec<u32>,
+    /// Lines of metrics.jsonl so far.
+    pub(crate) steps: u64,
+    /// Kill everything and resume, as if the machine had been switched off.
+    pub(crate) kill_all: bool,
+}
+
+/// See the module.
+#[derive(Debug)]
+pub(crate) struct Launcher {
+    run: RunFolder,
+    address: String,
+    supervisor: Slot,
+    nodes: Vec<Slot>,
+    progress: Progress,
+    signals: Signals,
+}
+
+impl Launcher {
+    /// Starts the processes of a run folder.
+    pub(crate) fn start(run: RunFolder, nodes: usize, show: bool) -> Result<Self> {
+        let signals = Signals::new()?;
+        let text = fs::read_to_string(run.config()).with_context(|| format!("cannot read {}", run.config().display()))?;
+        let config = Config::parse(&text, &run.config().display().to_string(), &[])?;
+        fs::create_dir_all(run.logs())?;
+        let _ = fs::remove_file(run.address());
+        let mut supervisor = Slot {
+            child: spawn_supervisor(&run, &config.listen)?,
+            name: "supervisor".to_owned(),
+            restarts: Vec::new(),
+        };
+        let address = match wait_for_address(&run, &mut supervisor.child) {
+            Ok(address) => address,
+            Err(error) => {
+                let _ = supervisor.child.kill();
+                let _ = supervisor.child.wait();
+                return Err(error);
+            }
+        };
+        let mut launcher = Self {
+            progress: Progress::new(&run, &config, show)?,
+            run,
+            address,
+            supervisor,
+            nodes: Vec::new(),
+            signals,
+        };
+        for n in 0..nodes {
+            let name = format!("node-{n}");
+            let child = launcher.spawn_node(&name, nodes)?;
+            launcher.nodes.push(Slot { name, child, restarts: Vec::new() });
+        }
+        Ok(launcher)
+    }
+
+    fn spawn_node(&self, name: &str, nodes: usize) -> Result<Child> {
+        let cores = std::thread::available_parallelism().map_or(1, usize::from);
+        let threads = (cores / nodes.max(1)).max(1).to_string();
+        let mut command = this_program(&self.run, name)?;
+        command.args(["node", "--join", &self.address, "--threads", &threads]);
+        command.arg("--credentials").arg(self.run.credentials()).args(["--parent", &std::process::id().to_string()]);
+        Ok(command.spawn()?)
+    }
+
+    /// Waits for the end of the job. `act` is called every few milliseconds with what it may kill.
+    pub(crate) fn wait(mut self, mut act: impl FnMut(&mut Targets)) -> Result<End> {
+        let end = loop {
+            std::thread::sleep(LOOK);
+            if let Some(signal) = self.signals.received() {
+                break End::Interrupted(signal);
+            }
+            let steps = self.progress.look()?;
+            let mut targets = Targets {
+                supervisor: self.supervisor.child.id(),
+                nodes: self.nodes.iter().map(|n| n.child.id()).collect(),
+                steps,
+                kill_all: false,
+            };
+            act(&mut targets);
+            if targets.kill_all {
+                self.kill_all();
+                return Self::start(self.run.clone(), self.nodes.len(), false)?.wait(act);
+            }
+            if let Some(status) = self.supervisor.child.try_wait()?
+                && let Some(end) = self.on_supervisor(status)?
+            {
+                break end;
+            }
+            if let Some(end) = self.look_at_nodes()? {
+                break end;
+            }
+        };
+        self.progress.finish(&end)?;
+        if end == End::Finished {
+            self.let_nodes_end();
+        }
+        self.kill_all();
+        Ok(end)
+    }
+
+    fn on_supervisor(&mut self, status: ExitStatus) -> Result<Option<End>> {
+        if status.success() {
+            return Ok(Some(End::Finished));
+        }
+        if status.code() == Some(i32::from(STATUS_FAILED)) || !may_restart(&mut self.supervisor) {
+            return Ok(Some(End::Failed(last_error(&self.run, "supervisor", status))));
+        }
+        self.supervisor.child = spawn_supervisor(&self.run, &self.address)?;
+        Ok(None)
+    }
+
+    fn look_at_nodes(&mut self) -> Result<Option<End>> {
+        for at in 0..self.nodes.len() {
+            let Some(status) = self.nodes[at].child.try_wait()? else { continue };
+            let name = self.nodes[at].name.clone();
+            if !may_restart(&mut self.nodes[at]) {
+                return Ok(Some(End::Failed(last_error(&self.run, &name, status))));
+            }
+            // When the job is over nodes end before the supervisor does.
+            if status.success() {
+                std::thread::sleep(LOOK * 5);
+                if self.supervisor.child.try_wait()?.is_some_and(|s| s.success()) {
+                    return Ok(Some(End::Finished));
+                }
+            }
+            self.nodes[at].child = self.spawn_node(&name, self.nodes.len())?;
+        }
+        Ok(None)
+    }
+
+    fn let_nodes_end(&mut self) {
+        let deadline = Instant::now() + FAREWELL;
+        while Instant::now() < deadline {
+            if self.nodes.iter_mut().all(|n| matches!(n.child.try_wait(), Ok(Some(_)))) {
+                return;
+            }
+            std::thread::sleep(LOOK);
+        }
+    }
+
+    fn kill_all(&mut self) {
+        for slot in std::iter::once(&mut self.supervisor).chain(&mut self.nodes) {
+            // A process that has ended already needs no kill.
+            let _ = slot.child.kill();
+            let _ = slot.child.wait();
+        }
+    }
+}
+
+impl Drop for Launcher {
+    fn drop(&mut self) {
+        self.kill_all();
+    }
+}
+
+/// Whether a process has not died too often lately.
+fn may_restart(slot: &mut Slot) -> bool {
+    let now = Instant::now();
+    slot.restarts.retain(|at| now - *at < RESTART_WINDOW);
+    slot.restarts.push(now);
+    slot.restarts.len() <= RESTARTS_MAX
+}
+
+fn this_program(run: &RunFolder, name: &str) -> Result<Command> {
+    let path = run.logs().join(format!("{name}.log"));
+    let log = OpenOptions::new().create(true).append(true).open(&path).with_context(|| format!("cannot write {}", path.display()))?;
+    let mut command = Command::new(std::env::current_exe()?);
+    command.stdin(Stdio::null()).stdout(log.try_clone()?).stderr(log);
+    Ok(command)
+}
+
+fn spawn_supervisor(run: &RunFolder, listen: &str) -> Result<Child> {
+    let mut command = this_program(run, "supervisor")?;
+    command.arg("supervisor").arg(&run.0).args(["--listen", listen, "--parent", &std::process::id().to_string()]);
+    Ok(command.spawn()?)
+}
+
+fn wait_for_address(run: &RunFolder, supervisor: &mut Child) -> Result<String> {
+    let deadline = Instant::now() + START;
+    loop {
+        if let Ok(address) = fs::read_to_string(run.address()) {
+            return Ok(address);
+        }
+        if let Some(status) = supervisor.try_wait()? {
+            bail!("{}", last_error(run, "supervisor", status));
+        }
+        if Instant::now() > deadline {
+            bail!("the supervisor does not listen after {} s: see {}", START.as_secs(), run.logs().display());
+        }
+        std::thread::sleep(LOOK);
+    }
+}
+
+/// The last words of a process: its own error, or how it ended.
+fn last_error(run: &RunFolder, name: &str, status: ExitStatus) -> String {
+    let path = run.logs().join(format!("{name}.log"));
+    let log = fs::read_to_string(&path).unwrap_or_default();
+    match log.lines().rev().find_map(|line| line.strip_prefix("error: ")) {
+        Some(words) if status.signal().is_none() => words.to_owned(),
+        _ => format!("{name} ended with {status}: see {}", path.display()),
+    }
+}
+
+/// Kills one process that this launcher started.
+pub(crate) fn kill(pid: u32, signal: Signal) {
+    if let Some(pid) = i32::try_from(pid).ok().and_then(Pid::from_raw) {
+        // It may have ended by itself.
+        let _ = kill_process(pid, signal);
+    }
+}
+
+/// Signals that end the launcher, as they come.
+#[derive(Debug)]
+struct Signals {
+    runtime: tokio::runtime::Runtime,
+    interrupt: tokio::signal::unix::Signal,
+    terminate: tokio::signal::unix::Signal,
+    hang_up: tokio::signal::unix::Signal,
+}
+
+impl Signals {
+    fn new() -> Result<Self> {
+        use tokio::signal::unix::{SignalKind, signal};
+        let runtime = tokio::runtime::Builder::new_current_thread().enable_all().build()?;
+        let guard = runtime.enter();
+        let interrupt = signal(SignalKind::interrupt())?;
+        let terminate = signal(SignalKind::terminate())?;
+        let hang_up = signal(SignalKind::hangup())?;
+        drop(guard);
+        Ok(Self { runtime, interrupt, terminate, hang_up })
+    }
+
+    /// The number of a signal that has come.
+    fn received(&mut self) -> Option<u8> {
+        self.runtime.block_on(async {
+            tokio::select! {
+                biased;
+                _ = self.interrupt.recv() => Some(2),
+                _ = self.terminate.recv() => Some(15),
+                _ = self.hang_up.recv() => Some(1),
+                () = tokio::time::sleep(Duration::from_millis(1)) => None,
+            }
+        })
+    }
+}

@@ -1,0 +1,102 @@
+//! Shows how a run is going, from its own files: a bar on a terminal, a line now and then elsewhere.
+
+use crate::launcher::End;
+use anyhow::Result;
+use everstep_actors::{Config, MetricsLine, RunFolder};
+use indicatif::{ProgressBar, ProgressDrawTarget, ProgressStyle};
+use std::fs::File;
+use std::io::{IsTerminal, Read, Seek, SeekFrom};
+use std::path::PathBuf;
+use std::time::Instant;
+
+/// Lines that a run shows where there is no terminal.
+const LINES: u64 = 16;
+
+/// Follows a file of JSON lines.
+#[derive(Debug)]
+struct Tail {
+    path: PathBuf,
+    at: u64,
+    rest: String,
+}
+
+impl Tail {
+    fn lines(&mut self) -> Result<Vec<String>> {
+        let Ok(mut file) = File::open(&self.path) else { return Ok(Vec::new()) };
+        file.seek(SeekFrom::Start(self.at))?;
+        let mut bytes = Vec::new();
+        file.read_to_end(&mut bytes)?;
+        self.at += bytes.len() as u64;
+        self.rest.push_str(&String::from_utf8_lossy(&bytes));
+        let Some(end) = self.rest.rfind('\n') else { return Ok(Vec::new()) };
+        let whole: String = self.rest.drain(..=end).collect();
+        Ok(whole.lines().map(str::to_owned).collect())
+    }
+}
+
+/// See the module.
+#[derive(Debug)]
+pub(crate) struct Progress {
+    metrics: Tail,
+    events: Tail,
+    bar: ProgressBar,
+    plain: bool,
+    steps: u64,
+    done: u64,
+    recoveries: u64,
+    looked: Instant,
+}
+
+impl Progress {
+    pub(crate) fn new(run: &RunFolder, config: &Config, show: bool) -> Result<Self> {
+        let terminal = show && std::io::stderr().is_terminal();
+        let target = if terminal { ProgressDrawTarget::stderr() } else { ProgressDrawTarget::hidden() };
+        let bar = ProgressBar::with_draw_target(Some(config.spec.steps), target);
+        bar.set_style(ProgressStyle::with_template("{bar:30} {pos}/{len}  {msg}  eta {eta}")?);
+        let tail = |path| Tail { path, at: 0, rest: String::new() };
+        Ok(Self {
+            metrics: tail(run.metrics()),
+            events: tail(run.events()),
+            bar,
+            plain: show && !terminal,
+            steps: config.spec.steps,
+            done: 0,
+            recoveries: 0,
+            looked: Instant::now(),
+        })
+    }
+
+    /// Reads what is new; gives the steps that are done.
+    pub(crate) fn look(&mut self) -> Result<u64> {
+        if self.looked.elapsed().as_millis() < 100 {
+            return Ok(self.done);
+        }
+        self.looked = Instant::now();
+        self.recoveries += self.events.lines()?.iter().filter(|l| l.contains("\"recovered\"")).count() as u64;
+        for line in self.metrics.lines()? {
+            let Ok(line) = serde_json::from_str::<MetricsLine>(&line) else { continue };
+            self.done = line.step;
+            self.bar.set_position(line.step);
+            let text = format!(
+                "loss {:.3}  {:.0} tokens/s  {} nodes  {} recoveries",
+                line.loss, line.tokens_per_s, line.nodes, self.recoveries
+            );
+            let every = (self.steps / LINES).max(1);
+            if self.plain && (line.step.is_multiple_of(every) || line.step == 1) {
+                eprintln!("step {}/{}  {text}", line.step, self.steps);
+            }
+            self.bar.set_message(text);
+        }
+        Ok(self.done)
+    }
+
+    pub(crate) fn finish(&mut self, end: &End) -> Result<()> {
+        self.looked = Instant::now() - std::time::Duration::from_secs(1);
+        self.look()?;
+        match end {
+            End::Finished => self.bar.finish(),
+            End::Failed(_) | End::Interrupted(_) => self.bar.abandon(),
+        }
+        Ok(())
+    }
+}

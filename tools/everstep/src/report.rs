@@ -1,0 +1,71 @@
+//! report.html: how a run went, as pictures and a table. One file, nothing from outside.
+
+use anyhow::Result;
+use everstep_actors::{MetricsLine, RunFolder};
+use plotters::prelude::*;
+use std::fmt::Write;
+
+/// Writes a run's report.
+pub(crate) fn write(run: &RunFolder) -> Result<()> {
+    let (lines, _) = MetricsLine::read_all(&run.metrics())?;
+    let loss: Vec<(f64, f64)> = lines.iter().map(|l| (l.step as f64, l.loss)).collect();
+    let rate: Vec<(f64, f64)> =
+        lines.iter().filter(|l| l.tokens_per_s > 0.0).map(|l| (l.step as f64, l.tokens_per_s)).collect();
+    let mut html = String::from(
+        "<!doctype html><html lang=\"en\"><meta charset=\"utf-8\"><title>Everstep run</title>\
+         <style>body{font:15px system-ui;max-width:60rem;margin:2rem auto;color:#222}\
+         table{border-collapse:collapse}td,th{padding:.2rem .8rem;border-bottom:1px solid #ddd;text-align:left}\
+         code{font-size:13px}</style>",
+    );
+    write!(html, "<h1>{}</h1>", escape(&run.0.display().to_string()))?;
+    if let Some(last) = lines.last() {
+        write!(
+            html,
+            "<p>{} steps, last loss {:.4} nats, fingerprint <code>{}</code></p>",
+            last.step, last.loss, last.fingerprint
+        )?;
+    }
+    write!(html, "<h2>Loss (nats per byte)</h2>{}", curve(&loss)?)?;
+    write!(html, "<h2>Tokens per second</h2>{}", curve(&rate)?)?;
+    html.push_str("<h2>What happened</h2><table><tr><th>event</th><th>details</th></tr>");
+    let events = std::fs::read_to_string(run.events()).unwrap_or_default();
+    for line in events.lines() {
+        let Ok(serde_json::Value::Object(mut object)) = serde_json::from_str(line) else { continue };
+        object.remove("time");
+        let name = object.remove("event").unwrap_or_default();
+        let details: Vec<String> = object.iter().map(|(k, v)| format!("{k} {v}")).collect();
+        write!(
+            html,
+            "<tr><td>{}</td><td>{}</td></tr>",
+            escape(name.as_str().unwrap_or_default()),
+            escape(&details.join(", "))
+        )?;
+    }
+    html.push_str("</table></html>\n");
+    std::fs::write(run.report(), html)?;
+    Ok(())
+}
+
+fn escape(text: &str) -> String {
+    text.replace('&', "&amp;").replace('<', "&lt;").replace('>', "&gt;")
+}
+
+/// A line over the steps, as SVG.
+fn curve(points: &[(f64, f64)]) -> Result<String> {
+    let finite: Vec<(f64, f64)> = points.iter().copied().filter(|(_, y)| y.is_finite()).collect();
+    let Some(last) = finite.last() else { return Ok("<p>no data</p>".to_owned()) };
+    let top = finite.iter().fold(0.0f64, |m, (_, y)| m.max(*y)) * 1.05;
+    let mut svg = String::new();
+    {
+        let area = SVGBackend::with_string(&mut svg, (900, 320)).into_drawing_area();
+        let mut chart = ChartBuilder::on(&area)
+            .margin(8)
+            .x_label_area_size(28)
+            .y_label_area_size(56)
+            .build_cartesian_2d(0.0..last.0.max(1.0), 0.0..top.max(1e-9))?;
+        chart.configure_mesh().light_line_style(RGBColor(240, 240, 240)).x_desc("step").draw()?;
+        chart.draw_series(LineSeries::new(finite.iter().copied(), RGBColor(30, 100, 200).stroke_width(2)))?;
+        area.present()?;
+    }
+    Ok(svg)
+}

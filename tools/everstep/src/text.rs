@@ -1,0 +1,72 @@
+//! The snapshot of the text: files of the configured paths in order of name.
+//!
+//! In folders, what is hidden, built (`target`), locked by a package manager, a run's own or not text is
+//! left out; a file that is named itself is taken as it is.
+
+use anyhow::{Context, Result, bail};
+use std::fs;
+use std::path::{Path, PathBuf};
+
+/// Bytes at the start of a file that are looked at to tell text from other data.
+const SNIFF: usize = 8192;
+
+/// See the module.
+#[derive(Debug)]
+pub(crate) struct Text {
+    pub(crate) bytes: Vec<u8>,
+    pub(crate) hash: String,
+    pub(crate) files: usize,
+}
+
+pub(crate) fn collect(paths: &[PathBuf]) -> Result<Text> {
+    let mut files = Vec::new();
+    for path in paths {
+        let meta = fs::metadata(path).with_context(|| format!("data.paths: {} cannot be read", path.display()))?;
+        if meta.is_dir() {
+            walk(path, &mut files)?;
+        } else {
+            files.push(path.clone());
+        }
+    }
+    let mut bytes = Vec::new();
+    for path in &files {
+        let content = fs::read(path).with_context(|| format!("data.paths: {} cannot be read", path.display()))?;
+        bytes.extend(content);
+        bytes.push(b'\n');
+    }
+    let any = bytes.iter().any(|b| !b.is_ascii_whitespace());
+    if !any {
+        bail!("data.paths = {paths:?} hold no text ({} files)", files.len());
+    }
+    let hash = everstep_actors::hash_hex(&bytes);
+    Ok(Text { bytes, hash, files: files.len() })
+}
+
+fn walk(folder: &Path, files: &mut Vec<PathBuf>) -> Result<()> {
+    let read = || -> std::io::Result<Vec<PathBuf>> { fs::read_dir(folder)?.map(|e| Ok(e?.path())).collect() };
+    let mut entries = read().with_context(|| format!("data.paths: {} cannot be read", folder.display()))?;
+    entries.sort();
+    for path in entries {
+        let name = path.file_name().unwrap_or_default().to_string_lossy().into_owned();
+        if name.starts_with('.') || path.is_symlink() {
+            continue;
+        }
+        if path.is_dir() {
+            let is_run = path.join("job.json").exists() && path.join("config.toml").exists();
+            if name != "target" && !is_run {
+                walk(&path, files)?;
+            }
+        } else if !name.ends_with(".lock") && is_text(&path)? {
+            files.push(path);
+        }
+    }
+    Ok(())
+}
+
+fn is_text(path: &Path) -> Result<bool> {
+    use std::io::Read;
+    let mut start = Vec::new();
+    let file = fs::File::open(path).with_context(|| format!("data.paths: {} cannot be read", path.display()))?;
+    file.take(SNIFF as u64).read_to_end(&mut start)?;
+    Ok(!start.contains(&0))
+}
