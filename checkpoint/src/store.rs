@@ -5,13 +5,14 @@
 //!   are synced.
 //! - ST-2: the catalogue says nothing that manifests don't: it is made from them again when it is
 //!   missing, damaged or behind.
-//! - ST-3: the newest `keep` checkpoints are kept; chunks that no kept manifest names are removed.
+//! - ST-3: the newest `keep` checkpoints are kept; chunks that neither a kept manifest nor a checkpoint
+//!   that is being made names are removed.
 
 use crate::catalogue::Catalogue;
 use crate::chunk::{CHUNK_ELEMENTS, ChunkHash, Chunks, write_whole};
 use crate::error::{StoreError, at};
 use crate::manifest::{Manifest, TensorEntry};
-use std::collections::BTreeSet;
+use std::collections::{BTreeMap, BTreeSet};
 use std::fs;
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
@@ -37,6 +38,8 @@ pub struct Store {
     keep: usize,
     chunks: Chunks,
     catalogue: Catalogue,
+    /// Tensors that are stored of checkpoints that are being made, by step and name.
+    pending: BTreeMap<u64, BTreeMap<String, TensorEntry>>,
 }
 
 impl Store {
@@ -48,7 +51,7 @@ impl Store {
         let found = steps(&manifests)?;
         let read = |step: &u64| Manifest::read(&manifests.join(step.to_string()), job);
         let catalogue = Catalogue::open(&folder.join("catalogue"), &found, read)?;
-        Ok(Self { folder: folder.to_owned(), job: job.to_owned(), keep: keep.max(1), chunks, catalogue })
+        Ok(Self { folder: folder.to_owned(), job: job.to_owned(), keep: keep.max(1), chunks, catalogue, pending: BTreeMap::new() })
     }
 
     fn manifest_path(&self, step: u64) -> PathBuf {
@@ -60,22 +63,26 @@ impl Store {
         steps(&self.folder.join("manifests"))
     }
 
-    /// Writes and syncs the chunks of some tensors; gives their entries for a manifest.
-    pub fn put(&self, tensors: &[StoredTensor]) -> Result<Vec<TensorEntry>, StoreError> {
+    /// Writes and syncs the chunks of some tensors of the checkpoint of `step`, which is being made.
+    pub fn put(&mut self, step: u64, tensors: &[StoredTensor]) -> Result<(), StoreError> {
         let store = |data: &Arc<Vec<f32>>| -> Result<Vec<[u8; 32]>, StoreError> {
             data.chunks(CHUNK_ELEMENTS).map(|c| Ok(self.chunks.put(bytemuck::cast_slice(c))?.0)).collect()
         };
-        let entry = |t: &StoredTensor| {
+        for t in tensors {
             let [w, m, v] = &t.data;
             let chunks = [store(w)?, store(m)?, store(v)?];
-            Ok(TensorEntry { name: t.name.clone(), rows: t.rows as u64, columns: t.columns as u64, chunks })
-        };
-        tensors.iter().map(entry).collect()
+            let entry = TensorEntry { name: t.name.clone(), rows: t.rows as u64, columns: t.columns as u64, chunks };
+            self.pending.entry(step).or_default().insert(t.name.clone(), entry);
+        }
+        Ok(())
     }
 
-    /// Makes the checkpoint of `step` exist, and removes those that are not kept any more.
-    pub fn publish(&self, step: u64, mut tensors: Vec<TensorEntry>) -> Result<(), StoreError> {
-        tensors.sort_by(|a, b| a.name.cmp(&b.name));
+    /// Makes the checkpoint of `step` exist with all that was put, and removes those that are not kept
+    /// any more.
+    pub fn publish(&mut self, step: u64) -> Result<(), StoreError> {
+        let tensors = self.pending.remove(&step).unwrap_or_default().into_values().collect();
+        // Older ones that were not completed never will be.
+        self.pending.retain(|s, _| *s > step);
         let manifest = Manifest { job: self.job.clone(), step, tensors };
         write_whole(&self.manifest_path(step), &manifest.encode())?;
         self.catalogue.add(&manifest)?;
@@ -93,7 +100,9 @@ impl Store {
             fs::remove_file(&path).map_err(at(&path))?;
             self.catalogue.remove(*step)?;
         }
-        let named: BTreeSet<String> = self.catalogue.chunks()?;
+        let mut named: BTreeSet<String> = self.catalogue.chunks()?;
+        let pending = self.pending.values().flat_map(BTreeMap::values).flat_map(|t| t.chunks.iter().flatten());
+        named.extend(pending.map(|hash| ChunkHash(*hash).to_string()));
         self.chunks.sweep(|name| named.contains(name))?;
         Ok(())
     }
@@ -198,16 +207,28 @@ mod tests {
         vec![("a".into(), 1, CHUNK_ELEMENTS + 5), ("b".into(), 2, 3)]
     }
 
-    fn save(store: &Store, step: u64, seed: f32) {
-        store.publish(step, store.put(&tensors(seed)).unwrap()).unwrap();
+    fn save(store: &mut Store, step: u64, seed: f32) {
+        store.put(step, &tensors(seed)).unwrap();
+        store.publish(step).unwrap();
+    }
+
+    #[test]
+    fn a_checkpoint_that_is_being_made_keeps_its_chunks_when_an_older_one_is_published() {
+        let folder = tempfile::tempdir().unwrap();
+        let mut store = Store::open(folder.path(), "job", 1).unwrap();
+        save(&mut store, 1, 1.0);
+        store.put(3, &tensors(3.0)).unwrap();
+        save(&mut store, 2, 2.0);
+        store.publish(3).unwrap();
+        assert_eq!(store.newest_good().unwrap().0, Some(3));
     }
 
     #[test]
     fn what_is_stored_is_read_and_old_ones_go_with_their_chunks() {
         let folder = tempfile::tempdir().unwrap();
-        let store = Store::open(folder.path(), "job", 2).unwrap();
+        let mut store = Store::open(folder.path(), "job", 2).unwrap();
         for step in 1..=4 {
-            save(&store, step, step as f32);
+            save(&mut store, step, step as f32);
         }
         assert_eq!(store.steps().unwrap(), [3, 4]);
         let read = store.read(4, &names()).unwrap();
@@ -221,17 +242,17 @@ mod tests {
     #[test]
     fn the_catalogue_is_made_again_from_manifests() {
         let folder = tempfile::tempdir().unwrap();
-        save(&Store::open(folder.path(), "job", 3).unwrap(), 1, 1.0);
+        save(&mut Store::open(folder.path(), "job", 3).unwrap(), 1, 1.0);
         fs::remove_dir_all(folder.path().join("catalogue")).unwrap();
-        save(&Store::open(folder.path(), "job", 3).unwrap(), 2, 2.0);
+        save(&mut Store::open(folder.path(), "job", 3).unwrap(), 2, 2.0);
         for file in fs::read_dir(folder.path().join("catalogue")).unwrap() {
             let path = file.unwrap().path();
             if path.is_file() {
                 fs::write(path, b"garbage").unwrap();
             }
         }
-        let store = Store::open(folder.path(), "job", 1).unwrap();
-        save(&store, 3, 3.0);
+        let mut store = Store::open(folder.path(), "job", 1).unwrap();
+        save(&mut store, 3, 3.0);
         assert_eq!(store.steps().unwrap(), [3]);
         assert_eq!(store.read(3, &names()).unwrap()[1], tensors(3.0)[0]);
     }
@@ -239,9 +260,9 @@ mod tests {
     #[test]
     fn damage_is_named_and_the_one_before_is_found() {
         let folder = tempfile::tempdir().unwrap();
-        let store = Store::open(folder.path(), "job", 3).unwrap();
-        save(&store, 1, 11.0);
-        save(&store, 2, 12.0);
+        let mut store = Store::open(folder.path(), "job", 3).unwrap();
+        save(&mut store, 1, 11.0);
+        save(&mut store, 2, 12.0);
         let hash = ChunkHash(store.manifest(2).unwrap().tensors[1].chunks[0][0]);
         let path = folder.path().join("chunks").join(hash.to_string());
         let good = fs::read(&path).unwrap();
@@ -264,7 +285,7 @@ mod tests {
     #[test]
     fn a_foreign_manifest_is_refused() {
         let folder = tempfile::tempdir().unwrap();
-        save(&Store::open(folder.path(), "job", 3).unwrap(), 1, 1.0);
+        save(&mut Store::open(folder.path(), "job", 3).unwrap(), 1, 1.0);
         let error = Store::open(folder.path(), "other", 3).unwrap().manifest(1).unwrap_err();
         assert!(matches!(error, StoreError::ForeignJob { .. }), "{error}");
     }

@@ -8,10 +8,9 @@ use super::supervisor::Msg;
 use crate::ids::{ActorId, Step};
 use crate::message::ParameterState;
 use crate::spec::Layout;
-use everstep_checkpoint::{Log, Store, StoreError, StoredTensor, TensorEntry};
+use everstep_checkpoint::{Log, Store, StoreError, StoredTensor};
 use everstep_kernels::Tensor;
 use ractor::ActorRef;
-use std::collections::BTreeMap;
 use std::fs::File;
 use std::io::Write;
 use std::path::PathBuf;
@@ -86,7 +85,7 @@ pub(super) enum Checkpointing {
 
 pub(super) fn start_store(store: Store, layout: Arc<Layout>, to: ActorRef<Msg>) -> std::io::Result<SyncSender<Checkpointing>> {
     let (sender, wishes) = sync_channel(QUEUE);
-    let mut keeper = StoreThread { store, layout, entries: BTreeMap::new() };
+    let mut keeper = StoreThread { store, layout };
     std::thread::Builder::new().name("checkpoints".to_owned()).spawn(move || {
         while let Ok(wish) = wishes.recv() {
             let message = keeper.serve(wish).unwrap_or_else(|error| Msg::DiskFailed(error.to_string()));
@@ -101,8 +100,6 @@ pub(super) fn start_store(store: Store, layout: Arc<Layout>, to: ActorRef<Msg>) 
 struct StoreThread {
     store: Store,
     layout: Arc<Layout>,
-    /// What is stored of steps that are not published.
-    entries: BTreeMap<Step, Vec<TensorEntry>>,
 }
 
 impl StoreThread {
@@ -116,14 +113,11 @@ impl StoreThread {
                     columns: data[0].columns(),
                     data: data.map(|t| Arc::clone(t.as_host().expect("states travel through host memory"))),
                 });
-                let entries = self.store.put(&named.collect::<Vec<_>>())?;
-                self.entries.entry(step).or_default().extend(entries);
+                self.store.put(step, &named.collect::<Vec<_>>())?;
                 Ok(Msg::Stored { step, shard })
             }
             Checkpointing::Publish(step) => {
-                let entries = self.entries.remove(&step).unwrap_or_default();
-                self.entries.retain(|s, _| *s > step);
-                self.store.publish(step, entries)?;
+                self.store.publish(step)?;
                 Ok(Msg::Published(step))
             }
             Checkpointing::Load { step, shard, to } => {

@@ -2,7 +2,7 @@
 //! committed step's fingerprint must be the same.
 
 use crate::launcher::{self, End, Launcher, Targets};
-use crate::read_config;
+use crate::{read_config, text};
 use anyhow::{Context, Result, bail};
 use everstep_actors::{MetricsLine, RunFolder};
 use everstep_kernels::Philox;
@@ -109,12 +109,14 @@ pub(crate) fn run(plan: &Path, config: &Path, set: &[String]) -> Result<ExitCode
     }
     let base = read_config(config, set)?;
     let folder = |part: &str| format!("run.folder={}", base.folder.join(part).display());
+    // Both runs train on one snapshot: the text may change meanwhile.
+    let text = text::collect(&base.data_paths)?;
     let start = |part: &str, nodes: Option<usize>| -> Result<(RunFolder, Launcher)> {
         let mut set = set.to_vec();
         set.push(folder(part));
         set.extend(nodes.map(|n| format!("job.nodes={n}")));
         let config = read_config(config, &set)?;
-        let run = launcher::create(&config)?;
+        let run = launcher::create(&config, &text)?;
         Ok((run.clone(), Launcher::start(run, config.nodes, true)?))
     };
     std::fs::create_dir_all(&base.folder)?;
@@ -126,7 +128,6 @@ pub(crate) fn run(plan: &Path, config: &Path, set: &[String]) -> Result<ExitCode
     finished(launcher.wait(|targets| killer.act(targets))?)?;
     eprintln!("the same job undisturbed, on one node");
     let (reference, launcher) = start("undisturbed", Some(1))?;
-    // The text may hold what was written meanwhile: both must train on the same snapshot.
     finished(launcher.wait(|_| {})?)?;
     compare(&disturbed, &reference, killer.done)
 }

@@ -4,7 +4,8 @@
 //! It decides nothing about the job: it watches processes and reads the run's files.
 
 use crate::progress::Progress;
-use crate::{STATUS_FAILED, text};
+use crate::STATUS_FAILED;
+use crate::text::Text;
 use anyhow::{Context, Result, bail};
 use everstep_actors::{Config, RunFolder, RunIdentity};
 use rustix::process::{Pid, Signal, getppid, kill_process, set_parent_process_death_signal};
@@ -35,7 +36,7 @@ pub(crate) enum End {
 }
 
 /// Makes the folder of a new run: configuration, snapshot of the text, credentials.
-pub(crate) fn create(config: &Config) -> Result<RunFolder> {
+pub(crate) fn create(config: &Config, corpus: &Text) -> Result<RunFolder> {
     let run = RunFolder(config.folder.clone());
     if run.0.exists() {
         bail!(
@@ -44,14 +45,13 @@ pub(crate) fn create(config: &Config) -> Result<RunFolder> {
             run.0.display()
         );
     }
-    let corpus = text::collect(&config.data_paths)?;
     everstep_actors::Corpus::new(std::sync::Arc::new(corpus.bytes.clone()), &config.spec)
         .with_context(|| format!("data.paths = {:?}", config.data_paths))?;
     // Everything is made under another name first, so that a run folder is whole or not there.
     let parent = run.0.parent().map_or_else(PathBuf::new, PathBuf::from);
     let name = run.0.file_name().context("run.folder has no name")?.to_string_lossy().into_owned();
     let scratch = RunFolder(parent.join(format!(".{name}.{}.new", std::process::id())));
-    let made = fill(&scratch, config, &corpus).and_then(|()| Ok(fs::rename(&scratch.0, &run.0)?));
+    let made = fill(&scratch, config, corpus).and_then(|()| Ok(fs::rename(&scratch.0, &run.0)?));
     if let Err(error) = made {
         let _ = fs::remove_dir_all(&scratch.0);
         return Err(error.context(format!("cannot make run folder {}", run.0.display())));
@@ -59,7 +59,7 @@ pub(crate) fn create(config: &Config) -> Result<RunFolder> {
     Ok(run)
 }
 
-fn fill(run: &RunFolder, config: &Config, corpus: &text::Text) -> Result<()> {
+fn fill(run: &RunFolder, config: &Config, corpus: &Text) -> Result<()> {
     fs::create_dir_all(run.logs())?;
     fs::write(run.config(), &config.text)?;
     fs::write(run.corpus(), &corpus.bytes)?;

@@ -157,7 +157,7 @@ fn run(command: Command) -> Result<ExitCode> {
         Command::Train { config, nodes, set } => {
             let config = read_config(&config, &set)?;
             let nodes = nodes.unwrap_or(config.nodes);
-            let run = launcher::create(&config)?;
+            let run = launcher::create(&config, &text::collect(&config.data_paths)?)?;
             train(run, nodes)
         }
         Command::Resume { run, nodes } => {
