@@ -16,19 +16,11 @@ pub enum Control {
         info: NodeInfo,
         /// Whose bits it makes; a job does not mix classes.
         device_class: String,
-        /// Its process, for the supervisor of the same machine to watch.
-        pid: u32,
-        /// The machine's boot: equal for processes that can watch each other.
-        machine: String,
     },
     /// A node that is a member comes back to a new life of the supervisor.
     Return {
         /// Which.
         node: NodeId,
-        /// Its process.
-        pid: u32,
-        /// Its machine.
-        machine: String,
     },
     /// The supervisor takes the process into the job.
     Welcome {

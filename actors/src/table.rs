@@ -20,6 +20,10 @@ pub struct NodeInfo {
     pub address: String,
     /// The random name of this life of the process, which sessions use.
     pub peer: u64,
+    /// The process, for a supervisor on the same machine to watch.
+    pub pid: u32,
+    /// The machine's boot: equal for processes that can watch each other.
+    pub machine: String,
 }
 
 /// An epoch. Only the supervisor makes one; nodes take the one with the highest number.

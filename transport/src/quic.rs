@@ -11,7 +11,8 @@ use crate::message::Fragment;
 use crate::session::{Frame, Resume};
 use bytes::Bytes;
 use quinn::crypto::rustls::{QuicClientConfig, QuicServerConfig};
-use quinn::{Connection, Endpoint, IdleTimeout, RecvStream, SendStream, TransportConfig, VarInt};
+use quinn::{Connection, Endpoint, ConnectionId, ConnectionIdGenerator, EndpointConfig, IdleTimeout, RecvStream, SendStream, TransportConfig, VarInt};
+use ring::rand::SecureRandom;
 use std::net::SocketAddr;
 use std::sync::Arc;
 use std::time::Duration;
@@ -69,6 +70,39 @@ fn transport() -> Arc<TransportConfig> {
     Arc::new(config)
 }
 
+/// Every process of a job makes the same stateless-reset tokens (RFC 9000, section 10.3) from the job's
+/// key. So the next life of a process on a port tells peers of the last one at their first packet that
+/// the connection is gone; they need not wait for its time-out.
+fn endpoint_config(credentials: &Credentials) -> EndpointConfig {
+    let secret = ring::digest::digest(&ring::digest::SHA256, credentials.key.secret_der());
+    let key = ring::hmac::Key::new(ring::hmac::HMAC_SHA256, secret.as_ref());
+    let mut config = EndpointConfig::new(Arc::new(key));
+    config.cid_generator(|| Box::new(RandomIds));
+    config
+}
+
+/// Connection ids that any life of a process takes for possible: quinn's own carry a check by a key of
+/// one life, and packets that fail it are dropped without a word.
+struct RandomIds;
+
+const ID_BYTES: usize = 8;
+
+impl ConnectionIdGenerator for RandomIds {
+    fn generate_cid(&mut self) -> ConnectionId {
+        let mut id = [0; ID_BYTES];
+        ring::rand::SystemRandom::new().fill(&mut id).expect("the system has random numbers");
+        ConnectionId::new(&id)
+    }
+
+    fn cid_len(&self) -> usize {
+        ID_BYTES
+    }
+
+    fn cid_lifetime(&self) -> Option<Duration> {
+        None
+    }
+}
+
 /// Opens an endpoint that accepts and dials members of the job.
 pub(crate) fn open(bind: SocketAddr, credentials: &Credentials) -> Result<Endpoint, QuicError> {
     let tls = |e: &dyn std::fmt::Display| QuicError::Tls(e.to_string());
@@ -98,7 +132,10 @@ pub(crate) fn open(bind: SocketAddr, credentials: &Credentials) -> Result<Endpoi
     server.transport_config(transport());
     let mut client = quinn::ClientConfig::new(Arc::new(QuicClientConfig::try_from(client).map_err(|e| tls(&e))?));
     client.transport_config(transport());
-    let mut endpoint = Endpoint::server(server, bind).map_err(|source| QuicError::Bind { address: bind, source })?;
+    let bind_error = |source| QuicError::Bind { address: bind, source };
+    let socket = std::net::UdpSocket::bind(bind).map_err(bind_error)?;
+    let runtime = Arc::new(quinn::TokioRuntime);
+    let mut endpoint = Endpoint::new(endpoint_config(credentials), Some(server), socket, runtime).map_err(bind_error)?;
     endpoint.set_default_client_config(client);
     Ok(endpoint)
 }

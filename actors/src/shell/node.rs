@@ -114,8 +114,9 @@ pub async fn run_node(options: &NodeOptions) -> Result<NodeEnd, AnyError> {
     let supervisor = find(&hub, options.join, SUPERVISOR_WAIT).await?;
     let backend: Arc<dyn Backend> = Arc::new(CpuBackend);
     let materials = receive_job(&hub, supervisor, &mut events).await?;
-    let info = NodeInfo { address: hub.address()?.to_string(), peer: hub.me() };
-    let join = Control::Join { info, device_class: backend.class().0, pid: std::process::id(), machine: machine() };
+    let (pid, machine) = (std::process::id(), machine());
+    let info = NodeInfo { address: hub.address()?.to_string(), peer: hub.me(), pid, machine };
+    let join = Control::Join { info, device_class: backend.class().0 };
     tell(&hub, supervisor, join);
     let (end, mut ended) = mpsc::channel(1);
     let pool = Pool::new(options.threads, &backend)?;
@@ -338,7 +339,7 @@ impl State {
             let _ = self.end.try_send(NodeEnd::Fenced);
             return;
         };
-        self.say(Control::Return { node, pid: std::process::id(), machine: machine() });
+        self.say(Control::Return { node });
         for (address, reason) in self.router.failures() {
             self.say(Control::ActorFailed { address: *address, reason: reason.clone() });
         }

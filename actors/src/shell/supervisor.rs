@@ -13,6 +13,7 @@ use crate::keeper::{KeeperCore, KeeperEvent};
 use crate::message::ParameterState;
 use crate::root::{Root, RootEffect, RootEvent};
 use crate::supervisor::{Happening, Record, Report, Supervisor, SupervisorEvent};
+use crate::table::NodeInfo;
 use crate::wire::Unit;
 use everstep_checkpoint::{Log, RECORD_MAX, Store};
 use everstep_kernels::{Backend, CpuBackend, Tensor};
@@ -212,6 +213,8 @@ impl Actor for SupervisorProcess {
             state.note(&Happening::CheckpointRefused { why });
         }
         state.perform(effects);
+        // Nodes that an earlier life knew may have ended with it.
+        state.root.supervisor.table().nodes.values().for_each(|info| watch(&myself, info));
         myself.send_interval(TICK, || Msg::Tick);
         Ok(state)
     }
@@ -402,18 +405,17 @@ impl State {
                 let end = start.saturating_add(CORPUS_PART).min(self.corpus.len());
                 tell(&self.hub, peer, Control::CorpusPart { from, bytes: self.corpus[start..end].to_vec() });
             }
-            Control::Join { info, device_class, pid, machine } => {
+            Control::Join { info, device_class } => {
                 if device_class != self.class {
                     let why = format!("its device class is {device_class}, the job's is {}: their bits differ", self.class);
                     tell(&self.hub, peer, Control::Dismiss { why });
                     return;
                 }
-                watch(myself, peer, pid, &machine);
+                watch(myself, &info);
                 self.supervise(SupervisorEvent::Join(info));
             }
-            Control::Return { node, pid, machine } => {
+            Control::Return { node } => {
                 self.peers.insert(node, peer);
-                watch(myself, peer, pid, &machine);
                 self.supervise(SupervisorEvent::Return(node));
             }
             Control::Heartbeat { node, work } => {
@@ -483,20 +485,28 @@ impl State {
     }
 }
 
-/// Watches a process of this machine: the kernel tells at once when it ends.
-fn watch(myself: &ActorRef<Msg>, peer: Peer, pid: u32, machine_of_peer: &str) {
+/// Watches a node's process if it is on this machine: the kernel tells at once when it ends.
+fn watch(myself: &ActorRef<Msg>, info: &NodeInfo) {
     let ours = machine();
-    if ours.is_empty() || machine_of_peer != ours {
+    if ours.is_empty() || info.machine != ours {
         return;
     }
-    let Some(pid) = i32::try_from(pid).ok().and_then(rustix::process::Pid::from_raw) else { return };
-    let opened = rustix::process::pidfd_open(pid, rustix::process::PidfdFlags::NONBLOCK);
-    let Some(fd) = opened.ok().and_then(|fd| tokio::io::unix::AsyncFd::new(fd).ok()) else { return };
-    let myself = myself.clone();
-    tokio::spawn(async move {
-        let ended = fd.readable().await.is_ok();
-        if ended {
+    let Some(pid) = i32::try_from(info.pid).ok().and_then(rustix::process::Pid::from_raw) else { return };
+    let peer = info.peer;
+    match rustix::process::pidfd_open(pid, rustix::process::PidfdFlags::NONBLOCK) {
+        Err(rustix::io::Errno::SRCH) => {
             let _ = myself.cast(Msg::ProcessEnded(peer));
         }
-    });
+        // Without this watch there is still the lease.
+        Err(error) => tracing::warn!(%error, pid = info.pid, "a node's process cannot be watched"),
+        Ok(fd) => {
+            let Ok(fd) = tokio::io::unix::AsyncFd::new(fd) else { return };
+            let myself = myself.clone();
+            tokio::spawn(async move {
+                if fd.readable().await.is_ok() {
+                    let _ = myself.cast(Msg::ProcessEnded(peer));
+                }
+            });
+        }
+    }
 }

@@ -579,13 +579,12 @@ impl World {
         let (number, work) = (node.router.node(), node.work);
         let new_root = root.is_some() && node.supervisor != root;
         node.supervisor = root.or(node.supervisor);
-        let machine = String::new();
         let control = match number {
-            Some(node) if new_root => Control::Return { node, pid: 0, machine },
+            Some(node) if new_root => Control::Return { node },
             Some(node) => Control::Heartbeat { node, work },
             None if new_root => {
-                let info = NodeInfo { address: format!("life {life}"), peer: life };
-                Control::Join { info, device_class: String::new(), pid: 0, machine }
+                let info = NodeInfo { address: format!("life {life}"), peer: life, pid: 0, machine: String::new() };
+                Control::Join { info, device_class: String::new() }
             }
             None => {
                 self.after(HEARTBEAT, SimEvent::Heartbeat(life));

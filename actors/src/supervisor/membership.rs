@@ -10,6 +10,8 @@ use std::time::Duration;
 
 /// How long a node may be silent.
 pub const LEASE: Duration = Duration::from_millis(1500);
+/// Nodes that come back to a new life of the supervisor get so much more: they must find it first.
+pub const RETURN: Duration = Duration::from_millis(2000);
 /// The supervisor looks at least this often unless it was stalled itself.
 pub const LOOK_MAX: Duration = Duration::from_millis(250);
 
@@ -36,9 +38,9 @@ impl Membership {
         let stall = now.saturating_sub(self.looked).saturating_sub(LOOK_MAX);
         self.looked = now;
         for heard in self.heard.values_mut() {
-            *heard = (*heard + stall).min(now);
+            *heard = (*heard + stall).min(now.max(*heard));
         }
-        self.heard.iter().filter(|(_, heard)| now - **heard >= LEASE).map(|(node, _)| *node).collect()
+        self.heard.iter().filter(|(_, heard)| now.saturating_sub(**heard) >= LEASE).map(|(node, _)| *node).collect()
     }
 }
 

@@ -1,1 +1,39 @@
-fn main() {}
+//! `cargo xtask verify` checks the tree and never edits it; `cargo xtask fix` edits.
+
+mod tidy;
+
+use anyhow::{Context, Result, bail};
+use std::process::Command;
+
+fn main() -> Result<()> {
+    let task = std::env::args().nth(1);
+    match task.as_deref() {
+        Some("verify") => verify(),
+        Some("fix") => fix(),
+        _ => bail!("expected: cargo xtask verify | fix"),
+    }
+}
+
+fn cargo(arguments: &[&str], warnings_denied: bool) -> Result<()> {
+    eprintln!("cargo {}", arguments.join(" "));
+    let mut command = Command::new(std::env::var("CARGO").unwrap_or_else(|_| "cargo".to_owned()));
+    command.args(arguments);
+    if warnings_denied {
+        command.env("RUSTDOCFLAGS", "-D warnings");
+    }
+    let status = command.status().context("cannot run cargo")?;
+    if status.success() { Ok(()) } else { bail!("cargo {} failed", arguments.join(" ")) }
+}
+
+fn verify() -> Result<()> {
+    tidy::check()?;
+    cargo(&["fmt", "--all", "--check"], false)?;
+    cargo(&["clippy", "--workspace", "--all-targets", "--", "-D", "warnings"], false)?;
+    cargo(&["clippy", "-p", "everstep-kernels", "--features", "cuda", "--", "-D", "warnings"], false)?;
+    cargo(&["doc", "--workspace", "--no-deps", "--document-private-items"], true)
+}
+
+fn fix() -> Result<()> {
+    cargo(&["fmt", "--all"], false)?;
+    cargo(&["clippy", "--workspace", "--all-targets", "--fix", "--allow-dirty"], false)
+}
