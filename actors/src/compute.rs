@@ -2,7 +2,7 @@
 
 use crate::ids::{ActorId, Address, Step};
 use crate::message::{Pass, Turn, Work, WorkItem, WorkResult};
-use crate::reducer::{Apply, Applied, Reduce, Reduced, initial};
+use crate::reducer::{Applied, Apply, Reduce, Reduced, initial};
 use everstep_kernels::{
     Backend, ExpertHeld, ExpertWeights, Parameter, Progress, StageInput, StageModel, Targets, Tensor,
     expert_backward_input, expert_backward_weight, expert_forward,

@@ -227,7 +227,10 @@ pub enum ConfigError {
 impl Config {
     /// Reads a configuration. `origin` names it in errors; `overrides` are `KEY=VALUE`.
     pub fn parse(text: &str, origin: &str, overrides: &[String]) -> Result<Self, ConfigError> {
-        let parse = |e: toml::de::Error| ConfigError::Parse { origin: origin.to_owned(), message: e.to_string().trim_end().to_owned() };
+        let parse = |e: toml::de::Error| ConfigError::Parse {
+            origin: origin.to_owned(),
+            message: e.to_string().trim_end().to_owned(),
+        };
         // The file alone first, so that its errors come with their lines.
         let mut raw: Raw = toml::from_str(text).map_err(parse)?;
         if !overrides.is_empty() {
@@ -236,10 +239,8 @@ impl Config {
                 set(&mut table, o)?;
             }
             let merged = toml::to_string(&table).expect("a table can be written");
-            raw = toml::from_str(&merged).map_err(|e| ConfigError::Override {
-                text: overrides.join(" "),
-                reason: e.message().to_owned(),
-            })?;
+            raw = toml::from_str(&merged)
+                .map_err(|e| ConfigError::Override { text: overrides.join(" "), reason: e.message().to_owned() })?;
         }
         check(&raw, text, origin)?;
         let effective = toml::to_string(&raw).expect("a configuration can be written");
@@ -348,9 +349,13 @@ fn check(raw: &Raw, text: &str, origin: &str) -> Result<(), ConfigError> {
     }
     match rules.into_iter().find(|(holds, ..)| !holds) {
         None => Ok(()),
-        Some((_, key, value, reason)) => {
-            Err(ConfigError::Value { origin: origin.to_owned(), line: line_of(text, key), key: key.to_owned(), value, reason })
-        }
+        Some((_, key, value, reason)) => Err(ConfigError::Value {
+            origin: origin.to_owned(),
+            line: line_of(text, key),
+            key: key.to_owned(),
+            value,
+            reason,
+        }),
     }
 }
 
@@ -465,7 +470,10 @@ mod tests {
         let old = GOOD.lines().find(|l| l.starts_with("groups = ")).unwrap();
         for (value, what) in [("3", "does not divide"), ("400", "more groups than")] {
             let text = error(&GOOD.replace(old, &format!("groups = {value}")));
-            assert!(text.contains(&format!("run.toml, line {line}: model.groups = {value}")) && text.contains(what), "{text}");
+            assert!(
+                text.contains(&format!("run.toml, line {line}: model.groups = {value}")) && text.contains(what),
+                "{text}"
+            );
         }
     }
 

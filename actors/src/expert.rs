@@ -63,7 +63,8 @@ impl ExpertCore {
     /// A new life of an expert.
     pub fn new(spec: Arc<JobSpec>, layout: Arc<Layout>, address: Address, layer: u32, expert: u32) -> Self {
         let wanted = Group::Expert { layer, expert };
-        let group = spec.model.groups_of_model().iter().position(|g| *g == wanted).expect("a group for each expert") as u32;
+        let group =
+            spec.model.groups_of_model().iter().position(|g| *g == wanted).expect("a group for each expert") as u32;
         Self {
             spec,
             layout,
@@ -105,11 +106,14 @@ impl ExpertCore {
         let present = turn.step == self.step && self.weights.is_some();
         let work = match (present, pass, self.rows.get(&key)) {
             (true, Pass::Forward, None) => Work::Forward { x: rows.clone() },
-            (true, Pass::Backward, Some(Rows::Saved(saved))) => Work::Backward { saved: saved.clone(), dy: rows.clone() },
+            (true, Pass::Backward, Some(Rows::Saved(saved))) => {
+                Work::Backward { saved: saved.clone(), dy: rows.clone() }
+            }
             (true, Pass::Forward, Some(_))
             | (true, Pass::Backward, Some(Rows::Returning | Rows::Held(_) | Rows::Summed)) => return None,
             (false, _, _) | (true, Pass::Backward, None | Some(Rows::Going)) => {
-                let same = |e: &Envelope| matches!(&e.body, Body::Rows { turn: t, pass: p, .. } if (*t, *p) == (turn, pass));
+                let same =
+                    |e: &Envelope| matches!(&e.body, Body::Rows { turn: t, pass: p, .. } if (*t, *p) == (turn, pass));
                 if !self.early.iter().any(same) {
                     self.early.push(envelope);
                 }

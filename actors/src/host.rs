@@ -59,7 +59,8 @@ impl Core for HostCore {
         let mut effects = Vec::new();
         match event {
             Event::Table(table) => {
-                let lives = |actor: &ActorId, life: Incarnation| table.address(*actor).is_some_and(|a| a.incarnation == life);
+                let lives =
+                    |actor: &ActorId, life: Incarnation| table.address(*actor).is_some_and(|a| a.incarnation == life);
                 self.asked.retain(|expert, (life, _)| lives(expert, *life));
                 self.ready.retain(|item| lives(&item.expert.actor, item.expert.incarnation));
                 self.table = table;
@@ -92,6 +93,11 @@ impl Core for HostCore {
     }
 
     fn describe(&self) -> String {
-        format!("{} batches, {} rows of work waiting, {} experts asked", self.batches, self.ready.len(), self.asked.len())
+        format!(
+            "{} batches, {} rows of work waiting, {} experts asked",
+            self.batches,
+            self.ready.len(),
+            self.asked.len()
+        )
     }
 }

@@ -81,7 +81,9 @@ impl fmt::Display for ActorId {
 
 /// A text is not the name of an actor.
 #[derive(Debug, Clone, PartialEq, Eq, thiserror::Error)]
-#[error("'{0}' is no actor: expected supervisor, keeper, stage.LANE.STAGE, expert.LAYER.EXPERT, reducer.SHARD.REPLICA or host.LAYER")]
+#[error(
+    "'{0}' is no actor: expected supervisor, keeper, stage.LANE.STAGE, expert.LAYER.EXPERT, reducer.SHARD.REPLICA or host.LAYER"
+)]
 pub struct UnknownActor(pub String);
 
 impl FromStr for ActorId {

@@ -22,27 +22,28 @@ mod root;
 mod router;
 mod schedule;
 mod shell;
+pub mod sim;
 mod spec;
 mod stage;
 mod supervisor;
 mod table;
 mod wire;
 mod worker;
-pub mod sim;
 
 pub use compute::{Job, Outcome, run};
 pub use config::{Config, ConfigError};
+pub use control::{AdminRequest, Control};
 pub use data::{Corpus, TooShort};
 pub use effect::{Core, Effect, Event};
 pub use fingerprint::root as fingerprint_root;
 pub use ids::{ActorId, Address, Incarnation, NodeId, SUPERVISOR_NODE, Step, UnknownActor};
 pub use message::{Body, Commit, Envelope};
-pub use control::{AdminRequest, Control};
 pub use plant::Bug;
+pub use shell::{
+    AnyError, MetricsLine, NodeEnd, NodeOptions, RunFolder, RunIdentity, SupervisorEnd, hash_hex, new_name, run_node,
+    run_supervisor,
+};
 pub use spec::{JobSpec, Layout, OptimizerSpec};
 pub use supervisor::{Happening, Record, Report, Supervisor, SupervisorEffect, SupervisorEvent};
-pub use shell::{
-    AnyError, MetricsLine, NodeEnd, NodeOptions, RunFolder, RunIdentity, SupervisorEnd, hash_hex, new_name, run_node, run_supervisor,
-};
 pub use table::{Entry, NodeInfo, Table};
 pub use wire::{Unit, WireError};

@@ -161,7 +161,9 @@ impl ReducerCore {
     }
 
     fn take_sums(&mut self, from: Address, body: Body<Tensor>) -> Vec<Effect> {
-        let Body::Sums { step, group, micro_batches, samples, gradients, loads, loss } = body else { return Vec::new() };
+        let Body::Sums { step, group, micro_batches, samples, gradients, loads, loss } = body else {
+            return Vec::new();
+        };
         if self.step().is_some_and(|done| step <= done) {
             return Vec::new();
         }

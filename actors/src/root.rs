@@ -72,7 +72,12 @@ pub struct Root {
 
 impl Root {
     /// From a supervisor and its first effects.
-    pub fn new(supervisor: Supervisor, first: Vec<SupervisorEffect>, keeper: KeeperCore, plant: Option<Bug>) -> (Self, Vec<RootEffect>) {
+    pub fn new(
+        supervisor: Supervisor,
+        first: Vec<SupervisorEffect>,
+        keeper: KeeperCore,
+        plant: Option<Bug>,
+    ) -> (Self, Vec<RootEffect>) {
         let mut router = Router::new(plant);
         router.welcome(SUPERVISOR_NODE);
         let mut root = Self { supervisor, keeper, router };
@@ -128,7 +133,9 @@ impl Root {
         let mut out = Vec::new();
         for effect in effects {
             match effect {
-                KeeperEffect::Store { step, shard, parameters } => out.push(RootEffect::Store { step, shard, parameters }),
+                KeeperEffect::Store { step, shard, parameters } => {
+                    out.push(RootEffect::Store { step, shard, parameters })
+                }
                 KeeperEffect::Publish(step) => out.push(RootEffect::Publish(step)),
                 KeeperEffect::Load { step, shard, to } => out.push(RootEffect::Load { step, shard, to }),
                 KeeperEffect::Send(to, body) => out.extend(self.send(now, vec![(ActorId::Keeper, to, body)])),

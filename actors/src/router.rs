@@ -167,7 +167,9 @@ impl Router {
                 Verdict::Hold if self.early.len() < EARLY_MAX => self.early.push(envelope),
                 Verdict::Hold => self.refused += 1,
                 Verdict::Pass => match (envelope.to.actor, &envelope.body) {
-                    (ActorId::Expert { layer, .. }, Body::Rows { .. }) => batches.entry(layer).or_default().push(envelope),
+                    (ActorId::Expert { layer, .. }, Body::Rows { .. }) => {
+                        batches.entry(layer).or_default().push(envelope)
+                    }
                     (actor, _) => {
                         let Envelope { from, body, .. } = envelope;
                         actions.push(Action::Deliver(actor, Event::Message { from, body }));

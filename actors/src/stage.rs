@@ -69,7 +69,8 @@ impl StageCore {
     pub fn new(spec: Arc<JobSpec>, layout: Arc<Layout>, corpus: Corpus, lane: u32, stage: u32) -> Self {
         let groups = spec.groups_of_stage(stage);
         let all = spec.model.groups_of_model();
-        let numbers = all.into_iter().enumerate().map(|(i, g)| (g, i as u32)).filter(|(g, _)| groups.contains(g)).collect();
+        let numbers =
+            all.into_iter().enumerate().map(|(i, g)| (g, i as u32)).filter(|(g, _)| groups.contains(g)).collect();
         let program = one_forward_one_backward(stage, spec.stages, spec.micro_batches);
         Self {
             spec,
@@ -165,7 +166,9 @@ impl StageCore {
                 let keys = experts.map(|expert| (self.step, Input::Answer { micro_batch, pass, layer, expert }));
                 let rows: Option<Vec<Tensor>> = keys.map(|key| self.inbox.get(&key).cloned()).collect();
                 match rows {
-                    Some(rows) => self.compute(model, micro_batch, StageOperation::Resume { micro_batch, pass, rows }, 0),
+                    Some(rows) => {
+                        self.compute(model, micro_batch, StageOperation::Resume { micro_batch, pass, rows }, 0)
+                    }
                     None => {
                         self.phase = Phase::Experts { model, micro_batch, pass, layer };
                         Vec::new()
@@ -201,7 +204,9 @@ impl StageCore {
 
     /// Parameters of the stage: the multiply-adds of one token's pass through it.
     fn layout_size(&self) -> u64 {
-        let of = |g: &Group| self.layout.of_group[g].iter().map(|n| self.layout.parameters[*n as usize].len() as u64).sum::<u64>();
+        let of = |g: &Group| {
+            self.layout.of_group[g].iter().map(|n| self.layout.parameters[*n as usize].len() as u64).sum::<u64>()
+        };
         self.groups.iter().map(of).sum()
     }
 
@@ -228,7 +233,13 @@ impl StageCore {
         Some(StageOperation::BackwardInput { micro_batch, gradient })
     }
 
-    fn compute(&mut self, model: Box<StageModel>, micro_batch: u32, operation: StageOperation, cost: u64) -> Vec<Effect> {
+    fn compute(
+        &mut self,
+        model: Box<StageModel>,
+        micro_batch: u32,
+        operation: StageOperation,
+        cost: u64,
+    ) -> Vec<Effect> {
         self.phase = Phase::Computing { micro_batch };
         vec![Effect::Compute { job: Job::Stage { step: self.step, model, operation }, cost }]
     }
@@ -307,7 +318,9 @@ impl Core for StageCore {
                 effects
             }
             Event::Message { from, body } => self.message(from, body),
-            Event::Computed(Outcome::Stage { step, model, pass, progress }) => self.computed(step, model, pass, progress),
+            Event::Computed(Outcome::Stage { step, model, pass, progress }) => {
+                self.computed(step, model, pass, progress)
+            }
             Event::Computed(_) | Event::Local { .. } => Vec::new(),
         }
     }

@@ -15,10 +15,10 @@ mod placement;
 mod record;
 
 use commit::{CommitCore, Prepared};
-use membership::Membership;
 pub use membership::LEASE;
+use membership::Membership;
 use placement::{Costs, Placement};
-pub use record::{Record, CommitRecord};
+pub use record::{CommitRecord, Record};
 
 use crate::ids::{ActorId, Address, Incarnation, NodeId, SUPERVISOR_NODE, Step};
 use crate::message::Body;
@@ -219,7 +219,9 @@ impl Supervisor {
 
     fn placed_copies(&self) -> BTreeSet<(u32, u32)> {
         let copy = |(actor, entry): (&ActorId, &Entry)| match actor {
-            ActorId::Reducer { shard, replica } if self.table.nodes.contains_key(&entry.node) => Some((*shard, *replica)),
+            ActorId::Reducer { shard, replica } if self.table.nodes.contains_key(&entry.node) => {
+                Some((*shard, *replica))
+            }
             _ => None,
         };
         self.table.entries.iter().filter_map(copy).collect()
@@ -472,7 +474,12 @@ impl Supervisor {
         times.retain(|at| now.saturating_sub(*at) < RESTART_WINDOW);
         times.push_back(now);
         if times.len() > RESTARTS_MAX {
-            let why = format!("{} failed {} times within {} s; last: {reason}", address.actor, times.len(), RESTART_WINDOW.as_secs());
+            let why = format!(
+                "{} failed {} times within {} s; last: {reason}",
+                address.actor,
+                times.len(),
+                RESTART_WINDOW.as_secs()
+            );
             return self.finish(Err(why));
         }
         self.recovering.get_or_insert(now);

@@ -142,10 +142,13 @@ mod tests {
     fn bundles_are_read_as_they_are_written_without_a_copy() {
         let before = bundle();
         let message = Unit::Bundle(before.clone()).encode();
-        assert!(Arc::ptr_eq(&message.regions[0], match &before[0].body {
-            Body::Rows { rows, .. } => rows.as_host().unwrap(),
-            _ => unreachable!(),
-        }));
+        assert!(Arc::ptr_eq(
+            &message.regions[0],
+            match &before[0].body {
+                Body::Rows { rows, .. } => rows.as_host().unwrap(),
+                _ => unreachable!(),
+            }
+        ));
         let Unit::Bundle(after) = Unit::decode(message).unwrap() else { panic!("a bundle") };
         assert_eq!(format!("{after:?}"), format!("{before:?}"));
     }
@@ -154,7 +157,9 @@ mod tests {
     fn damaged_messages_are_errors() {
         let good = Unit::Bundle(bundle()).encode();
         for cut in 0..good.header.len() {
-            assert!(Unit::decode(Message { header: good.header[..cut].to_vec(), regions: good.regions.clone() }).is_err());
+            assert!(
+                Unit::decode(Message { header: good.header[..cut].to_vec(), regions: good.regions.clone() }).is_err()
+            );
         }
         let mut version = good.clone();
         version.header[0] = 9;

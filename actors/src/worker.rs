@@ -29,7 +29,9 @@ impl Materials {
     pub fn core(&self, address: Address) -> Option<Box<dyn Core>> {
         let (spec, layout) = (Arc::clone(&self.spec), Arc::clone(&self.layout));
         match address.actor {
-            ActorId::Stage { lane, stage } => Some(Box::new(StageCore::new(spec, layout, self.corpus.clone(), lane, stage))),
+            ActorId::Stage { lane, stage } => {
+                Some(Box::new(StageCore::new(spec, layout, self.corpus.clone(), lane, stage)))
+            }
             ActorId::Expert { layer, expert } => Some(Box::new(ExpertCore::new(spec, layout, address, layer, expert))),
             ActorId::Host { .. } => Some(Box::new(HostCore::new(spec))),
             ActorId::Reducer { shard, replica } => {

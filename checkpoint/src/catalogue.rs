@@ -53,7 +53,11 @@ impl Catalogue {
     fn keys(&self) -> impl Iterator<Item = Result<(u64, ChunkHash), StoreError>> {
         self.db.iter().keys().map(|key| {
             let key = key.map_err(|e| self.failed(e))?;
-            let invalid = || StoreError::Invalid { path: self.path.clone(), what: "catalogue", reason: "a key of wrong length".to_owned() };
+            let invalid = || StoreError::Invalid {
+                path: self.path.clone(),
+                what: "catalogue",
+                reason: "a key of wrong length".to_owned(),
+            };
             let (step, hash) = key.split_first_chunk::<8>().ok_or_else(invalid)?;
             let hash = hash.first_chunk::<32>().ok_or_else(invalid)?;
             Ok((u64::from_be_bytes(*step), ChunkHash(*hash)))

@@ -80,7 +80,12 @@ impl Chunks {
         let bytes = fs::read(&path).map_err(at(&path))?;
         let got = ChunkHash::of(&bytes);
         if got != hash {
-            return Err(StoreError::Damaged { path, expected: hash.to_string(), got: got.to_string(), bytes: bytes.len() });
+            return Err(StoreError::Damaged {
+                path,
+                expected: hash.to_string(),
+                got: got.to_string(),
+                bytes: bytes.len(),
+            });
         }
         Ok(bytes)
     }

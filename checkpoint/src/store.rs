@@ -51,7 +51,14 @@ impl Store {
         let found = steps(&manifests)?;
         let read = |step: &u64| Manifest::read(&manifests.join(step.to_string()), job);
         let catalogue = Catalogue::open(&folder.join("catalogue"), &found, read)?;
-        Ok(Self { folder: folder.to_owned(), job: job.to_owned(), keep: keep.max(1), chunks, catalogue, pending: BTreeMap::new() })
+        Ok(Self {
+            folder: folder.to_owned(),
+            job: job.to_owned(),
+            keep: keep.max(1),
+            chunks,
+            catalogue,
+            pending: BTreeMap::new(),
+        })
     }
 
     fn manifest_path(&self, step: u64) -> PathBuf {
@@ -140,7 +147,12 @@ impl Store {
                 }
             };
             let [w, m, v] = &entry.chunks;
-            Ok(StoredTensor { name: name.clone(), rows: *rows, columns: *columns, data: [load(w)?, load(m)?, load(v)?] })
+            Ok(StoredTensor {
+                name: name.clone(),
+                rows: *rows,
+                columns: *columns,
+                data: [load(w)?, load(m)?, load(v)?],
+            })
         };
         names.iter().map(read).collect()
     }

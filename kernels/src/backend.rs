@@ -113,7 +113,12 @@ pub trait Backend: Send + Sync + fmt::Debug {
     /// `q, kv, k_rope ->` all that the backward function needs, the result among it.
     fn attention(&self, q: Tensor, kv: Tensor, k_rope: Tensor, shape: &AttentionShape) -> AttentionState;
     /// `d_o -> (dq, dkv, dk_rope)`.
-    fn attention_backward(&self, state: &AttentionState, d_o: &Tensor, shape: &AttentionShape) -> (Tensor, Tensor, Tensor);
+    fn attention_backward(
+        &self,
+        state: &AttentionState,
+        d_o: &Tensor,
+        shape: &AttentionShape,
+    ) -> (Tensor, Tensor, Tensor);
     /// `gate_TI, up_TI -> h_TI`.
     fn swiglu(&self, gate: &Tensor, up: &Tensor) -> Tensor;
     /// `gate_TI, up_TI, dh_TI -> (dgate_TI, dup_TI)`.
@@ -127,7 +132,13 @@ pub trait Backend: Send + Sync + fmt::Debug {
     /// Each expert's rows, `weights_TK` or ones `-> y_TD`.
     fn combine(&self, rows: &[Tensor], weights: Option<&Tensor>, plan: &Dispatch) -> Tensor;
     /// `dy_TD`, each expert's rows, `weights_TK` `->` (gradients of each expert's rows, `dweights_TK`).
-    fn combine_backward(&self, dy: &Tensor, rows: &[Tensor], weights: &Tensor, plan: &Dispatch) -> (Vec<Tensor>, Tensor);
+    fn combine_backward(
+        &self,
+        dy: &Tensor,
+        rows: &[Tensor],
+        weights: &Tensor,
+        plan: &Dispatch,
+    ) -> (Vec<Tensor>, Tensor);
     /// `logits_TV, targets_T -> (loss_T, dlogits_TV)`, the gradient times `scale`.
     fn cross_entropy(&self, logits: &Tensor, targets: &Tensor, scale: f32) -> (Tensor, Tensor);
 }

@@ -19,7 +19,13 @@ fn like(x: &Tensor, data: Vec<f32>) -> Tensor {
 }
 
 /// Runs `product` on each group of rows.
-fn by_group(x: &Tensor, counts: &Tensor, w: &[Tensor], columns: usize, product: impl Fn(&[f32], &Tensor, usize) -> Vec<f32>) -> Tensor {
+fn by_group(
+    x: &Tensor,
+    counts: &Tensor,
+    w: &[Tensor],
+    columns: usize,
+    product: impl Fn(&[f32], &Tensor, usize) -> Vec<f32>,
+) -> Tensor {
     let mut out = Vec::with_capacity(x.rows() * columns);
     let mut from = 0;
     for (count, w) in counts.u32s().iter().zip(w) {
@@ -156,7 +162,12 @@ impl Backend for CpuBackend {
         AttentionState { q, kv, k_rope, o, lse }
     }
 
-    fn attention_backward(&self, state: &AttentionState, d_o: &Tensor, shape: &AttentionShape) -> (Tensor, Tensor, Tensor) {
+    fn attention_backward(
+        &self,
+        state: &AttentionState,
+        d_o: &Tensor,
+        shape: &AttentionShape,
+    ) -> (Tensor, Tensor, Tensor) {
         let saved = attention::Saved {
             q: state.q.f32s(),
             kv: state.kv.f32s(),
@@ -197,7 +208,13 @@ impl Backend for CpuBackend {
         Tensor::from_vec(plan.slots.len() / plan.top_k, columns, y)
     }
 
-    fn combine_backward(&self, dy: &Tensor, rows: &[Tensor], weights: &Tensor, plan: &Dispatch) -> (Vec<Tensor>, Tensor) {
+    fn combine_backward(
+        &self,
+        dy: &Tensor,
+        rows: &[Tensor],
+        weights: &Tensor,
+        plan: &Dispatch,
+    ) -> (Vec<Tensor>, Tensor) {
         let views: Vec<&[f32]> = rows.iter().map(Tensor::f32s).collect();
         let (drows, dweights) = combine::backward(dy.f32s(), &views, weights.f32s(), plan, dy.columns());
         let drows = drows.into_iter().map(|d| Tensor::from_vec(d.len() / dy.columns(), dy.columns(), d)).collect();

@@ -287,10 +287,27 @@ mod tests {
     #[test]
     fn the_published_model_has_671_billion_parameters() {
         let config = ModelConfig {
-            vocabulary: 129_280, hidden: 7168, layers: 61, dense_layers: 3, dense_inner: 18_432, heads: 128,
-            query_rank: Some(1536), kv_rank: 512, nope: 128, rope: 64, value: 128, experts: 256,
-            shared_experts: 1, expert_inner: 2048, top_k: 8, groups: 8, groups_kept: 4, routed_scale: 2.5,
-            sequence: 4096, rope_theta: 10_000.0, initial_std: 0.006,
+            vocabulary: 129_280,
+            hidden: 7168,
+            layers: 61,
+            dense_layers: 3,
+            dense_inner: 18_432,
+            heads: 128,
+            query_rank: Some(1536),
+            kv_rank: 512,
+            nope: 128,
+            rope: 64,
+            value: 128,
+            experts: 256,
+            shared_experts: 1,
+            expert_inner: 2048,
+            top_k: 8,
+            groups: 8,
+            groups_kept: 4,
+            routed_scale: 2.5,
+            sequence: 4096,
+            rope_theta: 10_000.0,
+            initial_std: 0.006,
         };
         let total: usize = config.parameters().iter().filter(|p| p.update == Update::Decayed).map(Parameter::len).sum();
         assert_eq!(total / 1_000_000, 671_025);

@@ -73,7 +73,11 @@ impl std::fmt::Debug for Hub {
 
 impl Hub {
     /// Opens an endpoint at `bind` for the process named `me`.
-    pub fn open(bind: SocketAddr, credentials: &Credentials, me: Peer) -> Result<(Self, mpsc::Receiver<HubEvent>), QuicError> {
+    pub fn open(
+        bind: SocketAddr,
+        credentials: &Credentials,
+        me: Peer,
+    ) -> Result<(Self, mpsc::Receiver<HubEvent>), QuicError> {
         let endpoint = quic::open(bind, credentials)?;
         let (events, receiver) = mpsc::channel(EVENTS);
         let hub = Self(Arc::new(Shared { endpoint, me, sessions: Mutex::default(), events }));

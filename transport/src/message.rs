@@ -179,7 +179,11 @@ impl Assembler {
         }
         let (header, regions) = (self.word(0), self.word(1));
         let limit = |what, got: usize, limit: usize| {
-            if got <= limit { Ok(()) } else { Err(MessageError::TooLarge { what, got: got as u64, limit: limit as u64 }) }
+            if got <= limit {
+                Ok(())
+            } else {
+                Err(MessageError::TooLarge { what, got: got as u64, limit: limit as u64 })
+            }
         };
         limit("a header", header, HEADER_MAX)?;
         limit("a number of regions", regions, REGIONS_MAX)?;

@@ -11,7 +11,10 @@ use crate::message::Fragment;
 use crate::session::{Frame, Resume};
 use bytes::Bytes;
 use quinn::crypto::rustls::{QuicClientConfig, QuicServerConfig};
-use quinn::{Connection, Endpoint, ConnectionId, ConnectionIdGenerator, EndpointConfig, IdleTimeout, RecvStream, SendStream, TransportConfig, VarInt};
+use quinn::{
+    Connection, ConnectionId, ConnectionIdGenerator, Endpoint, EndpointConfig, IdleTimeout, RecvStream, SendStream,
+    TransportConfig, VarInt,
+};
 use ring::rand::SecureRandom;
 use std::net::SocketAddr;
 use std::sync::Arc;
@@ -44,7 +47,9 @@ pub enum QuicError {
     #[error("the credentials are not usable: {0}")]
     Tls(String),
     /// One side's certificate is not of the other's job.
-    #[error("{address} belongs to another job: its certificate or ours is not signed by the other's authority ({reason})")]
+    #[error(
+        "{address} belongs to another job: its certificate or ours is not signed by the other's authority ({reason})"
+    )]
     ForeignJob {
         /// The other side.
         address: SocketAddr,
@@ -111,9 +116,10 @@ pub(crate) fn open(bind: SocketAddr, credentials: &Credentials) -> Result<Endpoi
     roots.add(credentials.authority.clone()).map_err(|e| tls(&e))?;
     let roots = Arc::new(roots);
     let chain = || vec![credentials.certificate.clone()];
-    let verifier = rustls::server::WebPkiClientVerifier::builder_with_provider(Arc::clone(&roots), Arc::clone(&provider))
-        .build()
-        .map_err(|e| tls(&e))?;
+    let verifier =
+        rustls::server::WebPkiClientVerifier::builder_with_provider(Arc::clone(&roots), Arc::clone(&provider))
+            .build()
+            .map_err(|e| tls(&e))?;
     let mut server = rustls::ServerConfig::builder_with_provider(Arc::clone(&provider))
         .with_protocol_versions(&[&rustls::version::TLS13])
         .map_err(|e| tls(&e))?
@@ -128,14 +134,16 @@ pub(crate) fn open(bind: SocketAddr, credentials: &Credentials) -> Result<Endpoi
         .with_client_auth_cert(chain(), credentials.key.clone_key())
         .map_err(|e| tls(&e))?;
     client.alpn_protocols = vec![PROTOCOL.to_vec()];
-    let mut server = quinn::ServerConfig::with_crypto(Arc::new(QuicServerConfig::try_from(server).map_err(|e| tls(&e))?));
+    let mut server =
+        quinn::ServerConfig::with_crypto(Arc::new(QuicServerConfig::try_from(server).map_err(|e| tls(&e))?));
     server.transport_config(transport());
     let mut client = quinn::ClientConfig::new(Arc::new(QuicClientConfig::try_from(client).map_err(|e| tls(&e))?));
     client.transport_config(transport());
     let bind_error = |source| QuicError::Bind { address: bind, source };
     let socket = std::net::UdpSocket::bind(bind).map_err(bind_error)?;
     let runtime = Arc::new(quinn::TokioRuntime);
-    let mut endpoint = Endpoint::new(endpoint_config(credentials), Some(server), socket, runtime).map_err(bind_error)?;
+    let mut endpoint =
+        Endpoint::new(endpoint_config(credentials), Some(server), socket, runtime).map_err(bind_error)?;
     endpoint.set_default_client_config(client);
     Ok(endpoint)
 }
@@ -178,7 +186,11 @@ async fn read_word(connection: &Connection, stream: &mut RecvStream) -> Result<u
 
 impl Shaking {
     /// Dials and learns who answers, and what it has of our session.
-    pub(crate) async fn dial(endpoint: &Endpoint, address: SocketAddr, me: Peer) -> Result<(Self, Peer, Resume), QuicError> {
+    pub(crate) async fn dial(
+        endpoint: &Endpoint,
+        address: SocketAddr,
+        me: Peer,
+    ) -> Result<(Self, Peer, Resume), QuicError> {
         let connecting = endpoint.connect(address, NAME);
         let unreachable = |e: &dyn std::fmt::Display| QuicError::Unreachable { address, reason: e.to_string() };
         let connection = connecting.map_err(|e| unreachable(&e))?.await.map_err(|e| explain(address, &e))?;

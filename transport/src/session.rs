@@ -289,7 +289,12 @@ mod tests {
 
     impl Pair {
         fn new() -> Self {
-            let mut pair = Self { ends: Default::default(), wires: Default::default(), waiting: Default::default(), got: Default::default() };
+            let mut pair = Self {
+                ends: Default::default(),
+                wires: Default::default(),
+                waiting: Default::default(),
+                got: Default::default(),
+            };
             pair.reconnect();
             pair
         }

@@ -5,9 +5,7 @@ use super::ledger::Receipt;
 use crate::ids::Step;
 use crate::message::Commit;
 use crate::spec::{JobSpec, Layout};
-use everstep_kernels::{
-    AdamW, Group, Parameter, Tensor, Update, adamw_step, power, square_sums, state_sums,
-};
+use everstep_kernels::{AdamW, Group, Parameter, Tensor, Update, adamw_step, power, square_sums, state_sums};
 use std::sync::Arc;
 
 /// Weight and moments of one parameter.
@@ -105,7 +103,8 @@ fn add_vectors(mut a: Vec<f32>, b: Vec<f32>) -> Vec<f32> {
 impl Reduce {
     /// Of a balanced ledger.
     pub fn new(step: Step, ledger: &Ledger, layout: &Layout, groups: &[Group]) -> Self {
-        let with_gradient = |g: &Group| layout.of_group[g].iter().copied().filter(|n| layout.has_gradient(*n)).collect();
+        let with_gradient =
+            |g: &Group| layout.of_group[g].iter().copied().filter(|n| layout.has_gradient(*n)).collect();
         let head = groups.iter().position(|g| *g == Group::Head);
         let groups = groups.iter().map(|g| (ledger.receipts(*g), with_gradient(g))).collect();
         Self { step, groups, head }

@@ -166,7 +166,9 @@ async fn find(hub: &Hub, address: SocketAddr, wait: Duration) -> Result<Peer, An
             Ok(peer) => return Ok(peer),
             Err(error @ everstep_transport::QuicError::ForeignJob { .. }) => return Err(error.into()),
             Err(error) if tokio::time::Instant::now() > deadline => {
-                return Err(NodeError::NoSupervisor { address, seconds: wait.as_secs(), last: error.to_string() }.into());
+                return Err(
+                    NodeError::NoSupervisor { address, seconds: wait.as_secs(), last: error.to_string() }.into()
+                );
             }
             Err(_) => tokio::time::sleep(REDIAL).await,
         }
@@ -174,7 +176,11 @@ async fn find(hub: &Hub, address: SocketAddr, wait: Duration) -> Result<Peer, An
 }
 
 /// Asks for the job and its text.
-async fn receive_job(hub: &Hub, supervisor: Peer, events: &mut mpsc::Receiver<HubEvent>) -> Result<Materials, AnyError> {
+async fn receive_job(
+    hub: &Hub,
+    supervisor: Peer,
+    events: &mut mpsc::Receiver<HubEvent>,
+) -> Result<Materials, AnyError> {
     tell(hub, supervisor, Control::Enquire);
     let mut job = None;
     let mut bytes: Vec<u8> = Vec::new();

@@ -83,7 +83,11 @@ pub(super) enum Checkpointing {
     Load { step: Step, shard: u32, to: ActorId },
 }
 
-pub(super) fn start_store(store: Store, layout: Arc<Layout>, to: ActorRef<Msg>) -> std::io::Result<SyncSender<Checkpointing>> {
+pub(super) fn start_store(
+    store: Store,
+    layout: Arc<Layout>,
+    to: ActorRef<Msg>,
+) -> std::io::Result<SyncSender<Checkpointing>> {
     let (sender, wishes) = sync_channel(QUEUE);
     let mut keeper = StoreThread { store, layout };
     std::thread::Builder::new().name("checkpoints".to_owned()).spawn(move || {

@@ -165,7 +165,8 @@ fn restore(run: &RunFolder, config: &Config, identity: &RunIdentity) -> Result<R
     store.forget_after(checkpoint)?;
     let (lines, whole) = MetricsLine::read_all(&run.metrics())?;
     let open = |path: std::path::PathBuf| -> Result<(std::path::PathBuf, std::fs::File), AnyError> {
-        let file = OpenOptions::new().create(true).append(true).open(&path).map_err(|e| format!("{}: {e}", path.display()))?;
+        let file =
+            OpenOptions::new().create(true).append(true).open(&path).map_err(|e| format!("{}: {e}", path.display()))?;
         Ok((path, file))
     };
     let metrics = open(run.metrics())?;
@@ -407,7 +408,8 @@ impl State {
             }
             Control::Join { info, device_class } => {
                 if device_class != self.class {
-                    let why = format!("its device class is {device_class}, the job's is {}: their bits differ", self.class);
+                    let why =
+                        format!("its device class is {device_class}, the job's is {}: their bits differ", self.class);
                     tell(&self.hub, peer, Control::Dismiss { why });
                     return;
                 }
@@ -449,7 +451,8 @@ impl State {
                 return;
             }
             AdminRequest::Inspect(ActorId::Supervisor) => {
-                let text = format!("{}; {} messages refused", self.root.supervisor.describe(), self.root.router().refused());
+                let text =
+                    format!("{}; {} messages refused", self.root.supervisor.describe(), self.root.router().refused());
                 tell(&self.hub, operator, Control::Described { ticket, text });
                 return;
             }

@@ -46,17 +46,31 @@ pub(super) enum Faults {
 #[derive(Debug, Clone, Copy)]
 enum Fault {
     /// A node's process is killed; whether the supervisor is told at once.
-    Kill { slot: usize, seen: bool },
+    Kill {
+        slot: usize,
+        seen: bool,
+    },
     /// Two at once.
-    KillTwo { first: usize, second: usize },
+    KillTwo {
+        first: usize,
+        second: usize,
+    },
     KillSupervisor,
     KillAll,
     /// A node stops for so long.
-    Pause { slot: usize, micros: u64 },
+    Pause {
+        slot: usize,
+        micros: u64,
+    },
     /// All links of a node break; they come back.
-    BreakLinks { slot: usize },
+    BreakLinks {
+        slot: usize,
+    },
     /// An actor of a node panics.
-    Panic { slot: usize, choice: u32 },
+    Panic {
+        slot: usize,
+        choice: u32,
+    },
 }
 
 #[derive(Debug)]
@@ -379,7 +393,8 @@ impl World {
         let (supervisor, first) = Supervisor::new(spec, self.wanted, &self.disk, self.published, reported, now, plant);
         self.note(format!("the supervisor starts as life {life} with step {} committed", supervisor.committed()));
         if supervisor.committed() < self.announced {
-            let what = format!("step {} was announced, the next supervisor knows {}", self.announced, supervisor.committed());
+            let what =
+                format!("step {} was announced, the next supervisor knows {}", self.announced, supervisor.committed());
             return Err(("C2", what));
         }
         let keeper = KeeperCore::new(self.materials.spec.shards, self.published);
@@ -492,7 +507,8 @@ impl World {
     }
 
     fn break_links(&mut self, life: Life) {
-        let pairs: Vec<(Life, Life)> = self.network.links.keys().filter(|(a, b)| *a == life || *b == life).copied().collect();
+        let pairs: Vec<(Life, Life)> =
+            self.network.links.keys().filter(|(a, b)| *a == life || *b == life).copied().collect();
         for (a, b) in pairs {
             if let Some(link) = self.network.links.get_mut(&(a, b)).filter(|l| l.up) {
                 link.up = false;
@@ -547,10 +563,8 @@ impl World {
         if !present || !self.alive(flight.to) {
             return Ok(());
         }
-        let effects = self
-            .session(flight.to, flight.from)
-            .on_frame(flight.frame)
-            .map_err(|e| ("session", e.to_string()))?;
+        let effects =
+            self.session(flight.to, flight.from).on_frame(flight.frame).map_err(|e| ("session", e.to_string()))?;
         self.sessioned(flight.to, flight.from, effects)
     }
 
@@ -596,9 +610,9 @@ impl World {
         self.send_to_root(life, control)?;
         let Some(node) = self.node_of_life(life).filter(|_| returns) else { return Ok(()) };
         let failures: Vec<(Address, String)> = node.router.failures().map(|(a, r)| (*a, r.clone())).collect();
-        failures.into_iter().try_for_each(|(address, reason)| {
-            self.send_to_root(life, Control::ActorFailed { address, reason })
-        })
+        failures
+            .into_iter()
+            .try_for_each(|(address, reason)| self.send_to_root(life, Control::ActorFailed { address, reason }))
     }
 
     fn send_to_root(&mut self, life: Life, control: Control) -> Result<(), Broken> {
@@ -634,7 +648,8 @@ impl World {
             match action {
                 Action::Spawn(address) => {
                     let core = self.materials.core(address).expect("placed actors are workers");
-                    let actor = SimActor { incarnation: address.incarnation, core, mailbox: VecDeque::new(), awake: false };
+                    let actor =
+                        SimActor { incarnation: address.incarnation, core, mailbox: VecDeque::new(), awake: false };
                     if let Some(node) = self.node_of_life(life) {
                         node.actors.insert(address.actor, actor);
                     }

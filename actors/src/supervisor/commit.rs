@@ -217,12 +217,8 @@ impl CommitCore {
         let grad_norm = squares.sqrt();
         let clip = self.spec.optimizer.clip;
         let scale = if grad_norm > clip { clip / grad_norm } else { 1.0 };
-        let commit = Commit {
-            step,
-            clip: scale as f32,
-            lr: self.spec.lr(step) as f32,
-            skipped: !grad_norm.is_finite(),
-        };
+        let commit =
+            Commit { step, clip: scale as f32, lr: self.spec.lr(step) as f32, skipped: !grad_norm.is_finite() };
         CommitRecord { commit, loss: loss / self.spec.targets_of_step() as f64, grad_norm, copies }
     }
 

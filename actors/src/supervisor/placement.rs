@@ -62,7 +62,8 @@ pub struct Placement<'a> {
 impl<'a> Placement<'a> {
     /// On these nodes; there is at least one.
     pub fn new(spec: &JobSpec, costs: &'a Costs, nodes: &'a [NodeId]) -> Self {
-        let copies = (0..spec.shards).flat_map(|shard| (0..=spec.mirrors).map(move |replica| ActorId::Reducer { shard, replica }));
+        let copies = (0..spec.shards)
+            .flat_map(|shard| (0..=spec.mirrors).map(move |replica| ActorId::Reducer { shard, replica }));
         let mut actors: Vec<ActorId> = spec.workers().into_iter().chain(copies).collect();
         actors.sort_by(|a, b| costs.of(*b).cmp(&costs.of(*a)).then(a.cmp(b)));
         Self { costs, actors, nodes, load: nodes.iter().map(|n| (*n, 0)).collect() }
@@ -118,7 +119,8 @@ impl<'a> Placement<'a> {
                     && self.costs.of(**a) < gap
             };
             // The one that brings the two closest together.
-            let Some(actor) = self.actors.iter().filter(movable).min_by_key(|a| gap.abs_diff(2 * self.costs.of(**a))) else {
+            let Some(actor) = self.actors.iter().filter(movable).min_by_key(|a| gap.abs_diff(2 * self.costs.of(**a)))
+            else {
                 return;
             };
             let cost = self.costs.of(*actor);

@@ -121,12 +121,14 @@ pub fn expert_backward_input(
 }
 
 /// Weight gradients of one micro-batch: `parts` are the lanes' rows in order of lane.
-pub fn expert_backward_weight(b: &dyn Backend, weights: &ExpertWeights, parts: &[ExpertHeld]) -> Vec<(Arc<str>, Tensor)> {
+pub fn expert_backward_weight(
+    b: &dyn Backend,
+    weights: &ExpertWeights,
+    parts: &[ExpertHeld],
+) -> Vec<(Arc<str>, Tensor)> {
     let all = |part: fn(&ExpertHeld) -> &Tensor| b.stack(&parts.iter().map(|p| part(p).clone()).collect::<Vec<_>>());
     let x = all(|p| &p.x);
-    let product = |weight: &Weight, dy: Tensor, x: Tensor| {
-        (weight.name.clone(), Product::Linear { dy, x }.make(b))
-    };
+    let product = |weight: &Weight, dy: Tensor, x: Tensor| (weight.name.clone(), Product::Linear { dy, x }.make(b));
     vec![
         product(&weights.gate, all(|p| &p.dgate), x.clone()),
         product(&weights.up, all(|p| &p.dup), x),

@@ -69,7 +69,12 @@ impl Mixture {
     }
 
     /// `h_TD -> h_TD`, or rows for the experts.
-    pub(crate) fn forward(&self, b: &dyn Backend, h: Tensor, config: &ModelConfig) -> Half<(Tensor, FeedForwardSaved), Sent> {
+    pub(crate) fn forward(
+        &self,
+        b: &dyn Backend,
+        h: Tensor,
+        config: &ModelConfig,
+    ) -> Half<(Tensor, FeedForwardSaved), Sent> {
         let x = b.rms_norm(&h, &self.norm.value, NORM_EPS);
         match &self.ffn {
             FeedForward::Dense(mlp) => {
@@ -130,7 +135,13 @@ impl Mixture {
     }
 
     /// The rest of [`Self::backward_input`], with each expert's input gradient.
-    pub(crate) fn backward_rest(&self, b: &dyn Backend, sent: SentBack, rows: &[Tensor], products: &mut Products) -> Tensor {
+    pub(crate) fn backward_rest(
+        &self,
+        b: &dyn Backend,
+        sent: SentBack,
+        rows: &[Tensor],
+        products: &mut Products,
+    ) -> Tensor {
         let dx = b.add(&sent.dx, &b.combine(rows, None, &sent.plan));
         self.through_norm(b, &sent.h, dx, &sent.dh, products)
     }

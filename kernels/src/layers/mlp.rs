@@ -36,14 +36,18 @@ impl Mlp {
     }
 
     /// `dy_TD -> dx_TD`.
-    pub(crate) fn backward_input(&self, b: &dyn Backend, saved: MlpSaved, dy: &Tensor, products: &mut Products) -> Tensor {
+    pub(crate) fn backward_input(
+        &self,
+        b: &dyn Backend,
+        saved: MlpSaved,
+        dy: &Tensor,
+        products: &mut Products,
+    ) -> Tensor {
         let MlpSaved { x, gate, up, h } = saved;
         let dh = b.linear_backward_input(dy, &self.down.value);
         let (dgate, dup) = b.swiglu_backward(&gate, &up, &dh);
-        let dx = b.add(
-            &b.linear_backward_input(&dgate, &self.gate.value),
-            &b.linear_backward_input(&dup, &self.up.value),
-        );
+        let dx =
+            b.add(&b.linear_backward_input(&dgate, &self.gate.value), &b.linear_backward_input(&dup, &self.up.value));
         let mut push = |weight: &Weight, dy, x| products.push((weight.name.clone(), Product::Linear { dy, x }));
         push(&self.gate, dgate, x.clone());
         push(&self.up, dup, x);

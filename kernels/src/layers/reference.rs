@@ -14,9 +14,27 @@ use std::sync::Arc;
 
 fn config(query_rank: Option<usize>) -> ModelConfig {
     ModelConfig {
-        vocabulary: 11, hidden: 8, layers: 3, dense_layers: 1, dense_inner: 12, heads: 2, query_rank, kv_rank: 4,
-        nope: 4, rope: 2, value: 3, experts: 4, shared_experts: 1, expert_inner: 6, top_k: 2, groups: 2,
-        groups_kept: 1, routed_scale: 2.5, sequence: 5, rope_theta: 10_000.0, initial_std: 0.3,
+        vocabulary: 11,
+        hidden: 8,
+        layers: 3,
+        dense_layers: 1,
+        dense_inner: 12,
+        heads: 2,
+        query_rank,
+        kv_rank: 4,
+        nope: 4,
+        rope: 2,
+        value: 3,
+        experts: 4,
+        shared_experts: 1,
+        expert_inner: 6,
+        top_k: 2,
+        groups: 2,
+        groups_kept: 1,
+        routed_scale: 2.5,
+        sequence: 5,
+        rope_theta: 10_000.0,
+        initial_std: 0.3,
     }
 }
 
@@ -52,7 +70,8 @@ impl Reference<'_> {
     }
 
     fn mlp(&self, x: &[f64], prefix: &str) -> Vec<f64> {
-        let (g, u) = (self.linear(x, &format!("{prefix}gate_proj.weight")), self.linear(x, &format!("{prefix}up_proj.weight")));
+        let (g, u) =
+            (self.linear(x, &format!("{prefix}gate_proj.weight")), self.linear(x, &format!("{prefix}up_proj.weight")));
         let h: Vec<f64> = g.iter().zip(u).map(|(g, u)| g / (1.0 + (-g).exp()) * u).collect();
         self.linear(&h, &format!("{prefix}down_proj.weight"))
     }
@@ -65,7 +84,10 @@ impl Reference<'_> {
             let x = self.norm(h, &name("input_layernorm.weight"));
             let mut q = if c.query_rank.is_some() {
                 let low = self.linear(&x, &name("self_attn.q_a_proj.weight"));
-                self.linear(&self.norm(&low, &name("self_attn.q_a_layernorm.weight")), &name("self_attn.q_b_proj.weight"))
+                self.linear(
+                    &self.norm(&low, &name("self_attn.q_a_layernorm.weight")),
+                    &name("self_attn.q_b_proj.weight"),
+                )
             } else {
                 self.linear(&x, &name("self_attn.q_proj.weight"))
             };

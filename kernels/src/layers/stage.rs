@@ -144,7 +144,13 @@ impl StageModel {
     }
 
     /// Starts the forward function; `targets` for the last stage.
-    pub fn forward(&mut self, b: &dyn Backend, micro_batch: u32, input: StageInput, targets: Option<Targets>) -> Progress {
+    pub fn forward(
+        &mut self,
+        b: &dyn Backend,
+        micro_batch: u32,
+        input: StageInput,
+        targets: Option<Targets>,
+    ) -> Progress {
         let mut batch = MicroBatch { targets, ..MicroBatch::default() };
         let h = match input {
             StageInput::Hidden(h) => h,
@@ -242,7 +248,9 @@ impl StageModel {
             let layer = &self.layers[at];
             let (attention, saved) = batch.saved.pop().expect("each layer saved its activations");
             match layer.mixture.backward_input(b, saved, dh, &config, &mut batch.products) {
-                Half::Done(out) => dh = layer.attention.backward_input(b, attention, &out, &config, &mut batch.products),
+                Half::Done(out) => {
+                    dh = layer.attention.backward_input(b, attention, &out, &config, &mut batch.products)
+                }
                 Half::Experts { rows, sent } => {
                     batch.waiting = Some((at, Waiting::Backward { attention, sent }));
                     return Progress::Experts { layer: layer.index, rows };

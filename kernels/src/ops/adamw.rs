@@ -90,7 +90,14 @@ mod tests {
     use crate::ops::testing::*;
 
     const STEP: AdamW = AdamW {
-        lr: 1e-2, beta1: 0.9, beta2: 0.95, eps: 1e-8, decay: 0.1, clip: 0.5, correction1: 2.0, correction2: 3.0,
+        lr: 1e-2,
+        beta1: 0.9,
+        beta2: 0.95,
+        eps: 1e-8,
+        decay: 0.1,
+        clip: 0.5,
+        correction1: 2.0,
+        correction2: 3.0,
     };
 
     #[test]

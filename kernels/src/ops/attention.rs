@@ -162,7 +162,12 @@ pub(crate) fn backward(saved: &Saved<'_>, d_o: &[f32], s: &AttentionShape) -> (V
         let mut ds = vec![0.0; n * n];
         gemm(&mut Target { data: &mut ds, row_stride: n }, at.output(d_o), at.values(kv).transposed(), false);
         let values = &mut dkv[at.kv_at() + s.nope..];
-        gemm(&mut Target { data: values, row_stride: s.kv_row() }, View::new(&p, n, n).transposed(), at.output(d_o), false);
+        gemm(
+            &mut Target { data: values, row_stride: s.kv_row() },
+            View::new(&p, n, n).transposed(),
+            at.output(d_o),
+            false,
+        );
         for (i, (ds, p)) in ds.chunks_exact_mut(n).zip(p.chunks_exact(n)).enumerate() {
             let from = (first + i) * s.o_row() + head * s.value;
             let inner = sum_by(s.value, |c| d_o[from + c] * o[from + c]);

@@ -90,10 +90,8 @@ mod tests {
             let rank = |values: &[f64], i: usize| {
                 values.iter().enumerate().filter(|(j, v)| **v > values[i] || (**v == values[i] && *j < i)).count()
             };
-            let group: Vec<f64> = c
-                .chunks_exact(size)
-                .map(|g| (0..size).filter(|i| rank(g, *i) < 2).map(|i| g[i]).sum())
-                .collect();
+            let group: Vec<f64> =
+                c.chunks_exact(size).map(|g| (0..size).filter(|i| rank(g, *i) < 2).map(|i| g[i]).sum()).collect();
             let masked: Vec<f64> = (0..s.experts)
                 .map(|e| if rank(&group, e / size) < s.groups_kept { c[e] } else { f64::NEG_INFINITY })
                 .collect();

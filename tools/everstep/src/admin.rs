@@ -19,7 +19,8 @@ pub(crate) fn newest_run() -> Result<RunFolder> {
 
 pub(crate) async fn ask(run: &RunFolder, request: AdminRequest) -> Result<String> {
     let path = run.address();
-    let text = std::fs::read_to_string(&path).with_context(|| format!("cannot read {}: is this a run folder?", path.display()))?;
+    let text = std::fs::read_to_string(&path)
+        .with_context(|| format!("cannot read {}: is this a run folder?", path.display()))?;
     let address: SocketAddr = text.trim().parse().with_context(|| format!("{} holds no address", path.display()))?;
     let credentials = Credentials::load(&run.credentials())?;
     let any = SocketAddr::new(if address.is_ipv4() { [0, 0, 0, 0].into() } else { [0u16; 8].into() }, 0);

@@ -7,7 +7,9 @@ use everstep_kernels::state_sums;
 
 /// Opens a run folder's configuration and store.
 pub(crate) fn open(run: &RunFolder) -> Result<(Config, Store)> {
-    let read = |path: std::path::PathBuf| std::fs::read_to_string(&path).with_context(|| format!("cannot read {}", path.display()));
+    let read = |path: std::path::PathBuf| {
+        std::fs::read_to_string(&path).with_context(|| format!("cannot read {}", path.display()))
+    };
     let config = Config::parse(&read(run.config())?, &run.config().display().to_string(), &[])?;
     let identity: RunIdentity = serde_json::from_str(&read(run.identity())?)?;
     let store = Store::open(&run.checkpoints(), &identity.job, config.keep)?;

@@ -3,8 +3,8 @@
 //!
 //! It decides nothing about the job: it watches processes and reads the run's files.
 
-use crate::progress::Progress;
 use crate::STATUS_FAILED;
+use crate::progress::Progress;
 use crate::text::Text;
 use anyhow::{Context, Result, bail};
 use everstep_actors::{Config, RunFolder, RunIdentity};
@@ -117,7 +117,8 @@ impl Launcher {
     /// Starts the processes of a run folder.
     pub(crate) fn start(run: RunFolder, nodes: usize, show: bool) -> Result<Self> {
         let signals = Signals::new()?;
-        let text = fs::read_to_string(run.config()).with_context(|| format!("cannot read {}", run.config().display()))?;
+        let text =
+            fs::read_to_string(run.config()).with_context(|| format!("cannot read {}", run.config().display()))?;
         let config = Config::parse(&text, &run.config().display().to_string(), &[])?;
         fs::create_dir_all(run.logs())?;
         let _ = fs::remove_file(run.address());
@@ -260,7 +261,11 @@ fn may_restart(slot: &mut Slot) -> bool {
 
 fn this_program(run: &RunFolder, name: &str) -> Result<Command> {
     let path = run.logs().join(format!("{name}.log"));
-    let log = OpenOptions::new().create(true).append(true).open(&path).with_context(|| format!("cannot write {}", path.display()))?;
+    let log = OpenOptions::new()
+        .create(true)
+        .append(true)
+        .open(&path)
+        .with_context(|| format!("cannot write {}", path.display()))?;
     let mut command = Command::new(std::env::current_exe()?);
     command.stdin(Stdio::null()).stdout(log.try_clone()?).stderr(log);
     Ok(command)

@@ -13,7 +13,7 @@ mod text;
 
 use anyhow::{Context, Result, bail};
 use clap::{Parser, Subcommand};
-use everstep_actors::{AdminRequest, ActorId, Bug, Config, NodeEnd, NodeOptions, RunFolder, SupervisorEnd};
+use everstep_actors::{ActorId, AdminRequest, Bug, Config, NodeEnd, NodeOptions, RunFolder, SupervisorEnd};
 use launcher::{End, Launcher};
 use std::net::SocketAddr;
 use std::path::{Path, PathBuf};

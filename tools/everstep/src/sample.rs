@@ -49,7 +49,11 @@ fn logits(model: &ModelConfig, map: &ParameterMap, text: &[u8]) -> Result<Vec<f3
             }
             Progress::Hidden(logits) => {
                 let all = b.read(&logits)?;
-                return all.chunks_exact(model.vocabulary).next_back().map(<[f32]>::to_vec).context("a text of no bytes");
+                return all
+                    .chunks_exact(model.vocabulary)
+                    .next_back()
+                    .map(<[f32]>::to_vec)
+                    .context("a text of no bytes");
             }
             Progress::Finished => anyhow::bail!("a model without targets gives logits"),
         }

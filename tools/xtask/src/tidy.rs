@@ -22,7 +22,8 @@ const ARROWS: &[(&str, &[&str])] = &[
 /// Files under `actors/src` that may use a runtime, a clock or a file: the shells.
 const SHELLS: &str = "actors/src/shell/";
 /// What a core may not name.
-const NOT_IN_CORES: &[&str] = &["tokio::", "ractor::", "std::fs", "std::net", "SystemTime", "Instant::now", "std::thread"];
+const NOT_IN_CORES: &[&str] =
+    &["tokio::", "ractor::", "std::fs", "std::net", "SystemTime", "Instant::now", "std::thread"];
 /// Where `unsafe` may be.
 const UNSAFE: &[&str] = &["kernels/src/", "transport/src/rdma"];
 
@@ -124,7 +125,9 @@ fn invariants(files: &[PathBuf]) -> Result<Vec<String>> {
         let text = std::fs::read_to_string(path)?;
         let header: String = text.lines().take_while(|l| l.starts_with("//!")).map(|l| format!("{l}\n")).collect();
         let shown = path.to_string_lossy();
-        stated.extend(names(&header).into_iter().filter(|n| header.contains(&format!("- {n}:"))).map(|n| (shown.to_string(), n)));
+        stated.extend(
+            names(&header).into_iter().filter(|n| header.contains(&format!("- {n}:"))).map(|n| (shown.to_string(), n)),
+        );
         let tests = if is_test(path) { text.as_str() } else { text.split_once("#[cfg(test)]").map_or("", |(_, t)| t) };
         cited.extend(names(tests));
     }
