@@ -35,7 +35,7 @@ enum Rows {
 
 /// See the module.
 #[derive(Debug)]
-pub struct ExpertCore {
+pub(crate) struct ExpertCore {
     spec: Arc<JobSpec>,
     layout: Arc<Layout>,
     layer: u32,
@@ -61,7 +61,7 @@ pub struct ExpertCore {
 
 impl ExpertCore {
     /// A new life of an expert.
-    pub fn new(spec: Arc<JobSpec>, layout: Arc<Layout>, address: Address, layer: u32, expert: u32) -> Self {
+    pub(crate) fn new(spec: Arc<JobSpec>, layout: Arc<Layout>, address: Address, layer: u32, expert: u32) -> Self {
         let wanted = Group::Expert { layer, expert };
         let group =
             spec.model.groups_of_model().iter().position(|g| *g == wanted).expect("a group for each expert") as u32;
@@ -244,7 +244,7 @@ impl Core for ExpertCore {
             Event::Message { body: Body::Weights { step, tensors, .. }, .. } => self.take_weights(step, tensors),
             Event::Local { local: Local::Arrived(envelope), .. } => vec![self.arrived(envelope)],
             Event::Local { local: Local::Done { expert, turn, result }, .. } if expert == self.address => {
-                self.done(turn, result)
+                self.done(turn, *result)
             }
             Event::Computed(Outcome::ExpertWeight { step, sums }) => self.computed(step, sums),
             Event::Message { .. } | Event::Local { .. } | Event::Computed(_) => Vec::new(),

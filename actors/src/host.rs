@@ -16,7 +16,7 @@ use std::sync::Arc;
 
 /// See the module.
 #[derive(Debug)]
-pub struct HostCore {
+pub(crate) struct HostCore {
     spec: Arc<JobSpec>,
     table: Arc<Table>,
     /// Answers that are missing, by the life of the expert that was asked.
@@ -28,7 +28,7 @@ pub struct HostCore {
 
 impl HostCore {
     /// A new host.
-    pub fn new(spec: Arc<JobSpec>) -> Self {
+    pub(crate) fn new(spec: Arc<JobSpec>) -> Self {
         Self { spec, table: Arc::default(), asked: BTreeMap::new(), ready: Vec::new(), computing: false, batches: 0 }
     }
 
@@ -82,7 +82,10 @@ impl Core for HostCore {
                 self.computing = false;
                 for (expert, stage, turn, result) in done {
                     let body = Body::Answer { turn, pass: result.pass(), rows: result.rows().clone() };
-                    effects.push(Effect::Tell { to: expert.actor, local: Local::Done { expert, turn, result } });
+                    effects.push(Effect::Tell {
+                        to: expert.actor,
+                        local: Local::Done { expert, turn, result: Box::new(result) },
+                    });
                     effects.push(Effect::Send { from: Some(expert), to: stage, body });
                 }
             }

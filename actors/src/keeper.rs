@@ -14,7 +14,7 @@ use std::sync::Arc;
 
 /// What the keeper is told.
 #[derive(Debug)]
-pub enum KeeperEvent {
+pub(crate) enum KeeperEvent {
     /// A new epoch.
     Table(Arc<Table>),
     /// A snapshot, or the wish for a state.
@@ -46,7 +46,7 @@ pub enum KeeperEvent {
 
 /// What the keeper asks for.
 #[derive(Debug)]
-pub enum KeeperEffect {
+pub(crate) enum KeeperEffect {
     /// Write a shard's chunks.
     Store {
         /// The step.
@@ -75,7 +75,7 @@ pub enum KeeperEffect {
 
 /// See the module.
 #[derive(Debug)]
-pub struct KeeperCore {
+pub(crate) struct KeeperCore {
     shards: u32,
     table: Arc<Table>,
     published: Step,
@@ -85,12 +85,12 @@ pub struct KeeperCore {
 
 impl KeeperCore {
     /// A keeper whose newest checkpoint is of step `published` (0: none).
-    pub fn new(shards: u32, published: Step) -> Self {
+    pub(crate) fn new(shards: u32, published: Step) -> Self {
         Self { shards, table: Arc::default(), published, storing: BTreeMap::new() }
     }
 
     /// Takes an event and gives what is to be done.
-    pub fn on(&mut self, event: KeeperEvent) -> Vec<KeeperEffect> {
+    pub(crate) fn on(&mut self, event: KeeperEvent) -> Vec<KeeperEffect> {
         match event {
             KeeperEvent::Table(table) => {
                 self.table = table;

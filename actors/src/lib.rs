@@ -44,6 +44,6 @@ pub use shell::{
     run_supervisor,
 };
 pub use spec::{JobSpec, Layout, OptimizerSpec};
-pub use supervisor::{Happening, Record, Report, Supervisor, SupervisorEffect, SupervisorEvent};
+pub use supervisor::{CommitRecord, Happening, Record, Report, Supervisor, SupervisorEffect, SupervisorEvent};
 pub use table::{Entry, NodeInfo, Table};
 pub use wire::{Unit, WireError};

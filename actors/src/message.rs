@@ -46,7 +46,7 @@ pub struct Commit {
 }
 
 /// Weight, first and second moment of a parameter.
-pub type ParameterState<T> = [T; 3];
+pub(crate) type ParameterState<T> = [T; 3];
 
 /// A message between logical actors. Everything but `Fetch` and the reports to the supervisor is kept by
 /// its sender, or made again from its state, until the step is committed.
@@ -314,6 +314,6 @@ pub enum Local {
         /// The micro-batch.
         turn: Turn,
         /// For the expert to keep.
-        result: WorkResult,
+        result: Box<WorkResult>,
     },
 }

@@ -13,30 +13,30 @@ use std::collections::BTreeMap;
 
 /// See the module.
 #[derive(Debug, Default)]
-pub struct Outbox {
+pub(crate) struct Outbox {
     kept: BTreeMap<ActorId, Vec<(Step, Body<Tensor>)>>,
 }
 
 impl Outbox {
     /// Keeps a message of `step` and gives the effect that sends it.
-    pub fn send(&mut self, step: Step, to: ActorId, body: Body<Tensor>) -> Effect {
+    pub(crate) fn send(&mut self, step: Step, to: ActorId, body: Body<Tensor>) -> Effect {
         self.kept.entry(to).or_default().push((step, body.clone()));
         Effect::send(to, body)
     }
 
     /// Keeps a message that somebody else sends in the actor's name.
-    pub fn keep(&mut self, step: Step, to: ActorId, body: Body<Tensor>) {
+    pub(crate) fn keep(&mut self, step: Step, to: ActorId, body: Body<Tensor>) {
         self.kept.entry(to).or_default().push((step, body));
     }
 
     /// Sends again what receivers with a new life have not got.
-    pub fn resend(&self, before: &Table, now: &Table) -> Vec<Effect> {
+    pub(crate) fn resend(&self, before: &Table, now: &Table) -> Vec<Effect> {
         let replaced = self.kept.iter().filter(|(to, _)| now.replaced(before, **to));
         replaced.flat_map(|(to, kept)| kept.iter().map(|(_, body)| Effect::send(*to, body.clone()))).collect()
     }
 
     /// Forgets messages of committed steps.
-    pub fn forget_until(&mut self, committed: Step) {
+    pub(crate) fn forget_until(&mut self, committed: Step) {
         for kept in self.kept.values_mut() {
             kept.retain(|(step, _)| *step > committed);
         }
@@ -44,12 +44,7 @@ impl Outbox {
     }
 
     /// Messages kept.
-    pub fn len(&self) -> usize {
+    pub(crate) fn len(&self) -> usize {
         self.kept.values().map(Vec::len).sum()
-    }
-
-    /// Whether none are kept.
-    pub fn is_empty(&self) -> bool {
-        self.kept.is_empty()
     }
 }

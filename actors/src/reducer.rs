@@ -12,8 +12,8 @@
 mod arithmetic;
 mod ledger;
 
-pub use arithmetic::{Applied, Apply, ParameterData, Reduce, Reduced, initial};
-pub use ledger::{Ledger, Receipt};
+pub(crate) use arithmetic::{Applied, Apply, ParameterData, Reduce, Reduced, initial};
+pub(crate) use ledger::{Ledger, Receipt};
 
 use crate::compute::{Job, Outcome};
 use crate::effect::{Core, Effect, Event};
@@ -36,7 +36,7 @@ struct State {
 
 /// See the module.
 #[derive(Debug)]
-pub struct ReducerCore {
+pub(crate) struct ReducerCore {
     spec: Arc<JobSpec>,
     layout: Arc<Layout>,
     shard: u32,
@@ -62,7 +62,7 @@ pub struct ReducerCore {
 
 impl ReducerCore {
     /// A new life of a copy.
-    pub fn new(spec: Arc<JobSpec>, layout: Arc<Layout>, shard: u32, replica: u32, plant: Option<Bug>) -> Self {
+    pub(crate) fn new(spec: Arc<JobSpec>, layout: Arc<Layout>, shard: u32, replica: u32, plant: Option<Bug>) -> Self {
         let numbers = layout.of_shard(shard);
         let groups = layout.groups[shard as usize].clone();
         Self {

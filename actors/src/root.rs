@@ -13,7 +13,7 @@ use std::time::Duration;
 
 /// What the process is told.
 #[derive(Debug)]
-pub enum RootEvent {
+pub(crate) enum RootEvent {
     /// For the supervisor.
     Supervisor(SupervisorEvent),
     /// For the keeper.
@@ -24,7 +24,7 @@ pub enum RootEvent {
 
 /// What the process is to do.
 #[derive(Debug)]
-pub enum RootEffect {
+pub(crate) enum RootEffect {
     /// Append to the control log and sync; answer with `Synced`.
     Append(Record),
     /// Say to a node.
@@ -63,7 +63,7 @@ pub enum RootEffect {
 
 /// See the module.
 #[derive(Debug)]
-pub struct Root {
+pub(crate) struct Root {
     /// Decides.
     pub supervisor: Supervisor,
     keeper: KeeperCore,
@@ -72,7 +72,7 @@ pub struct Root {
 
 impl Root {
     /// From a supervisor and its first effects.
-    pub fn new(
+    pub(crate) fn new(
         supervisor: Supervisor,
         first: Vec<SupervisorEffect>,
         keeper: KeeperCore,
@@ -86,7 +86,7 @@ impl Root {
     }
 
     /// Takes an event and gives what is to be done.
-    pub fn on(&mut self, now: Duration, event: RootEvent) -> Vec<RootEffect> {
+    pub(crate) fn on(&mut self, now: Duration, event: RootEvent) -> Vec<RootEffect> {
         match event {
             RootEvent::Supervisor(event) => {
                 let effects = self.supervisor.on(now, event);
@@ -182,7 +182,7 @@ impl Root {
     }
 
     /// The router, for operators and the simulator's checks.
-    pub fn router(&self) -> &Router {
+    pub(crate) fn router(&self) -> &Router {
         &self.router
     }
 }

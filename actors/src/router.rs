@@ -20,11 +20,11 @@ use std::sync::Arc;
 
 /// Messages that may wait for their sender's life to be announced. A life sends at most the messages
 /// of a step before it needs an answer, so a node that sees more is fed garbage.
-pub const EARLY_MAX: usize = 65_536;
+pub(crate) const EARLY_MAX: usize = 65_536;
 
 /// What the node is to do.
 #[derive(Debug)]
-pub enum Action {
+pub(crate) enum Action {
     /// Start an actor.
     Spawn(Address),
     /// Stop one: it lives elsewhere or nowhere.
@@ -46,7 +46,7 @@ enum Verdict {
 
 /// See the module.
 #[derive(Debug)]
-pub struct Router {
+pub(crate) struct Router {
     /// None until the supervisor has welcomed the process; messages may come before that.
     node: Option<NodeId>,
     table: Arc<Table>,
@@ -59,42 +59,42 @@ pub struct Router {
 
 impl Router {
     /// The router of a process that has not heard of any epoch.
-    pub fn new(plant: Option<Bug>) -> Self {
+    pub(crate) fn new(plant: Option<Bug>) -> Self {
         Self { node: None, table: Arc::default(), early: Vec::new(), refused: 0, failed: BTreeMap::new(), plant }
     }
 
     /// The supervisor has given this process its number.
-    pub fn welcome(&mut self, node: NodeId) {
+    pub(crate) fn welcome(&mut self, node: NodeId) {
         self.node = Some(node);
     }
 
     /// The number of this process.
-    pub fn node(&self) -> Option<NodeId> {
+    pub(crate) fn node(&self) -> Option<NodeId> {
         self.node
     }
 
     /// The epoch it knows.
-    pub fn table(&self) -> &Arc<Table> {
+    pub(crate) fn table(&self) -> &Arc<Table> {
         &self.table
     }
 
     /// Messages that the fence refused.
-    pub fn refused(&self) -> u64 {
+    pub(crate) fn refused(&self) -> u64 {
         self.refused
     }
 
     /// Messages that wait for a life to be announced.
-    pub fn held(&self) -> usize {
+    pub(crate) fn held(&self) -> usize {
         self.early.len()
     }
 
     /// An actor of this node failed.
-    pub fn fail(&mut self, address: Address, reason: String) {
+    pub(crate) fn fail(&mut self, address: Address, reason: String) {
         self.failed.insert(address, reason);
     }
 
     /// Lives that failed and are not replaced yet, for a new life of the supervisor.
-    pub fn failures(&self) -> impl Iterator<Item = (&Address, &String)> {
+    pub(crate) fn failures(&self) -> impl Iterator<Item = (&Address, &String)> {
         self.failed.iter()
     }
 
@@ -114,7 +114,7 @@ impl Router {
     }
 
     /// A new epoch. Older ones are ignored.
-    pub fn on_table(&mut self, table: Arc<Table>) -> Vec<Action> {
+    pub(crate) fn on_table(&mut self, table: Arc<Table>) -> Vec<Action> {
         if table.epoch <= self.table.epoch {
             return Vec::new();
         }
@@ -158,7 +158,7 @@ impl Router {
     }
 
     /// A bundle came from a node, or from an actor of this one.
-    pub fn arrive(&mut self, bundle: Vec<Envelope>) -> Vec<Action> {
+    pub(crate) fn arrive(&mut self, bundle: Vec<Envelope>) -> Vec<Action> {
         let mut batches: BTreeMap<u32, Vec<Envelope>> = BTreeMap::new();
         let mut actions = Vec::new();
         for envelope in bundle {
@@ -185,7 +185,7 @@ impl Router {
     }
 
     /// Messages that one actor sends at once: `(in whose name, to whom, what)`.
-    pub fn send(&mut self, messages: Vec<(Address, ActorId, Body<Tensor>)>) -> Vec<Action> {
+    pub(crate) fn send(&mut self, messages: Vec<(Address, ActorId, Body<Tensor>)>) -> Vec<Action> {
         let mut bundles: BTreeMap<NodeId, Vec<Envelope>> = BTreeMap::new();
         for (from, to, body) in messages {
             // An actor without a place gets it from the outbox once it has one.

@@ -5,7 +5,7 @@
 
 /// One operation of a stage.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
-pub enum Operation {
+pub(crate) enum Operation {
     /// Forward of a micro-batch.
     Forward(u32),
     /// Input part of the backward.
@@ -16,7 +16,7 @@ pub enum Operation {
 
 /// One forward, one backward (PipeDream-Flush): stage `stage` of `stages` runs ahead by as many
 /// forwards as there are stages after it, so at most `stages - stage` micro-batches are alive in it.
-pub fn one_forward_one_backward(stage: u32, stages: u32, micro_batches: u32) -> Vec<Operation> {
+pub(crate) fn one_forward_one_backward(stage: u32, stages: u32, micro_batches: u32) -> Vec<Operation> {
     let ahead = (stages - stage).min(micro_batches);
     let mut program: Vec<Operation> = (0..ahead).map(Operation::Forward).collect();
     for micro_batch in 0..micro_batches {

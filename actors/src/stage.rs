@@ -44,7 +44,7 @@ enum Phase {
 
 /// See the module.
 #[derive(Debug)]
-pub struct StageCore {
+pub(crate) struct StageCore {
     spec: Arc<JobSpec>,
     layout: Arc<Layout>,
     corpus: Corpus,
@@ -66,7 +66,7 @@ pub struct StageCore {
 
 impl StageCore {
     /// A new life of a stage.
-    pub fn new(spec: Arc<JobSpec>, layout: Arc<Layout>, corpus: Corpus, lane: u32, stage: u32) -> Self {
+    pub(crate) fn new(spec: Arc<JobSpec>, layout: Arc<Layout>, corpus: Corpus, lane: u32, stage: u32) -> Self {
         let groups = spec.groups_of_stage(stage);
         let all = spec.model.groups_of_model();
         let numbers =

@@ -10,12 +10,15 @@
 //!   lives for all; a step done again must give the fingerprint that was reported.
 
 mod commit;
+mod events;
 mod membership;
 mod placement;
 mod record;
+mod steps;
 
-use commit::{CommitCore, Prepared};
-pub use membership::LEASE;
+use commit::CommitCore;
+pub use events::{Happening, Report, SupervisorEffect, SupervisorEvent};
+pub(crate) use membership::LEASE;
 use membership::Membership;
 use placement::{Costs, Placement};
 pub use record::{CommitRecord, Record};
@@ -25,115 +28,16 @@ use crate::message::Body;
 use crate::plant::Bug;
 use crate::spec::{JobSpec, Layout};
 use crate::table::{Entry, NodeInfo, Table};
-use everstep_kernels::Tensor;
-use serde::Serialize;
 use std::collections::{BTreeMap, BTreeSet, VecDeque};
 use std::sync::Arc;
 use std::time::Duration;
 
 /// Restarts of one actor within [`RESTART_WINDOW`] that are still taken for accidents.
-pub const RESTARTS_MAX: usize = 5;
+pub(crate) const RESTARTS_MAX: usize = 5;
+/// Dead nodes that are remembered to have spoken.
+const FENCED_MAX: usize = 1024;
 /// See [`RESTARTS_MAX`].
-pub const RESTART_WINDOW: Duration = Duration::from_secs(60);
-
-/// What the supervisor is told.
-#[derive(Debug)]
-pub enum SupervisorEvent {
-    /// A process wants to be a node.
-    Join(NodeInfo),
-    /// A node that an earlier life of the supervisor knew has come back to this one.
-    Return(NodeId),
-    /// A node lives; it has done so much work so far.
-    Heartbeat {
-        /// Which.
-        node: NodeId,
-        /// Multiply-adds since it joined.
-        work: u64,
-    },
-    /// A node's process is known to have ended.
-    Lost {
-        /// Which.
-        node: NodeId,
-        /// How that is known.
-        why: String,
-    },
-    /// An actor panicked or failed.
-    ActorFailed {
-        /// Which life.
-        address: Address,
-        /// Its last words.
-        reason: String,
-    },
-    /// A report of a reducer.
-    Message {
-        /// Who sent it.
-        from: Address,
-        /// What it says.
-        body: Body<Tensor>,
-    },
-    /// The keeper has a whole checkpoint on disk.
-    Checkpointed(Step),
-    /// The oldest record that was appended and not synced yet is synced.
-    Synced,
-    /// Time went by.
-    Tick,
-}
-
-/// What the supervisor asks for.
-#[derive(Debug)]
-pub enum SupervisorEffect {
-    /// Append to the control log and sync.
-    Append(Record),
-    /// Tell every node, and this process's own router.
-    Announce(Arc<Table>),
-    /// Tell a new node its number.
-    Welcome(NodeId, NodeInfo),
-    /// Tell a node that was declared dead.
-    Fence(NodeId),
-    /// Send to an actor.
-    Send(ActorId, Body<Tensor>),
-    /// A committed step, reported once.
-    Report(Report),
-    /// Something that operators want to know.
-    Note(Happening),
-    /// The job is over.
-    Finish(Result<(), String>),
-}
-
-/// A line of metrics.jsonl, without what the process adds.
-#[derive(Debug, Clone, PartialEq)]
-pub struct Report {
-    /// Numbers of the commit.
-    pub commit: CommitRecord,
-    /// Root of the fingerprint, in hexadecimal.
-    pub fingerprint: String,
-    /// The epoch at the report.
-    pub epoch: u64,
-    /// Work of each living node since the report before.
-    pub operations: BTreeMap<NodeId, u64>,
-}
-
-/// A line of events.jsonl, without its time.
-#[derive(Debug, Clone, PartialEq, Eq, Serialize)]
-#[serde(tag = "event", rename_all = "snake_case")]
-#[allow(missing_docs)]
-pub enum Happening {
-    NodeJoined { node: u64, address: String },
-    NodeReturned { node: u64 },
-    NodeDead { node: u64, why: String, epoch: u64 },
-    NodeFenced { node: u64 },
-    ActorFailed { actor: String, incarnation: u32, reason: String, epoch: u64 },
-    Placed { epoch: u64, actors: usize, nodes: usize },
-    Moved { epoch: u64, actors: Vec<String> },
-    RolledBack { to_step: u64, epoch: u64, why: String },
-    CheckpointStored { step: u64 },
-    SupervisorRestarted { incarnation: u32, committed: u64 },
-    Recovered { step: u64, milliseconds: u64 },
-    Waiting { why: String },
-    Skipped { step: u64, why: String },
-    CheckpointRefused { why: String },
-    StrangerRefused { why: String },
-}
+pub(crate) const RESTART_WINDOW: Duration = Duration::from_secs(60);
 
 /// See the module.
 #[derive(Debug)]
@@ -159,6 +63,8 @@ pub struct Supervisor {
     /// When the failure was noticed after which no step has been committed yet.
     recovering: Option<Duration>,
     finished: bool,
+    /// Dead nodes that spoke, the newest [`FENCED_MAX`].
+    fenced: BTreeSet<NodeId>,
     plant: Option<Bug>,
 }
 
@@ -191,6 +97,7 @@ impl Supervisor {
             reported,
             recovering: None,
             finished: false,
+            fenced: BTreeSet::new(),
             plant,
             spec,
         };
@@ -309,7 +216,7 @@ impl Supervisor {
 
     fn returned(&mut self, now: Duration, node: NodeId) -> Vec<SupervisorEffect> {
         if !self.table.nodes.contains_key(&node) {
-            return vec![SupervisorEffect::Fence(node), SupervisorEffect::Note(Happening::NodeFenced { node: node.0 })];
+            return self.fence(node);
         }
         self.membership.heard(now, node);
         let mut then = vec![SupervisorEffect::Announce(Arc::new(self.table.clone()))];
@@ -337,9 +244,21 @@ impl Supervisor {
         (0..self.spec.shards).flat_map(|shard| self.table.replicas(shard).collect::<Vec<_>>())
     }
 
+    /// A dead node speaks: it is told, and people are told once.
+    fn fence(&mut self, node: NodeId) -> Vec<SupervisorEffect> {
+        let mut effects = vec![SupervisorEffect::Fence(node)];
+        if self.fenced.insert(node) {
+            effects.push(SupervisorEffect::Note(Happening::NodeFenced { node: node.0 }));
+        }
+        if self.fenced.len() > FENCED_MAX {
+            self.fenced.pop_first();
+        }
+        effects
+    }
+
     fn heartbeat(&mut self, now: Duration, node: NodeId, work: u64) -> Vec<SupervisorEffect> {
         if !self.table.nodes.contains_key(&node) {
-            return vec![SupervisorEffect::Fence(node)];
+            return self.fence(node);
         }
         self.membership.heard(now, node);
         self.work.entry(node).or_default().0 = work;
@@ -462,6 +381,10 @@ impl Supervisor {
         }
         self.place(true);
         self.last = None;
+        // A commit whose record is not synced yet is not announced any more: the job is before it now.
+        for held in &mut self.held {
+            held.retain(|effect| !matches!(effect, SupervisorEffect::Send(..)));
+        }
         self.commit.restore(to_step, BTreeSet::new());
         Happening::RolledBack { to_step, epoch: self.table.epoch + 1, why }
     }
@@ -494,114 +417,6 @@ impl Supervisor {
             reason,
             epoch: self.table.epoch,
         }));
-        effects
-    }
-
-    fn message(&mut self, now: Duration, from: Address, body: Body<Tensor>) -> Vec<SupervisorEffect> {
-        let ActorId::Reducer { shard, replica } = from.actor else { return Vec::new() };
-        if self.table.address(from.actor) != Some(from) {
-            return Vec::new();
-        }
-        let mut effects = Vec::new();
-        match body {
-            Body::Prepared { step, norm, loss, samples } => {
-                self.commit.prepared(shard, replica, Prepared { step, norm, loss, samples });
-            }
-            Body::Applied { step, sums } => {
-                if let Err(e) = self.commit.applied(shard, replica, step, sums) {
-                    return self.finish(Err(e.to_string()));
-                }
-                if self.can_elect() {
-                    effects.extend(self.settle(Vec::new()));
-                }
-            }
-            Body::Stateless => {
-                self.commit.out_of_sync(from.actor);
-                let before = self.table.primaries.clone();
-                let note = self.elect();
-                if self.table.primaries != before {
-                    effects.extend(self.publish(Vec::new()));
-                }
-                effects.extend(note.map(SupervisorEffect::Note));
-            }
-            Body::Hidden { .. }
-            | Body::Gradient { .. }
-            | Body::Rows { .. }
-            | Body::Answer { .. }
-            | Body::Sums { .. }
-            | Body::Weights { .. }
-            | Body::Fetch { .. }
-            | Body::State { .. }
-            | Body::Commit(_)
-            | Body::Snapshot { .. }
-            | Body::SnapshotKept { .. } => {}
-        }
-        effects.extend(self.decide(now));
-        effects
-    }
-
-    /// Reports and commits what can be.
-    fn decide(&mut self, now: Duration) -> Vec<SupervisorEffect> {
-        let mut effects = self.report();
-        if self.finished || self.table.primaries.contains(&None) {
-            return effects;
-        }
-        let commit = match self.commit.decide() {
-            Ok(Some(commit)) => commit,
-            Ok(None) => return effects,
-            Err(e) => {
-                effects.extend(self.finish(Err(e.to_string())));
-                return effects;
-            }
-        };
-        self.last = Some(commit);
-        let send = self.reducers().map(|to| SupervisorEffect::Send(to, Body::Commit(commit.commit))).collect();
-        effects.extend(self.log(Record::Commit(commit), send));
-        if commit.commit.skipped {
-            let why = "the gradient's norm is not finite".to_owned();
-            effects.push(SupervisorEffect::Note(Happening::Skipped { step: commit.commit.step, why }));
-        }
-        if let Some(since) = self.recovering.take() {
-            let milliseconds = now.saturating_sub(since).as_millis() as u64;
-            effects.push(SupervisorEffect::Note(Happening::Recovered { step: commit.commit.step, milliseconds }));
-        }
-        effects
-    }
-
-    /// Reports the newest committed step once every shard has applied it.
-    fn report(&mut self) -> Vec<SupervisorEffect> {
-        let Some(fingerprint) = self.commit.take_fingerprint() else { return Vec::new() };
-        let step = self.commit.committed();
-        let mut effects = Vec::new();
-        match (self.reported.get(&step), self.last) {
-            (Some(before), _) if *before != fingerprint => {
-                let why = format!("step {step} was done again and has fingerprint {fingerprint}, not {before}");
-                return self.finish(Err(why));
-            }
-            (None, Some(commit)) if commit.commit.step == step => {
-                let since = |told: &mut (u64, u64)| told.0 - std::mem::replace(&mut told.1, told.0);
-                let operations = self.work.iter_mut().map(|(node, told)| (*node, since(told))).collect();
-                let (fingerprint, epoch) = (fingerprint.clone(), self.table.epoch);
-                effects.push(SupervisorEffect::Report(Report { commit, fingerprint, epoch, operations }));
-            }
-            (Some(_) | None, _) => {}
-        }
-        self.reported.insert(step, fingerprint);
-        if step == self.spec.steps && self.checkpoint == step {
-            effects.extend(self.finish(Ok(())));
-        }
-        effects
-    }
-
-    fn checkpointed(&mut self, step: Step) -> Vec<SupervisorEffect> {
-        self.checkpoint = self.checkpoint.max(step);
-        // A step is done again only after the newest checkpoint, or if the job is before it now.
-        let floor = self.checkpoint.min(self.committed());
-        self.reported.retain(|s, _| *s >= floor);
-        let mut effects = vec![SupervisorEffect::Note(Happening::CheckpointStored { step })];
-        if step == self.spec.steps && self.reported.contains_key(&step) {
-            effects.extend(self.finish(Ok(())));
-        }
         effects
     }
 

@@ -13,7 +13,7 @@ use std::sync::Arc;
 
 /// What every core of a job is made from.
 #[derive(Debug, Clone)]
-pub struct Materials {
+pub(crate) struct Materials {
     /// The job.
     pub spec: Arc<JobSpec>,
     /// Its parameters.
@@ -26,7 +26,7 @@ pub struct Materials {
 
 impl Materials {
     /// A new life of an actor. The supervisor and the keeper are not placed on nodes.
-    pub fn core(&self, address: Address) -> Option<Box<dyn Core>> {
+    pub(crate) fn core(&self, address: Address) -> Option<Box<dyn Core>> {
         let (spec, layout) = (Arc::clone(&self.spec), Arc::clone(&self.layout));
         match address.actor {
             ActorId::Stage { lane, stage } => {

@@ -13,7 +13,7 @@
 use gemm::Parallelism;
 
 /// Terms of a sum that are accumulated in registers before they are added to the result.
-pub const K_BLOCK: usize = 256;
+pub(crate) const K_BLOCK: usize = 256;
 
 /// A read-only matrix view: element `(i, j)` is `data[i * row_stride + j * column_stride]`.
 #[derive(Debug, Clone, Copy)]

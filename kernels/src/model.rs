@@ -58,7 +58,7 @@ pub struct ModelConfig {
 }
 
 /// Added to the mean square in every RMSNorm.
-pub const NORM_EPS: f32 = 1e-6;
+pub(crate) const NORM_EPS: f32 = 1e-6;
 
 const PURPOSE_INITIAL: u32 = 1;
 

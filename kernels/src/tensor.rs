@@ -85,8 +85,8 @@ impl Tensor {
         }
     }
 
-    #[cfg(feature = "cuda")]
-    pub(crate) fn buffer(&self) -> Option<&dyn DeviceBuffer> {
+    /// What is behind the handle, if it is on a device.
+    pub fn buffer(&self) -> Option<&dyn DeviceBuffer> {
         match &self.data {
             Data::Device(buffer) => Some(buffer.as_ref()),
             Data::F32(_) | Data::U32(_) => None,

@@ -41,7 +41,7 @@ impl ParameterData {
 }
 
 /// The state before the first step.
-pub fn initial(seed: u64, std: f64, parameters: &[Parameter]) -> Applied {
+pub(crate) fn initial(seed: u64, std: f64, parameters: &[Parameter]) -> Applied {
     let parameters: Vec<ParameterData> = parameters
         .iter()
         .map(|p| {
@@ -136,6 +136,16 @@ impl Reduce {
     }
 }
 
+/// What an optimizer step changes one parameter with.
+#[derive(Debug)]
+struct ParameterWork {
+    data: ParameterData,
+    gradient: Option<Vec<f32>>,
+    /// Rows by expert, for a gate's bias.
+    loads: Vec<u64>,
+    update: Update,
+}
+
 /// An optimizer step over a shard.
 #[derive(Debug)]
 pub struct Apply {
@@ -143,8 +153,7 @@ pub struct Apply {
     adamw: AdamW,
     decay: f32,
     bias_step: f32,
-    /// State, gradient or load, and kind of each parameter.
-    work: Vec<(ParameterData, Option<Vec<f32>>, Vec<u64>, Update)>,
+    work: Vec<ParameterWork>,
 }
 
 /// A state and its fingerprint sums.
@@ -190,7 +199,8 @@ impl Apply {
             .zip(state)
             .map(|(n, data)| {
                 let p = &layout.parameters[*n as usize];
-                (data.clone(), gradients.remove(n), loads.get(&p.group).cloned().unwrap_or_default(), p.update)
+                let loads = loads.get(&p.group).cloned().unwrap_or_default();
+                ParameterWork { data: data.clone(), gradient: gradients.remove(n), loads, update: p.update }
             })
             .collect();
         Self { commit, adamw, decay: o.weight_decay as f32, bias_step: o.bias_step, work }
@@ -199,7 +209,7 @@ impl Apply {
     /// Does it.
     pub fn run(self) -> Applied {
         let (mut parameters, mut sums) = (Vec::new(), Vec::new());
-        for (mut p, gradient, loads, update) in self.work {
+        for ParameterWork { data: mut p, gradient, loads, update } in self.work {
             let sum = if self.commit.skipped {
                 p.sums()
             } else {

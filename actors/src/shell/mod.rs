@@ -5,6 +5,7 @@ mod pool;
 mod run_folder;
 mod scribe;
 mod supervisor;
+mod watch;
 mod worker;
 
 pub use node::{NodeEnd, NodeOptions, run_node};

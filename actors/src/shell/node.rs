@@ -139,7 +139,7 @@ pub async fn run_node(options: &NodeOptions) -> Result<NodeEnd, AnyError> {
 
 /// Why being a node failed.
 #[derive(Debug, thiserror::Error)]
-pub enum NodeError {
+pub(crate) enum NodeError {
     /// The supervisor does not answer.
     #[error("no supervisor at {address} for {seconds} s; last: {last}")]
     NoSupervisor {

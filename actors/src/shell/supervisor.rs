@@ -5,7 +5,8 @@
 
 use super::run_folder::{MetricsLine, RunFolder, RunIdentity};
 use super::scribe::{Checkpointing, Files, Line, start_scribe, start_store};
-use super::{AnyError, machine, new_name, send, tell};
+use super::watch::watch;
+use super::{AnyError, new_name, send, tell};
 use crate::config::Config;
 use crate::control::{ActorRequest, AdminRequest, Control};
 use crate::ids::{ActorId, NodeId, Step};
@@ -13,7 +14,6 @@ use crate::keeper::{KeeperCore, KeeperEvent};
 use crate::message::ParameterState;
 use crate::root::{Root, RootEffect, RootEvent};
 use crate::supervisor::{Happening, Record, Report, Supervisor, SupervisorEvent};
-use crate::table::NodeInfo;
 use crate::wire::Unit;
 use everstep_checkpoint::{Log, RECORD_MAX, Store};
 use everstep_kernels::{Backend, CpuBackend, Tensor};
@@ -85,7 +85,7 @@ struct State {
 }
 
 struct Args {
-    run: RunFolder,
+    restored: Restored,
     config: Config,
     identity: RunIdentity,
     corpus: Arc<Vec<u8>>,
@@ -110,11 +110,12 @@ pub async fn run_supervisor(run: RunFolder, listen: SocketAddr) -> Result<Superv
         let path = run.corpus();
         return Err(format!("{} has hash {hash}, expected {}", path.display(), identity.corpus_hash).into());
     }
+    let restored = restore(&run, &config, &identity)?;
     let credentials = Credentials::load(&run.credentials())?;
     let (hub, mut events) = Hub::open(listen, &credentials, new_name())?;
     let (end, mut ended) = mpsc::channel(1);
     let address = hub.address()?.to_string();
-    let args = Args { run: run.clone(), config, identity, corpus, hub: hub.clone(), end };
+    let args = Args { restored, config, identity, corpus, hub: hub.clone(), end };
     let (actor, handle) = Actor::spawn(None, SupervisorProcess, args).await?;
     // Nodes may come from now on: the launcher reads this file.
     let scratch = run.0.join(".address.new");
@@ -183,8 +184,7 @@ impl Actor for SupervisorProcess {
     type Arguments = Args;
 
     async fn pre_start(&self, myself: ActorRef<Msg>, args: Args) -> Result<State, ActorProcessingErr> {
-        let Args { run, config, identity, corpus, hub, end } = args;
-        let restored = restore(&run, &config, &identity)?;
+        let Args { restored, config, identity, corpus, hub, end } = args;
         let spec = Arc::new(config.spec.clone());
         let layout = crate::spec::Layout::new(&spec);
         let shards = spec.shards;
@@ -485,31 +485,5 @@ impl State {
             }
         }
         text
-    }
-}
-
-/// Watches a node's process if it is on this machine: the kernel tells at once when it ends.
-fn watch(myself: &ActorRef<Msg>, info: &NodeInfo) {
-    let ours = machine();
-    if ours.is_empty() || info.machine != ours {
-        return;
-    }
-    let Some(pid) = i32::try_from(info.pid).ok().and_then(rustix::process::Pid::from_raw) else { return };
-    let peer = info.peer;
-    match rustix::process::pidfd_open(pid, rustix::process::PidfdFlags::NONBLOCK) {
-        Err(rustix::io::Errno::SRCH) => {
-            let _ = myself.cast(Msg::ProcessEnded(peer));
-        }
-        // Without this watch there is still the lease.
-        Err(error) => tracing::warn!(%error, pid = info.pid, "a node's process cannot be watched"),
-        Ok(fd) => {
-            let Ok(fd) = tokio::io::unix::AsyncFd::new(fd) else { return };
-            let myself = myself.clone();
-            tokio::spawn(async move {
-                if fd.readable().await.is_ok() {
-                    let _ = myself.cast(Msg::ProcessEnded(peer));
-                }
-            });
-        }
     }
 }

@@ -7,8 +7,12 @@
 //! the job must finish.
 
 mod checks;
+mod faults;
+mod links;
 mod network;
+mod nodes;
 mod process;
+mod root;
 mod world;
 
 use crate::plant::Bug;

@@ -38,6 +38,4 @@ pub(super) struct SimRoot {
     pub(super) lives: BTreeMap<NodeId, Life>,
     /// The life of the process whose join is being handled.
     pub(super) joining: BTreeMap<u64, Life>,
-    /// Syncs and writes of another life are not reported to this one.
-    pub(super) paused: u64,
 }

@@ -18,7 +18,7 @@ use std::sync::Arc;
 
 /// A reducer's report that a step's sums are complete.
 #[derive(Debug, Clone, PartialEq)]
-pub struct Prepared {
+pub(crate) struct Prepared {
     /// The step.
     pub step: Step,
     /// Squared sums of chunks by number of the parameter.
@@ -31,7 +31,7 @@ pub struct Prepared {
 
 /// The reports contradict each other or the data.
 #[derive(Debug, Clone, PartialEq, Eq, thiserror::Error)]
-pub enum CommitError {
+pub(crate) enum CommitError {
     /// Copies of a shard differ.
     #[error("copies {first} and {second} of shard {shard} differ in {what} of step {step}: one of them is corrupt")]
     CopiesDiffer {
@@ -67,7 +67,7 @@ type Sums = Vec<(u32, [u128; 3])>;
 
 /// See the module.
 #[derive(Debug)]
-pub struct CommitCore {
+pub(crate) struct CommitCore {
     spec: Arc<JobSpec>,
     layout: Arc<Layout>,
     committed: Step,
@@ -81,7 +81,7 @@ pub struct CommitCore {
 
 impl CommitCore {
     /// At the start of a job.
-    pub fn new(spec: Arc<JobSpec>, layout: Arc<Layout>) -> Self {
+    pub(crate) fn new(spec: Arc<JobSpec>, layout: Arc<Layout>) -> Self {
         Self {
             spec,
             layout,
@@ -95,7 +95,7 @@ impl CommitCore {
     }
 
     /// Nothing is known but that `committed` steps are, and which copies may still have their state.
-    pub fn restore(&mut self, committed: Step, unheard: BTreeSet<(u32, u32)>) {
+    pub(crate) fn restore(&mut self, committed: Step, unheard: BTreeSet<(u32, u32)>) {
         self.committed = committed;
         self.in_sync.clear();
         self.prepared.clear();
@@ -105,27 +105,27 @@ impl CommitCore {
     }
 
     /// The newest committed step.
-    pub fn committed(&self) -> Step {
+    pub(crate) fn committed(&self) -> Step {
         self.committed
     }
 
     /// Whether a copy has the newest committed state.
-    pub fn in_sync(&self, shard: u32, replica: u32) -> bool {
+    pub(crate) fn in_sync(&self, shard: u32, replica: u32) -> bool {
         self.in_sync.contains(&(shard, replica))
     }
 
     /// Whether a copy of a shard may still report a state that it has from before this supervisor.
-    pub fn unheard(&self, shard: u32) -> bool {
+    pub(crate) fn unheard(&self, shard: u32) -> bool {
         self.unheard.range((shard, 0)..=(shard, u32::MAX)).next().is_some()
     }
 
     /// Whether every shard has a copy in sync.
-    pub fn all_in_sync(&self) -> bool {
+    pub(crate) fn all_in_sync(&self) -> bool {
         (0..self.spec.shards).all(|s| self.has_copy(s))
     }
 
     /// Whether a shard has a copy in sync.
-    pub fn has_copy(&self, shard: u32) -> bool {
+    pub(crate) fn has_copy(&self, shard: u32) -> bool {
         self.copies(shard).next().is_some()
     }
 
@@ -134,7 +134,7 @@ impl CommitCore {
     }
 
     /// A copy died, or has no state.
-    pub fn out_of_sync(&mut self, actor: ActorId) {
+    pub(crate) fn out_of_sync(&mut self, actor: ActorId) {
         if let ActorId::Reducer { shard, replica } = actor {
             self.in_sync.remove(&(shard, replica));
             self.prepared.remove(&(shard, replica));
@@ -143,14 +143,14 @@ impl CommitCore {
     }
 
     /// A copy's sums of a step are complete.
-    pub fn prepared(&mut self, shard: u32, replica: u32, report: Prepared) {
+    pub(crate) fn prepared(&mut self, shard: u32, replica: u32, report: Prepared) {
         if report.step == self.committed + 1 {
             self.prepared.insert((shard, replica), report);
         }
     }
 
     /// A copy has the state after `step`.
-    pub fn applied(&mut self, shard: u32, replica: u32, step: Step, sums: Sums) -> Result<(), CommitError> {
+    pub(crate) fn applied(&mut self, shard: u32, replica: u32, step: Step, sums: Sums) -> Result<(), CommitError> {
         if step != self.committed {
             // One step behind: the commit is on its way to it.
             return Ok(());
@@ -168,7 +168,7 @@ impl CommitCore {
     }
 
     /// The fingerprint of the newest committed step, once, when every shard has reported it.
-    pub fn take_fingerprint(&mut self) -> Option<String> {
+    pub(crate) fn take_fingerprint(&mut self) -> Option<String> {
         if self.reported || self.applied.len() < self.spec.shards as usize {
             return None;
         }
@@ -178,7 +178,7 @@ impl CommitCore {
     }
 
     /// The next step, if it can be committed.
-    pub fn decide(&mut self) -> Result<Option<CommitRecord>, CommitError> {
+    pub(crate) fn decide(&mut self) -> Result<Option<CommitRecord>, CommitError> {
         // Copies that a new supervisor has not heard yet may be in sync: it waits for them or their death.
         let ready = self.unheard.is_empty() && self.in_sync.iter().all(|copy| self.prepared.contains_key(copy));
         if !self.reported || !self.all_in_sync() || !ready || self.committed == self.spec.steps {
@@ -223,7 +223,7 @@ impl CommitCore {
     }
 
     /// What the next commit waits for.
-    pub fn describe(&self) -> String {
+    pub(crate) fn describe(&self) -> String {
         let mut text = format!("step {} prepared by", self.committed + 1);
         for (shard, replica) in &self.in_sync {
             let mark = if self.prepared.contains_key(&(*shard, *replica)) { "yes" } else { "no" };

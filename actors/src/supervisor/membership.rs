@@ -9,32 +9,32 @@ use std::collections::BTreeMap;
 use std::time::Duration;
 
 /// How long a node may be silent.
-pub const LEASE: Duration = Duration::from_millis(1500);
+pub(crate) const LEASE: Duration = Duration::from_millis(1500);
 /// Nodes that come back to a new life of the supervisor get so much more: they must find it first.
-pub const RETURN: Duration = Duration::from_millis(2000);
+pub(crate) const RETURN: Duration = Duration::from_millis(2000);
 /// The supervisor looks at least this often unless it was stalled itself.
-pub const LOOK_MAX: Duration = Duration::from_millis(250);
+pub(crate) const LOOK_MAX: Duration = Duration::from_millis(250);
 
 /// See the module.
 #[derive(Debug, Default)]
-pub struct Membership {
+pub(crate) struct Membership {
     heard: BTreeMap<NodeId, Duration>,
     looked: Duration,
 }
 
 impl Membership {
     /// A node was heard of.
-    pub fn heard(&mut self, now: Duration, node: NodeId) {
+    pub(crate) fn heard(&mut self, now: Duration, node: NodeId) {
         self.heard.insert(node, now);
     }
 
     /// A node is gone.
-    pub fn forget(&mut self, node: NodeId) {
+    pub(crate) fn forget(&mut self, node: NodeId) {
         self.heard.remove(&node);
     }
 
     /// Nodes whose lease has run out.
-    pub fn expired(&mut self, now: Duration) -> Vec<NodeId> {
+    pub(crate) fn expired(&mut self, now: Duration) -> Vec<NodeId> {
         let stall = now.saturating_sub(self.looked).saturating_sub(LOOK_MAX);
         self.looked = now;
         for heard in self.heard.values_mut() {

@@ -11,13 +11,13 @@ use std::collections::BTreeMap;
 
 /// Multiply-adds of a step by actor: what a place costs.
 #[derive(Debug, Clone)]
-pub struct Costs {
+pub(crate) struct Costs {
     by_actor: BTreeMap<ActorId, u64>,
 }
 
 impl Costs {
     /// Expected costs, with even loads of the experts.
-    pub fn new(spec: &JobSpec) -> Self {
+    pub(crate) fn new(spec: &JobSpec) -> Self {
         let size = |g: &Group| spec.model.parameters_of(*g).iter().map(|p| Parameter::len(p) as u64).sum::<u64>();
         let tokens = spec.targets_of_step();
         let lane_tokens = tokens / u64::from(spec.lanes);
@@ -45,14 +45,14 @@ impl Costs {
     }
 
     /// Of one actor.
-    pub fn of(&self, actor: ActorId) -> u64 {
+    pub(crate) fn of(&self, actor: ActorId) -> u64 {
         self.by_actor.get(&actor).copied().unwrap_or(0)
     }
 }
 
 /// See the module.
 #[derive(Debug)]
-pub struct Placement<'a> {
+pub(crate) struct Placement<'a> {
     costs: &'a Costs,
     actors: Vec<ActorId>,
     nodes: &'a [NodeId],
@@ -61,7 +61,7 @@ pub struct Placement<'a> {
 
 impl<'a> Placement<'a> {
     /// On these nodes; there is at least one.
-    pub fn new(spec: &JobSpec, costs: &'a Costs, nodes: &'a [NodeId]) -> Self {
+    pub(crate) fn new(spec: &JobSpec, costs: &'a Costs, nodes: &'a [NodeId]) -> Self {
         let copies = (0..spec.shards)
             .flat_map(|shard| (0..=spec.mirrors).map(move |replica| ActorId::Reducer { shard, replica }));
         let mut actors: Vec<ActorId> = spec.workers().into_iter().chain(copies).collect();
@@ -70,7 +70,7 @@ impl<'a> Placement<'a> {
     }
 
     /// Places every actor that can be placed. `present` may name nodes that are gone.
-    pub fn place(mut self, present: &BTreeMap<ActorId, NodeId>, level: bool) -> BTreeMap<ActorId, NodeId> {
+    pub(crate) fn place(mut self, present: &BTreeMap<ActorId, NodeId>, level: bool) -> BTreeMap<ActorId, NodeId> {
         let mut places: BTreeMap<ActorId, NodeId> = BTreeMap::new();
         for actor in &self.actors {
             if let Some(node) = present.get(actor).filter(|n| self.nodes.contains(n)) {

@@ -4,7 +4,6 @@
 use super::ParameterMap;
 use super::expert::{ExpertWeights, expert_backward_input, expert_backward_weight, expert_forward};
 use super::stage::{Progress, StageInput, StageModel, Targets};
-use crate::backend::Backend;
 use crate::cpu::CpuBackend;
 use crate::model::{Group, ModelConfig, Update};
 use crate::ops::testing::random;

@@ -10,7 +10,7 @@ use anyhow::{Context, Result, bail};
 use everstep_actors::{Config, RunFolder, RunIdentity};
 use rustix::process::{Pid, Signal, getppid, kill_process, set_parent_process_death_signal};
 use std::fs::{self, OpenOptions};
-use std::os::unix::process::ExitStatusExt;
+use std::io::Read;
 use std::path::PathBuf;
 use std::process::{Child, Command, ExitStatus, Stdio};
 use std::time::{Duration, Instant};
@@ -21,6 +21,8 @@ const START: Duration = Duration::from_secs(30);
 /// Restarts of one process within [`RESTART_WINDOW`] after which the job is given up.
 const RESTARTS_MAX: usize = 20;
 const RESTART_WINDOW: Duration = Duration::from_secs(30);
+/// Bytes of a process's last words.
+const WORDS_MAX: u64 = 64 * 1024;
 /// How long processes may take to end by themselves when the job is over.
 const FAREWELL: Duration = Duration::from_secs(3);
 
@@ -201,7 +203,8 @@ impl Launcher {
             return Ok(Some(End::Finished));
         }
         if status.code() == Some(i32::from(STATUS_FAILED)) || !may_restart(&mut self.supervisor) {
-            return Ok(Some(End::Failed(last_error(&self.run, "supervisor", status))));
+            let words = last_words(&self.run, "supervisor", &mut self.supervisor.child, status);
+            return Ok(Some(End::Failed(words)));
         }
         self.supervisor.child = spawn_supervisor(&self.run, &self.address)?;
         Ok(None)
@@ -212,7 +215,7 @@ impl Launcher {
             let Some(status) = self.nodes[at].child.try_wait()? else { continue };
             let name = self.nodes[at].name.clone();
             if !may_restart(&mut self.nodes[at]) {
-                return Ok(Some(End::Failed(last_error(&self.run, &name, status))));
+                return Ok(Some(End::Failed(last_words(&self.run, &name, &mut self.nodes[at].child, status))));
             }
             // When the job is over nodes end before the supervisor does.
             if status.success() {
@@ -267,7 +270,8 @@ fn this_program(run: &RunFolder, name: &str) -> Result<Command> {
         .open(&path)
         .with_context(|| format!("cannot write {}", path.display()))?;
     let mut command = Command::new(std::env::current_exe()?);
-    command.stdin(Stdio::null()).stdout(log.try_clone()?).stderr(log);
+    // Its last words come by the pipe, which a full disk cannot close.
+    command.stdin(Stdio::null()).stdout(Stdio::piped()).stderr(log);
     Ok(command)
 }
 
@@ -284,7 +288,7 @@ fn wait_for_address(run: &RunFolder, supervisor: &mut Child) -> Result<String> {
             return Ok(address);
         }
         if let Some(status) = supervisor.try_wait()? {
-            bail!("{}", last_error(run, "supervisor", status));
+            bail!("{}", last_words(run, "supervisor", supervisor, status));
         }
         if Instant::now() > deadline {
             bail!("the supervisor does not listen after {} s: see {}", START.as_secs(), run.logs().display());
@@ -293,13 +297,16 @@ fn wait_for_address(run: &RunFolder, supervisor: &mut Child) -> Result<String> {
     }
 }
 
-/// The last words of a process: its own error, or how it ended.
-fn last_error(run: &RunFolder, name: &str, status: ExitStatus) -> String {
-    let path = run.logs().join(format!("{name}.log"));
-    let log = fs::read_to_string(&path).unwrap_or_default();
-    match log.lines().rev().find_map(|line| line.strip_prefix("error: ")) {
-        Some(words) if status.signal().is_none() => words.to_owned(),
-        _ => format!("{name} ended with {status}: see {}", path.display()),
+/// The last words of a process that has ended: its own, or how it ended.
+fn last_words(run: &RunFolder, name: &str, child: &mut Child, status: ExitStatus) -> String {
+    let mut words = String::new();
+    if let Some(pipe) = &mut child.stdout {
+        // What cannot be read is not said; the status is.
+        let _ = pipe.take(WORDS_MAX).read_to_string(&mut words);
+    }
+    match words.trim() {
+        "" => format!("{name} ended with {status}: see {}", run.logs().join(format!("{name}.log")).display()),
+        words => words.to_owned(),
     }
 }
 

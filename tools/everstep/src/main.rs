@@ -15,6 +15,7 @@ use anyhow::{Context, Result, bail};
 use clap::{Parser, Subcommand};
 use everstep_actors::{ActorId, AdminRequest, Bug, Config, NodeEnd, NodeOptions, RunFolder, SupervisorEnd};
 use launcher::{End, Launcher};
+use std::io::Write;
 use std::net::SocketAddr;
 use std::path::{Path, PathBuf};
 use std::process::ExitCode;
@@ -142,11 +143,18 @@ enum Admin {
 fn main() -> ExitCode {
     let cli = Cli::parse();
     let filter = tracing_subscriber::EnvFilter::try_from_default_env().unwrap_or_else(|_| "warn".into());
-    tracing_subscriber::fmt().with_env_filter(filter).with_writer(std::io::stderr).init();
+    let log = tracing_subscriber::fmt().with_env_filter(filter).with_writer(std::io::stderr);
+    log.log_internal_errors(false).init();
+    let child =
+        matches!(cli.command, Command::Supervisor { parent: Some(_), .. } | Command::Node { parent: Some(_), .. });
     match run(cli.command) {
         Ok(code) => code,
         Err(error) => {
-            eprintln!("error: {error:#}");
+            // The log may lie on a full disk: the launcher is told by another way too.
+            let _ = writeln!(std::io::stderr(), "error: {error:#}");
+            if child {
+                let _ = writeln!(std::io::stdout(), "{error:#}");
+            }
             ExitCode::from(STATUS_FAILED)
         }
     }

@@ -1,0 +1,124 @@
+//! Faults of the simulated world: processes that start, die, stop and panic, links that break.
+
+use super::checks::Broken;
+use super::network::Life;
+use super::process::{SimNode, SimRoot};
+use super::world::{Fault, ForRoot, SimEvent, TICK, World};
+use crate::control::Control;
+use crate::ids::{ActorId, Address, Step};
+use crate::keeper::KeeperCore;
+use crate::root::Root;
+use crate::router::Router;
+use crate::supervisor::Supervisor;
+use std::collections::BTreeMap;
+use std::sync::Arc;
+use std::time::Duration;
+
+impl World {
+    pub(super) fn new_life(&mut self) -> Life {
+        self.next_life += 1;
+        self.next_life
+    }
+
+    pub(super) fn start_node(&mut self, slot: usize) {
+        let life = self.new_life();
+        self.note(format!("slot {slot} starts as life {life}"));
+        self.nodes[slot] = Some(SimNode {
+            life,
+            router: Router::new(self.materials.plant),
+            actors: BTreeMap::new(),
+            paused: 0,
+            work: 0,
+            supervisor: None,
+        });
+        self.after(1, SimEvent::Heartbeat(life));
+    }
+
+    pub(super) fn start_root(&mut self) -> Result<(), Broken> {
+        let life = self.new_life();
+        let reported = self.fingerprints.iter().enumerate().map(|(i, f)| (i as Step + 1, f.clone())).collect();
+        let now = Duration::from_micros(self.now);
+        let spec = Arc::clone(&self.materials.spec);
+        let plant = self.materials.plant;
+        let (supervisor, first) = Supervisor::new(spec, self.wanted, &self.disk, self.published, reported, now, plant);
+        self.note(format!("the supervisor starts as life {life} with step {} committed", supervisor.committed()));
+        if supervisor.committed() < self.announced {
+            let what =
+                format!("step {} was announced, the next supervisor knows {}", self.announced, supervisor.committed());
+            return Err(("C2", what));
+        }
+        let keeper = KeeperCore::new(self.materials.spec.shards, self.published);
+        let (root, effects) = Root::new(supervisor, first, keeper, plant);
+        self.root = Some(SimRoot { life, root, lives: BTreeMap::new(), joining: BTreeMap::new() });
+        self.after_root(TICK, ForRoot::Tick);
+        self.perform_root(effects)
+    }
+
+    pub(super) fn kill_node(&mut self, slot: usize, seen: bool) {
+        let Some(node) = self.nodes[slot].take() else { return };
+        self.network.end(node.life);
+        self.stopped.remove(&node.life);
+        if let (true, Some(number)) = (seen, node.router.node()) {
+            let delay = 500 + self.draw(2000);
+            self.after(delay, SimEvent::Lost(number));
+        }
+        let delay = 5_000 + self.draw(200_000);
+        self.after(delay, SimEvent::Start(slot));
+    }
+
+    pub(super) fn kill_root(&mut self) {
+        let Some(root) = self.root.take() else { return };
+        self.network.end(root.life);
+        // A crash keeps some of what was not synced, in order.
+        let kept = self.draw(self.unsynced.len() as u64 + 1) as usize;
+        self.disk.extend(self.unsynced.drain(..).take(kept).collect::<Vec<_>>());
+        let delay = 20_000 + self.draw(300_000);
+        self.after(delay, SimEvent::StartRoot);
+    }
+
+    pub(super) fn fault(&mut self, fault: Fault) -> Result<(), Broken> {
+        self.faults += 1;
+        self.note(format!("fault: {fault:?}"));
+        match fault {
+            Fault::Kill { slot, seen } => self.kill_node(slot, seen),
+            Fault::KillTwo { first, second } => {
+                self.kill_node(first, true);
+                self.kill_node(second, true);
+            }
+            Fault::KillSupervisor => self.kill_root(),
+            Fault::KillAll => {
+                self.kill_root();
+                (0..self.wanted).for_each(|slot| self.kill_node(slot, false));
+            }
+            Fault::Pause { slot, micros } => {
+                let until = self.now + micros;
+                if let Some(node) = &mut self.nodes[slot] {
+                    node.paused = until;
+                    let life = node.life;
+                    self.after(micros, SimEvent::Resume(life));
+                }
+            }
+            Fault::BreakLinks { slot } => {
+                if let Some(life) = self.nodes[slot].as_ref().map(|n| n.life) {
+                    self.break_links(life);
+                }
+            }
+            Fault::Panic { slot, choice } => self.panic(slot, choice)?,
+        }
+        Ok(())
+    }
+
+    pub(super) fn panic(&mut self, slot: usize, choice: u32) -> Result<(), Broken> {
+        let Some(node) = &mut self.nodes[slot] else { return Ok(()) };
+        let placed: Vec<ActorId> = node.actors.keys().filter(|a| !matches!(a, ActorId::Host { .. })).copied().collect();
+        let Some(actor) = placed.get(choice as usize % placed.len().max(1)).copied() else { return Ok(()) };
+        let incarnation = node.actors.remove(&actor).expect("listed").incarnation;
+        let life = node.life;
+        self.note(format!("{actor}#{} panics", incarnation.0));
+        let address = Address { actor, incarnation };
+        if let Some(node) = self.node_of_life(life) {
+            node.router.fail(address, "injected".to_owned());
+        }
+        self.send_to_root(life, Control::ActorFailed { address, reason: "injected".to_owned() })
+    }
+}

@@ -1,0 +1,127 @@
+//! What the simulated world does for sessions: links, frames on their way, deliveries.
+
+use super::checks::{self, Broken};
+use super::network::{Flight, Life, Link, Network};
+use super::world::{SimEvent, World};
+use crate::plant::Bug;
+use crate::root::RootEvent;
+use crate::wire::Unit;
+use everstep_transport::{Frame, Session, SessionEffect};
+
+impl World {
+    pub(super) fn session(&mut self, owner: Life, peer: Life) -> &mut Session<Unit> {
+        let forgetful = self.materials.plant == Some(Bug::LostAtReconnect);
+        let new = || if forgetful { Session::forgetful() } else { Session::new() };
+        self.network.sessions.entry((owner, peer)).or_insert_with(new)
+    }
+
+    /// Makes sure that two lives are being connected.
+    pub(super) fn connect(&mut self, a: Life, b: Life) {
+        let pair = Network::pair(a, b);
+        if !self.network.links.contains_key(&pair) && self.alive(a) && self.alive(b) {
+            self.network.links.insert(pair, Link::default());
+            let delay = 100 + self.draw(3000);
+            self.after(delay, SimEvent::LinkUp(pair.0, pair.1));
+        }
+    }
+
+    pub(super) fn link_up(&mut self, a: Life, b: Life) -> Result<(), Broken> {
+        if !self.alive(a) || !self.alive(b) {
+            return Ok(());
+        }
+        let Some(link) = self.network.links.get_mut(&(a, b)) else { return Ok(()) };
+        link.number += 1;
+        link.up = true;
+        link.last.clear();
+        let resumes = [self.session(a, b).resume(), self.session(b, a).resume()];
+        for (owner, peer, theirs) in [(a, b, resumes[1]), (b, a, resumes[0])] {
+            let effects = self.session(owner, peer).link_up(theirs).map_err(|e| ("session", e.to_string()))?;
+            self.sessioned(owner, peer, effects)?;
+        }
+        Ok(())
+    }
+
+    pub(super) fn break_links(&mut self, life: Life) {
+        let pairs: Vec<(Life, Life)> =
+            self.network.links.keys().filter(|(a, b)| *a == life || *b == life).copied().collect();
+        for (a, b) in pairs {
+            if let Some(link) = self.network.links.get_mut(&(a, b)).filter(|l| l.up) {
+                link.up = false;
+                link.number += 1;
+                self.session(a, b).link_down();
+                self.session(b, a).link_down();
+                let delay = 1000 + self.draw(100_000);
+                self.after(delay, SimEvent::LinkUp(a, b));
+            }
+        }
+    }
+
+    pub(super) fn transmit(&mut self, from: Life, to: Life, unit: Unit) -> Result<(), Broken> {
+        self.connect(from, to);
+        let lane = unit.lane();
+        let effects = self.session(from, to).send(lane, unit);
+        let kept = self.session(from, to).kept();
+        checks::bounded(|| format!("the session {from} to {to}"), kept, 4096 + 1024)?;
+        self.sessioned(from, to, effects)
+    }
+
+    /// Carries out what the session that `owner` has with `peer` asks for.
+    pub(super) fn sessioned(
+        &mut self,
+        owner: Life,
+        peer: Life,
+        effects: Vec<SessionEffect<Unit>>,
+    ) -> Result<(), Broken> {
+        for effect in effects {
+            match effect {
+                SessionEffect::Transmit(frame) => self.fly(owner, peer, frame),
+                SessionEffect::Deliver(lane, unit) => {
+                    self.receive(owner, peer, unit)?;
+                    if self.alive(owner) {
+                        let effects = self.session(owner, peer).consumed(lane);
+                        self.sessioned(owner, peer, effects)?;
+                    }
+                }
+            }
+        }
+        Ok(())
+    }
+
+    pub(super) fn fly(&mut self, from: Life, to: Life, frame: Frame<Unit>) {
+        let delay = 50 + self.draw(900);
+        let (now, pair) = (self.now, Network::pair(from, to));
+        let Some(link) = self.network.links.get_mut(&pair).filter(|l| l.up) else { return };
+        let last = link.last.entry(from).or_default();
+        *last = (now + delay).max(*last + 1);
+        let (at, number) = (*last - now, link.number);
+        self.after(at, SimEvent::Arrive(Flight { from, to, link: number, frame }));
+    }
+
+    pub(super) fn arrive(&mut self, flight: Flight) -> Result<(), Broken> {
+        let pair = Network::pair(flight.from, flight.to);
+        let present = self.network.links.get(&pair).is_some_and(|l| l.up && l.number == flight.link);
+        if !present || !self.alive(flight.to) {
+            return Ok(());
+        }
+        let effects =
+            self.session(flight.to, flight.from).on_frame(flight.frame).map_err(|e| ("session", e.to_string()))?;
+        self.sessioned(flight.to, flight.from, effects)
+    }
+
+    pub(super) fn receive(&mut self, to: Life, from: Life, unit: Unit) -> Result<(), Broken> {
+        if self.root.as_ref().is_some_and(|r| r.life == to) {
+            return match unit {
+                Unit::Control(control) => self.root_hears(from, control),
+                Unit::Bundle(bundle) => self.tell_root(RootEvent::Arrived(bundle)),
+            };
+        }
+        match unit {
+            Unit::Control(control) => self.node_hears(to, control),
+            Unit::Bundle(bundle) => {
+                let Some(node) = self.node_of_life(to) else { return Ok(()) };
+                let actions = node.router.arrive(bundle);
+                self.perform_node(to, actions)
+            }
+        }
+    }
+}

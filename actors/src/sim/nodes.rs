@@ -1,0 +1,181 @@
+//! What the simulated world does for node processes: their routers, actors, mailboxes and jobs.
+
+use super::checks::{self, Broken};
+use super::network::Life;
+use super::process::SimActor;
+use super::world::{HEARTBEAT, SimEvent, World};
+use crate::compute::{Job, run};
+use crate::control::Control;
+use crate::effect::{Effect, Event};
+use crate::ids::{ActorId, Address, Incarnation, NodeId, SUPERVISOR_NODE};
+use crate::message::Local;
+use crate::router::Action;
+use crate::table::NodeInfo;
+use crate::wire::Unit;
+use everstep_kernels::CpuBackend;
+use std::collections::VecDeque;
+
+impl World {
+    pub(super) fn heartbeat(&mut self, life: Life) -> Result<(), Broken> {
+        let root = self.root.as_ref().map(|r| r.life);
+        let Some(node) = self.node_of_life(life) else { return Ok(()) };
+        let (number, work) = (node.router.node(), node.work);
+        let new_root = root.is_some() && node.supervisor != root;
+        node.supervisor = root.or(node.supervisor);
+        let control = match number {
+            Some(node) if new_root => Control::Return { node },
+            Some(node) => Control::Heartbeat { node, work },
+            None if new_root => {
+                let info = NodeInfo { address: format!("life {life}"), peer: life, pid: 0, machine: String::new() };
+                Control::Join { info, device_class: String::new() }
+            }
+            None => {
+                self.after(HEARTBEAT, SimEvent::Heartbeat(life));
+                return Ok(());
+            }
+        };
+        self.after(HEARTBEAT, SimEvent::Heartbeat(life));
+        let returns = matches!(control, Control::Return { .. });
+        self.send_to_root(life, control)?;
+        let Some(node) = self.node_of_life(life).filter(|_| returns) else { return Ok(()) };
+        let failures: Vec<(Address, String)> = node.router.failures().map(|(a, r)| (*a, r.clone())).collect();
+        failures
+            .into_iter()
+            .try_for_each(|(address, reason)| self.send_to_root(life, Control::ActorFailed { address, reason }))
+    }
+
+    pub(super) fn send_to_root(&mut self, life: Life, control: Control) -> Result<(), Broken> {
+        let Some(root) = self.root.as_ref().map(|r| r.life) else { return Ok(()) };
+        self.transmit(life, root, Unit::Control(control))
+    }
+
+    pub(super) fn node_hears(&mut self, life: Life, control: Control) -> Result<(), Broken> {
+        let Some(node) = self.node_of_life(life) else { return Ok(()) };
+        match control {
+            Control::Welcome { node: number } => {
+                node.router.welcome(number);
+                Ok(())
+            }
+            Control::Table(table) => {
+                let actions = node.router.on_table(table);
+                self.perform_node(life, actions)
+            }
+            Control::Fence => {
+                // It gives up all it has and comes as new.
+                let slot = self.nodes.iter().position(|n| n.as_ref().is_some_and(|n| n.life == life)).expect("alive");
+                self.note(format!("life {life} is fenced"));
+                self.network.end(life);
+                self.start_node(slot);
+                Ok(())
+            }
+            _ => Ok(()),
+        }
+    }
+
+    pub(super) fn perform_node(&mut self, life: Life, actions: Vec<Action>) -> Result<(), Broken> {
+        for action in actions {
+            match action {
+                Action::Spawn(address) => {
+                    let core = self.materials.core(address).expect("placed actors are workers");
+                    let actor =
+                        SimActor { incarnation: address.incarnation, core, mailbox: VecDeque::new(), awake: false };
+                    if let Some(node) = self.node_of_life(life) {
+                        node.actors.insert(address.actor, actor);
+                    }
+                }
+                Action::Stop(address) => {
+                    if let Some(node) = self.node_of_life(life)
+                        && node.actors.get(&address.actor).is_some_and(|a| a.incarnation == address.incarnation)
+                    {
+                        node.actors.remove(&address.actor);
+                    }
+                }
+                Action::Deliver(actor, event) => {
+                    self.check_delivery(life, actor, &event)?;
+                    self.deliver(life, actor, None, event);
+                }
+                Action::Transmit(node, bundle) => {
+                    let target = self.peer_of(life, node);
+                    if let Some(peer) = target {
+                        self.transmit(life, peer, Unit::Bundle(bundle))?;
+                    }
+                }
+                Action::Forget(_) => {}
+            }
+        }
+        Ok(())
+    }
+
+    /// The life that a node's table names for another node.
+    pub(super) fn peer_of(&mut self, life: Life, node: NodeId) -> Option<Life> {
+        if node == SUPERVISOR_NODE {
+            return self.root.as_ref().map(|r| r.life);
+        }
+        let router = &self.node_of_life(life)?.router;
+        router.table().nodes.get(&node).map(|info| info.peer)
+    }
+
+    pub(super) fn check_delivery(&mut self, life: Life, actor: ActorId, event: &Event) -> Result<(), Broken> {
+        let Some(node) = self.node_of_life(life) else { return Ok(()) };
+        let table = node.router.table();
+        match event {
+            Event::Message { from, .. } => checks::fenced((actor, from), table),
+            Event::Local { local: Local::Batch(batch), .. } => checks::fenced_batch(batch, table),
+            _ => Ok(()),
+        }
+    }
+
+    /// Puts an event into an actor's mailbox, of that life if one is named.
+    pub(super) fn deliver(&mut self, life: Life, actor: ActorId, incarnation: Option<Incarnation>, event: Event) {
+        let delay = 1 + self.draw(30);
+        let Some(node) = self.node_of_life(life) else { return };
+        let Some(target) = node.actors.get_mut(&actor) else { return };
+        if incarnation.is_some_and(|i| i != target.incarnation) {
+            return;
+        }
+        target.mailbox.push_back(event);
+        if !target.awake {
+            target.awake = true;
+            let incarnation = target.incarnation;
+            self.after(delay, SimEvent::Wake(life, actor, incarnation));
+        }
+    }
+
+    pub(super) fn wake(&mut self, life: Life, actor: ActorId, incarnation: Incarnation) -> Result<(), Broken> {
+        let Some(node) = self.node_of_life(life) else { return Ok(()) };
+        let Some(target) = node.actors.get_mut(&actor).filter(|a| a.incarnation == incarnation) else { return Ok(()) };
+        let Some(event) = target.mailbox.pop_front() else {
+            target.awake = false;
+            return Ok(());
+        };
+        checks::bounded(|| format!("the mailbox of {actor}"), target.mailbox.len(), 2000)?;
+        let effects = target.core.on(event);
+        self.perform(life, Address { actor, incarnation }, effects)?;
+        let delay = 1 + self.draw(30);
+        self.after(delay, SimEvent::Wake(life, actor, incarnation));
+        Ok(())
+    }
+
+    pub(super) fn perform(&mut self, life: Life, me: Address, effects: Vec<Effect>) -> Result<(), Broken> {
+        let mut messages = Vec::new();
+        for effect in effects {
+            match effect {
+                Effect::Send { from, to, body } => messages.push((from.unwrap_or(me), to, body)),
+                Effect::Tell { to, local } => self.deliver(life, to, None, Event::Local { from: me.actor, local }),
+                Effect::Compute { job, cost } => self.compute(life, me, job, cost),
+            }
+        }
+        let Some(node) = self.node_of_life(life) else { return Ok(()) };
+        let actions = node.router.send(messages);
+        self.perform_node(life, actions)
+    }
+
+    pub(super) fn compute(&mut self, life: Life, me: Address, job: Job, cost: u64) {
+        if let Some(node) = self.node_of_life(life) {
+            node.work += cost;
+        }
+        let outcome = Box::new(run(job, &CpuBackend));
+        let micros = 100 + self.draw(3000);
+        self.after(micros, SimEvent::Computed(life, me.actor, me.incarnation, outcome));
+    }
+}

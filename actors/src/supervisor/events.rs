@@ -1,0 +1,109 @@
+//! What the supervisor is told, what it asks for, and what it tells people.
+
+use super::record::{CommitRecord, Record};
+use crate::ids::{ActorId, Address, NodeId, Step};
+use crate::message::Body;
+use crate::table::{NodeInfo, Table};
+use everstep_kernels::Tensor;
+use serde::Serialize;
+use std::collections::BTreeMap;
+use std::sync::Arc;
+
+/// What the supervisor is told.
+#[derive(Debug)]
+pub enum SupervisorEvent {
+    /// A process wants to be a node.
+    Join(NodeInfo),
+    /// A node that an earlier life of the supervisor knew has come back to this one.
+    Return(NodeId),
+    /// A node lives; it has done so much work so far.
+    Heartbeat {
+        /// Which.
+        node: NodeId,
+        /// Multiply-adds since it joined.
+        work: u64,
+    },
+    /// A node's process is known to have ended.
+    Lost {
+        /// Which.
+        node: NodeId,
+        /// How that is known.
+        why: String,
+    },
+    /// An actor panicked or failed.
+    ActorFailed {
+        /// Which life.
+        address: Address,
+        /// Its last words.
+        reason: String,
+    },
+    /// A report of a reducer.
+    Message {
+        /// Who sent it.
+        from: Address,
+        /// What it says.
+        body: Body<Tensor>,
+    },
+    /// The keeper has a whole checkpoint on disk.
+    Checkpointed(Step),
+    /// The oldest record that was appended and not synced yet is synced.
+    Synced,
+    /// Time went by.
+    Tick,
+}
+
+/// What the supervisor asks for.
+#[derive(Debug)]
+pub enum SupervisorEffect {
+    /// Append to the control log and sync.
+    Append(Record),
+    /// Tell every node, and this process's own router.
+    Announce(Arc<Table>),
+    /// Tell a new node its number.
+    Welcome(NodeId, NodeInfo),
+    /// Tell a node that was declared dead.
+    Fence(NodeId),
+    /// Send to an actor.
+    Send(ActorId, Body<Tensor>),
+    /// A committed step, reported once.
+    Report(Report),
+    /// Something that operators want to know.
+    Note(Happening),
+    /// The job is over.
+    Finish(Result<(), String>),
+}
+
+/// A line of metrics.jsonl, without what the process adds.
+#[derive(Debug, Clone, PartialEq)]
+pub struct Report {
+    /// Numbers of the commit.
+    pub commit: CommitRecord,
+    /// Root of the fingerprint, in hexadecimal.
+    pub fingerprint: String,
+    /// The epoch at the report.
+    pub epoch: u64,
+    /// Work of each living node since the report before.
+    pub operations: BTreeMap<NodeId, u64>,
+}
+
+/// A line of events.jsonl, without its time.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize)]
+#[serde(tag = "event", rename_all = "snake_case")]
+#[allow(missing_docs)]
+pub enum Happening {
+    NodeJoined { node: u64, address: String },
+    NodeReturned { node: u64 },
+    NodeDead { node: u64, why: String, epoch: u64 },
+    NodeFenced { node: u64 },
+    ActorFailed { actor: String, incarnation: u32, reason: String, epoch: u64 },
+    Placed { epoch: u64, actors: usize, nodes: usize },
+    Moved { epoch: u64, actors: Vec<String> },
+    RolledBack { to_step: u64, epoch: u64, why: String },
+    CheckpointStored { step: u64 },
+    SupervisorRestarted { incarnation: u32, committed: u64 },
+    Recovered { step: u64, milliseconds: u64 },
+    Waiting { why: String },
+    Skipped { step: u64, why: String },
+    CheckpointRefused { why: String },
+    StrangerRefused { why: String },
+}

@@ -1,0 +1,118 @@
+//! The supervisor's way through the steps: reports of reducers, commits, checkpoints, the end.
+
+use super::commit::Prepared;
+use super::{Happening, Record, Report, Supervisor, SupervisorEffect};
+use crate::ids::{ActorId, Address, Step};
+use crate::message::Body;
+use everstep_kernels::Tensor;
+use std::time::Duration;
+
+impl Supervisor {
+    pub(super) fn message(&mut self, now: Duration, from: Address, body: Body<Tensor>) -> Vec<SupervisorEffect> {
+        let ActorId::Reducer { shard, replica } = from.actor else { return Vec::new() };
+        if self.table.address(from.actor) != Some(from) {
+            return Vec::new();
+        }
+        let mut effects = Vec::new();
+        match body {
+            Body::Prepared { step, norm, loss, samples } => {
+                self.commit.prepared(shard, replica, Prepared { step, norm, loss, samples });
+            }
+            Body::Applied { step, sums } => {
+                if let Err(e) = self.commit.applied(shard, replica, step, sums) {
+                    return self.finish(Err(e.to_string()));
+                }
+                if self.can_elect() {
+                    effects.extend(self.settle(Vec::new()));
+                }
+            }
+            Body::Stateless => {
+                self.commit.out_of_sync(from.actor);
+                let before = self.table.primaries.clone();
+                let note = self.elect();
+                if self.table.primaries != before {
+                    effects.extend(self.publish(Vec::new()));
+                }
+                effects.extend(note.map(SupervisorEffect::Note));
+            }
+            Body::Hidden { .. }
+            | Body::Gradient { .. }
+            | Body::Rows { .. }
+            | Body::Answer { .. }
+            | Body::Sums { .. }
+            | Body::Weights { .. }
+            | Body::Fetch { .. }
+            | Body::State { .. }
+            | Body::Commit(_)
+            | Body::Snapshot { .. }
+            | Body::SnapshotKept { .. } => {}
+        }
+        effects.extend(self.decide(now));
+        effects
+    }
+
+    /// Reports and commits what can be.
+    fn decide(&mut self, now: Duration) -> Vec<SupervisorEffect> {
+        let mut effects = self.report();
+        if self.finished || self.table.primaries.contains(&None) {
+            return effects;
+        }
+        let commit = match self.commit.decide() {
+            Ok(Some(commit)) => commit,
+            Ok(None) => return effects,
+            Err(e) => {
+                effects.extend(self.finish(Err(e.to_string())));
+                return effects;
+            }
+        };
+        self.last = Some(commit);
+        let send = self.reducers().map(|to| SupervisorEffect::Send(to, Body::Commit(commit.commit))).collect();
+        effects.extend(self.log(Record::Commit(commit), send));
+        if commit.commit.skipped {
+            let why = "the gradient's norm is not finite".to_owned();
+            effects.push(SupervisorEffect::Note(Happening::Skipped { step: commit.commit.step, why }));
+        }
+        if let Some(since) = self.recovering.take() {
+            let milliseconds = now.saturating_sub(since).as_millis() as u64;
+            effects.push(SupervisorEffect::Note(Happening::Recovered { step: commit.commit.step, milliseconds }));
+        }
+        effects
+    }
+
+    /// Reports the newest committed step once every shard has applied it.
+    fn report(&mut self) -> Vec<SupervisorEffect> {
+        let Some(fingerprint) = self.commit.take_fingerprint() else { return Vec::new() };
+        let step = self.commit.committed();
+        let mut effects = Vec::new();
+        match (self.reported.get(&step), self.last) {
+            (Some(before), _) if *before != fingerprint => {
+                let why = format!("step {step} was done again and has fingerprint {fingerprint}, not {before}");
+                return self.finish(Err(why));
+            }
+            (None, Some(commit)) if commit.commit.step == step => {
+                let since = |told: &mut (u64, u64)| told.0 - std::mem::replace(&mut told.1, told.0);
+                let operations = self.work.iter_mut().map(|(node, told)| (*node, since(told))).collect();
+                let (fingerprint, epoch) = (fingerprint.clone(), self.table.epoch);
+                effects.push(SupervisorEffect::Report(Report { commit, fingerprint, epoch, operations }));
+            }
+            (Some(_) | None, _) => {}
+        }
+        self.reported.insert(step, fingerprint);
+        if step == self.spec.steps && self.checkpoint == step {
+            effects.extend(self.finish(Ok(())));
+        }
+        effects
+    }
+
+    pub(super) fn checkpointed(&mut self, step: Step) -> Vec<SupervisorEffect> {
+        self.checkpoint = self.checkpoint.max(step);
+        // A step is done again only after the newest checkpoint, or if the job is before it now.
+        let floor = self.checkpoint.min(self.committed());
+        self.reported.retain(|s, _| *s >= floor);
+        let mut effects = vec![SupervisorEffect::Note(Happening::CheckpointStored { step })];
+        if step == self.spec.steps && self.reported.contains_key(&step) {
+            effects.extend(self.finish(Ok(())));
+        }
+        effects
+    }
+}

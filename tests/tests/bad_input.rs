@@ -1,0 +1,152 @@
+//! Bad input of any kind: one clear message that names what and where, an exit code that is not 0, and
+//! nothing lost or half-written.
+
+use anyhow::Result;
+use everstep_tests::Place;
+use std::net::UdpSocket;
+use std::process::Output;
+
+#[track_caller]
+fn refused(output: &Output, words: &[&str]) {
+    let said = String::from_utf8_lossy(&output.stderr);
+    assert!(!output.status.success(), "it should fail: {said}");
+    assert!(!said.contains("panicked"), "{said}");
+    for word in words {
+        assert!(said.contains(word), "'{word}' is missing in: {said}");
+    }
+}
+
+#[test]
+fn a_wrong_configuration_is_named_with_its_line() -> Result<()> {
+    let place = Place::new()?;
+    let good = std::fs::read_to_string(place.config())?;
+    let line_of = |key: &str| good.lines().position(|l| l.starts_with(key)).unwrap() + 1;
+    for (from, to, line, words) in [
+        ("seed = 1", "seed = 1\nstepz = 4", line_of("seed") + 1, vec!["stepz", "unknown field"]),
+        ("steps = 24", "steps = \"many\"", line_of("steps"), vec!["steps", "expected u64"]),
+        ("groups = 2", "groups = 3", line_of("groups = "), vec!["model.groups = 3", "does not divide"]),
+        ("groups = 2", "groups = 8", line_of("groups = "), vec!["model.groups = 8", "more groups than"]),
+        ("rope = 8", "rope = 7", line_of("rope"), vec!["model.rope = 7", "pairs"]),
+        ("stages = 2", "stages = 9", line_of("stages"), vec!["job.stages = 9", "model.layers = 3"]),
+    ] {
+        assert!(good.contains(from), "{from}");
+        std::fs::write(place.config(), good.replacen(from, to, 1))?;
+        let output = place.try_train("run", &[])?;
+        refused(&output, &["tiny.toml", &format!("line {line}")]);
+        refused(&output, &words);
+        assert!(!place.run("run").0.exists());
+    }
+    refused(&place.everstep(&["train", "missing.toml"])?, &["missing.toml", "No such file"]);
+    Ok(())
+}
+
+#[test]
+fn text_that_is_missing_or_empty_is_named() -> Result<()> {
+    let place = Place::new()?;
+    refused(&place.try_train("run", &["data.paths=[\"nowhere.txt\"]"])?, &["nowhere.txt", "No such file"]);
+    std::fs::write(place.path().join("empty.txt"), "")?;
+    refused(&place.try_train("run", &["data.paths=[\"empty.txt\"]"])?, &["empty.txt", "no text"]);
+    std::fs::write(place.path().join("short.txt"), "short")?;
+    refused(&place.try_train("run", &["data.paths=[\"short.txt\"]"])?, &["short.txt", "6 bytes", "33"]);
+    assert!(!place.run("run").0.exists());
+    Ok(())
+}
+
+#[test]
+fn a_port_in_use_and_a_folder_that_exists_are_named() -> Result<()> {
+    let place = Place::new()?;
+    let socket = UdpSocket::bind("127.0.0.1:0")?;
+    let address = socket.local_addr()?.to_string();
+    refused(&place.try_train("run", &[&format!("run.listen={address}")])?, &[&address, "in use"]);
+    // The folder is there now; its content is not touched by a second try.
+    let before = std::fs::read(place.run("run").corpus())?;
+    refused(&place.try_train("run", &[])?, &["run", "exists", "resume"]);
+    assert_eq!(std::fs::read(place.run("run").corpus())?, before);
+    refused(&place.everstep(&["resume", "nothing-here"])?, &["nothing-here", "no run folder"]);
+    Ok(())
+}
+
+/// A truncated or flipped chunk is named, and the checkpoint before it is used.
+#[test]
+fn damaged_checkpoints_are_named_and_older_ones_used() -> Result<()> {
+    let place = Place::new()?;
+    let run = place.train("run", &["job.nodes=2"])?;
+    let expected = everstep_tests::fingerprints(&run)?;
+    let path = run.0.display().to_string();
+    // One step back: the control log of a run that is not over, without its last commits.
+    let manifest = run.checkpoints().join("manifests/24");
+    let bytes = std::fs::read(&manifest)?;
+    std::fs::write(&manifest, &bytes[..bytes.len() / 2])?;
+    refused(&place.everstep(&["fingerprint", &path, "--step", "24"])?, &["manifests/24", "not a valid manifest"]);
+    let output = place.everstep(&["resume", &path])?;
+    assert!(output.status.success(), "{}", String::from_utf8_lossy(&output.stderr));
+    let refused_events = everstep_tests::events(&run, "checkpoint_refused")?;
+    assert!(refused_events[0]["why"].as_str().unwrap().contains("manifests/24"), "{refused_events:?}");
+    assert_eq!(everstep_tests::fingerprints(&run)?, expected, "steps done again are not written again");
+
+    for (n, chunk) in std::fs::read_dir(run.checkpoints().join("chunks"))?.enumerate() {
+        let chunk = chunk?.path();
+        let mut bytes = std::fs::read(&chunk)?;
+        if n % 2 == 0 {
+            bytes.truncate(bytes.len() / 2);
+        } else {
+            bytes[0] ^= 1;
+        }
+        std::fs::write(chunk, bytes)?;
+    }
+    refused(&place.everstep(&["fingerprint", &path])?, &["chunk", "damaged", "expected"]);
+    refused(&place.everstep(&["resume", &path])?, &["no checkpoint can be read", "damaged"]);
+    Ok(())
+}
+
+#[test]
+fn a_manifest_of_another_job_is_refused() -> Result<()> {
+    let place = Place::new()?;
+    let ours = place.train("ours", &["job.nodes=1"])?;
+    let theirs = place.train("theirs", &["job.nodes=1", "train.seed=9"])?;
+    std::fs::copy(theirs.checkpoints().join("manifests/24"), ours.checkpoints().join("manifests/24"))?;
+    let output = place.everstep(&["fingerprint", &ours.0.display().to_string(), "--step", "24"])?;
+    refused(&output, &["manifests/24", "belongs to job"]);
+    Ok(())
+}
+
+/// A node of another job is refused on both sides, garbage on the port changes nothing.
+#[test]
+fn strangers_and_garbage_do_not_disturb_a_job() -> Result<()> {
+    let place = Place::new()?;
+    place.train("other", &["job.nodes=1"])?;
+    let training = place.start("run", &["train.steps=600", "checkpoint.every=300"])?;
+    training.wait_for_step(10)?;
+    let address = std::fs::read_to_string(training.run.address())?;
+    let foreign = place.run("other").credentials().display().to_string();
+    let output = place.everstep(&["node", "--join", &address, "--credentials", &foreign])?;
+    refused(&output, &[&address, "another job"]);
+    let missing = place.everstep(&["node", "--join", &address, "--credentials", "nowhere"])?;
+    refused(&missing, &["nowhere", "No such file"]);
+    let socket = UdpSocket::bind("127.0.0.1:0")?;
+    for n in 0..500u32 {
+        let garbage: Vec<u8> = (0..1200u32).map(|i| (i.wrapping_mul(n.wrapping_add(7)) >> 3) as u8).collect();
+        socket.send_to(&garbage[..(n as usize * 37) % 1200], &address)?;
+    }
+    let run = training.finish()?;
+    assert!(!everstep_tests::events(&run, "stranger_refused")?.is_empty());
+    assert!(everstep_tests::events(&run, "node_dead")?.is_empty());
+    let alone = place.train("alone", &["train.steps=600", "checkpoint.every=300", "job.nodes=1"])?;
+    assert_eq!(everstep_tests::fingerprints(&run)?, everstep_tests::fingerprints(&alone)?);
+    Ok(())
+}
+
+/// No space: /dev/full cannot be used for a folder, so the store's folder is a file system with a limit.
+#[test]
+fn a_full_disk_ends_the_job_with_a_message_and_keeps_what_was_stored() -> Result<()> {
+    let place = Place::new()?;
+    let mount = place.path().join("small");
+    std::fs::create_dir(&mount)?;
+    let small = everstep_tests::SmallDisk::mount(&mount, "3m")?;
+    let output = place.try_train("small/run", &["train.steps=2000", "checkpoint.every=4", "checkpoint.keep=50"])?;
+    refused(&output, &["small/run", "No space left"]);
+    let steps: Vec<_> = std::fs::read_dir(mount.join("run/checkpoints/manifests"))?.collect();
+    assert!(!steps.is_empty(), "what was stored is there");
+    drop(small);
+    Ok(())
+}

@@ -1,0 +1,89 @@
+//! Contracts C1, C2 and C6 under real kills: a fixed share of what `make chaos-full` does in full.
+
+use anyhow::Result;
+use everstep_tests::{Place, events, fingerprints, signal, wait};
+use rustix::process::Signal;
+
+/// Kills of every kind: a node, the supervisor, two nodes, everything.
+#[test]
+fn every_fingerprint_survives_kills_of_everything() -> Result<()> {
+    let place = Place::new()?;
+    let plan = place.path().join("plan.toml");
+    let targets = r#"["node", "supervisor", "two-nodes", "everything", "node"]"#;
+    std::fs::write(&plan, format!("seed = 5\nkills = 5\nevery_ms = 1200\ntargets = {targets}\n"))?;
+    let output = place.everstep(&[
+        "chaos",
+        "plan.toml",
+        "tiny.toml",
+        "--set",
+        "train.steps=500",
+        "--set",
+        "data.paths=[\"text.txt\"]",
+        "--set",
+        "checkpoint.every=40",
+        "--set",
+        "run.folder=chaos",
+    ])?;
+    let said = String::from_utf8_lossy(&output.stdout);
+    assert!(output.status.success(), "{said}{}", String::from_utf8_lossy(&output.stderr));
+    assert!(said.contains("500 steps, 5 kills") && said.contains("every fingerprint equals"), "{said}");
+    Ok(())
+}
+
+/// A stopped node is declared dead, the job goes on, and when it wakes it changes nothing and joins as new.
+#[test]
+fn a_stopped_node_is_left_behind_and_rejoins_as_new() -> Result<()> {
+    let place = Place::new()?;
+    let long = ["train.steps=900", "checkpoint.every=300"];
+    let training = place.start("run", &long)?;
+    training.wait_for_step(20)?;
+    let stopped = training.nodes()?[0];
+    signal(stopped, Signal::STOP)?;
+    wait("the stopped node's death", || Ok(!events(&training.run, "node_dead")?.is_empty()))?;
+    let at = everstep_tests::metrics(&training.run)?.last().map_or(0, |l| l.step);
+    training.wait_for_step(at + 30)?;
+    signal(stopped, Signal::CONT)?;
+    wait("the woken node's return as a new one", || Ok(events(&training.run, "node_joined")?.len() == 4))?;
+    assert!(everstep_tests::lives(stopped), "the process goes on as another node");
+    let run = training.finish()?;
+    assert!(!events(&run, "node_fenced")?.is_empty());
+    let alone = place.train("alone", &["train.steps=900", "checkpoint.every=300", "job.nodes=1"])?;
+    assert_eq!(fingerprints(&run)?, fingerprints(&alone)?);
+    Ok(())
+}
+
+/// C6: an actor's panic gives that actor a new life, and no other.
+#[test]
+fn a_panic_restarts_that_actor_alone() -> Result<()> {
+    let place = Place::new()?;
+    let training = place.start("run", &["train.steps=900", "checkpoint.every=300"])?;
+    training.wait_for_step(20)?;
+    let path = training.run.0.display().to_string();
+    let tree = || -> Result<Vec<String>> {
+        let output = place.everstep(&["admin", "--run", &path, "tree"])?;
+        let text = String::from_utf8(output.stdout)?;
+        let actors = text.lines().filter_map(|l| l.strip_prefix("  "));
+        Ok(actors.map(|a| a.trim_end_matches("primary").trim().to_owned()).collect())
+    };
+    let mut before = tree()?;
+    before.sort();
+    for (n, actor) in ["expert.1.2", "stage.1.0", "reducer.0.0"].into_iter().enumerate() {
+        let output = place.everstep(&["admin", "--run", &path, "kill", actor])?;
+        assert!(String::from_utf8_lossy(&output.stdout).contains("made to panic"), "{output:?}");
+        wait("the failure", || Ok(events(&training.run, "actor_failed")?.len() == n + 1))?;
+        let at = everstep_tests::metrics(&training.run)?.last().map_or(0, |l| l.step);
+        training.wait_for_step(at + 5)?;
+        let mut after = tree()?;
+        after.sort();
+        let expected: Vec<String> =
+            before.iter().map(|a| if *a == format!("{actor}#1") { format!("{actor}#2") } else { a.clone() }).collect();
+        assert_eq!(after, expected, "after a panic of {actor}");
+        before = after;
+    }
+    let inspect = place.everstep(&["admin", "--run", &path, "inspect", "expert.1.2"])?;
+    assert!(String::from_utf8_lossy(&inspect.stdout).contains("micro-batches summed"), "{inspect:?}");
+    let run = training.finish()?;
+    let alone = place.train("alone", &["train.steps=900", "checkpoint.every=300", "job.nodes=1"])?;
+    assert_eq!(fingerprints(&run)?, fingerprints(&alone)?);
+    Ok(())
+}
