@@ -130,7 +130,10 @@ impl ReducerCore {
             let job = Job::Initial { seed: self.spec.seed, std: self.spec.model.initial_std, parameters };
             return vec![Effect::Compute { job, cost: self.size() }];
         }
-        self.ask()
+        // A supervisor that has just begun may count on this life, which an earlier one placed.
+        let mut effects = vec![Effect::send(ActorId::Supervisor, Body::Stateless)];
+        effects.extend(self.ask());
+        effects
     }
 
     /// Asks for the state that the next commit that came needs, or for any.

@@ -3,6 +3,8 @@
 
 mod backend;
 mod cpu;
+#[cfg(feature = "cuda")]
+mod cuda;
 mod gemm;
 mod layers;
 mod math;
@@ -13,6 +15,8 @@ mod tensor;
 
 pub use backend::{AttentionState, Backend, BackendError, DeviceClass};
 pub use cpu::CpuBackend;
+#[cfg(feature = "cuda")]
+pub use cuda::CudaBackend;
 pub use layers::expert::{
     ExpertHeld, ExpertSaved, ExpertWeights, expert_backward_input, expert_backward_weight, expert_forward,
 };
