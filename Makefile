@@ -1,0 +1,55 @@
+# Each target does its own set-up on a fresh Debian 12 machine that has Rust.
+
+NOW := $(shell date +%Y%m%d-%H%M%S)
+CONFIG ?= configs/quickstart.toml
+PROGRAM := target/release/everstep
+
+.PHONY: train test verify bench chaos chaos-full simulate gpu-check setup setup-test build
+
+## Build, then train the quickstart: a supervisor and three nodes on this machine.
+train: build
+	$(PROGRAM) train $(CONFIG) --set run.folder=runs/train-$(NOW)
+
+## All tests: units, simulation, whole jobs of real processes.
+test: setup-test
+	cargo build --workspace
+	cargo nextest run --workspace
+
+## Formatting, lints, documentation and house rules; edits nothing.
+verify: setup
+	cargo xtask verify
+
+## Figures as JSON lines, each with what bounds it.
+bench: build
+	$(PROGRAM) bench
+
+## Train while a random process is killed every few seconds, and compare with the undisturbed run.
+chaos: build
+	$(PROGRAM) chaos configs/chaos/everything.toml $(CONFIG) --set run.folder=runs/chaos-$(NOW)
+
+## The same with 50 kills on the tiny model.
+chaos-full: build
+	$(PROGRAM) chaos configs/chaos/full.toml configs/tiny.toml --set run.folder=runs/chaos-full-$(NOW) \
+		--set train.steps=12000 --set checkpoint.every=100
+
+## Many seeds of the simulated job, then each planted bug.
+simulate: build
+	$(PROGRAM) simulate --seeds 0..100000
+	for bug in fence-skipped contribution-twice acknowledged-before-synced arrival-order-sum lost-at-reconnect; do \
+		$(PROGRAM) simulate --seeds 0..1000 --plant $$bug || exit 1; done
+
+## The CUDA backend against the CPU's, on a machine with a GPU.
+gpu-check: setup
+	cargo run --release -p everstep-kernels --features cuda --example gpu_check
+
+build: setup
+	cargo build --release
+
+# A C compiler and linker, for crates that hold some C or assembly.
+setup:
+	@command -v cargo >/dev/null || { echo "Rust 1.95 or newer is needed: https://rustup.rs"; exit 1; }
+	@command -v cc >/dev/null || { apt-get update && apt-get install --yes gcc libc6-dev; }
+
+setup-test: setup
+	@command -v cargo-nextest >/dev/null || cargo install cargo-nextest --locked
+	@command -v mount >/dev/null || { apt-get update && apt-get install --yes mount; }
