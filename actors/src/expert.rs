@@ -263,3 +263,105 @@ impl Core for ExpertCore {
         )
     }
 }
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::compute::run;
+    use crate::testing::{address, bits, drive, materials, table, weights};
+    use crate::worker::Materials;
+    use everstep_kernels::CpuBackend;
+
+    const ME: ActorId = ActorId::Expert { layer: 1, expert: 0 };
+
+    fn expert(materials: &Materials) -> ExpertCore {
+        let me = address(ME, 1);
+        let mut core = ExpertCore::new(Arc::clone(&materials.spec), Arc::clone(&materials.layout), me, 1, 0);
+        drive(&mut core, Event::Table(Arc::new(table(materials))));
+        drive(&mut core, weights(materials, Group::Expert { layer: 1, expert: 0 }));
+        core
+    }
+
+    fn rows(lane: u32, micro_batch: u32, pass: Pass) -> Event {
+        let n = 1 + lane as usize + micro_batch as usize;
+        let value = |i| (i as f32 + lane as f32) * 0.1;
+        let body = Body::Rows {
+            turn: Turn { step: 1, lane, micro_batch },
+            pass,
+            rows: Tensor::from_vec(n, 4, (0..4 * n).map(value).collect()),
+        };
+        let from = address(ActorId::Stage { lane, stage: 0 }, 1);
+        Event::Local {
+            from: ActorId::Host { layer: 1 },
+            local: Local::Arrived(Envelope { from, to: address(ME, 1), body }),
+        }
+    }
+
+    /// Does what a host does: runs the work that the expert gave out. Gives all that the expert sent.
+    fn through_host(core: &mut ExpertCore, event: Event) -> (usize, Vec<(ActorId, Body<Tensor>)>) {
+        let mut work = 0;
+        let mut sent = Vec::new();
+        let mut asked = drive(core, event);
+        loop {
+            sent.append(&mut asked.sent);
+            let ready =
+                asked.told.into_iter().find_map(|(_, l)| if let Local::Ready(item) = l { Some(item) } else { None });
+            let Some(item) = ready else { return (work, sent) };
+            work += 1;
+            let Outcome::Experts(done) = run(Job::Experts(vec![*item]), &CpuBackend) else { unreachable!() };
+            let (expert, _, turn, result) = done.into_iter().next().unwrap();
+            let local = Local::Done { expert, turn, result: Box::new(result) };
+            asked = drive(core, Event::Local { from: ActorId::Host { layer: 1 }, local });
+        }
+    }
+
+    /// EX-1: a second copy of rows is no work.
+    #[test]
+    fn rows_are_computed_once() {
+        let materials = materials();
+        let mut core = expert(&materials);
+        assert_eq!(through_host(&mut core, rows(0, 0, Pass::Forward)).0, 1);
+        assert_eq!(through_host(&mut core, rows(0, 0, Pass::Forward)).0, 0);
+        // Gradients before their forward pass wait for it.
+        assert_eq!(through_host(&mut core, rows(1, 0, Pass::Backward)).0, 0);
+        assert_eq!(through_host(&mut core, rows(1, 0, Pass::Forward)).0, 2);
+    }
+
+    /// EX-2, EX-3: whatever order rows come in, the sum is the same and leaves when all are in it.
+    #[test]
+    fn the_sum_does_not_depend_on_the_order_of_arrival() {
+        let materials = materials();
+        let sum = |order: &[(u32, u32)]| {
+            let mut core = expert(&materials);
+            let mut last = Vec::new();
+            for pass in [Pass::Forward, Pass::Backward] {
+                for (n, (lane, micro_batch)) in order.iter().enumerate() {
+                    let sent = through_host(&mut core, rows(*lane, *micro_batch, pass)).1;
+                    let complete = pass == Pass::Backward && n + 1 == order.len();
+                    assert_eq!(sent.len(), if complete { 2 } else { 0 }, "sums for both copies, at the end");
+                    last = bits(&sent);
+                }
+            }
+            last
+        };
+        let ascending = sum(&[(0, 0), (1, 0), (0, 1), (1, 1)]);
+        assert_eq!(ascending, sum(&[(1, 1), (0, 1), (1, 0), (0, 0)]));
+        assert_eq!(ascending, sum(&[(1, 0), (1, 1), (0, 0), (0, 1)]));
+        let Body::Sums { micro_batches, samples, .. } = &ascending[0].1 else { panic!("{ascending:?}") };
+        assert_eq!((*micro_batches, *samples), (2, 4));
+    }
+
+    /// A result of an earlier life's work is not this life's: what goes with it was refused.
+    #[test]
+    fn results_of_another_life_are_not_taken() {
+        let materials = materials();
+        let mut core = expert(&materials);
+        let asked = drive(&mut core, rows(0, 0, Pass::Forward));
+        let Some((_, Local::Ready(item))) = asked.told.into_iter().next() else { panic!("work") };
+        let Outcome::Experts(done) = run(Job::Experts(vec![*item]), &CpuBackend) else { unreachable!() };
+        let (_, _, turn, result) = done.into_iter().next().unwrap();
+        let local = Local::Done { expert: address(ME, 7), turn, result: Box::new(result) };
+        drive(&mut core, Event::Local { from: ActorId::Host { layer: 1 }, local });
+        assert_eq!(core.outbox.len(), 0);
+    }
+}

@@ -104,3 +104,79 @@ impl Core for HostCore {
         )
     }
 }
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::message::{Envelope, Pass, Turn, Work};
+    use crate::testing::{address, drive, materials, replace, table, weights};
+    use crate::worker::Materials;
+    use everstep_kernels::{Group, Tensor};
+
+    fn expert(n: u32) -> ActorId {
+        ActorId::Expert { layer: 1, expert: n }
+    }
+
+    fn batch(experts: &[u32]) -> Event {
+        let turn = Turn { step: 1, lane: 0, micro_batch: 0 };
+        let rows = || Tensor::from_vec(1, 4, vec![1.0; 4]);
+        let from = address(ActorId::Stage { lane: 0, stage: 0 }, 1);
+        let envelope = |n: &u32| Envelope {
+            from,
+            to: address(expert(*n), 1),
+            body: Body::Rows { turn, pass: Pass::Forward, rows: rows() },
+        };
+        Event::Local { from: ActorId::Host { layer: 1 }, local: Local::Batch(experts.iter().map(envelope).collect()) }
+    }
+
+    fn ready(materials: &Materials, n: u32) -> Event {
+        let Event::Message { body: Body::Weights { tensors, .. }, .. } =
+            weights(materials, Group::Expert { layer: 1, expert: n })
+        else {
+            unreachable!()
+        };
+        let names = &materials.layout.of_group[&Group::Expert { layer: 1, expert: n }];
+        let map = names
+            .iter()
+            .zip(tensors)
+            .map(|(p, t)| (materials.layout.parameters[*p as usize].name.clone(), t))
+            .collect();
+        let item = WorkItem {
+            expert: address(expert(n), 1),
+            stage: ActorId::Stage { lane: 0, stage: 0 },
+            turn: Turn { step: 1, lane: 0, micro_batch: 0 },
+            weights: everstep_kernels::ExpertWeights::new(&map, 1, n),
+            work: Work::Forward { x: Tensor::from_vec(1, 4, vec![1.0; 4]) },
+        };
+        Event::Local { from: expert(n), local: Local::Ready(Box::new(item)) }
+    }
+
+    fn host(materials: &Materials) -> HostCore {
+        let mut core = HostCore::new(Arc::clone(&materials.spec));
+        drive(&mut core, Event::Table(Arc::new(table(materials))));
+        core
+    }
+
+    /// HO-1: one batch once every expert has spoken, with work or without.
+    #[test]
+    fn a_batch_waits_for_every_expert_that_was_asked() {
+        let materials = materials();
+        let mut core = host(&materials);
+        assert_eq!(drive(&mut core, batch(&[0, 1, 2])).told.len(), 3);
+        assert_eq!(drive(&mut core, ready(&materials, 0)).jobs, 0);
+        assert_eq!(drive(&mut core, ready(&materials, 2)).jobs, 0);
+        let asked = drive(&mut core, Event::Local { from: expert(1), local: Local::Nothing });
+        assert_eq!((asked.jobs, asked.sent.len(), asked.told.len()), (1, 2, 2));
+    }
+
+    /// HO-2: an expert that died is not waited for, and its work is dropped.
+    #[test]
+    fn a_dead_expert_is_not_waited_for() {
+        let materials = materials();
+        let mut core = host(&materials);
+        drive(&mut core, batch(&[0, 1]));
+        drive(&mut core, ready(&materials, 0));
+        let asked = drive(&mut core, Event::Table(Arc::new(replace(&table(&materials), expert(1)))));
+        assert_eq!((asked.jobs, asked.sent.len()), (1, 1));
+    }
+}

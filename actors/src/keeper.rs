@@ -152,3 +152,51 @@ impl KeeperCore {
         if complete { vec![KeeperEffect::Publish(step)] } else { Vec::new() }
     }
 }
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::testing::{address, materials, table};
+
+    fn snapshot(step: Step, shard: u32) -> KeeperEvent {
+        let from = address(ActorId::Reducer { shard, replica: 0 }, 1);
+        KeeperEvent::Message { from, body: Body::Snapshot { step, parameters: Vec::new() } }
+    }
+
+    /// KE-1, KE-2: published when all shards are stored, acknowledged when it is published.
+    #[test]
+    fn a_checkpoint_exists_when_every_shard_is_stored_and_the_manifest_is() {
+        let mut keeper = KeeperCore::new(2, 0);
+        keeper.on(KeeperEvent::Table(Arc::new(table(&materials()))));
+        assert!(matches!(keeper.on(snapshot(3, 0))[..], [KeeperEffect::Store { step: 3, shard: 0, .. }]));
+        assert!(keeper.on(snapshot(3, 0)).is_empty(), "a second copy is not stored again");
+        assert!(keeper.on(KeeperEvent::Stored { step: 3, shard: 0 }).is_empty());
+        keeper.on(snapshot(3, 1));
+        let effects = keeper.on(KeeperEvent::Stored { step: 3, shard: 1 });
+        assert!(matches!(effects[..], [KeeperEffect::Publish(3)]));
+        let effects = keeper.on(KeeperEvent::Published(3));
+        assert!(matches!(
+            effects[..],
+            [
+                KeeperEffect::Send(_, Body::SnapshotKept { step: 3 }),
+                KeeperEffect::Send(_, Body::SnapshotKept { step: 3 }),
+                KeeperEffect::Checkpointed(3)
+            ]
+        ));
+        assert!(matches!(keeper.on(snapshot(3, 0))[..], [KeeperEffect::Send(_, Body::SnapshotKept { step: 3 })]));
+    }
+
+    /// Whoever asks is given the table's checkpoint, and nothing when the job began from none.
+    #[test]
+    fn states_are_loaded_from_the_tables_checkpoint() {
+        let mut keeper = KeeperCore::new(2, 3);
+        let mut table = table(&materials());
+        let from = address(ActorId::Reducer { shard: 1, replica: 0 }, 1);
+        keeper.on(KeeperEvent::Table(Arc::new(table.clone())));
+        assert!(keeper.on(KeeperEvent::Message { from, body: Body::Fetch { step: 0 } }).is_empty());
+        (table.base, table.epoch) = (3, 2);
+        keeper.on(KeeperEvent::Table(Arc::new(table)));
+        let effects = keeper.on(KeeperEvent::Message { from, body: Body::Fetch { step: 0 } });
+        assert!(matches!(effects[..], [KeeperEffect::Load { step: 3, shard: 1, .. }]));
+    }
+}

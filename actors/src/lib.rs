@@ -27,6 +27,8 @@ mod spec;
 mod stage;
 mod supervisor;
 mod table;
+#[cfg(test)]
+mod testing;
 mod wire;
 mod worker;
 

@@ -360,3 +360,6 @@ impl Core for ReducerCore {
         format!("{role}, {state}, {} parameters; the next step lacks {missing} sums{snapshot}", self.size())
     }
 }
+
+#[cfg(test)]
+mod tests;

@@ -203,3 +203,126 @@ impl Router {
         actions
     }
 }
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::ids::SUPERVISOR_NODE;
+    use crate::message::{Pass, Turn};
+    use crate::testing::{address, materials, replace, table};
+
+    const STAGE: ActorId = ActorId::Stage { lane: 0, stage: 0 };
+    const OTHER: ActorId = ActorId::Stage { lane: 0, stage: 1 };
+
+    fn rows() -> Tensor {
+        Tensor::from_vec(1, 4, vec![0.0; 4])
+    }
+
+    fn hidden(from: u32, to: u32) -> Envelope {
+        let turn = Turn { step: 1, lane: 0, micro_batch: 0 };
+        Envelope { from: address(STAGE, from), to: address(OTHER, to), body: Body::Hidden { turn, rows: rows() } }
+    }
+
+    fn router(table: &Table) -> Router {
+        let mut router = Router::new(None);
+        router.welcome(NodeId(1));
+        router.on_table(Arc::new(table.clone()));
+        router
+    }
+
+    fn delivered(actions: &[Action]) -> usize {
+        actions.iter().filter(|a| matches!(a, Action::Deliver(_, Event::Message { .. } | Event::Local { .. }))).count()
+    }
+
+    /// RO-1: lives of the past are refused at both ends; survivors pass in every epoch.
+    #[test]
+    fn replaced_lives_are_refused_and_survivors_pass() {
+        let first = table(&materials());
+        let mut router = router(&first);
+        assert_eq!(delivered(&router.arrive(vec![hidden(1, 1)])), 1);
+        let second = replace(&first, STAGE);
+        router.on_table(Arc::new(second.clone()));
+        assert_eq!(delivered(&router.arrive(vec![hidden(1, 1)])), 0);
+        assert_eq!(delivered(&router.arrive(vec![hidden(2, 1)])), 1);
+        router.on_table(Arc::new(replace(&second, OTHER)));
+        assert_eq!(delivered(&router.arrive(vec![hidden(2, 1)])), 0);
+        assert_eq!(router.refused(), 2);
+    }
+
+    /// RO-2: a life that is not announced yet is held, and let through when it is.
+    #[test]
+    fn lives_of_the_future_are_held() {
+        let first = table(&materials());
+        let mut router = router(&first);
+        assert_eq!(delivered(&router.arrive(vec![hidden(2, 1), hidden(3, 1)])), 0);
+        assert_eq!(router.held(), 2);
+        let actions = router.on_table(Arc::new(replace(&first, STAGE)));
+        assert_eq!((delivered(&actions), router.held()), (1, 1));
+    }
+
+    /// RO-3: rows for experts of one layer reach their host as one batch, and travel as one bundle.
+    #[test]
+    fn what_is_sent_at_once_travels_together() {
+        let materials = materials();
+        let mut table = table(&materials);
+        table.entries.get_mut(&ActorId::Expert { layer: 1, expert: 2 }).unwrap().node = NodeId(2);
+        let mut router = router(&table);
+        let turn = Turn { step: 1, lane: 0, micro_batch: 0 };
+        let to = |expert| {
+            (
+                address(STAGE, 1),
+                ActorId::Expert { layer: 1, expert },
+                Body::Rows { turn, pass: Pass::Forward, rows: rows() },
+            )
+        };
+        let actions = router.send(vec![to(0), to(1), to(2)]);
+        let mut batches = Vec::new();
+        let mut bundles = Vec::new();
+        for action in actions {
+            match action {
+                Action::Deliver(ActorId::Host { layer }, Event::Local { local: Local::Batch(batch), .. }) => {
+                    batches.push((layer, batch.len()));
+                }
+                Action::Transmit(node, bundle) => bundles.push((node, bundle.len())),
+                other => panic!("{other:?}"),
+            }
+        }
+        assert_eq!((batches, bundles), (vec![(1, 2)], vec![(NodeId(2), 1)]));
+        assert_ne!(NodeId(2), SUPERVISOR_NODE);
+    }
+
+    /// RO-4: one spawn for each life, a stop for those that went, nothing for an old table.
+    #[test]
+    fn actors_are_spawned_once_for_each_life() {
+        let first = table(&materials());
+        let mut router = Router::new(None);
+        router.welcome(NodeId(1));
+        let spawned = |actions: &[Action]| -> Vec<Address> {
+            actions.iter().filter_map(|a| if let Action::Spawn(address) = a { Some(*address) } else { None }).collect()
+        };
+        let all = spawned(&router.on_table(Arc::new(first.clone())));
+        let placed: Vec<Address> = first.actors_of(NodeId(1)).collect();
+        assert!(placed.iter().all(|a| all.contains(a)));
+        // Two hosts beside them: both mixture layers have experts here.
+        assert_eq!(all.len(), placed.len() + 2);
+        let second = replace(&first, STAGE);
+        let actions = router.on_table(Arc::new(second));
+        assert_eq!(spawned(&actions), [address(STAGE, 2)]);
+        assert!(actions.iter().any(|a| matches!(a, Action::Stop(old) if *old == address(STAGE, 1))));
+        assert!(router.on_table(Arc::new(first)).is_empty());
+    }
+
+    /// RO-5: a failure is remembered until the table replaces that life.
+    #[test]
+    fn failures_are_remembered_until_they_are_replaced() {
+        let first = table(&materials());
+        let mut router = router(&first);
+        router.fail(address(STAGE, 1), "panic".to_owned());
+        router.on_table(Arc::new(replace(&first, OTHER)));
+        assert_eq!(router.failures().count(), 1);
+        let mut third = replace(&first, STAGE);
+        third.epoch = 9;
+        router.on_table(Arc::new(third));
+        assert_eq!(router.failures().count(), 0);
+    }
+}

@@ -345,3 +345,126 @@ impl Core for StageCore {
         )
     }
 }
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::testing::{Asked, bits, drive, materials, message, replace, table, weights};
+    use crate::worker::Materials;
+
+    const LAST: ActorId = ActorId::Stage { lane: 0, stage: 1 };
+
+    fn last_stage(materials: &Materials) -> StageCore {
+        let corpus = materials.corpus.clone();
+        let mut core = StageCore::new(Arc::clone(&materials.spec), Arc::clone(&materials.layout), corpus, 0, 1);
+        drive(&mut core, Event::Table(Arc::new(table(materials))));
+        core
+    }
+
+    fn begin(materials: &Materials, core: &mut StageCore) -> Asked {
+        let mut all = Asked::default();
+        for group in materials.spec.groups_of_stage(1) {
+            let asked = drive(core, weights(materials, group));
+            all.sent.extend(asked.sent);
+            all.jobs += asked.jobs;
+        }
+        all
+    }
+
+    fn hidden(micro_batch: u32) -> Event {
+        let turn = Turn { step: 1, lane: 0, micro_batch };
+        let rows = Tensor::from_vec(4, 4, (0..16).map(|i| (i + micro_batch) as f32 * 0.1).collect());
+        message(ActorId::Stage { lane: 0, stage: 0 }, Body::Hidden { turn, rows })
+    }
+
+    /// Answers every dispatch with its own rows, until the stage asks no more. Gives all that it sent.
+    fn serve(core: &mut StageCore, first: Asked) -> Vec<(ActorId, Body<Tensor>)> {
+        let mut all = Vec::new();
+        let mut queue = std::collections::VecDeque::from(first.sent);
+        while let Some((to, body)) = queue.pop_front() {
+            if let Body::Rows { turn, pass, rows } = &body {
+                let answer = Body::Answer { turn: *turn, pass: *pass, rows: rows.clone() };
+                queue.extend(drive(core, message(to, answer)).sent);
+            }
+            all.push((to, body));
+        }
+        all
+    }
+
+    fn whole_step(materials: &Materials) -> Vec<(ActorId, Body<Tensor>)> {
+        let mut core = last_stage(materials);
+        begin(materials, &mut core);
+        let mut sent = Vec::new();
+        for micro_batch in 0..2 {
+            let asked = drive(&mut core, hidden(micro_batch));
+            sent.extend(serve(&mut core, asked));
+        }
+        assert!(core.describe().contains("waits for the commit"), "{}", core.describe());
+        sent
+    }
+
+    /// ST-1: nothing starts before its input; operations start in program order.
+    #[test]
+    fn operations_wait_for_their_inputs_in_order() {
+        let materials = materials();
+        let mut core = last_stage(&materials);
+        assert_eq!(begin(&materials, &mut core).jobs, 0);
+        // The second micro-batch's input is there, but the first's forward comes first.
+        assert_eq!(drive(&mut core, hidden(1)).jobs, 0);
+        let asked = drive(&mut core, hidden(0));
+        assert_eq!(asked.jobs, 1);
+        assert!(asked.sent.iter().all(|(to, body)| {
+            matches!(to, ActorId::Expert { layer: 2, .. })
+                && matches!(body, Body::Rows { turn, .. } if turn.micro_batch == 0)
+        }));
+        assert_eq!(asked.sent.len(), 3, "every expert of the layer hears of the micro-batch");
+    }
+
+    /// ST-2: copies of messages change nothing, early or late.
+    #[test]
+    fn second_copies_change_nothing() {
+        let materials = materials();
+        let expected = bits(&whole_step(&materials));
+        let mut core = last_stage(&materials);
+        begin(&materials, &mut core);
+        let mut sent = Vec::new();
+        for micro_batch in 0..2 {
+            let asked = drive(&mut core, hidden(micro_batch));
+            assert_eq!(drive(&mut core, hidden(micro_batch)).sent.len(), 0);
+            sent.extend(serve(&mut core, asked));
+            assert_eq!(drive(&mut core, hidden(0)).sent.len(), 0);
+        }
+        assert_eq!(bits(&sent), expected);
+    }
+
+    /// ST-3: a new life sends the same bits; its receivers' new lives get all that is kept.
+    #[test]
+    fn a_new_life_sends_the_same_messages_and_kept_ones_go_again() {
+        let materials = materials();
+        assert_eq!(bits(&whole_step(&materials)), bits(&whole_step(&materials)));
+        let mut core = last_stage(&materials);
+        begin(&materials, &mut core);
+        let asked = drive(&mut core, hidden(0));
+        let expert = ActorId::Expert { layer: 2, expert: 1 };
+        let mine: Vec<_> = asked.sent.iter().filter(|(to, _)| *to == expert).cloned().collect();
+        let again = drive(&mut core, Event::Table(Arc::new(replace(&table(&materials), expert))));
+        assert_eq!(bits(&again.sent), bits(&mine));
+    }
+
+    /// ST-4: sums go to every copy of their shards; the next weights end the step.
+    #[test]
+    fn sums_leave_at_the_end_and_weights_begin_the_next_step() {
+        let materials = materials();
+        let sent = whole_step(&materials);
+        let sums: Vec<_> = sent.iter().filter(|(_, body)| matches!(body, Body::Sums { .. })).collect();
+        assert_eq!(sums.len(), materials.spec.groups_of_stage(1).len() * 2);
+        for (to, body) in sums {
+            let Body::Sums { micro_batches, samples, loss, group, .. } = body else { unreachable!() };
+            assert!(matches!(to, ActorId::Reducer { .. }));
+            assert_eq!((*micro_batches, *samples), (2, 2));
+            let head = *group as usize + 1 == materials.spec.model.groups_of_model().len();
+            assert_eq!(*loss > 0.0, head);
+        }
+        assert_eq!(LAST, ActorId::Stage { lane: 0, stage: 1 });
+    }
+}

@@ -163,13 +163,13 @@ impl Supervisor {
         if self.finished && !matches!(event, SupervisorEvent::Synced) {
             return Vec::new();
         }
-        match event {
+        let mut effects = match event {
             SupervisorEvent::Join(info) => self.join(now, info),
             SupervisorEvent::Return(node) => self.returned(now, node),
             SupervisorEvent::Heartbeat { node, work } => self.heartbeat(now, node, work),
             SupervisorEvent::Lost { node, why } => self.dead(now, &[(node, why)]),
             SupervisorEvent::ActorFailed { address, reason } => self.actor_failed(now, address, reason),
-            SupervisorEvent::Message { from, body } => self.message(now, from, body),
+            SupervisorEvent::Message { from, body } => self.message(from, body),
             SupervisorEvent::Checkpointed(step) => self.checkpointed(step),
             SupervisorEvent::Synced => self.held.pop_front().unwrap_or_default(),
             SupervisorEvent::Tick => {
@@ -178,7 +178,10 @@ impl Supervisor {
                 let silent: Vec<_> = silent.into_iter().map(|n| (n, why.clone())).collect();
                 if silent.is_empty() { Vec::new() } else { self.dead(now, &silent) }
             }
-        }
+        };
+        // A report may complete a step, and so may the death of the copy that it waited for.
+        effects.extend(self.decide(now));
+        effects
     }
 
     /// Logs a record; `then` follows its sync.
@@ -442,3 +445,6 @@ impl Supervisor {
         &self.layout
     }
 }
+
+#[cfg(test)]
+mod tests;

@@ -76,6 +76,7 @@ fn parse(bytes: &[u8]) -> Result<(Vec<Vec<u8>>, usize), String> {
 mod tests {
     use super::*;
 
+    /// LO-1, LO-2: what was appended is there, whatever a crash tore.
     #[test]
     fn records_are_read_back_and_a_torn_end_is_cut_off() {
         let folder = tempfile::tempdir().unwrap();

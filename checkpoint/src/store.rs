@@ -1,11 +1,11 @@
 //! The store of a run's checkpoints.
 //!
 //! Layout of the folder: `chunks/HASH`, `manifests/STEP`, `catalogue/` (sled).
-//! - ST-1: a checkpoint exists when its manifest is there; the manifest is written after all its chunks
+//! - DS-1: a checkpoint exists when its manifest is there; the manifest is written after all its chunks
 //!   are synced.
-//! - ST-2: the catalogue says nothing that manifests don't: it is made from them again when it is
+//! - DS-2: the catalogue says nothing that manifests don't: it is made from them again when it is
 //!   missing, damaged or behind.
-//! - ST-3: the newest `keep` checkpoints are kept; chunks that neither a kept manifest nor a checkpoint
+//! - DS-3: the newest `keep` checkpoints are kept; chunks that neither a kept manifest nor a checkpoint
 //!   that is being made names are removed.
 
 use crate::catalogue::Catalogue;
@@ -235,6 +235,7 @@ mod tests {
         assert_eq!(store.newest_good().unwrap().0, Some(3));
     }
 
+    /// DS-1, DS-3, CH-2.
     #[test]
     fn what_is_stored_is_read_and_old_ones_go_with_their_chunks() {
         let folder = tempfile::tempdir().unwrap();
@@ -251,6 +252,7 @@ mod tests {
         assert_eq!(count, 2 * 3 + 4);
     }
 
+    /// DS-2.
     #[test]
     fn the_catalogue_is_made_again_from_manifests() {
         let folder = tempfile::tempdir().unwrap();
@@ -269,6 +271,7 @@ mod tests {
         assert_eq!(store.read(3, &names()).unwrap()[1], tensors(3.0)[0]);
     }
 
+    /// CH-1, CH-3.
     #[test]
     fn damage_is_named_and_the_one_before_is_found() {
         let folder = tempfile::tempdir().unwrap();

@@ -4,7 +4,7 @@ use anyhow::Result;
 use everstep_tests::{Place, events, fingerprints, signal, wait};
 use rustix::process::Signal;
 
-/// Kills of every kind: a node, the supervisor, two nodes, everything.
+/// Kills of every kind (ND-1: the next supervisor gets what the last one missed): a node, the supervisor, two nodes, everything.
 #[test]
 fn every_fingerprint_survives_kills_of_everything() -> Result<()> {
     let place = Place::new()?;
@@ -30,7 +30,7 @@ fn every_fingerprint_survives_kills_of_everything() -> Result<()> {
     Ok(())
 }
 
-/// A stopped node is declared dead, the job goes on, and when it wakes it changes nothing and joins as new.
+/// ND-2: a stopped node is declared dead, the job goes on, and when it wakes it changes nothing and joins as new.
 #[test]
 fn a_stopped_node_is_left_behind_and_rejoins_as_new() -> Result<()> {
     let place = Place::new()?;

@@ -346,6 +346,7 @@ mod tests {
         assert!(big.header == b"big" && big.regions == [region]);
     }
 
+    /// HU-1.
     #[tokio::test(flavor = "multi_thread")]
     async fn a_session_survives_its_links() {
         let folder = tempfile::tempdir().unwrap();
@@ -366,6 +367,28 @@ mod tests {
             let message = next_message(&mut b_events).await;
             assert_eq!(message.header, n.to_le_bytes());
             assert_eq!(*message.regions[0], vec![n as f32; 100_000]);
+        }
+    }
+
+    /// HU-2, HU-3: a receiver that takes nothing stops what flows to it, not the call that sends.
+    #[tokio::test(flavor = "multi_thread")]
+    async fn a_slow_receiver_slows_its_sender_and_loses_nothing() {
+        let folder = tempfile::tempdir().unwrap();
+        Credentials::create(folder.path()).unwrap();
+        let (a, _a_events) = hub(folder.path(), 1);
+        let (b, mut b_events) = hub(folder.path(), 2);
+        a.dial(b.address().unwrap()).await.unwrap();
+        let count = 3 * EVENTS as u32;
+        let began = std::time::Instant::now();
+        for n in 0..count {
+            a.send(2, Lane::Bulk, Message::small(n.to_le_bytes().to_vec()));
+        }
+        assert!(began.elapsed() < Duration::from_secs(1), "sending never waits");
+        tokio::time::sleep(Duration::from_millis(300)).await;
+        // What the receiver's process holds is its queue of events and one window.
+        assert!(b_events.len() <= EVENTS);
+        for n in 0..count {
+            assert_eq!(next_message(&mut b_events).await.header, n.to_le_bytes());
         }
     }
 

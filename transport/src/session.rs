@@ -389,6 +389,7 @@ mod tests {
         assert_eq!(pair.waiting[1].back(), Some(&(Lane::Control, 7)));
     }
 
+    /// SE-4.
     #[test]
     fn frames_of_a_broken_peer_are_refused() {
         let mut s: Session<u32> = Session::new();

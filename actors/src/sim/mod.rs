@@ -3,7 +3,7 @@
 //! The cores are the real ones, with a tiny real model; what is simulated is what the shells do. A seed
 //! names everything that happens, so a failing seed fails again, event for event.
 //!
-//! Checked at every commit and every delivery, one contract each: see [`checks`]. After the last fault
+//! Checked at every commit and every delivery, one contract each: see `checks.rs`. After the last fault
 //! the job must finish.
 
 mod checks;
@@ -63,7 +63,7 @@ impl fmt::Display for Violation {
 /// The jobs that are simulated: few, so that each undisturbed run is made once.
 const SHAPES: [(u32, u32, u32); 4] = [(1, 2, 2), (3, 1, 2), (3, 2, 1), (2, 3, 2)];
 
-fn spec(shape: usize) -> JobSpec {
+pub(crate) fn spec(shape: usize) -> JobSpec {
     let (lanes, stages, micro_batches) = SHAPES[shape];
     JobSpec {
         model: ModelConfig {

@@ -52,6 +52,7 @@ mod tests {
         Duration::from_millis(n)
     }
 
+    /// MB-1.
     #[test]
     fn a_silent_node_expires_and_a_talking_one_does_not() {
         let mut m = Membership::default();
@@ -64,6 +65,7 @@ mod tests {
         assert_eq!(m.expired(ms(1500)), [NodeId(1)]);
     }
 
+    /// MB-2.
     #[test]
     fn the_supervisors_own_stall_kills_nobody() {
         let mut m = Membership::default();

@@ -130,3 +130,64 @@ impl<'a> Placement<'a> {
         }
     }
 }
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::testing::materials;
+
+    fn nodes(n: &[u64]) -> Vec<NodeId> {
+        n.iter().map(|n| NodeId(*n)).collect()
+    }
+
+    fn place(on: &[u64], present: &BTreeMap<ActorId, NodeId>, level: bool) -> BTreeMap<ActorId, NodeId> {
+        let materials = materials();
+        let costs = Costs::new(&materials.spec);
+        Placement::new(&materials.spec, &costs, &nodes(on)).place(present, level)
+    }
+
+    fn spread(places: &BTreeMap<ActorId, NodeId>, on: &[u64]) -> (u64, u64) {
+        let costs = Costs::new(&materials().spec);
+        let load = |n: &u64| places.iter().filter(|(_, at)| at.0 == *n).map(|(a, _)| costs.of(*a)).sum::<u64>();
+        let loads: Vec<u64> = on.iter().map(load).collect();
+        (*loads.iter().min().unwrap(), *loads.iter().max().unwrap())
+    }
+
+    /// PL-1: who has a home stays, unless evening out is asked for; then loads come closer.
+    #[test]
+    fn only_the_homeless_move() {
+        let before = place(&[1, 2], &BTreeMap::new(), false);
+        let after = place(&[1, 2, 3], &before, false);
+        assert_eq!(after, before);
+        let lost = place(&[1, 3], &before, false);
+        for (actor, node) in &before {
+            assert!(lost[actor] == *node || *node == NodeId(2), "{actor}");
+        }
+        let level = place(&[1, 2, 3], &before, true);
+        assert!(spread(&level, &[1, 2, 3]).1 < spread(&before, &[1, 2, 3]).1);
+        let state = |p: &BTreeMap<ActorId, NodeId>| -> Vec<(ActorId, NodeId)> {
+            p.iter().filter(|(a, _)| matches!(a, ActorId::Reducer { .. })).map(|(a, n)| (*a, *n)).collect()
+        };
+        assert_eq!(state(&level), state(&before), "state is not moved for balance");
+    }
+
+    /// PL-2: copies of a shard have nodes of their own, or no place.
+    #[test]
+    fn copies_live_apart() {
+        for on in [&[1u64][..], &[1, 2], &[1, 2, 3]] {
+            let places = place(on, &BTreeMap::new(), true);
+            for shard in 0..2 {
+                let homes: Vec<NodeId> =
+                    (0..2).filter_map(|replica| places.get(&ActorId::Reducer { shard, replica }).copied()).collect();
+                assert_eq!(homes.len(), on.len().min(2));
+                assert!(homes.len() < 2 || homes[0] != homes[1]);
+            }
+        }
+    }
+
+    /// PL-3: the same input, the same places.
+    #[test]
+    fn places_are_reproducible() {
+        assert_eq!(place(&[3, 5, 9], &BTreeMap::new(), true), place(&[3, 5, 9], &BTreeMap::new(), true));
+    }
+}

@@ -8,7 +8,7 @@ use everstep_kernels::Tensor;
 use std::time::Duration;
 
 impl Supervisor {
-    pub(super) fn message(&mut self, now: Duration, from: Address, body: Body<Tensor>) -> Vec<SupervisorEffect> {
+    pub(super) fn message(&mut self, from: Address, body: Body<Tensor>) -> Vec<SupervisorEffect> {
         let ActorId::Reducer { shard, replica } = from.actor else { return Vec::new() };
         if self.table.address(from.actor) != Some(from) {
             return Vec::new();
@@ -47,12 +47,14 @@ impl Supervisor {
             | Body::Snapshot { .. }
             | Body::SnapshotKept { .. } => {}
         }
-        effects.extend(self.decide(now));
         effects
     }
 
     /// Reports and commits what can be.
-    fn decide(&mut self, now: Duration) -> Vec<SupervisorEffect> {
+    pub(super) fn decide(&mut self, now: Duration) -> Vec<SupervisorEffect> {
+        if self.finished {
+            return Vec::new();
+        }
         let mut effects = self.report();
         if self.finished || self.table.primaries.contains(&None) {
             return effects;

@@ -2,15 +2,22 @@
 
 mod tidy;
 
-use anyhow::{Context, Result, bail};
-use std::process::Command;
+use anyhow::{Context, Result, anyhow, bail};
+use std::process::{Command, ExitCode};
 
-fn main() -> Result<()> {
+fn main() -> ExitCode {
     let task = std::env::args().nth(1);
-    match task.as_deref() {
+    let result = match task.as_deref() {
         Some("verify") => verify(),
         Some("fix") => fix(),
-        _ => bail!("expected: cargo xtask verify | fix"),
+        _ => Err(anyhow!("expected: cargo xtask verify | fix")),
+    };
+    match result {
+        Ok(()) => ExitCode::SUCCESS,
+        Err(error) => {
+            eprintln!("error: {error:#}");
+            ExitCode::FAILURE
+        }
     }
 }
 

@@ -1,0 +1,202 @@
+//! The reducer's promises, one by one.
+
+use super::*;
+use crate::testing::{Asked, address, bits, drive, materials, message, of, replace, table};
+use crate::worker::Materials;
+
+fn reducer(materials: &Materials, replica: u32) -> ReducerCore {
+    ReducerCore::new(Arc::clone(&materials.spec), Arc::clone(&materials.layout), 0, replica, None)
+}
+
+/// A primary with the initial state of shard 0.
+fn primary(materials: &Materials) -> ReducerCore {
+    let mut core = reducer(materials, 0);
+    let mut first = table(materials);
+    first.primaries = vec![None; 2];
+    drive(&mut core, Event::Table(Arc::new(first)));
+    let mut second = table(materials);
+    second.epoch = 2;
+    drive(&mut core, Event::Table(Arc::new(second)));
+    core
+}
+
+/// Everything that is sent to shard 0 in a step, with values that depend on sender and parameter.
+fn sums(materials: &Materials, step: Step) -> Vec<(ActorId, Body<Tensor>)> {
+    let spec = &materials.spec;
+    let all = spec.model.groups_of_model();
+    let mut out = Vec::new();
+    for group in &materials.layout.groups[0] {
+        for (n, sender) in spec.senders_of(*group).into_iter().enumerate() {
+            let value = |i: usize, p: u32| ((i + 1) as f32 * 0.37 + p as f32) / (n as f32 + 1.7) - 1.0;
+            let gradients = materials.layout.of_group[group]
+                .iter()
+                .filter(|p| materials.layout.has_gradient(**p))
+                .map(|p| {
+                    let shape = &materials.layout.parameters[*p as usize];
+                    let data = (0..shape.len()).map(|i| value(i, *p)).collect();
+                    Tensor::from_vec(shape.rows, shape.columns, data)
+                })
+                .collect();
+            let lanes = if matches!(group, Group::Expert { .. }) { spec.lanes } else { 1 };
+            let body = Body::Sums {
+                step,
+                group: all.iter().position(|g| g == group).unwrap() as u32,
+                micro_batches: spec.micro_batches,
+                samples: u64::from(lanes * spec.micro_batches * spec.sequences),
+                gradients,
+                loads: if matches!(group, Group::Layer(1 | 2)) { vec![1, 2, 3] } else { Vec::new() },
+                loss: 0.5,
+            };
+            out.push((sender, body));
+        }
+    }
+    out
+}
+
+fn commit(step: Step) -> Event {
+    let body = Body::Commit(Commit { step, clip: 0.5, lr: 0.01, skipped: false });
+    message(ActorId::Supervisor, body)
+}
+
+fn give(core: &mut ReducerCore, all: &[(ActorId, Body<Tensor>)]) -> Asked {
+    let mut out = Asked::default();
+    for (from, body) in all {
+        out.sent.extend(drive(core, message(*from, body.clone())).sent);
+    }
+    out
+}
+
+fn prepared(asked: &Asked) -> usize {
+    asked.sent.iter().filter(|(_, b)| matches!(b, Body::Prepared { .. })).count()
+}
+
+/// Messages with the bits of their tensors.
+type Sent = Vec<(ActorId, Body<Vec<u32>>)>;
+
+fn state(core: &mut ReducerCore) -> (Step, Sent) {
+    let mirror = ActorId::Reducer { shard: 0, replica: 1 };
+    let asked = drive(core, message(mirror, Body::Fetch { step: 0 }));
+    let Body::State { step, .. } = &asked.sent[0].1 else { panic!("{asked:?}") };
+    (*step, bits(&asked.sent))
+}
+
+/// RE-1: prepared once, when the last sum is there; second copies and foreign sums are not counted.
+#[test]
+fn a_step_is_prepared_when_every_sum_is_there_once() {
+    let materials = materials();
+    let mut core = primary(&materials);
+    let all = sums(&materials, 1);
+    assert_eq!(prepared(&give(&mut core, &all[1..])), 0);
+    assert_eq!(prepared(&give(&mut core, &all[1..])), 0, "second copies don't stand for the one that is missing");
+    let stranger = ActorId::Stage { lane: 9, stage: 0 };
+    assert_eq!(prepared(&give(&mut core, &[(stranger, all[0].1.clone())])), 0);
+    let asked = give(&mut core, &all[..1]);
+    assert_eq!(prepared(&asked), 1);
+    let Body::Prepared { samples, .. } = &asked.sent[0].1 else { panic!("{asked:?}") };
+    assert_eq!(*samples, 4);
+}
+
+/// RE-2: the order of arrival does not show.
+#[test]
+fn lanes_are_added_in_one_order() {
+    let mut spec = (*materials().spec).clone();
+    spec.lanes = 3;
+    let materials = of(spec);
+    let run = |reverse: bool| {
+        let mut core = primary(&materials);
+        let mut all = sums(&materials, 1);
+        if reverse {
+            all.reverse();
+        }
+        give(&mut core, &all);
+        drive(&mut core, commit(1));
+        state(&mut core)
+    };
+    assert_eq!(run(false).0, 1);
+    assert_eq!(run(false), run(true));
+}
+
+/// RE-3: a state changes by the commit of the next step alone.
+#[test]
+fn a_state_changes_by_the_next_commit_alone() {
+    let materials = materials();
+    let mut core = primary(&materials);
+    let before = state(&mut core);
+    assert_eq!(before.0, 0);
+    give(&mut core, &sums(&materials, 1));
+    assert_eq!(state(&mut core), before);
+    drive(&mut core, commit(1));
+    let after = state(&mut core);
+    assert_eq!(after.0, 1);
+    assert_ne!(after.1, before.1);
+    drive(&mut core, commit(1));
+    give(&mut core, &sums(&materials, 1));
+    assert_eq!(state(&mut core), after, "a repeated commit changes nothing");
+}
+
+/// RE-4: a new copy asks the primary, keeps sums meanwhile, and catches up with them.
+#[test]
+fn a_new_copy_catches_up() {
+    let materials = materials();
+    let mut first = primary(&materials);
+    let mut copy = reducer(&materials, 1);
+    let asked = drive(&mut copy, Event::Table(Arc::new(table(&materials))));
+    let to_primary = |(to, b): &(ActorId, Body<Tensor>)| {
+        *to == ActorId::Reducer { shard: 0, replica: 0 } && matches!(b, Body::Fetch { .. })
+    };
+    assert!(asked.sent.iter().any(to_primary), "{asked:?}");
+    let answer = drive(&mut first, message(ActorId::Reducer { shard: 0, replica: 1 }, Body::Fetch { step: 0 })).sent;
+    let all = sums(&materials, 1);
+    give(&mut first, &all);
+    drive(&mut first, commit(1));
+    // Sums and commit come before the state does.
+    give(&mut copy, &all);
+    drive(&mut copy, commit(1));
+    drive(&mut copy, message(ActorId::Reducer { shard: 0, replica: 0 }, answer[0].1.clone()));
+    assert_eq!(state(&mut copy), state(&mut first));
+    // A step of which it misses a sum: it says so and asks again.
+    let all = sums(&materials, 2);
+    give(&mut copy, &all[1..]);
+    let asked = drive(&mut copy, commit(2));
+    assert!(asked.sent.iter().any(to_primary) && asked.sent.iter().any(|(_, b)| matches!(b, Body::Stateless)));
+}
+
+/// RE-5: weights go to every user once, and again to a new life alone.
+#[test]
+fn weights_go_to_users_and_to_their_new_lives() {
+    let materials = materials();
+    let mut core = primary(&materials);
+    give(&mut core, &sums(&materials, 1));
+    let handed = |asked: &Asked| -> Vec<ActorId> {
+        asked.sent.iter().filter(|(_, b)| matches!(b, Body::Weights { .. })).map(|(to, _)| *to).collect()
+    };
+    let groups = &materials.layout.groups[0];
+    let mut users: Vec<ActorId> = groups.iter().flat_map(|g| materials.spec.senders_of(*g)).collect();
+    let mut got = handed(&drive(&mut core, commit(1)));
+    users.sort();
+    got.sort();
+    assert_eq!(got, users);
+    let mut next = replace(&table(&materials), users[0]);
+    next.epoch = 5;
+    let got = handed(&drive(&mut core, Event::Table(Arc::new(next))));
+    assert!(!got.is_empty() && got.iter().all(|to| *to == users[0]), "{got:?}");
+}
+
+/// LE-1, LE-2: a sum over fewer micro-batches is not counted; nothing balances without it.
+#[test]
+fn an_incomplete_sum_is_not_counted() {
+    let materials = materials();
+    let groups = &materials.layout.groups[0];
+    let mut ledger = Ledger::new(&materials.spec, groups, None);
+    let missing = ledger.missing();
+    let sender = materials.spec.senders_of(groups[0])[0];
+    let receipt =
+        |micro_batches| Receipt { micro_batches, samples: 2, gradients: Vec::new(), loads: Vec::new(), loss: 0.0 };
+    ledger.credit(sender, groups[0], receipt(1));
+    assert_eq!(ledger.missing(), missing);
+    ledger.credit(sender, groups[0], receipt(2));
+    ledger.credit(sender, groups[0], receipt(2));
+    assert_eq!(ledger.missing(), missing - 1);
+    assert!(!ledger.balanced());
+    assert_eq!(address(sender, 1).actor, sender);
+}

@@ -1,0 +1,234 @@
+//! The promises of the supervisor and of the commit, one by one.
+
+use super::*;
+use crate::message::Commit;
+use crate::testing::{address, info, materials};
+use everstep_kernels::Tensor;
+
+const NOW: Duration = Duration::from_secs(1);
+
+/// A supervisor whose records are synced at once, and all that it asked for.
+struct Job {
+    supervisor: Supervisor,
+    log: Vec<Record>,
+    asked: Vec<SupervisorEffect>,
+}
+
+impl Job {
+    fn from_log(log: Vec<Record>) -> Self {
+        let spec = materials().spec;
+        let (supervisor, first) = Supervisor::new(spec, 2, &log, 0, BTreeMap::new(), Duration::ZERO, None);
+        let mut job = Self { supervisor, log, asked: Vec::new() };
+        job.take(first);
+        job
+    }
+
+    fn take(&mut self, effects: Vec<SupervisorEffect>) {
+        for effect in effects {
+            if let SupervisorEffect::Append(record) = effect {
+                self.log.push(record);
+                let effects = self.supervisor.on(NOW, SupervisorEvent::Synced);
+                self.take(effects);
+            } else {
+                self.asked.push(effect);
+            }
+        }
+    }
+
+    fn on(&mut self, event: SupervisorEvent) -> Vec<SupervisorEffect> {
+        self.asked.clear();
+        let effects = self.supervisor.on(NOW, event);
+        self.take(effects);
+        std::mem::take(&mut self.asked)
+    }
+
+    fn say(&mut self, shard: u32, replica: u32, body: Body<Tensor>) -> Vec<SupervisorEffect> {
+        let actor = ActorId::Reducer { shard, replica };
+        let from = self.supervisor.table().address(actor).unwrap();
+        self.on(SupervisorEvent::Message { from, body })
+    }
+
+    fn everybody(&mut self, body: impl Fn(u32) -> Body<Tensor>) -> Vec<SupervisorEffect> {
+        let mut all = Vec::new();
+        for (shard, replica) in [(0, 0), (0, 1), (1, 0), (1, 1)] {
+            all.extend(self.say(shard, replica, body(shard)));
+        }
+        all
+    }
+}
+
+fn sums(shard: u32, value: u128) -> Vec<(u32, [u128; 3])> {
+    materials().layout.of_shard(shard).into_iter().map(|n| (n, [value; 3])).collect()
+}
+
+fn applied(step: Step) -> impl Fn(u32) -> Body<Tensor> {
+    move |shard| Body::Applied { step, sums: sums(shard, u128::from(step)) }
+}
+
+fn prepared(step: Step, samples: u64) -> impl Fn(u32) -> Body<Tensor> {
+    move |shard| Body::Prepared { step, norm: vec![(shard, vec![0.25])], loss: (shard == 0).then_some(8.0), samples }
+}
+
+fn commits(effects: &[SupervisorEffect]) -> Vec<Commit> {
+    let commit =
+        |e: &SupervisorEffect| if let SupervisorEffect::Send(_, Body::Commit(c)) = e { Some(*c) } else { None };
+    effects.iter().filter_map(commit).collect()
+}
+
+fn failure(effects: &[SupervisorEffect]) -> Option<String> {
+    effects.iter().find_map(|e| if let SupervisorEffect::Finish(Err(why)) = e { Some(why.clone()) } else { None })
+}
+
+/// Two nodes, all copies with the initial state.
+fn started() -> Job {
+    let mut job = Job::from_log(Vec::new());
+    job.on(SupervisorEvent::Join(info(1)));
+    job.on(SupervisorEvent::Join(info(2)));
+    job.everybody(applied(0));
+    job
+}
+
+/// SU-1: a commit goes out after its record is synced, not before.
+#[test]
+fn nothing_is_announced_before_it_is_synced() {
+    let mut job = started();
+    for (shard, replica) in [(0, 0), (0, 1), (1, 0)] {
+        assert!(commits(&job.say(shard, replica, prepared(1, 4)(shard))).is_empty());
+    }
+    let from = job.supervisor.table().address(ActorId::Reducer { shard: 1, replica: 1 }).unwrap();
+    let effects = job.supervisor.on(NOW, SupervisorEvent::Message { from, body: prepared(1, 4)(1) });
+    assert!(matches!(effects[..], [SupervisorEffect::Append(Record::Commit(_))]), "{effects:?}");
+    assert_eq!(commits(&job.supervisor.on(NOW, SupervisorEvent::Synced)).len(), 4);
+}
+
+/// SU-2: epochs grow by one, lives never go back, also over a restart from the log.
+#[test]
+fn epochs_and_lives_only_grow() {
+    let mut job = started();
+    let before = job.supervisor.table().clone();
+    job.on(SupervisorEvent::Lost { node: NodeId(2), why: "test".to_owned() });
+    let epochs: Vec<u64> = job
+        .log
+        .iter()
+        .filter_map(|r| if let Record::Epoch { table, .. } = r { Some(table.epoch) } else { None })
+        .collect();
+    assert!(epochs.windows(2).all(|w| w[1] == w[0] + 1), "{epochs:?}");
+    let next = Job::from_log(job.log.clone());
+    for (actor, entry) in &before.entries {
+        assert!(next.supervisor.table().entries[actor].incarnation >= entry.incarnation, "{actor}");
+    }
+    assert_eq!(next.supervisor.table().entries[&ActorId::Supervisor].incarnation, Incarnation(2));
+}
+
+/// SU-3: a node that was declared dead is fenced whatever it says.
+#[test]
+fn the_dead_stay_dead() {
+    let mut job = started();
+    job.on(SupervisorEvent::Lost { node: NodeId(2), why: "test".to_owned() });
+    for event in [SupervisorEvent::Heartbeat { node: NodeId(2), work: 1 }, SupervisorEvent::Return(NodeId(2))] {
+        let effects = job.on(event);
+        assert!(matches!(effects[0], SupervisorEffect::Fence(NodeId(2))), "{effects:?}");
+    }
+    job.on(SupervisorEvent::Join(info(3)));
+    assert!(job.supervisor.table().nodes.contains_key(&NodeId(3)));
+}
+
+/// SU-4, CO-2: a commit waits for every copy in sync, and no longer for one that died.
+#[test]
+fn a_commit_waits_for_every_copy_in_sync() {
+    let mut job = started();
+    for (shard, replica) in [(0, 0), (0, 1), (1, 0)] {
+        assert!(commits(&job.say(shard, replica, prepared(1, 4)(shard))).is_empty());
+    }
+    let address = address(ActorId::Reducer { shard: 1, replica: 1 }, 1);
+    let effects = job.on(SupervisorEvent::ActorFailed { address, reason: "test".to_owned() });
+    assert_eq!(commits(&effects).first().map(|c| c.step), Some(1));
+    let thin = job.log.iter().any(|r| matches!(r, Record::Commit(c) if c.copies == 1));
+    assert!(thin, "the record names the protection that the step had");
+}
+
+/// CO-1: the next step is not committed before the last is applied and reported.
+#[test]
+fn steps_are_committed_one_after_another() {
+    let mut job = started();
+    assert_eq!(commits(&job.everybody(prepared(1, 4))).len(), 4);
+    assert!(commits(&job.everybody(prepared(2, 4))).is_empty());
+    let effects = job.everybody(applied(1));
+    let reports = effects.iter().filter(|e| matches!(e, SupervisorEffect::Report(_))).count();
+    assert_eq!(reports, 1);
+    assert_eq!(commits(&effects).first().map(|c| c.step), Some(2));
+}
+
+/// CO-3: a sample that is missing or counted twice ends the job.
+#[test]
+fn unbalanced_books_end_the_job() {
+    for samples in [3, 8] {
+        let effects = started().everybody(prepared(1, samples));
+        assert!(failure(&effects).unwrap().contains(&format!("counted {samples} samples in step 1, expected 4")));
+    }
+}
+
+/// CO-4: copies that differ end the job, by sums or by state.
+#[test]
+fn copies_that_differ_end_the_job() {
+    let mut job = started();
+    job.say(0, 0, prepared(1, 4)(0));
+    job.say(0, 1, Body::Prepared { step: 1, norm: vec![(0, vec![0.26])], loss: Some(8.0), samples: 4 });
+    job.say(1, 0, prepared(1, 4)(1));
+    let effects = job.say(1, 1, prepared(1, 4)(1));
+    assert!(failure(&effects).unwrap().contains("copies 0 and 1 of shard 0 differ in sums of step 1"));
+    let mut job = started();
+    job.everybody(prepared(1, 4));
+    job.say(1, 0, applied(1)(1));
+    let effects = job.say(1, 1, Body::Applied { step: 1, sums: sums(1, 99) });
+    assert!(failure(&effects).unwrap().contains("shard 1 differ in state of step 1"));
+}
+
+/// CO-5: the norm is that of all parts; a norm above the limit scales gradients down to it.
+#[test]
+fn the_norm_is_of_all_shards_and_clips() {
+    let mut job = started();
+    let of = |shard: u32| Body::Prepared {
+        step: 1,
+        norm: vec![(shard, vec![2.0, 6.0])],
+        loss: (shard == 0).then_some(8.0),
+        samples: 4,
+    };
+    let effects = job.everybody(of);
+    assert_eq!(commits(&effects)[0].clip, (1.0f64 / 4.0) as f32);
+    assert!(matches!(job.log.last(), Some(Record::Commit(c)) if c.grad_norm == 4.0 && c.loss == 0.5 && c.copies == 2));
+}
+
+/// SU-5: a shard without a copy sends everybody back, with new lives.
+#[test]
+fn a_lost_shard_sends_the_job_back() {
+    let mut job = started();
+    job.everybody(prepared(1, 4));
+    job.everybody(applied(1));
+    let before = job.supervisor.table().clone();
+    job.on(SupervisorEvent::Lost { node: NodeId(1), why: "test".to_owned() });
+    assert_eq!(job.supervisor.committed(), 1, "the mirrors have it");
+    job.on(SupervisorEvent::Lost { node: NodeId(2), why: "test".to_owned() });
+    assert_eq!(job.supervisor.committed(), 0, "nobody has it, and there is no checkpoint");
+    let effects = job.on(SupervisorEvent::Join(info(3)));
+    assert!(effects.iter().any(|e| matches!(e, SupervisorEffect::Welcome(NodeId(3), _))));
+    let after = job.supervisor.table();
+    assert_eq!((after.base, after.primaries.clone()), (0, vec![None, None]));
+    for (actor, entry) in before.entries.iter().filter(|(a, _)| !matches!(a, ActorId::Supervisor | ActorId::Keeper)) {
+        assert!(after.entries[actor].incarnation > entry.incarnation, "{actor}");
+    }
+}
+
+/// Restart intensity: an actor that fails again and again ends the job with its words.
+#[test]
+fn an_actor_that_fails_for_ever_ends_the_job() {
+    let mut job = started();
+    let stage = ActorId::Stage { lane: 0, stage: 0 };
+    for life in 1..=RESTARTS_MAX as u32 + 1 {
+        let failed = SupervisorEvent::ActorFailed { address: address(stage, life), reason: "boom".to_owned() };
+        let effects = job.on(failed);
+        let why = failure(&effects);
+        assert_eq!(why.is_some(), life > RESTARTS_MAX as u32);
+        assert!(why.is_none_or(|w| w.contains("stage.0.0 failed 6 times") && w.contains("boom")));
+    }
+}

@@ -1,0 +1,114 @@
+//! What the cores' tests share: a tiny job, and a driver that runs jobs at once.
+
+use crate::compute::run;
+use crate::data::Corpus;
+use crate::effect::{Core, Effect, Event};
+use crate::ids::{ActorId, Address, Incarnation, NodeId, SUPERVISOR_NODE};
+use crate::message::{Body, Local};
+use crate::spec::{JobSpec, Layout};
+use crate::table::{Entry, NodeInfo, Table};
+use crate::worker::Materials;
+use everstep_kernels::{CpuBackend, Tensor};
+use std::collections::BTreeMap;
+use std::sync::Arc;
+
+/// Two lanes, two stages, two micro-batches, two shards with a mirror each.
+pub(crate) fn materials() -> Materials {
+    let mut spec = crate::sim::spec(0);
+    (spec.lanes, spec.stages, spec.micro_batches) = (2, 2, 2);
+    of(spec)
+}
+
+pub(crate) fn of(spec: JobSpec) -> Materials {
+    let bytes = (0..200u32).map(|i| (i * i % 7) as u8).collect();
+    let corpus = Corpus::new(Arc::new(bytes), &spec).unwrap();
+    let spec = Arc::new(spec);
+    Materials { layout: Layout::new(&spec), spec, corpus, plant: None }
+}
+
+pub(crate) fn address(actor: ActorId, incarnation: u32) -> Address {
+    Address { actor, incarnation: Incarnation(incarnation) }
+}
+
+pub(crate) fn info(peer: u64) -> NodeInfo {
+    NodeInfo { address: format!("127.0.0.1:{peer}"), peer, pid: 0, machine: String::new() }
+}
+
+/// A table where every actor has life 1 on node 1, mirrors on node 2; `replica` 0 is primary.
+pub(crate) fn table(materials: &Materials) -> Table {
+    let spec = &materials.spec;
+    let mut entries = BTreeMap::new();
+    let mut put = |actor, node| entries.insert(actor, Entry { node, incarnation: Incarnation(1) });
+    put(ActorId::Supervisor, SUPERVISOR_NODE);
+    put(ActorId::Keeper, SUPERVISOR_NODE);
+    spec.workers().into_iter().for_each(|a| {
+        put(a, NodeId(1));
+    });
+    for shard in 0..spec.shards {
+        for replica in 0..=spec.mirrors {
+            put(ActorId::Reducer { shard, replica }, NodeId(1 + u64::from(replica)));
+        }
+    }
+    let nodes = [(NodeId(1), info(1)), (NodeId(2), info(2))].into();
+    Table { epoch: 1, nodes, entries, primaries: vec![Some(0); spec.shards as usize], base: 0 }
+}
+
+/// The same with a new life for one actor.
+pub(crate) fn replace(table: &Table, actor: ActorId) -> Table {
+    let mut next = table.clone();
+    next.epoch += 1;
+    let entry = next.entries.get_mut(&actor).unwrap();
+    entry.incarnation = entry.incarnation.next();
+    next
+}
+
+/// What a core asked for, its jobs done.
+#[derive(Debug, Default)]
+pub(crate) struct Asked {
+    pub(crate) sent: Vec<(ActorId, Body<Tensor>)>,
+    pub(crate) told: Vec<(ActorId, Local)>,
+    pub(crate) jobs: usize,
+}
+
+/// Gives a core an event, and runs its jobs until it has none.
+pub(crate) fn drive(core: &mut dyn Core, event: Event) -> Asked {
+    let mut asked = Asked::default();
+    let mut events = std::collections::VecDeque::from([event]);
+    while let Some(event) = events.pop_front() {
+        for effect in core.on(event) {
+            match effect {
+                Effect::Send { to, body, .. } => asked.sent.push((to, body)),
+                Effect::Tell { to, local } => asked.told.push((to, local)),
+                Effect::Compute { job, .. } => {
+                    asked.jobs += 1;
+                    events.push_back(Event::Computed(run(job, &CpuBackend)));
+                }
+            }
+        }
+    }
+    asked
+}
+
+/// A message of a first life.
+pub(crate) fn message(from: ActorId, body: Body<Tensor>) -> Event {
+    Event::Message { from: address(from, 1), body }
+}
+
+/// The weights of a group before the first step, as its reducer sends them.
+pub(crate) fn weights(materials: &Materials, group: everstep_kernels::Group) -> Event {
+    let spec = &materials.spec;
+    let number = spec.model.groups_of_model().iter().position(|g| *g == group).unwrap() as u32;
+    let value = |n: &u32| {
+        let p = &materials.layout.parameters[*n as usize];
+        Tensor::from_vec(p.rows, p.columns, p.initial(spec.seed, spec.model.initial_std))
+    };
+    let tensors = materials.layout.of_group[&group].iter().map(value).collect();
+    let from = ActorId::Reducer { shard: materials.layout.shard_of[&group], replica: 0 };
+    message(from, Body::Weights { step: 0, group: number, tensors })
+}
+
+/// Messages with the bits of their tensors, to be compared.
+pub(crate) fn bits(messages: &[(ActorId, Body<Tensor>)]) -> Vec<(ActorId, Body<Vec<u32>>)> {
+    let mut of = |t: Tensor| t.as_host().unwrap().iter().map(|x| x.to_bits()).collect();
+    messages.iter().map(|(to, body)| (*to, body.clone().map(&mut of))).collect()
+}
