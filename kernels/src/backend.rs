@@ -88,6 +88,10 @@ pub trait Backend: Send + Sync + fmt::Debug {
     fn grouped_linear(&self, x: &Tensor, counts: &Tensor, w: &[Tensor]) -> Tensor;
     /// Rows of `dy_TO` in consecutive groups of `counts_G`, each with its own `w_OI -> dx_TI`.
     fn grouped_linear_backward_input(&self, dy: &Tensor, counts: &Tensor, w: &[Tensor]) -> Tensor;
+    /// Rounds to E4M3 in tiles of 1 x 128; the result carries its scales.
+    fn quantise(&self, x: &Tensor) -> Tensor;
+    /// The values of a quantised matrix.
+    fn dequantise(&self, x: &Tensor) -> Tensor;
     /// Element by element `a + b`.
     fn add(&self, a: &Tensor, b: &Tensor) -> Tensor;
     /// Columns `..at` and `at..`.

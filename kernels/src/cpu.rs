@@ -5,7 +5,7 @@ use crate::ops::attention::{self, AttentionShape};
 use crate::ops::combine::{self, Dispatch};
 use crate::ops::gate::{self, GateShape};
 use crate::ops::rope::{self, RopeShape};
-use crate::ops::{cross_entropy, embedding, linear, rms_norm, swiglu};
+use crate::ops::{cross_entropy, embedding, linear, quantise, rms_norm, swiglu};
 use crate::tensor::Tensor;
 use std::sync::Arc;
 
@@ -95,6 +95,16 @@ impl Backend for CpuBackend {
     fn grouped_linear_backward_input(&self, dy: &Tensor, counts: &Tensor, w: &[Tensor]) -> Tensor {
         let input = w.first().map_or(0, Tensor::columns);
         by_group(dy, counts, w, input, |dy, w, rows| linear::backward_input(dy, w.f32s(), rows, w.rows(), w.columns()))
+    }
+
+    fn quantise(&self, x: &Tensor) -> Tensor {
+        let (codes, scales) = quantise::quantise(x.f32s(), x.columns());
+        Tensor::quantised(x.rows(), x.columns(), codes, scales)
+    }
+
+    fn dequantise(&self, x: &Tensor) -> Tensor {
+        let (codes, scales) = x.as_quantised().expect("a quantised matrix of the CPU backend");
+        like(x, quantise::dequantise(codes, scales, x.columns()))
     }
 
     fn add(&self, a: &Tensor, b: &Tensor) -> Tensor {
@@ -224,5 +234,72 @@ impl Backend for CpuBackend {
     fn cross_entropy(&self, logits: &Tensor, targets: &Tensor, scale: f32) -> (Tensor, Tensor) {
         let (losses, dlogits) = cross_entropy::forward_backward(logits.f32s(), targets.u32s(), logits.columns(), scale);
         (Tensor::from_vec(1, targets.columns(), losses), like(logits, dlogits))
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::ops::testing::{random, same_bits};
+
+    const ROWS: usize = 37;
+    const D: usize = 24;
+
+    fn matrix(rows: usize, columns: usize, name: u32) -> Tensor {
+        Tensor::from_vec(rows, columns, random(rows * columns, name))
+    }
+
+    /// Every operation on rows, from a batch to its results by row.
+    fn operations(b: &CpuBackend, x: &Tensor, y: &Tensor) -> Vec<(&'static str, Tensor)> {
+        let (square, wide, norm) = (matrix(D, D, 1), matrix(5 * D, D, 2), matrix(1, D, 3));
+        let counts = b.upload_indices(vec![x.rows() as u32]);
+        let gate = GateShape { experts: D, top_k: 3, groups: 4, groups_kept: 2, routed_scale: 1.5 };
+        let (experts, weights) = b.gate(x, &norm, &gate);
+        let (dgate, dup) = b.swiglu_backward(x, y, y);
+        let targets = b.upload_indices(vec![7; x.rows()]);
+        let plan = Dispatch::new(experts.u32s(), 3, D, 4);
+        let sent: Vec<Tensor> = plan.tokens.iter().map(|t| b.gather(y, t)).collect();
+        vec![
+            ("linear", b.linear(x, &wide)),
+            ("linear_backward_input", b.linear_backward_input(x, &square)),
+            ("grouped_linear", b.grouped_linear(x, &counts, std::slice::from_ref(&wide))),
+            (
+                "grouped_linear_backward_input",
+                b.grouped_linear_backward_input(x, &counts, std::slice::from_ref(&square)),
+            ),
+            ("add", b.add(x, y)),
+            ("rms_norm", b.rms_norm(x, &norm, 1e-6)),
+            ("rms_norm_backward_input", b.rms_norm_backward_input(x, &norm, y, 1e-6)),
+            ("swiglu", b.swiglu(x, y)),
+            ("swiglu_backward gate", dgate),
+            ("swiglu_backward up", dup),
+            ("gate_backward", b.gate_backward(x, &experts, &weights, &gate)),
+            ("combine", b.combine(&sent, Some(&weights), &plan)),
+            ("gate", weights),
+            ("cross_entropy", b.cross_entropy(x, &targets, 0.1).1),
+            ("dequantise of quantise", b.dequantise(&b.quantise(x))),
+        ]
+    }
+
+    /// Rows do not depend on their batch, nor on what other threads do.
+    #[test]
+    fn every_row_is_its_own() {
+        let b = CpuBackend;
+        let (x, y) = (matrix(ROWS, D, 4), matrix(ROWS, D, 5));
+        let whole = operations(&b, &x, &y);
+        std::thread::scope(|scope| {
+            for rows in [1, 2, 5, 16] {
+                let (x, y, whole) = (&x, &y, &whole);
+                scope.spawn(move || {
+                    for from in [0, 7, ROWS - rows] {
+                        let part = operations(&b, &b.rows(x, from, rows), &b.rows(y, from, rows));
+                        for ((name, all), (_, part)) in whole.iter().zip(&part) {
+                            let expected = b.rows(all, from, rows);
+                            assert!(same_bits(part.f32s(), expected.f32s()), "{name}: {rows} rows from {from}");
+                        }
+                    }
+                });
+            }
+        });
     }
 }

@@ -270,6 +270,14 @@ impl Backend for CudaBackend {
         self.unsupported("grouped_linear_backward_input", dy.rows(), w.first().map_or(0, Tensor::columns))
     }
 
+    fn quantise(&self, x: &Tensor) -> Tensor {
+        self.unsupported("quantise", x.rows(), x.columns())
+    }
+
+    fn dequantise(&self, x: &Tensor) -> Tensor {
+        self.unsupported("dequantise", x.rows(), x.columns())
+    }
+
     fn add(&self, a: &Tensor, _: &Tensor) -> Tensor {
         self.unsupported("add", a.rows(), a.columns())
     }

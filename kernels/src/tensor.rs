@@ -18,6 +18,8 @@ pub trait DeviceBuffer: Any + Send + Sync + fmt::Debug {
 pub(crate) enum Data {
     F32(Arc<Vec<f32>>),
     U32(Arc<Vec<u32>>),
+    /// Codes, and a scale for each tile of 128 columns.
+    E4m3(Arc<Vec<u8>>, Arc<Vec<f32>>),
     Device(Arc<dyn DeviceBuffer>),
 }
 
@@ -61,16 +63,33 @@ impl Tensor {
         self.columns
     }
 
-    /// Bytes of its elements.
+    /// Bytes of its elements, and of its scales if it has any.
     pub fn bytes(&self) -> usize {
-        self.rows * self.columns * 4
+        match &self.data {
+            Data::E4m3(codes, scales) => codes.len() + 4 * scales.len(),
+            Data::F32(_) | Data::U32(_) | Data::Device(_) => self.rows * self.columns * 4,
+        }
     }
 
     /// The elements, if they are f32 in host memory.
     pub fn as_host(&self) -> Option<&Arc<Vec<f32>>> {
         match &self.data {
             Data::F32(data) => Some(data),
-            Data::U32(_) | Data::Device(_) => None,
+            Data::U32(_) | Data::E4m3(..) | Data::Device(_) => None,
+        }
+    }
+
+    /// A quantised matrix in host memory.
+    pub(crate) fn quantised(rows: usize, columns: usize, codes: Vec<u8>, scales: Vec<f32>) -> Self {
+        assert_eq!(codes.len(), rows * columns, "codes of a {rows} x {columns} matrix");
+        Self { rows, columns, data: Data::E4m3(Arc::new(codes), Arc::new(scales)) }
+    }
+
+    /// Codes and scales, if it is quantised and in host memory.
+    pub fn as_quantised(&self) -> Option<(&[u8], &[f32])> {
+        match &self.data {
+            Data::E4m3(codes, scales) => Some((codes, scales)),
+            Data::F32(_) | Data::U32(_) | Data::Device(_) => None,
         }
     }
 
@@ -81,7 +100,7 @@ impl Tensor {
     pub(crate) fn u32s(&self) -> &[u32] {
         match &self.data {
             Data::U32(data) => data,
-            Data::F32(_) | Data::Device(_) => panic!("a list of indices of the CPU backend"),
+            Data::F32(_) | Data::E4m3(..) | Data::Device(_) => panic!("a list of indices of the CPU backend"),
         }
     }
 
@@ -89,7 +108,7 @@ impl Tensor {
     pub fn buffer(&self) -> Option<&dyn DeviceBuffer> {
         match &self.data {
             Data::Device(buffer) => Some(buffer.as_ref()),
-            Data::F32(_) | Data::U32(_) => None,
+            Data::F32(_) | Data::U32(_) | Data::E4m3(..) => None,
         }
     }
 }
@@ -99,6 +118,7 @@ impl fmt::Debug for Tensor {
         let kind = match &self.data {
             Data::F32(_) => "f32",
             Data::U32(_) => "u32",
+            Data::E4m3(..) => "e4m3",
             Data::Device(_) => "device",
         };
         write!(f, "Tensor({} x {} {kind})", self.rows, self.columns)

@@ -166,6 +166,17 @@ impl Hub {
         });
     }
 
+    /// Links two hubs of one process without a network.
+    pub async fn link_in_memory(&self, other: &Self) {
+        let (ours, theirs) = Link::memory();
+        let (mine, their) = (self.session(other.me()), other.session(self.me()));
+        if let (Some(a), Some(b)) = (mine.prepare().await, their.prepare().await) {
+            // A session that ended meanwhile needs no link.
+            let _ = mine.commands.send(Command::Up(ours, b)).await;
+            let _ = their.commands.send(Command::Up(theirs, a)).await;
+        }
+    }
+
     /// Closes the endpoint.
     pub fn shut_down(&self) {
         self.sessions().clear();
@@ -367,6 +378,31 @@ mod tests {
             let message = next_message(&mut b_events).await;
             assert_eq!(message.header, n.to_le_bytes());
             assert_eq!(*message.regions[0], vec![n as f32; 100_000]);
+        }
+    }
+
+    /// A session may go from one kind of link to another in the middle of a message.
+    #[tokio::test(flavor = "multi_thread")]
+    async fn memory_and_quic_carry_one_session() {
+        let folder = tempfile::tempdir().unwrap();
+        Credentials::create(folder.path()).unwrap();
+        let (a, mut a_events) = hub(folder.path(), 1);
+        let (b, mut b_events) = hub(folder.path(), 2);
+        tokio::spawn(async move { while a_events.recv().await.is_some() {} });
+        for n in 0..60u32 {
+            match n % 20 {
+                0 => a.link_in_memory(&b).await,
+                10 => {
+                    a.dial(b.address().unwrap()).await.unwrap();
+                }
+                _ => {}
+            }
+            let region = Arc::new(vec![n as f32; 300_000]);
+            a.send(2, Lane::Bulk, Message { header: n.to_le_bytes().to_vec(), regions: vec![region] });
+        }
+        for n in 0..60u32 {
+            let message = next_message(&mut b_events).await;
+            assert_eq!((message.header, message.regions[0][0]), (n.to_le_bytes().to_vec(), n as f32));
         }
     }
 

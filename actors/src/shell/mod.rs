@@ -19,6 +19,10 @@ use everstep_transport::{Hub, Peer};
 /// An error of any kind, with its words.
 pub type AnyError = Box<dyn std::error::Error + Send + Sync>;
 
+/// Events of the hub that may wait in an actor's mailbox, which has no bound of its own: the hub's
+/// grants to peers depend on it.
+const HUB_EVENTS: usize = 256;
+
 /// Says something to a process.
 fn tell(hub: &Hub, peer: Peer, control: Control) {
     send(hub, peer, Unit::Control(control));

@@ -7,7 +7,7 @@
 
 use super::pool::Pool;
 use super::worker::{self, Worker};
-use super::{AnyError, machine, new_name, send, tell};
+use super::{AnyError, HUB_EVENTS, machine, new_name, send, tell};
 use crate::config::Config;
 use crate::control::{ActorRequest, Control};
 use crate::data::Corpus;
@@ -26,7 +26,7 @@ use std::collections::BTreeMap;
 use std::net::SocketAddr;
 use std::sync::Arc;
 use std::time::Duration;
-use tokio::sync::mpsc;
+use tokio::sync::{OwnedSemaphorePermit, Semaphore, mpsc};
 
 const HEARTBEAT: Duration = Duration::from_millis(100);
 /// Without a supervisor for so long, a node ends.
@@ -60,8 +60,8 @@ pub enum NodeEnd {
 /// What a node is told.
 #[derive(Debug)]
 pub(super) enum Msg {
-    /// From the hub.
-    Hub(HubEvent),
+    /// From the hub, with the place in the mailbox that it takes until it is handled.
+    Hub(HubEvent, OwnedSemaphorePermit),
     /// From a worker.
     Effects { from: Address, effects: Vec<Effect> },
     /// From our own ticker: says that the node lives.
@@ -122,10 +122,14 @@ pub async fn run_node(options: &NodeOptions) -> Result<NodeEnd, AnyError> {
     let pool = Pool::new(options.threads, &backend)?;
     let args = Args { hub: hub.clone(), supervisor, join: options.join, materials, pool, end };
     let (node, handle) = Actor::spawn(None, Node, args).await.map_err(|e| NodeError::Start(e.to_string()))?;
+    let places = Arc::new(Semaphore::new(HUB_EVENTS));
     let result = loop {
         tokio::select! {
             event = events.recv() => match event {
-                Some(event) => { let _ = node.cast(Msg::Hub(event)); }
+                Some(event) => {
+                    let place = Arc::clone(&places).acquire_owned().await?;
+                    let _ = node.cast(Msg::Hub(event, place));
+                }
                 None => break Err(NodeError::Start("the endpoint closed".to_owned())),
             },
             end = ended.recv() => break end.ok_or_else(|| NodeError::Start("the node's actor failed".to_owned())),
@@ -242,7 +246,7 @@ impl Actor for Node {
 
     async fn handle(&self, myself: ActorRef<Msg>, message: Msg, state: &mut State) -> Result<(), ActorProcessingErr> {
         match message {
-            Msg::Hub(event) => state.on_hub(&myself, event).await,
+            Msg::Hub(event, _place) => state.on_hub(&myself, event).await,
             Msg::Effects { from, effects } => state.perform(&myself, from, effects).await,
             Msg::Beat => {
                 if let Some(node) = state.router.node() {

@@ -6,7 +6,7 @@
 use super::run_folder::{MetricsLine, RunFolder, RunIdentity};
 use super::scribe::{Checkpointing, Files, Line, start_scribe, start_store};
 use super::watch::watch;
-use super::{AnyError, new_name, send, tell};
+use super::{AnyError, HUB_EVENTS, new_name, send, tell};
 use crate::config::Config;
 use crate::control::{ActorRequest, AdminRequest, Control};
 use crate::ids::{ActorId, NodeId, Step};
@@ -26,7 +26,7 @@ use std::net::SocketAddr;
 use std::sync::Arc;
 use std::sync::mpsc::SyncSender;
 use std::time::{Duration, Instant, SystemTime, UNIX_EPOCH};
-use tokio::sync::mpsc;
+use tokio::sync::{OwnedSemaphorePermit, Semaphore, mpsc};
 
 const TICK: Duration = Duration::from_millis(100);
 /// Bytes of the corpus in one answer.
@@ -46,8 +46,8 @@ pub enum SupervisorEnd {
 /// What the supervisor's process is told.
 #[derive(Debug)]
 pub(super) enum Msg {
-    /// From the hub.
-    Hub(HubEvent),
+    /// From the hub, with the place in the mailbox that it takes until it is handled.
+    Hub(HubEvent, OwnedSemaphorePermit),
     /// From our own ticker.
     Tick,
     /// From the scribe: the oldest record that was not synced is.
@@ -121,10 +121,14 @@ pub async fn run_supervisor(run: RunFolder, listen: SocketAddr) -> Result<Superv
     let scratch = run.0.join(".address.new");
     std::fs::write(&scratch, &address)?;
     std::fs::rename(&scratch, run.address())?;
+    let places = Arc::new(Semaphore::new(HUB_EVENTS));
     let result = loop {
         tokio::select! {
             event = events.recv() => match event {
-                Some(event) => { let _ = actor.cast(Msg::Hub(event)); }
+                Some(event) => {
+                    let place = Arc::clone(&places).acquire_owned().await?;
+                    let _ = actor.cast(Msg::Hub(event, place));
+                }
                 None => break Err("the endpoint closed".into()),
             },
             end = ended.recv() => break end.ok_or_else(|| "the supervisor's actor failed".into()),
@@ -222,7 +226,7 @@ impl Actor for SupervisorProcess {
 
     async fn handle(&self, myself: ActorRef<Msg>, message: Msg, state: &mut State) -> Result<(), ActorProcessingErr> {
         match message {
-            Msg::Hub(event) => state.on_hub(&myself, event),
+            Msg::Hub(event, _place) => state.on_hub(&myself, event),
             Msg::Tick => state.supervise(SupervisorEvent::Tick),
             Msg::Synced => state.supervise(SupervisorEvent::Synced),
             Msg::Flushed => {

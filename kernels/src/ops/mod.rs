@@ -9,6 +9,7 @@ pub(crate) mod cross_entropy;
 pub(crate) mod embedding;
 pub(crate) mod gate;
 pub(crate) mod linear;
+pub(crate) mod quantise;
 pub(crate) mod rms_norm;
 pub(crate) mod rope;
 pub(crate) mod swiglu;

@@ -10,7 +10,7 @@ use rustix::process::Signal;
 use serde::Deserialize;
 use std::path::Path;
 use std::process::ExitCode;
-use std::time::{Duration, Instant};
+use std::time::{Duration, Instant, SystemTime, UNIX_EPOCH};
 
 const PURPOSE_CHAOS: u32 = 4;
 
@@ -50,6 +50,8 @@ struct Killer {
     done: u64,
     next: Instant,
     stopped: Option<(u32, Instant)>,
+    /// Milliseconds since 1970 of each kill.
+    times: Vec<u64>,
 }
 
 impl Killer {
@@ -93,6 +95,7 @@ impl Killer {
         }
         eprintln!("kill {} of {}: {target:?} after step {}", self.done + 1, self.plan.kills, targets.steps);
         self.done += 1;
+        self.times.push(SystemTime::now().duration_since(UNIX_EPOCH).map_or(0, |d| d.as_millis() as u64));
         self.wait();
     }
 }
@@ -123,13 +126,13 @@ pub(crate) fn run(plan: &Path, config: &Path, set: &[String]) -> Result<ExitCode
     eprintln!("the job under kills");
     let (disturbed, launcher) = start("chaos", None)?;
     let random = Philox::new(plan_of.seed, PURPOSE_CHAOS, 0);
-    let mut killer = Killer { plan: plan_of, random, done: 0, next: Instant::now(), stopped: None };
+    let mut killer = Killer { plan: plan_of, random, done: 0, next: Instant::now(), stopped: None, times: Vec::new() };
     killer.wait();
     finished(launcher.wait(|targets| killer.act(targets))?)?;
     eprintln!("the same job undisturbed, on one node");
     let (reference, launcher) = start("undisturbed", Some(1))?;
     finished(launcher.wait(|_| {})?)?;
-    compare(&disturbed, &reference, killer.done)
+    compare(&disturbed, &reference, &killer.times)
 }
 
 fn toml_from<T: for<'de> Deserialize<'de>>(text: &str) -> Result<T> {
@@ -144,17 +147,25 @@ fn finished(end: End) -> Result<()> {
     }
 }
 
-fn compare(disturbed: &RunFolder, reference: &RunFolder, kills: u64) -> Result<ExitCode> {
-    let (got, want) = (fingerprints(disturbed)?, fingerprints(reference)?);
-    let events = std::fs::read_to_string(disturbed.events())?;
-    let mut recoveries: Vec<u64> = events
+/// Milliseconds from each kill to the first step that was committed after the recovery from it.
+fn recoveries(run: &RunFolder, kills: &[u64]) -> Result<Vec<u64>> {
+    let events = std::fs::read_to_string(run.events())?;
+    let recovered: Vec<u64> = events
         .lines()
         .filter_map(|l| serde_json::from_str::<serde_json::Value>(l).ok())
         .filter(|e| e["event"] == "recovered")
-        .filter_map(|e| e["milliseconds"].as_u64())
+        .filter_map(|e| e["time"].as_u64())
         .collect();
-    recoveries.sort_unstable();
-    let median = recoveries.get(recoveries.len() / 2).copied().unwrap_or(0);
+    let next = |kill: &u64| recovered.iter().find(|at| *at >= kill).map(|at| at - kill);
+    Ok(kills.iter().filter_map(next).collect())
+}
+
+fn compare(disturbed: &RunFolder, reference: &RunFolder, kills: &[u64]) -> Result<ExitCode> {
+    let (got, want) = (fingerprints(disturbed)?, fingerprints(reference)?);
+    let mut times = recoveries(disturbed, kills)?;
+    times.sort_unstable();
+    let at =
+        |part: usize| times.get((times.len() * part / 100).min(times.len().saturating_sub(1))).copied().unwrap_or(0);
     let wrong = got.iter().zip(&want).find(|(a, b)| a != b);
     if let Some((got, want)) = wrong {
         println!("step {}: fingerprint {} under kills, {} undisturbed", got.0, got.1, want.1);
@@ -165,9 +176,14 @@ fn compare(disturbed: &RunFolder, reference: &RunFolder, kills: u64) -> Result<E
         return Ok(ExitCode::FAILURE);
     }
     println!(
-        "{} steps, {kills} kills, {} recoveries (median {median} ms from knowing of it to the next commit): every fingerprint equals the undisturbed run's",
+        "{} steps, {} kills: every fingerprint equals the undisturbed run's\n\
+         from a kill to the first commit after it: median {} ms, 90th percentile {} ms, longest {} ms ({} measured)",
         got.len(),
-        recoveries.len()
+        kills.len(),
+        at(50),
+        at(90),
+        at(100),
+        times.len()
     );
     Ok(ExitCode::SUCCESS)
 }
