@@ -312,8 +312,10 @@ fn check(raw: &Raw, text: &str, origin: &str) -> Result<(), ConfigError> {
         positive(u64::from(j.nodes), "job.nodes"),
         positive(u64::from(j.shards), "job.shards"),
         positive(raw.checkpoint.every, "checkpoint.every"),
-        positive(raw.checkpoint.keep as u64, "checkpoint.keep"),
     ];
+    let keep = raw.checkpoint.keep;
+    let why = "expected at least 2: the job may go back to one while the next is made";
+    rules.push((keep >= 2, "checkpoint.keep", keep.to_string(), why.into()));
     rules.push((t.precision == "fp32", "train.precision", t.precision.clone(), "this version trains in fp32".into()));
     rules.push((t.device == "cpu", "train.device", t.device.clone(), "this version trains on cpu".into()));
     rules.push((j.schedule == "1f1b", "job.schedule", j.schedule.clone(), "this version knows 1f1b".into()));

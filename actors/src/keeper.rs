@@ -93,6 +93,11 @@ impl KeeperCore {
     pub(crate) fn on(&mut self, event: KeeperEvent) -> Vec<KeeperEffect> {
         match event {
             KeeperEvent::Table(table) => {
+                if table.primaries.contains(&None) {
+                    // The job went back: what was being stored is made again, and must not push out
+                    // the checkpoint that reducers start from.
+                    self.storing.clear();
+                }
                 self.table = table;
                 Vec::new()
             }
@@ -184,6 +189,19 @@ mod tests {
             ]
         ));
         assert!(matches!(keeper.on(snapshot(3, 0))[..], [KeeperEffect::Send(_, Body::SnapshotKept { step: 3 })]));
+    }
+
+    /// A way back in the middle of a checkpoint: it is not published, and made again later.
+    #[test]
+    fn a_checkpoint_that_is_being_made_is_dropped_when_the_job_goes_back() {
+        let mut keeper = KeeperCore::new(1, 0);
+        let mut table = table(&materials());
+        keeper.on(KeeperEvent::Table(Arc::new(table.clone())));
+        keeper.on(snapshot(3, 0));
+        (table.primaries, table.epoch) = (vec![None, None], 2);
+        keeper.on(KeeperEvent::Table(Arc::new(table)));
+        assert!(keeper.on(KeeperEvent::Stored { step: 3, shard: 0 }).is_empty());
+        assert!(matches!(keeper.on(snapshot(3, 0))[..], [KeeperEffect::Store { .. }]));
     }
 
     /// Whoever asks is given the table's checkpoint, and nothing when the job began from none.

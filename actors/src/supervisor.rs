@@ -147,7 +147,7 @@ impl Supervisor {
     fn replay(&mut self, record: &Record) {
         match record {
             Record::Epoch { table, next_node } => {
-                if table.base != self.table.base || table.primaries.iter().all(Option::is_none) {
+                if table.primaries.iter().all(Option::is_none) {
                     // The job went back: what was committed after the checkpoint is to be done again.
                     self.last = None;
                 }
@@ -156,6 +156,17 @@ impl Supervisor {
             }
             Record::Commit(commit) => self.last = Some(*commit),
         }
+    }
+
+    /// The shortest log that says the same.
+    pub fn compacted(log: &[Record]) -> Vec<Record> {
+        let epoch = log.iter().rev().find(|r| matches!(r, Record::Epoch { .. }));
+        // A commit before a way back is not one any more.
+        let went_back =
+            |r: &Record| matches!(r, Record::Epoch { table, .. } if table.primaries.iter().all(Option::is_none));
+        let since = log.iter().rposition(went_back).map_or(0, |at| at + 1);
+        let commit = log[since..].iter().rev().find(|r| matches!(r, Record::Commit(_)));
+        epoch.into_iter().chain(commit).cloned().collect()
     }
 
     /// Takes an event and gives what is to be done.

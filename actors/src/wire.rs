@@ -153,6 +153,25 @@ mod tests {
         assert_eq!(format!("{after:?}"), format!("{before:?}"));
     }
 
+    proptest::proptest! {
+        /// Any bytes give a unit or an error, never a panic; a length that lies takes no memory.
+        #[test]
+        fn garbage_is_an_error(bytes in proptest::collection::vec(proptest::prelude::any::<u8>(), 0..300), words in 0usize..9) {
+            let mut header = vec![VERSION];
+            header.extend(bytes);
+            let _ = Unit::decode(Message { header, regions: vec![Arc::new(vec![0.0; words])] });
+        }
+
+        /// A changed byte of a good message gives a unit or an error, never a panic.
+        #[test]
+        fn a_changed_byte_is_no_panic(at in 0usize..1000, byte in proptest::prelude::any::<u8>()) {
+            let mut message = Unit::Bundle(bundle()).encode();
+            let at = at % message.header.len();
+            message.header[at] = byte;
+            let _ = Unit::decode(message);
+        }
+    }
+
     #[test]
     fn damaged_messages_are_errors() {
         let good = Unit::Bundle(bundle()).encode();

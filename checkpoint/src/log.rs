@@ -4,6 +4,7 @@
 //! - LO-2: opening gives every record that was appended; a torn last one (a crash while it was written,
 //!   so nobody was told of it) is cut off. Damage before the end is an error that says where.
 
+use crate::chunk::write_whole;
 use crate::error::{StoreError, at};
 use std::fs::{File, OpenOptions};
 use std::io::{Read, Seek, SeekFrom, Write};
@@ -44,10 +45,22 @@ impl Log {
 
     /// Appends a record and syncs it.
     pub fn append(&mut self, record: &[u8]) -> Result<(), StoreError> {
-        assert!(record.len() <= RECORD_MAX, "a record of {} bytes", record.len());
-        let head = [(record.len() as u32).to_le_bytes(), crc32c::crc32c(record).to_le_bytes()].concat();
-        self.file.write_all(&[&head, record].concat()).and_then(|()| self.file.sync_data()).map_err(at(&self.path))
+        self.file.write_all(&frame(record)).and_then(|()| self.file.sync_data()).map_err(at(&self.path))
     }
+
+    /// Replaces a log by a shorter one that says the same: whole, or not at all.
+    pub fn rewrite(path: &Path, records: &[Vec<u8>]) -> Result<Self, StoreError> {
+        let frames: Vec<u8> = records.iter().flat_map(|r| frame(r)).collect();
+        write_whole(path, &frames)?;
+        Ok(Self::open(path)?.0)
+    }
+}
+
+/// A record with its length and checksum.
+fn frame(record: &[u8]) -> Vec<u8> {
+    assert!(record.len() <= RECORD_MAX, "a record of {} bytes", record.len());
+    let head = [(record.len() as u32).to_le_bytes(), crc32c::crc32c(record).to_le_bytes()].concat();
+    [&head, record].concat()
 }
 
 /// Records, and how many bytes of the input they are.
@@ -95,6 +108,19 @@ mod tests {
             drop(log);
             assert_eq!(Log::open(&path).unwrap().1.last().unwrap(), b"next");
         }
+    }
+
+    #[test]
+    fn a_rewritten_log_holds_the_new_records_and_goes_on() {
+        let folder = tempfile::tempdir().unwrap();
+        let path = folder.path().join("log");
+        let (mut log, _) = Log::open(&path).unwrap();
+        (0..100u8).for_each(|n| log.append(&[n; 50]).unwrap());
+        drop(log);
+        let mut log = Log::rewrite(&path, &[b"short".to_vec()]).unwrap();
+        log.append(b"next").unwrap();
+        drop(log);
+        assert_eq!(Log::open(&path).unwrap().1, [b"short".to_vec(), b"next".to_vec()]);
     }
 
     #[test]

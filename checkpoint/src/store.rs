@@ -305,6 +305,22 @@ mod tests {
         assert!(matches!(error, StoreError::ForeignJob { .. }), "{error}");
     }
 
+    /// Every cut and every changed byte of a manifest is an error that is told, never a panic.
+    #[test]
+    fn damaged_manifests_are_errors() {
+        let folder = tempfile::tempdir().unwrap();
+        let mut store = Store::open(folder.path(), "job", 2).unwrap();
+        save(&mut store, 1, 1.0);
+        let good = fs::read(folder.path().join("manifests/1")).unwrap();
+        assert!(Manifest::decode(&good).is_ok());
+        for at in 0..good.len() {
+            assert!(Manifest::decode(&good[..at]).is_err());
+            let mut changed = good.clone();
+            changed[at] ^= 0x40;
+            assert!(Manifest::decode(&changed).is_err(), "byte {at}");
+        }
+    }
+
     #[test]
     fn garbage_is_no_manifest() {
         for bytes in [&b""[..], b"EVERMAN1", b"EVERMAN1\0\0\0\0", b"EVERMAN1aaaaaaaaaaaaaaaaaaaaaa"] {

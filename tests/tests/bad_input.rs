@@ -58,7 +58,9 @@ fn a_port_in_use_and_a_folder_that_exists_are_named() -> Result<()> {
     let socket = UdpSocket::bind("127.0.0.1:0")?;
     let address = socket.local_addr()?.to_string();
     refused(&place.try_train("run", &[&format!("run.listen={address}")])?, &[&address, "in use"]);
-    // The folder is there now; its content is not touched by a second try.
+    assert!(!place.run("run").0.exists());
+    // A run folder that exists is not touched.
+    place.train("run", &["job.nodes=1"])?;
     let before = std::fs::read(place.run("run").corpus())?;
     refused(&place.try_train("run", &[])?, &["run", "exists", "resume"]);
     assert_eq!(std::fs::read(place.run("run").corpus())?, before);

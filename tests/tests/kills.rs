@@ -3,6 +3,7 @@
 use anyhow::Result;
 use everstep_tests::{Place, events, fingerprints, signal, wait};
 use rustix::process::Signal;
+use std::time::{Duration, Instant};
 
 /// Kills of every kind (ND-1: the next supervisor gets what the last one missed): a node, the supervisor, two nodes, everything.
 #[test]
@@ -34,20 +35,22 @@ fn every_fingerprint_survives_kills_of_everything() -> Result<()> {
 #[test]
 fn a_stopped_node_is_left_behind_and_rejoins_as_new() -> Result<()> {
     let place = Place::new()?;
-    let long = ["train.steps=900", "checkpoint.every=300"];
+    let long = ["train.steps=2500", "checkpoint.every=500"];
     let training = place.start("run", &long)?;
     training.wait_for_step(20)?;
     let stopped = training.nodes()?[0];
     signal(stopped, Signal::STOP)?;
+    let since = Instant::now();
     wait("the stopped node's death", || Ok(!events(&training.run, "node_dead")?.is_empty()))?;
     let at = everstep_tests::metrics(&training.run)?.last().map_or(0, |l| l.step);
     training.wait_for_step(at + 30)?;
+    std::thread::sleep(Duration::from_secs(10).saturating_sub(since.elapsed()));
     signal(stopped, Signal::CONT)?;
     wait("the woken node's return as a new one", || Ok(events(&training.run, "node_joined")?.len() == 4))?;
     assert!(everstep_tests::lives(stopped), "the process goes on as another node");
     let run = training.finish()?;
     assert!(!events(&run, "node_fenced")?.is_empty());
-    let alone = place.train("alone", &["train.steps=900", "checkpoint.every=300", "job.nodes=1"])?;
+    let alone = place.train("alone", &["train.steps=2500", "checkpoint.every=500", "job.nodes=1"])?;
     assert_eq!(fingerprints(&run)?, fingerprints(&alone)?);
     Ok(())
 }

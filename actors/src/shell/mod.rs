@@ -2,6 +2,7 @@
 
 mod node;
 mod pool;
+mod restore;
 mod run_folder;
 mod scribe;
 mod supervisor;

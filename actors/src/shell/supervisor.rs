@@ -3,8 +3,9 @@
 //! Owns the run folder's files (through threads of their own), the endpoint that nodes join, and the
 //! watch over processes of this machine.
 
+use super::restore::{Restored, encode, restore};
 use super::run_folder::{MetricsLine, RunFolder, RunIdentity};
-use super::scribe::{Checkpointing, Files, Line, start_scribe, start_store};
+use super::scribe::{Checkpointing, Line, start_scribe, start_store};
 use super::watch::watch;
 use super::{AnyError, HUB_EVENTS, new_name, send, tell};
 use crate::config::Config;
@@ -13,15 +14,13 @@ use crate::ids::{ActorId, NodeId, Step};
 use crate::keeper::{KeeperCore, KeeperEvent};
 use crate::message::ParameterState;
 use crate::root::{Root, RootEffect, RootEvent};
-use crate::supervisor::{Happening, Record, Report, Supervisor, SupervisorEvent};
+use crate::supervisor::{Happening, Report, Supervisor, SupervisorEvent};
 use crate::wire::Unit;
-use everstep_checkpoint::{Log, RECORD_MAX, Store};
 use everstep_kernels::{Backend, CpuBackend, Tensor};
 use everstep_transport::{Credentials, Hub, HubEvent, Peer};
 use ractor::{Actor, ActorProcessingErr, ActorRef, SupervisionEvent};
 use std::collections::BTreeMap;
 use std::fmt::Write;
-use std::fs::OpenOptions;
 use std::net::SocketAddr;
 use std::sync::Arc;
 use std::sync::mpsc::SyncSender;
@@ -31,6 +30,8 @@ use tokio::sync::{OwnedSemaphorePermit, Semaphore, mpsc};
 const TICK: Duration = Duration::from_millis(100);
 /// Bytes of the corpus in one answer.
 const CORPUS_PART: usize = 1 << 20;
+/// Questions of operators that wait for a node's answer; older ones are given up.
+const OPERATORS_MAX: usize = 256;
 /// A dead node's session is kept for so long, so that it is fenced if it wakes.
 const FENCE_FOR: Duration = Duration::from_secs(120);
 
@@ -140,46 +141,6 @@ pub async fn run_supervisor(run: RunFolder, listen: SocketAddr) -> Result<Superv
     let _ = handle.await;
     hub.shut_down();
     result
-}
-
-/// What a supervisor starts from: files of the run folder.
-struct Restored {
-    records: Vec<Record>,
-    checkpoint: Step,
-    reported: BTreeMap<Step, String>,
-    files: Files,
-    store: Store,
-    notes: Vec<String>,
-}
-
-fn restore(run: &RunFolder, config: &Config, identity: &RunIdentity) -> Result<Restored, AnyError> {
-    let (log, raw) = Log::open(&run.control_log())?;
-    let limit = bincode::config::standard().with_limit::<RECORD_MAX>();
-    let decode = |(n, bytes): (usize, Vec<u8>)| -> Result<Record, AnyError> {
-        let decoded = bincode::serde::decode_from_slice(&bytes, limit);
-        Ok(decoded.map_err(|e| format!("{}: record {n} cannot be decoded: {e}", run.control_log().display()))?.0)
-    };
-    let records: Vec<Record> = raw.into_iter().enumerate().map(decode).collect::<Result<_, _>>()?;
-    let store = Store::open(&run.checkpoints(), &identity.job, config.keep)?;
-    let (good, wrong) = store.newest_good()?;
-    if good.is_none() && !wrong.is_empty() {
-        let words: Vec<String> = wrong.iter().map(ToString::to_string).collect();
-        return Err(format!("no checkpoint can be read: {}", words.join("; ")).into());
-    }
-    let checkpoint = good.unwrap_or(0);
-    store.forget_after(checkpoint)?;
-    let (lines, whole) = MetricsLine::read_all(&run.metrics())?;
-    let open = |path: std::path::PathBuf| -> Result<(std::path::PathBuf, std::fs::File), AnyError> {
-        let file =
-            OpenOptions::new().create(true).append(true).open(&path).map_err(|e| format!("{}: {e}", path.display()))?;
-        Ok((path, file))
-    };
-    let metrics = open(run.metrics())?;
-    metrics.1.set_len(whole as u64)?;
-    let reported = lines.into_iter().map(|l| (l.step, l.fingerprint)).collect();
-    let notes = wrong.iter().map(ToString::to_string).collect();
-    let files = Files { log, metrics, events: open(run.events())? };
-    Ok(Restored { records, checkpoint, reported, files, store, notes })
 }
 
 impl Actor for SupervisorProcess {
@@ -293,9 +254,7 @@ impl State {
         for effect in effects {
             match effect {
                 RootEffect::Append(record) => {
-                    let limit = bincode::config::standard().with_limit::<RECORD_MAX>();
-                    let bytes = bincode::serde::encode_to_vec(&record, limit).expect("a record can be encoded");
-                    self.write(Line::Record(bytes));
+                    self.write(Line::Record(encode(&record)));
                 }
                 RootEffect::Tell(node, control) => {
                     if let Some(peer) = self.peer_of(node) {
@@ -472,6 +431,9 @@ impl State {
         };
         self.next_ticket += 1;
         self.operators.insert(self.next_ticket, (operator, ticket));
+        if self.operators.len() > OPERATORS_MAX {
+            self.operators.pop_first();
+        }
         tell(&self.hub, peer, Control::Actor { address, request, ticket: self.next_ticket });
     }
 

@@ -120,6 +120,24 @@ fn epochs_and_lives_only_grow() {
     assert_eq!(next.supervisor.table().entries[&ActorId::Supervisor].incarnation, Incarnation(2));
 }
 
+/// A shorter log says the same, also after a way back.
+#[test]
+fn a_compacted_log_says_the_same() {
+    let mut job = started();
+    job.everybody(prepared(1, 4));
+    job.everybody(applied(1));
+    for _ in 0..2 {
+        let whole = Job::from_log(job.log.clone());
+        let short = Job::from_log(Supervisor::compacted(&job.log));
+        assert_eq!(short.supervisor.table(), whole.supervisor.table());
+        assert_eq!(short.supervisor.committed(), whole.supervisor.committed());
+        // The second time all is lost, and step 1 is to be done again.
+        job.on(SupervisorEvent::Lost { node: NodeId(1), why: "test".to_owned() });
+        job.on(SupervisorEvent::Lost { node: NodeId(2), why: "test".to_owned() });
+    }
+    assert_eq!(job.supervisor.committed(), 0);
+}
+
 /// SU-3: a node that was declared dead is fenced whatever it says.
 #[test]
 fn the_dead_stay_dead() {

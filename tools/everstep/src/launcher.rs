@@ -47,6 +47,9 @@ pub(crate) fn create(config: &Config, corpus: &Text) -> Result<RunFolder> {
             run.0.display()
         );
     }
+    // A port in use is told before anything is written. The supervisor binds it again.
+    std::net::UdpSocket::bind(&config.listen)
+        .with_context(|| format!("run.listen: cannot listen on {}", config.listen))?;
     everstep_actors::Corpus::new(std::sync::Arc::new(corpus.bytes.clone()), &config.spec)
         .with_context(|| format!("data.paths = {:?}", config.data_paths))?;
     // Everything is made under another name first, so that a run folder is whole or not there.

@@ -162,7 +162,9 @@ fn main() -> ExitCode {
 
 fn run(command: Command) -> Result<ExitCode> {
     match command {
-        Command::Train { config, nodes, set } => {
+        Command::Train { config, nodes, mut set } => {
+            // The job waits for as many nodes as it starts itself, or as the configuration says.
+            set.extend(nodes.filter(|n| *n > 0).map(|n| format!("job.nodes={n}")));
             let config = read_config(&config, &set)?;
             let nodes = nodes.unwrap_or(config.nodes);
             let run = launcher::create(&config, &text::collect(&config.data_paths)?)?;
