@@ -76,7 +76,7 @@ impl Catalogue {
 
     pub(crate) fn add(&self, manifest: &Manifest) -> Result<(), StoreError> {
         let mut batch = sled::Batch::default();
-        for hash in manifest.tensors.iter().flat_map(|t| t.chunks.iter().flatten()) {
+        for hash in manifest.chunks() {
             batch.insert([&manifest.step.to_be_bytes()[..], hash].concat(), &[]);
         }
         self.db.apply_batch(batch).map_err(|e| self.failed(e))?;

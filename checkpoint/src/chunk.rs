@@ -54,9 +54,8 @@ pub(crate) fn write_whole(path: &Path, bytes: &[u8]) -> Result<(), StoreError> {
 }
 
 impl Chunks {
-    pub(crate) fn open(folder: PathBuf) -> Result<Self, StoreError> {
-        fs::create_dir_all(&folder).map_err(at(&folder))?;
-        Ok(Self { folder })
+    pub(crate) fn new(folder: PathBuf) -> Self {
+        Self { folder }
     }
 
     fn path(&self, hash: ChunkHash) -> PathBuf {

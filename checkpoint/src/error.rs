@@ -68,6 +68,17 @@ pub enum StoreError {
     },
 }
 
+impl StoreError {
+    /// Whether what is on disk is wrong, and not merely out of reach now.
+    pub(crate) fn is_damage(&self) -> bool {
+        match self {
+            Self::File { source, .. } => source.kind() == io::ErrorKind::NotFound,
+            Self::Damaged { .. } | Self::Invalid { .. } | Self::ForeignJob { .. } | Self::Tensor { .. } => true,
+            Self::Catalogue { .. } => false,
+        }
+    }
+}
+
 /// Names the path in an error of the file system.
 pub(crate) fn at(path: &Path) -> impl Fn(io::Error) -> StoreError {
     move |source| StoreError::File { path: path.to_owned(), source }

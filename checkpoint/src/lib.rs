@@ -12,4 +12,4 @@ pub use chunk::{CHUNK_ELEMENTS, ChunkHash};
 pub use error::StoreError;
 pub use log::{Log, RECORD_MAX};
 pub use manifest::{Manifest, TensorEntry};
-pub use store::{Store, StoredTensor};
+pub use store::{Reader, Store, StoredTensor};

@@ -58,31 +58,40 @@ impl Log {
 
 /// A record with its length and checksum.
 fn frame(record: &[u8]) -> Vec<u8> {
-    assert!(record.len() <= RECORD_MAX, "a record of {} bytes", record.len());
-    let head = [(record.len() as u32).to_le_bytes(), crc32c::crc32c(record).to_le_bytes()].concat();
-    [&head, record].concat()
+    assert!((1..=RECORD_MAX).contains(&record.len()), "a record of {} bytes", record.len());
+    let length = (record.len() as u32).to_le_bytes();
+    [&length, &checksum(&length, record).to_le_bytes()[..], record].concat()
 }
 
-/// Records, and how many bytes of the input they are.
+/// Over the length too: a length that was changed must not pass for a torn end.
+fn checksum(length: &[u8; 4], record: &[u8]) -> u32 {
+    crc32c::crc32c_append(crc32c::crc32c(length), record)
+}
+
+/// The record that starts here, if a whole one does.
+fn whole_record(bytes: &[u8]) -> Option<&[u8]> {
+    let (length, rest) = bytes.split_first_chunk::<4>()?;
+    let (sum, rest) = rest.split_first_chunk::<4>()?;
+    let record = rest.get(..u32::from_le_bytes(*length) as usize).filter(|r| !r.is_empty())?;
+    (checksum(length, record) == u32::from_le_bytes(*sum)).then_some(record)
+}
+
+/// Records, and how many bytes of the input they are. What follows the last whole record is torn if no
+/// whole record follows it; else the log is damaged.
 fn parse(bytes: &[u8]) -> Result<(Vec<Vec<u8>>, usize), String> {
     let mut records = Vec::new();
     let mut from = 0;
-    while let Some((head, rest)) = bytes[from..].split_first_chunk::<8>() {
-        let length = u32::from_le_bytes(*head.first_chunk().expect("four bytes")) as usize;
-        let sum = u32::from_le_bytes(*head.last_chunk().expect("four bytes"));
-        if rest.len() < length {
-            break;
-        }
-        if crc32c::crc32c(&rest[..length]) != sum {
-            if rest.len() == length {
-                break;
-            }
-            return Err(format!("record {} at byte {from} has a wrong checksum", records.len()));
-        }
-        records.push(rest[..length].to_vec());
-        from += 8 + length;
+    while let Some(record) = whole_record(&bytes[from..]) {
+        records.push(record.to_vec());
+        from += 8 + record.len();
     }
-    Ok((records, from))
+    let later = (from + 1..bytes.len()).find(|at| whole_record(&bytes[*at..]).is_some());
+    match later {
+        None => Ok((records, from)),
+        Some(at) => {
+            Err(format!("record {} at byte {from} is damaged: a whole one follows at byte {at}", records.len()))
+        }
+    }
 }
 
 #[cfg(test)]
@@ -94,7 +103,7 @@ mod tests {
     fn records_are_read_back_and_a_torn_end_is_cut_off() {
         let folder = tempfile::tempdir().unwrap();
         let path = folder.path().join("log");
-        let records: Vec<Vec<u8>> = vec![b"one".to_vec(), Vec::new(), vec![7; 1000]];
+        let records: Vec<Vec<u8>> = vec![b"one".to_vec(), vec![0; 20], vec![7; 1000]];
         let (mut log, found) = Log::open(&path).unwrap();
         assert!(found.is_empty());
         records.iter().for_each(|r| log.append(r).unwrap());
@@ -130,10 +139,17 @@ mod tests {
         let (mut log, _) = Log::open(&path).unwrap();
         log.append(b"first").unwrap();
         log.append(b"second").unwrap();
-        let mut bytes = std::fs::read(&path).unwrap();
-        bytes[9] ^= 1;
-        std::fs::write(&path, &bytes).unwrap();
-        let error = Log::open(&path).unwrap_err().to_string();
-        assert!(error.contains("record 0 at byte 0"), "{error}");
+        let good = std::fs::read(&path).unwrap();
+        // Any bit of the first record: its length, its checksum, its content.
+        for bit in 0..8 * 13 {
+            let mut bytes = good.clone();
+            bytes[bit / 8] ^= 1 << (bit % 8);
+            std::fs::write(&path, &bytes).unwrap();
+            let error = Log::open(&path).unwrap_err().to_string();
+            assert!(error.contains("record 0 at byte 0"), "bit {bit}: {error}");
+        }
+        // A power cut may leave zeros where the next record was to be.
+        std::fs::write(&path, [&good[..], &[0; 100]].concat()).unwrap();
+        assert_eq!(Log::open(&path).unwrap().1, [b"first".to_vec(), b"second".to_vec()]);
     }
 }

@@ -37,6 +37,11 @@ pub struct Manifest {
 }
 
 impl Manifest {
+    /// Hashes of all chunks that it names, some perhaps twice.
+    pub(crate) fn chunks(&self) -> impl Iterator<Item = &[u8; 32]> {
+        self.tensors.iter().flat_map(|t| t.chunks.iter().flatten())
+    }
+
     /// As bytes of a file.
     pub(crate) fn encode(&self) -> Vec<u8> {
         let config = bincode::config::standard().with_limit::<MANIFEST_MAX>();

@@ -30,50 +30,126 @@ pub struct StoredTensor {
     pub data: [Arc<Vec<f32>>; 3],
 }
 
-/// See the module.
-#[derive(Debug)]
-pub struct Store {
+/// Reads the checkpoints of a run. Any number of processes may, while another one writes.
+#[derive(Debug, Clone)]
+pub struct Reader {
     folder: PathBuf,
     job: String,
-    keep: usize,
     chunks: Chunks,
+}
+
+impl Reader {
+    /// Of `job` in `folder`.
+    pub fn new(folder: &Path, job: &str) -> Self {
+        Self { folder: folder.to_owned(), job: job.to_owned(), chunks: Chunks::new(folder.join("chunks")) }
+    }
+
+    fn manifests(&self) -> PathBuf {
+        self.folder.join("manifests")
+    }
+
+    fn manifest_path(&self, step: u64) -> PathBuf {
+        self.manifests().join(step.to_string())
+    }
+
+    /// Steps of the checkpoints that exist, ascending.
+    pub fn steps(&self) -> Result<Vec<u64>, StoreError> {
+        let manifests = self.manifests();
+        let mut steps = Vec::new();
+        for entry in fs::read_dir(&manifests).map_err(at(&manifests))? {
+            let entry = entry.map_err(at(&manifests))?;
+            // Anything else was refused, or is what an interrupted write left behind.
+            steps.extend(entry.file_name().to_string_lossy().parse::<u64>());
+        }
+        steps.sort_unstable();
+        Ok(steps)
+    }
+
+    /// Reads a manifest.
+    pub fn manifest(&self, step: u64) -> Result<Manifest, StoreError> {
+        Manifest::read(&self.manifest_path(step), &self.job)
+    }
+
+    /// Reads tensors of a checkpoint, verifying every chunk. Names come with rows and columns.
+    pub fn read(&self, step: u64, names: &[(String, usize, usize)]) -> Result<Vec<StoredTensor>, StoreError> {
+        let manifest = self.manifest(step)?;
+        names.iter().map(|(name, rows, columns)| self.read_tensor(&manifest, name, *rows, *columns)).collect()
+    }
+
+    fn read_tensor(
+        &self,
+        manifest: &Manifest,
+        name: &str,
+        rows: usize,
+        columns: usize,
+    ) -> Result<StoredTensor, StoreError> {
+        let wrong = |reason: String| StoreError::Tensor {
+            path: self.manifest_path(manifest.step),
+            step: manifest.step,
+            tensor: name.to_owned(),
+            reason,
+        };
+        let found = manifest.tensors.binary_search_by(|t| t.name.as_str().cmp(name));
+        let entry = found.map(|at| &manifest.tensors[at]).map_err(|_| wrong("is missing".to_owned()))?;
+        if (entry.rows, entry.columns) != (rows as u64, columns as u64) {
+            return Err(wrong(format!("is {} x {}, expected {rows} x {columns}", entry.rows, entry.columns)));
+        }
+        let load = |hashes: &Vec<[u8; 32]>| -> Result<Arc<Vec<f32>>, StoreError> {
+            let mut data = Vec::with_capacity(rows * columns);
+            for hash in hashes {
+                data.extend(bytemuck::pod_collect_to_vec::<u8, f32>(&self.chunks.get(ChunkHash(*hash))?));
+            }
+            if data.len() == rows * columns {
+                Ok(Arc::new(data))
+            } else {
+                Err(wrong(format!("has {} elements, expected {}", data.len(), rows * columns)))
+            }
+        };
+        let [w, m, v] = &entry.chunks;
+        Ok(StoredTensor { name: name.to_owned(), rows, columns, data: [load(w)?, load(m)?, load(v)?] })
+    }
+
+    /// Reads every chunk of a checkpoint.
+    pub fn verify(&self, step: u64) -> Result<(), StoreError> {
+        let manifest = self.manifest(step)?;
+        let unique: BTreeSet<&[u8; 32]> = manifest.chunks().collect();
+        unique.into_iter().try_for_each(|hash| self.chunks.get(ChunkHash(*hash)).map(|_| ()))
+    }
+}
+
+/// See the module. One process at a time has it.
+#[derive(Debug)]
+pub struct Store {
+    reader: Reader,
+    keep: usize,
     catalogue: Catalogue,
     /// Tensors that are stored of checkpoints that are being made, by step and name.
     pending: BTreeMap<u64, BTreeMap<String, TensorEntry>>,
 }
 
 impl Store {
-    /// Opens or creates the store of `job` in `folder`. `keep` is at least 1.
+    /// Opens or creates the store of `job` in `folder`. `keep` is at least 1. The caller sees to it that
+    /// nobody else has it open.
     pub fn open(folder: &Path, job: &str, keep: usize) -> Result<Self, StoreError> {
-        let manifests = folder.join("manifests");
-        fs::create_dir_all(&manifests).map_err(at(&manifests))?;
-        let chunks = Chunks::open(folder.join("chunks"))?;
-        let found = steps(&manifests)?;
-        let read = |step: &u64| Manifest::read(&manifests.join(step.to_string()), job);
-        let catalogue = Catalogue::open(&folder.join("catalogue"), &found, read)?;
-        Ok(Self {
-            folder: folder.to_owned(),
-            job: job.to_owned(),
-            keep: keep.max(1),
-            chunks,
-            catalogue,
-            pending: BTreeMap::new(),
-        })
+        let reader = Reader::new(folder, job);
+        for needed in [reader.manifests(), folder.join("chunks")] {
+            fs::create_dir_all(&needed).map_err(at(&needed))?;
+        }
+        let read = |step: &u64| reader.manifest(*step);
+        let catalogue = Catalogue::open(&folder.join("catalogue"), &reader.steps()?, read)?;
+        Ok(Self { keep: keep.max(1), catalogue, pending: BTreeMap::new(), reader })
     }
 
-    fn manifest_path(&self, step: u64) -> PathBuf {
-        self.folder.join("manifests").join(step.to_string())
-    }
-
-    /// Steps of the checkpoints that exist, ascending.
-    pub fn steps(&self) -> Result<Vec<u64>, StoreError> {
-        steps(&self.folder.join("manifests"))
+    /// The reading half.
+    pub fn reader(&self) -> &Reader {
+        &self.reader
     }
 
     /// Writes and syncs the chunks of some tensors of the checkpoint of `step`, which is being made.
     pub fn put(&mut self, step: u64, tensors: &[StoredTensor]) -> Result<(), StoreError> {
+        let chunks = &self.reader.chunks;
         let store = |data: &Arc<Vec<f32>>| -> Result<Vec<[u8; 32]>, StoreError> {
-            data.chunks(CHUNK_ELEMENTS).map(|c| Ok(self.chunks.put(bytemuck::cast_slice(c))?.0)).collect()
+            data.chunks(CHUNK_ELEMENTS).map(|c| Ok(chunks.put(bytemuck::cast_slice(c))?.0)).collect()
         };
         for t in tensors {
             let [w, m, v] = &t.data;
@@ -90,112 +166,61 @@ impl Store {
         let tensors = self.pending.remove(&step).unwrap_or_default().into_values().collect();
         // Older ones that were not completed never will be.
         self.pending.retain(|s, _| *s > step);
-        let manifest = Manifest { job: self.job.clone(), step, tensors };
-        write_whole(&self.manifest_path(step), &manifest.encode())?;
+        let manifest = Manifest { job: self.reader.job.clone(), step, tensors };
+        write_whole(&self.reader.manifest_path(step), &manifest.encode())?;
         self.catalogue.add(&manifest)?;
         self.prune()
     }
 
     fn prune(&self) -> Result<(), StoreError> {
-        let steps = self.steps()?;
-        let old = &steps[..steps.len().saturating_sub(self.keep)];
+        let steps = self.reader.steps()?;
+        let (old, kept) = steps.split_at(steps.len().saturating_sub(self.keep));
         if old.is_empty() {
             return Ok(());
         }
         for step in old {
-            let path = self.manifest_path(*step);
+            let path = self.reader.manifest_path(*step);
             fs::remove_file(&path).map_err(at(&path))?;
             self.catalogue.remove(*step)?;
         }
+        // A chunk goes only if neither the catalogue nor a manifest names it.
         let mut named: BTreeSet<String> = self.catalogue.chunks()?;
+        for step in kept {
+            named.extend(self.reader.manifest(*step)?.chunks().map(|hash| ChunkHash(*hash).to_string()));
+        }
         let pending = self.pending.values().flat_map(BTreeMap::values).flat_map(|t| t.chunks.iter().flatten());
         named.extend(pending.map(|hash| ChunkHash(*hash).to_string()));
-        self.chunks.sweep(|name| named.contains(name))?;
+        self.reader.chunks.sweep(|name| named.contains(name))?;
         Ok(())
     }
 
-    /// Reads a manifest.
-    pub fn manifest(&self, step: u64) -> Result<Manifest, StoreError> {
-        Manifest::read(&self.manifest_path(step), &self.job)
-    }
-
-    /// Reads tensors of a checkpoint, verifying every chunk.
-    pub fn read(&self, step: u64, names: &[(String, usize, usize)]) -> Result<Vec<StoredTensor>, StoreError> {
-        let manifest = self.manifest(step)?;
-        let wrong = |tensor: &str, reason: String| StoreError::Tensor {
-            path: self.manifest_path(step),
-            step,
-            tensor: tensor.to_owned(),
-            reason,
-        };
-        let read = |(name, rows, columns): &(String, usize, usize)| {
-            let found = manifest.tensors.binary_search_by(|t| t.name.as_str().cmp(name));
-            let entry = found.map(|at| &manifest.tensors[at]).map_err(|_| wrong(name, "is missing".to_owned()))?;
-            if (entry.rows, entry.columns) != (*rows as u64, *columns as u64) {
-                let reason = format!("is {} x {}, expected {rows} x {columns}", entry.rows, entry.columns);
-                return Err(wrong(name, reason));
-            }
-            let load = |hashes: &Vec<[u8; 32]>| -> Result<Arc<Vec<f32>>, StoreError> {
-                let mut data = Vec::with_capacity(rows * columns);
-                for hash in hashes {
-                    data.extend(bytemuck::pod_collect_to_vec::<u8, f32>(&self.chunks.get(ChunkHash(*hash))?));
-                }
-                if data.len() == rows * columns {
-                    Ok(Arc::new(data))
-                } else {
-                    Err(wrong(name, format!("has {} elements, expected {}", data.len(), rows * columns)))
-                }
-            };
-            let [w, m, v] = &entry.chunks;
-            Ok(StoredTensor {
-                name: name.clone(),
-                rows: *rows,
-                columns: *columns,
-                data: [load(w)?, load(m)?, load(v)?],
-            })
-        };
-        names.iter().map(read).collect()
-    }
-
-    /// The newest checkpoint of which every chunk can be read, and what is wrong with newer ones.
+    /// The newest checkpoint of which every chunk is good, and what is wrong with newer ones. These are
+    /// put aside: a damaged chunk is removed, so that it is written again when its content comes again,
+    /// and its manifest is renamed to `STEP.refused`. What merely could not be read now is an error.
     pub fn newest_good(&self) -> Result<(Option<u64>, Vec<StoreError>), StoreError> {
         let mut wrong = Vec::new();
-        for step in self.steps()?.into_iter().rev() {
-            match self.verify(step) {
-                Ok(()) => return Ok((Some(step), wrong)),
-                Err(error) => wrong.push(error),
+        for step in self.reader.steps()?.into_iter().rev() {
+            let Err(error) = self.reader.verify(step) else { return Ok((Some(step), wrong)) };
+            if !error.is_damage() {
+                return Err(error);
             }
+            if let StoreError::Damaged { path, .. } = &error {
+                fs::remove_file(path).map_err(at(path))?;
+            }
+            wrong.push(error);
         }
         Ok((None, wrong))
     }
 
-    fn verify(&self, step: u64) -> Result<(), StoreError> {
-        let manifest = self.manifest(step)?;
-        let all = manifest.tensors.iter().flat_map(|t| t.chunks.iter().flatten());
-        let unique: BTreeSet<&[u8; 32]> = all.collect();
-        unique.into_iter().try_for_each(|hash| self.chunks.get(ChunkHash(*hash)).map(|_| ()))
-    }
-
-    /// Removes checkpoints after `step`, which turned out not to be readable.
-    pub fn forget_after(&self, step: u64) -> Result<(), StoreError> {
-        for newer in self.steps()?.into_iter().filter(|s| *s > step) {
-            let path = self.manifest_path(newer);
-            fs::remove_file(&path).map_err(at(&path))?;
+    /// Puts aside checkpoints after `step`, which turned out to be damaged.
+    pub fn refuse_after(&self, step: u64) -> Result<(), StoreError> {
+        for newer in self.reader.steps()?.into_iter().filter(|s| *s > step) {
+            let path = self.reader.manifest_path(newer);
+            fs::rename(&path, path.with_extension("refused")).map_err(at(&path))?;
             self.catalogue.remove(newer)?;
         }
         Ok(())
     }
-}
-
-fn steps(manifests: &Path) -> Result<Vec<u64>, StoreError> {
-    let mut steps = Vec::new();
-    for entry in fs::read_dir(manifests).map_err(at(manifests))? {
-        let entry = entry.map_err(at(manifests))?;
-        // Anything else is what an interrupted write left behind.
-        steps.extend(entry.file_name().to_string_lossy().parse::<u64>());
-    }
-    steps.sort_unstable();
-    Ok(steps)
 }
 
 #[cfg(test)]
@@ -243,8 +268,8 @@ mod tests {
         for step in 1..=4 {
             save(&mut store, step, step as f32);
         }
-        assert_eq!(store.steps().unwrap(), [3, 4]);
-        let read = store.read(4, &names()).unwrap();
+        assert_eq!(store.reader().steps().unwrap(), [3, 4]);
+        let read = store.reader().read(4, &names()).unwrap();
         assert_eq!(read[1], tensors(4.0)[0]);
         assert_eq!(read[0], tensors(4.0)[1]);
         let count = fs::read_dir(folder.path().join("chunks")).unwrap().count();
@@ -267,8 +292,8 @@ mod tests {
         }
         let mut store = Store::open(folder.path(), "job", 1).unwrap();
         save(&mut store, 3, 3.0);
-        assert_eq!(store.steps().unwrap(), [3]);
-        assert_eq!(store.read(3, &names()).unwrap()[1], tensors(3.0)[0]);
+        assert_eq!(store.reader().steps().unwrap(), [3]);
+        assert_eq!(store.reader().read(3, &names()).unwrap()[1], tensors(3.0)[0]);
     }
 
     /// CH-1, CH-3.
@@ -278,17 +303,20 @@ mod tests {
         let mut store = Store::open(folder.path(), "job", 3).unwrap();
         save(&mut store, 1, 11.0);
         save(&mut store, 2, 12.0);
-        let hash = ChunkHash(store.manifest(2).unwrap().tensors[1].chunks[0][0]);
+        let hash = ChunkHash(store.reader().manifest(2).unwrap().tensors[1].chunks[0][0]);
         let path = folder.path().join("chunks").join(hash.to_string());
         let good = fs::read(&path).unwrap();
         let mut flipped = good.clone();
         flipped[3] ^= 1;
         for bad in [&good[..5], &flipped, &[]] {
             fs::write(&path, bad).unwrap();
-            let error = store.read(2, &names()).unwrap_err().to_string();
+            let error = store.reader().read(2, &names()).unwrap_err().to_string();
             assert!(error.contains(&hash.to_string()), "{error}");
             let (newest, wrong) = store.newest_good().unwrap();
             assert_eq!((newest, wrong.len()), (Some(1), 1));
+            // The same content is stored again in its place.
+            save(&mut store, 2, 12.0);
+            assert_eq!(store.newest_good().unwrap().0, Some(2));
         }
         let manifest = folder.path().join("manifests/2");
         let mut bytes = fs::read(&manifest).unwrap();
@@ -301,7 +329,7 @@ mod tests {
     fn a_foreign_manifest_is_refused() {
         let folder = tempfile::tempdir().unwrap();
         save(&mut Store::open(folder.path(), "job", 3).unwrap(), 1, 1.0);
-        let error = Store::open(folder.path(), "other", 3).unwrap().manifest(1).unwrap_err();
+        let error = Store::open(folder.path(), "other", 3).unwrap().reader().manifest(1).unwrap_err();
         assert!(matches!(error, StoreError::ForeignJob { .. }), "{error}");
     }
 

@@ -26,9 +26,12 @@ pub(super) struct Restored {
     pub(super) files: Files,
     pub(super) store: Store,
     pub(super) notes: Vec<String>,
+    /// Held as long as this supervisor lives: nobody else writes into the run folder.
+    pub(super) lock: std::fs::File,
 }
 
 pub(super) fn restore(run: &RunFolder, config: &Config, identity: &RunIdentity) -> Result<Restored, AnyError> {
+    let lock = run.lock()?;
     let (log, raw) = Log::open(&run.control_log())?;
     let limit = bincode::config::standard().with_limit::<RECORD_MAX>();
     let decode = |(n, bytes): (usize, Vec<u8>)| -> Result<Record, AnyError> {
@@ -49,7 +52,7 @@ pub(super) fn restore(run: &RunFolder, config: &Config, identity: &RunIdentity) 
         return Err(format!("no checkpoint can be read: {}", words.join("; ")).into());
     }
     let checkpoint = good.unwrap_or(0);
-    store.forget_after(checkpoint)?;
+    store.refuse_after(checkpoint)?;
     let (lines, whole) = MetricsLine::read_all(&run.metrics())?;
     let open = |path: std::path::PathBuf| -> Result<(std::path::PathBuf, std::fs::File), AnyError> {
         let file =
@@ -61,5 +64,5 @@ pub(super) fn restore(run: &RunFolder, config: &Config, identity: &RunIdentity) 
     let reported = lines.into_iter().map(|l| (l.step, l.fingerprint)).collect();
     let notes = wrong.iter().map(ToString::to_string).collect();
     let files = Files { log, metrics, events: open(run.events())? };
-    Ok(Restored { records, checkpoint, reported, files, store, notes })
+    Ok(Restored { records, checkpoint, reported, files, store, notes, lock })
 }

@@ -51,6 +51,19 @@ impl RunFolder {
     pub fn logs(&self) -> PathBuf {
         self.0.join("logs")
     }
+    /// Takes the run for the one process that writes into it; it is given back when the file closes.
+    pub fn lock(&self) -> std::io::Result<std::fs::File> {
+        let path = self.0.join("lock");
+        let words = |e: &dyn std::fmt::Display| std::io::Error::other(format!("{}: {e}", path.display()));
+        let file = std::fs::OpenOptions::new().create(true).append(true).open(&path).map_err(|e| words(&e))?;
+        match file.try_lock() {
+            Ok(()) => Ok(file),
+            Err(std::fs::TryLockError::WouldBlock) => {
+                Err(std::io::Error::other(format!("run {} is in use by another process", self.0.display())))
+            }
+            Err(std::fs::TryLockError::Error(e)) => Err(words(&e)),
+        }
+    }
     /// The report for people.
     pub fn report(&self) -> PathBuf {
         self.0.join("report.html")

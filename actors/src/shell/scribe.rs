@@ -130,7 +130,7 @@ impl StoreThread {
                     let p = &self.layout.parameters[*n as usize];
                     (p.name.to_string(), p.rows, p.columns)
                 };
-                let tensors = self.store.read(step, &numbers.iter().map(name).collect::<Vec<_>>())?;
+                let tensors = self.store.reader().read(step, &numbers.iter().map(name).collect::<Vec<_>>())?;
                 let state = |t: StoredTensor| t.data.map(|d| Tensor::host(t.rows, t.columns, d));
                 Ok(Msg::Loaded { step, to, parameters: tensors.into_iter().map(state).collect() })
             }

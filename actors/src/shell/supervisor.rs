@@ -82,6 +82,7 @@ struct State {
     next_ticket: u64,
     class: String,
     result: Option<SupervisorEnd>,
+    _lock: std::fs::File,
     end: mpsc::Sender<SupervisorEnd>,
 }
 
@@ -172,6 +173,7 @@ impl Actor for SupervisorProcess {
             next_ticket: 0,
             class: CpuBackend.class().0,
             result: None,
+            _lock: restored.lock,
             end,
         };
         for why in restored.notes {

@@ -2,18 +2,17 @@
 
 use anyhow::{Context, Result, bail};
 use everstep_actors::{Config, Layout, RunFolder, RunIdentity, fingerprint_root};
-use everstep_checkpoint::{Store, StoredTensor};
+use everstep_checkpoint::{Reader, StoredTensor};
 use everstep_kernels::state_sums;
 
 /// Opens a run folder's configuration and store.
-pub(crate) fn open(run: &RunFolder) -> Result<(Config, Store)> {
+pub(crate) fn open(run: &RunFolder) -> Result<(Config, Reader)> {
     let read = |path: std::path::PathBuf| {
         std::fs::read_to_string(&path).with_context(|| format!("cannot read {}", path.display()))
     };
     let config = Config::parse(&read(run.config())?, &run.config().display().to_string(), &[])?;
     let identity: RunIdentity = serde_json::from_str(&read(run.identity())?)?;
-    let store = Store::open(&run.checkpoints(), &identity.job, config.keep)?;
-    Ok((config, store))
+    Ok((config, Reader::new(&run.checkpoints(), &identity.job)))
 }
 
 /// All tensors of a stored step, in order of name.

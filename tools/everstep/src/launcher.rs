@@ -125,6 +125,8 @@ impl Launcher {
         let text =
             fs::read_to_string(run.config()).with_context(|| format!("cannot read {}", run.config().display()))?;
         let config = Config::parse(&text, &run.config().display().to_string(), &[])?;
+        // The supervisor takes the lock for itself; here it only tells whether somebody has it.
+        drop(run.lock()?);
         fs::create_dir_all(run.logs())?;
         let _ = fs::remove_file(run.address());
         let mut supervisor = Slot {
