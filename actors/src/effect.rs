@@ -54,7 +54,8 @@ pub enum Effect {
         /// What.
         local: Local,
     },
-    /// Run a job off the runtime's threads; its outcome comes as an event. A core has one at a time.
+    /// Run a job off the runtime's threads; its outcome comes as an event. A core has one at a time, and
+    /// one more when a commit overtakes the step that it replays: outcomes are told apart by step.
     Compute {
         /// What to run.
         job: Job,

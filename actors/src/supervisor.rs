@@ -115,6 +115,10 @@ impl Supervisor {
         }
         let unheard = if s.table.primaries.contains(&None) { BTreeSet::new() } else { s.placed_copies() };
         s.commit.restore(s.last.as_ref().map_or(s.table.base, |l| l.commit.step), unheard);
+        if s.table.primaries.contains(&None) && s.table.base > s.checkpoint {
+            // The checkpoint that reducers were to start from turned out to be damaged.
+            s.roll_back("its checkpoint is not readable any more".to_owned());
+        }
         let mut effects = s.publish(Vec::new());
         if restarted {
             s.recovering = Some(now);
@@ -220,6 +224,7 @@ impl Supervisor {
         let node = NodeId(self.next_node);
         self.next_node += 1;
         self.membership.heard(now, node);
+        self.work.insert(node, (0, 0));
         self.table.nodes.insert(node, info.clone());
         let note = Happening::NodeJoined { node: node.0, address: info.address.clone() };
         let mut effects = vec![SupervisorEffect::Note(note)];
@@ -275,7 +280,8 @@ impl Supervisor {
             return self.fence(node);
         }
         self.membership.heard(now, node);
-        self.work.entry(node).or_default().0 = work;
+        // What a node had done before this life of the supervisor has been reported by an earlier one.
+        self.work.entry(node).or_insert((work, work)).0 = work;
         Vec::new()
     }
 
@@ -376,7 +382,8 @@ impl Supervisor {
             if present.is_some() && heir.is_none() && !self.commit.unheard(shard) {
                 return Some(self.roll_back(format!("shard {shard} lost all its copies")));
             }
-            if heir.is_some() {
+            // First primaries come together, so that "none" always means: nobody has trained on this state.
+            if heir.is_some() && (present.is_some() || self.commit.all_in_sync()) {
                 self.table.primaries[at] = heir;
             }
         }

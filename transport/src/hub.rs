@@ -1,8 +1,8 @@
 //! All sessions of a process: dials, accepts, reconnects, and hands messages over.
 //!
 //! - HU-1: a session outlives its links: it is ended by [`Hub::close`] alone.
-//! - HU-2: sending never waits. What a session may hold is bounded by [`SEND_QUEUE`] messages; a sender
-//!   beyond it is out of step with its protocol, and loses the session (an event says so).
+//! - HU-2: sending never waits. A session holds one window of each lane and [`SEND_QUEUE`] messages behind
+//!   it; a sender beyond that is out of step with its protocol, and loses the session (an event says so).
 //! - HU-3: a message is taken from the peer's grant when the receiver takes its event, so a process that
 //!   does not keep up slows its peers.
 
@@ -16,12 +16,15 @@ use std::collections::BTreeMap;
 use std::net::SocketAddr;
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::time::Duration;
+use tokio::sync::mpsc::error::TrySendError;
 use tokio::sync::{mpsc, oneshot, watch};
 
 /// Messages that one session may be given and not have sent yet.
 pub const SEND_QUEUE: usize = 65_536;
 /// Messages that wait for the process to take them.
 const EVENTS: usize = 1024;
+/// Links that may wait to be taken by a session.
+const LINK_QUEUE: usize = 16;
 const REDIAL: Duration = Duration::from_millis(50);
 
 /// What happened.
@@ -39,9 +42,8 @@ pub enum HubEvent {
     Refused(String),
 }
 
-/// What a session's task is told.
+/// What a session's task is told about its links.
 enum Command {
-    Send(Lane, Message),
     /// A new link is being made: the old one ends; answered with what the session has.
     Prepare(oneshot::Sender<Resume>),
     Up(Link, Resume),
@@ -51,6 +53,8 @@ enum Command {
 #[derive(Clone)]
 struct Handle {
     commands: mpsc::Sender<Command>,
+    /// Messages by lane: a full lane does not hold up the other.
+    messages: [mpsc::Sender<Message>; 2],
     linked: watch::Receiver<bool>,
 }
 
@@ -98,7 +102,9 @@ impl Hub {
     /// The session with a peer; a new one if there is none.
     fn session(&self, peer: Peer) -> Handle {
         let start = || {
-            let (commands, queue) = mpsc::channel(SEND_QUEUE);
+            let (commands, queue) = mpsc::channel(LINK_QUEUE);
+            let (control, control_queue) = mpsc::channel(SEND_QUEUE);
+            let (bulk, bulk_queue) = mpsc::channel(SEND_QUEUE);
             let (links, linked) = watch::channel(false);
             let task = SessionTask {
                 peer,
@@ -108,8 +114,8 @@ impl Hub {
                 events: self.0.events.clone(),
                 assemblers: Default::default(),
             };
-            tokio::spawn(task.run(queue));
-            Handle { commands, linked }
+            tokio::spawn(task.run(queue, [control_queue, bulk_queue]));
+            Handle { commands, messages: [control, bulk], linked }
         };
         self.sessions().entry(peer).or_insert_with(start).clone()
     }
@@ -120,9 +126,14 @@ impl Hub {
 
     /// Sends to a peer, now or when there is a link. Never waits.
     pub fn send(&self, peer: Peer, lane: Lane, message: Message) {
-        if self.session(peer).commands.try_send(Command::Send(lane, message)).is_err() {
+        if let Err(error) = self.session(peer).messages[at(lane)].try_send(message) {
+            let why = match error {
+                TrySendError::Full(_) => format!("{SEND_QUEUE} messages wait for its link"),
+                TrySendError::Closed(_) => "it has ended".to_owned(),
+            };
             self.close(peer);
-            tracing::error!(peer, limit = SEND_QUEUE, "a session's queue is full: the session ends");
+            let events = self.0.events.clone();
+            tokio::spawn(async move { events.send(HubEvent::Broken(peer, why)).await });
         }
     }
 
@@ -155,7 +166,9 @@ impl Hub {
             while hub.sessions().contains_key(&peer) {
                 match hub.dial(address).await {
                     Ok(answered) if answered == peer => {
-                        if linked.wait_for(|up| *up).await.is_err() || linked.wait_for(|up| !*up).await.is_err() {
+                        // The link may be up and down again before this task sees it: then it dials again.
+                        let _ = tokio::time::timeout(REDIAL, linked.wait_for(|up| *up)).await;
+                        if linked.wait_for(|up| !*up).await.is_err() {
                             return;
                         }
                     }
@@ -219,6 +232,10 @@ async fn admit(hub: &Hub, incoming: quinn::Incoming) -> Result<(), QuicError> {
     session.commands.send(Command::Up(shaking.into_link(), theirs)).await.map_err(|_| ended())
 }
 
+fn at(lane: Lane) -> usize {
+    usize::from(lane == Lane::Bulk)
+}
+
 /// One session: the pure core between commands, a link and the process.
 struct SessionTask {
     peer: Peer,
@@ -230,8 +247,11 @@ struct SessionTask {
 }
 
 impl SessionTask {
-    async fn run(mut self, mut commands: mpsc::Receiver<Command>) {
+    async fn run(mut self, mut commands: mpsc::Receiver<Command>, messages: [mpsc::Receiver<Message>; 2]) {
+        let [mut control, mut bulk] = messages;
         loop {
+            // A session that holds a window takes no more of a lane: what waits is bounded by SEND_QUEUE.
+            let room = Lane::ALL.map(|lane| self.session.has_room(lane));
             let incoming = async {
                 match &mut self.link {
                     Some(link) => link.incoming.recv().await,
@@ -239,7 +259,7 @@ impl SessionTask {
                 }
             };
             let result = tokio::select! {
-                // Frames first: they bring the grants that sending waits for.
+                // Frames first: they bring the grants that sending waits for. Then what must not wait.
                 biased;
                 frame = incoming => match frame {
                     Some(frame) => match self.session.on_frame(frame) {
@@ -255,6 +275,8 @@ impl SessionTask {
                     Some(command) => self.command(command).await,
                     None => return,
                 },
+                Some(message) = control.recv(), if room[0] => self.send(Lane::Control, message).await,
+                Some(message) = bulk.recv(), if room[1] => self.send(Lane::Bulk, message).await,
             };
             if let Err(reason) = result {
                 let _ = self.events.send(HubEvent::Broken(self.peer, reason)).await;
@@ -263,15 +285,16 @@ impl SessionTask {
         }
     }
 
+    async fn send(&mut self, lane: Lane, message: Message) -> Result<(), String> {
+        for fragment in message.fragments() {
+            let effects = self.session.send(lane, fragment);
+            self.perform(effects).await?;
+        }
+        Ok(())
+    }
+
     async fn command(&mut self, command: Command) -> Result<(), String> {
         match command {
-            Command::Send(lane, message) => {
-                for fragment in message.fragments() {
-                    let effects = self.session.send(lane, fragment);
-                    self.perform(effects).await?;
-                }
-                Ok(())
-            }
             Command::Prepare(answer) => {
                 self.unlink().await;
                 let _ = answer.send(self.session.resume());
@@ -306,8 +329,7 @@ impl SessionTask {
                     }
                 }
                 SessionEffect::Deliver(lane, fragment) => {
-                    let at = usize::from(lane == Lane::Bulk);
-                    let message = self.assemblers[at].push(&fragment).map_err(|e| e.to_string())?;
+                    let message = self.assemblers[at(lane)].push(&fragment).map_err(|e| e.to_string())?;
                     if let Some(message) = message
                         && self.events.send(HubEvent::Message(self.peer, message)).await.is_err()
                     {
@@ -406,7 +428,7 @@ mod tests {
         }
     }
 
-    /// HU-2, HU-3: a receiver that takes nothing stops what flows to it, not the call that sends.
+    /// HU-2, HU-3: a receiver that takes nothing stops its sender's session, not the call that sends.
     #[tokio::test(flavor = "multi_thread")]
     async fn a_slow_receiver_slows_its_sender_and_loses_nothing() {
         let folder = tempfile::tempdir().unwrap();
@@ -414,18 +436,29 @@ mod tests {
         let (a, _a_events) = hub(folder.path(), 1);
         let (b, mut b_events) = hub(folder.path(), 2);
         a.dial(b.address().unwrap()).await.unwrap();
-        let count = 3 * EVENTS as u32;
-        let began = std::time::Instant::now();
+        let count = 3 * EVENTS;
         for n in 0..count {
-            a.send(2, Lane::Bulk, Message::small(n.to_le_bytes().to_vec()));
+            a.send(2, Lane::Bulk, Message::small((n as u32).to_le_bytes().to_vec()));
         }
-        assert!(began.elapsed() < Duration::from_secs(1), "sending never waits");
-        tokio::time::sleep(Duration::from_millis(300)).await;
-        // What the receiver's process holds is its queue of events and one window.
-        assert!(b_events.len() <= EVENTS);
+        tokio::time::sleep(Duration::from_millis(500)).await;
+        // On their way are the receiver's events, what its session and the links hold, and one window.
+        let waiting = SEND_QUEUE - a.session(2).messages[at(Lane::Bulk)].capacity();
+        assert!(waiting > count - EVENTS - 600, "only {waiting} of {count} still wait at the sender");
         for n in 0..count {
-            assert_eq!(next_message(&mut b_events).await.header, n.to_le_bytes());
+            assert_eq!(next_message(&mut b_events).await.header, (n as u32).to_le_bytes());
         }
+    }
+
+    /// HU-2: beyond the bound the session ends, and an event says so.
+    #[tokio::test(flavor = "multi_thread")]
+    async fn a_sender_out_of_step_loses_the_session() {
+        let folder = tempfile::tempdir().unwrap();
+        Credentials::create(folder.path()).unwrap();
+        let (a, mut a_events) = hub(folder.path(), 1);
+        for _ in 0..SEND_QUEUE + 200 {
+            a.send(9, Lane::Bulk, Message::small(Vec::new()));
+        }
+        assert!(matches!(a_events.recv().await, Some(HubEvent::Broken(9, _))));
     }
 
     #[tokio::test(flavor = "multi_thread")]

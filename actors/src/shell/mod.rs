@@ -46,7 +46,13 @@ pub fn new_name() -> Peer {
     std::collections::hash_map::RandomState::new().build_hasher().finish()
 }
 
-/// This machine's boot: processes with the same can watch each other.
+/// This machine's boot and the namespace of its process numbers: processes with the same can watch each
+/// other. Empty if that cannot be known.
 fn machine() -> String {
-    std::fs::read_to_string("/proc/sys/kernel/random/boot_id").unwrap_or_default().trim().to_owned()
+    let boot = std::fs::read_to_string("/proc/sys/kernel/random/boot_id");
+    let namespace = std::fs::read_link("/proc/self/ns/pid");
+    match (boot, namespace) {
+        (Ok(boot), Ok(namespace)) => format!("{} {}", boot.trim(), namespace.display()),
+        _ => String::new(),
+    }
 }

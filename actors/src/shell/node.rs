@@ -53,7 +53,7 @@ pub struct NodeOptions {
 pub enum NodeEnd {
     /// The supervisor said so.
     Dismissed(String),
-    /// It was declared dead; the process joins as new.
+    /// It was declared dead, or cannot be trusted any more; the process joins as new.
     Fenced,
 }
 
@@ -113,7 +113,7 @@ pub async fn run_node(options: &NodeOptions) -> Result<NodeEnd, AnyError> {
     let (hub, mut events) = Hub::open(options.listen, &credentials, new_name())?;
     let supervisor = find(&hub, options.join, SUPERVISOR_WAIT).await?;
     let backend: Arc<dyn Backend> = Arc::new(CpuBackend);
-    let materials = receive_job(&hub, supervisor, &mut events).await?;
+    let Some(materials) = receive_job(&hub, supervisor, &mut events).await? else { return Ok(NodeEnd::Fenced) };
     let (pid, machine) = (std::process::id(), machine());
     let info = NodeInfo { address: hub.address()?.to_string(), peer: hub.me(), pid, machine };
     let join = Control::Join { info, device_class: backend.class().0 };
@@ -179,19 +179,23 @@ async fn find(hub: &Hub, address: SocketAddr, wait: Duration) -> Result<Peer, An
     }
 }
 
-/// Asks for the job and its text.
+/// Asks for the job and its text. None: the supervisor went away meanwhile, there may be another.
 async fn receive_job(
     hub: &Hub,
     supervisor: Peer,
     events: &mut mpsc::Receiver<HubEvent>,
-) -> Result<Materials, AnyError> {
+) -> Result<Option<Materials>, AnyError> {
     tell(hub, supervisor, Control::Enquire);
     let mut job = None;
     let mut bytes: Vec<u8> = Vec::new();
     loop {
         let event = tokio::time::timeout(SUPERVISOR_WAIT, events.recv()).await;
         let event = event.ok().flatten().ok_or_else(|| NodeError::Job("it does not come".to_owned()))?;
-        let HubEvent::Message(_, message) = event else { continue };
+        let message = match event {
+            HubEvent::Message(_, message) => message,
+            HubEvent::Down(peer) | HubEvent::Broken(peer, _) if peer == supervisor => return Ok(None),
+            HubEvent::Up(_) | HubEvent::Down(_) | HubEvent::Broken(..) | HubEvent::Refused(_) => continue,
+        };
         match Unit::decode(message)? {
             Unit::Control(Control::Job { config, corpus_bytes, corpus_hash }) => {
                 if corpus_bytes > CORPUS_MAX {
@@ -213,7 +217,7 @@ async fn receive_job(
                 }
                 let spec = Arc::new(Config::parse(config, "the supervisor's configuration", &[])?.spec);
                 let corpus = Corpus::new(Arc::new(bytes), &spec)?;
-                return Ok(Materials { layout: Layout::new(&spec), spec, corpus, plant: None });
+                return Ok(Some(Materials { layout: Layout::new(&spec), spec, corpus, plant: None }));
             }
             Unit::Control(Control::Dismiss { why }) => return Err(NodeError::Job(why).into()),
             Unit::Control(_) | Unit::Bundle(_) => {}
@@ -315,6 +319,11 @@ impl State {
             HubEvent::Broken(peer, why) if peer == self.supervisor => {
                 // The supervisor has forgotten the session: for it this node is dead.
                 tracing::warn!(why, "the session with the supervisor is over");
+                let _ = self.end.try_send(NodeEnd::Fenced);
+            }
+            HubEvent::Broken(peer, why) if self.peers.values().any(|p| *p == peer) => {
+                // Something may be lost that nobody sends again: this life cannot be trusted any more.
+                tracing::warn!(peer, why, "the session with a node is over");
                 let _ = self.end.try_send(NodeEnd::Fenced);
             }
             HubEvent::Refused(why) => tracing::warn!(why, "a stranger was refused"),

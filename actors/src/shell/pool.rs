@@ -1,12 +1,12 @@
 //! Threads for jobs, so that nothing heavy runs on a runtime's thread.
 //!
-//! Bound: an actor has one job at a time, so there are at most as many jobs as actors.
+//! Bound: an actor has one job at a time, or two when a commit overtakes a life that replays the step.
 
 use crate::compute::{Job, Outcome, run};
 use everstep_kernels::Backend;
 use std::panic::{AssertUnwindSafe, catch_unwind};
 use std::sync::atomic::{AtomicU64, Ordering};
-use std::sync::mpsc::{Receiver, SyncSender, sync_channel};
+use std::sync::mpsc::{Receiver, SyncSender, TrySendError, sync_channel};
 use std::sync::{Arc, Mutex, PoisonError};
 
 /// Jobs that may wait.
@@ -54,8 +54,8 @@ impl Pool {
     /// Runs a job; `reply` is called on the job's thread.
     pub(super) fn submit(&self, job: Job, cost: u64, reply: impl FnOnce(Result<Outcome, String>) + Send + 'static) {
         let task = Task { job, cost, reply: Box::new(reply) };
-        if let Err(error) = self.queue.try_send(task) {
-            tracing::error!(%error, "a job cannot be queued");
+        if let Err(TrySendError::Full(task) | TrySendError::Disconnected(task)) = self.queue.try_send(task) {
+            (task.reply)(Err("there is no room for its job".to_owned()));
         }
     }
 }

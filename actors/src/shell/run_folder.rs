@@ -86,15 +86,17 @@ pub struct RunIdentity {
 pub struct MetricsLine {
     /// The committed step.
     pub step: Step,
-    /// Mean loss of the step's targets, in nats.
+    /// Mean loss of the step's targets, in nats. JSON has no numbers that are none: those are `null`.
+    #[serde(deserialize_with = "null_is_nan")]
     pub loss: f64,
     /// Targets of the step.
     pub tokens: u64,
-    /// Norm of the gradients before clipping.
+    /// Norm of the gradients before clipping; `null` if it was not finite and the step was skipped.
+    #[serde(deserialize_with = "null_is_nan")]
     pub grad_norm: f64,
     /// Learning rate.
     pub lr: f32,
-    /// Since the line before.
+    /// Since the line before; 0 in the first line of a supervisor's life.
     pub tokens_per_s: f64,
     /// Milliseconds since 1970.
     pub time: u64,
@@ -110,16 +112,20 @@ pub struct MetricsLine {
     pub fingerprint: String,
 }
 
+fn null_is_nan<'de, D: serde::Deserializer<'de>>(from: D) -> Result<f64, D::Error> {
+    Ok(Option::deserialize(from)?.unwrap_or(f64::NAN))
+}
+
 impl MetricsLine {
     pub(super) fn new(report: Report, tokens: u64, time: u64, since: Option<u64>) -> Self {
-        let seconds = since.map_or(f64::INFINITY, |s| time.saturating_sub(s).max(1) as f64 / 1000.0);
+        let per_s = |s: u64| tokens as f64 * 1000.0 / time.saturating_sub(s).max(1) as f64;
         Self {
             step: report.commit.commit.step,
             loss: report.commit.loss,
             tokens,
             grad_norm: report.commit.grad_norm,
             lr: report.commit.commit.lr,
-            tokens_per_s: tokens as f64 / seconds,
+            tokens_per_s: since.map_or(0.0, per_s),
             time,
             epoch: report.epoch,
             nodes: report.operations.len(),

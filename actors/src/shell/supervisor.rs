@@ -42,6 +42,8 @@ pub enum SupervisorEnd {
     Finished,
     /// The job cannot go on.
     Failed(String),
+    /// This life cannot go on; the next one may.
+    Panicked,
 }
 
 /// What the supervisor's process is told.
@@ -133,7 +135,7 @@ pub async fn run_supervisor(run: RunFolder, listen: SocketAddr) -> Result<Superv
                 }
                 None => break Err("the endpoint closed".into()),
             },
-            end = ended.recv() => break end.ok_or_else(|| "the supervisor's actor failed".into()),
+            end = ended.recv() => break Ok(end.unwrap_or(SupervisorEnd::Panicked)),
         }
     };
     // The last words to the nodes need a moment to leave.
@@ -306,7 +308,8 @@ impl State {
     }
 
     fn forget(&mut self, node: NodeId) {
-        if let Some(peer) = self.peers.get(&node).copied() {
+        // Later words of the node name its session again, and are answered by fencing it.
+        if let Some(peer) = self.peers.remove(&node) {
             let hub = self.hub.clone();
             tokio::spawn(async move {
                 tokio::time::sleep(FENCE_FOR).await;
@@ -351,7 +354,9 @@ impl State {
                 tracing::warn!(why, "a stranger was refused");
                 self.note(&Happening::StrangerRefused { why });
             }
-            // Whether a node lives is for its lease and its process to say.
+            // An operator, or a node that never joined, has gone.
+            // Whether a member lives is for its lease and its process to say.
+            HubEvent::Down(peer) if !self.peers.values().any(|p| *p == peer) => self.hub.close(peer),
             HubEvent::Up(_) | HubEvent::Down(_) | HubEvent::Broken(..) => {}
         }
     }

@@ -29,6 +29,17 @@ pub(crate) struct Prepared {
     pub samples: u64,
 }
 
+impl Prepared {
+    /// Whether two copies report the same bits. A sum that is not a number equals itself here.
+    fn same(&self, other: &Self) -> bool {
+        let bits = |x: &Self| -> (Vec<(u32, Vec<u64>)>, Option<u64>) {
+            let norm = x.norm.iter().map(|(n, parts)| (*n, parts.iter().map(|p| p.to_bits()).collect())).collect();
+            (norm, x.loss.map(f64::to_bits))
+        };
+        (self.step, self.samples, bits(self)) == (other.step, other.samples, bits(other))
+    }
+}
+
 /// The reports contradict each other or the data.
 #[derive(Debug, Clone, PartialEq, Eq, thiserror::Error)]
 pub(crate) enum CommitError {
@@ -194,7 +205,7 @@ impl CommitCore {
             let mut of_shard = 1;
             for (second, other) in reports {
                 of_shard += 1;
-                if other != report {
+                if !other.same(report) {
                     return Err(CommitError::CopiesDiffer { shard, first, second, step, what: "sums" });
                 }
             }

@@ -132,6 +132,10 @@ pub(crate) fn run(plan: &Path, config: &Path, set: &[String]) -> Result<ExitCode
     eprintln!("the same job undisturbed, on one node");
     let (reference, launcher) = start("undisturbed", Some(1))?;
     finished(launcher.wait(|_| {})?)?;
+    let planned = killer.plan.kills;
+    if killer.done < planned {
+        bail!("the job ended after {} of {planned} kills: give it more steps", killer.done);
+    }
     compare(&disturbed, &reference, &killer.times)
 }
 

@@ -223,15 +223,24 @@ impl Launcher {
                 return Ok(Some(End::Failed(last_words(&self.run, &name, &mut self.nodes[at].child, status))));
             }
             // When the job is over nodes end before the supervisor does.
-            if status.success() {
-                std::thread::sleep(LOOK * 5);
-                if self.supervisor.child.try_wait()?.is_some_and(|s| s.success()) {
-                    return Ok(Some(End::Finished));
-                }
+            if status.success() && self.supervisor_ends()? {
+                return Ok(None);
             }
             self.nodes[at].child = self.spawn_node(&name, self.nodes.len())?;
         }
         Ok(None)
+    }
+
+    /// Waits a moment for the supervisor to end too.
+    fn supervisor_ends(&mut self) -> Result<bool> {
+        let deadline = Instant::now() + Duration::from_secs(1);
+        while Instant::now() < deadline {
+            if self.supervisor.child.try_wait()?.is_some() {
+                return Ok(true);
+            }
+            std::thread::sleep(LOOK);
+        }
+        Ok(false)
     }
 
     fn let_nodes_end(&mut self) {

@@ -188,6 +188,7 @@ fn run(command: Command) -> Result<ExitCode> {
             match runtime()?.block_on(everstep_actors::run_supervisor(RunFolder(run), listen)) {
                 Ok(SupervisorEnd::Finished) => Ok(ExitCode::SUCCESS),
                 Ok(SupervisorEnd::Failed(why)) => bail!("{why}"),
+                Ok(SupervisorEnd::Panicked) => Ok(ExitCode::FAILURE),
                 Err(error) => bail!("{error}"),
             }
         }
@@ -242,7 +243,7 @@ fn train(run: RunFolder, nodes: usize) -> Result<ExitCode> {
 fn be_node(options: &NodeOptions) -> Result<ExitCode> {
     loop {
         match runtime()?.block_on(everstep_actors::run_node(options)) {
-            Ok(NodeEnd::Fenced) => eprintln!("this node was declared dead: it joins as new"),
+            Ok(NodeEnd::Fenced) => eprintln!("this node is not a member any more: it joins as new"),
             Ok(NodeEnd::Dismissed(why)) => {
                 eprintln!("the node ends: {why}");
                 return Ok(ExitCode::SUCCESS);

@@ -24,8 +24,10 @@ pub(crate) fn collect(paths: &[PathBuf]) -> Result<Text> {
         let meta = fs::metadata(path).with_context(|| format!("data.paths: {} cannot be read", path.display()))?;
         if meta.is_dir() {
             walk(path, &mut files)?;
-        } else {
+        } else if meta.is_file() {
             files.push(path.clone());
+        } else {
+            bail!("data.paths: {} is neither a file nor a folder", path.display());
         }
     }
     let mut bytes = Vec::new();
@@ -56,7 +58,7 @@ fn walk(folder: &Path, files: &mut Vec<PathBuf>) -> Result<()> {
             if name != "target" && !is_run {
                 walk(&path, files)?;
             }
-        } else if !name.ends_with(".lock") && is_text(&path)? {
+        } else if path.is_file() && !name.ends_with(".lock") && is_text(&path)? {
             files.push(path);
         }
     }
