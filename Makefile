@@ -30,7 +30,7 @@ chaos: build
 ## The same with 50 kills on the tiny model.
 chaos-full: build
 	$(PROGRAM) chaos configs/chaos/full.toml configs/tiny.toml --set run.folder=runs/chaos-full-$(NOW) \
-		--set train.steps=12000 --set checkpoint.every=100
+		--set train.steps=8000 --set checkpoint.every=100
 
 ## Many seeds of the simulated job, then each planted bug.
 simulate: build

@@ -2,8 +2,11 @@
 //!
 //! Every error names the file, the line and the key, what was found and what was expected.
 
+mod rules;
+
 use crate::spec::{JobSpec, OptimizerSpec};
 use everstep_kernels::ModelConfig;
+use rules::check;
 use serde::{Deserialize, Serialize};
 use std::path::PathBuf;
 
@@ -201,7 +204,7 @@ pub enum ConfigError {
         message: String,
     },
     /// A value cannot be.
-    #[error("{origin}, line {line}: {key} = {value}: {reason}")]
+    #[error("{origin}{}: {key} = {value}: {reason}", at_line(*.line))]
     Value {
         /// The file.
         origin: String,
@@ -242,7 +245,7 @@ impl Config {
             raw = toml::from_str(&merged)
                 .map_err(|e| ConfigError::Override { text: overrides.join(" "), reason: e.message().to_owned() })?;
         }
-        check(&raw, text, origin)?;
+        check(&raw, text, origin, overrides)?;
         let effective = toml::to_string(&raw).expect("a configuration can be written");
         Ok(Self {
             spec: spec(&raw),
@@ -254,6 +257,10 @@ impl Config {
             text: effective,
         })
     }
+}
+
+fn at_line(line: usize) -> String {
+    if line == 0 { " (by default)".to_owned() } else { format!(", line {line}") }
 }
 
 /// Sets a dotted key in a table. Values are TOML; what is not, is a string.
@@ -287,112 +294,6 @@ fn line_of(text: &str, key: &str) -> usize {
         };
     }
     start.map_or(0, |s| text[..s].lines().count().max(1) + usize::from(text[..s].ends_with('\n')))
-}
-
-/// One rule: whether it holds, the key to blame, its value, and what is expected.
-type Rule = (bool, &'static str, String, String);
-
-fn check(raw: &Raw, text: &str, origin: &str) -> Result<(), ConfigError> {
-    let (m, j, t) = (&raw.model, &raw.job, &raw.train);
-    let positive = |value: u64, key| (value > 0, key, value.to_string(), "expected at least 1".to_owned());
-    let mut rules: Vec<Rule> = vec![
-        positive(t.steps, "train.steps"),
-        positive(m.hidden as u64, "model.hidden"),
-        positive(m.layers as u64, "model.layers"),
-        positive(m.heads as u64, "model.heads"),
-        positive(m.kv_rank as u64, "model.kv_rank"),
-        positive(m.nope as u64, "model.nope"),
-        positive(m.value as u64, "model.value"),
-        positive(m.query_rank.unwrap_or(1) as u64, "model.query_rank"),
-        positive(m.sequence as u64, "model.sequence"),
-        positive(u64::from(j.lanes), "job.lanes"),
-        positive(u64::from(j.stages), "job.stages"),
-        positive(u64::from(j.micro_batches), "job.micro_batches"),
-        positive(u64::from(j.sequences), "job.sequences"),
-        positive(u64::from(j.nodes), "job.nodes"),
-        positive(u64::from(j.shards), "job.shards"),
-        positive(raw.checkpoint.every, "checkpoint.every"),
-    ];
-    let keep = raw.checkpoint.keep;
-    let why = "expected at least 2: the job may go back to one while the next is made";
-    rules.push((keep >= 2, "checkpoint.keep", keep.to_string(), why.into()));
-    rules.push((t.precision == "fp32", "train.precision", t.precision.clone(), "this version trains in fp32".into()));
-    rules.push((t.device == "cpu", "train.device", t.device.clone(), "this version trains on cpu".into()));
-    rules.push((j.schedule == "1f1b", "job.schedule", j.schedule.clone(), "this version knows 1f1b".into()));
-    rules.push((
-        m.rope > 0 && m.rope.is_multiple_of(2),
-        "model.rope",
-        m.rope.to_string(),
-        "rotated columns come in pairs: expected an even number above 0".into(),
-    ));
-    rules.push((
-        m.dense_layers <= m.layers,
-        "model.dense_layers",
-        m.dense_layers.to_string(),
-        format!("expected at most model.layers = {}", m.layers),
-    ));
-    rules.push((
-        (j.stages as usize) <= m.layers,
-        "job.stages",
-        j.stages.to_string(),
-        format!("expected at most model.layers = {}", m.layers),
-    ));
-    rules.push((
-        raw.run.listen.parse::<std::net::SocketAddr>().is_ok(),
-        "run.listen",
-        raw.run.listen.clone(),
-        "expected ADDRESS:PORT, for example 127.0.0.1:0".into(),
-    ));
-    if m.dense_layers > 0 {
-        rules.push(positive(m.dense_inner as u64, "model.dense_inner"));
-    }
-    if m.dense_layers < m.layers {
-        rules.extend(mixture_rules(m));
-    }
-    match rules.into_iter().find(|(holds, ..)| !holds) {
-        None => Ok(()),
-        Some((_, key, value, reason)) => Err(ConfigError::Value {
-            origin: origin.to_owned(),
-            line: line_of(text, key),
-            key: key.to_owned(),
-            value,
-            reason,
-        }),
-    }
-}
-
-/// What must hold of a model with routed experts.
-fn mixture_rules(m: &RawModel) -> Vec<Rule> {
-    let groups = m.groups.max(1);
-    vec![
-        (m.experts > 0, "model.experts", m.experts.to_string(), "expected at least 1".into()),
-        (m.expert_inner > 0, "model.expert_inner", m.expert_inner.to_string(), "expected at least 1".into()),
-        (m.groups > 0, "model.groups", m.groups.to_string(), "expected at least 1".into()),
-        (
-            m.groups <= m.experts,
-            "model.groups",
-            m.groups.to_string(),
-            format!("more groups than model.experts = {}", m.experts),
-        ),
-        (
-            m.experts.is_multiple_of(groups),
-            "model.groups",
-            m.groups.to_string(),
-            format!("model.experts = {} does not divide into so many groups", m.experts),
-        ),
-        (
-            m.groups_kept > 0 && m.groups_kept <= m.groups,
-            "model.groups_kept",
-            m.groups_kept.to_string(),
-            format!("expected 1 to model.groups = {}", m.groups),
-        ),
-        (
-            m.top_k > 0 && m.top_k <= m.experts / groups * m.groups_kept,
-            "model.top_k",
-            m.top_k.to_string(),
-            format!("expected 1 to {}, the experts of the kept groups", m.experts / groups * m.groups_kept),
-        ),
-    ]
 }
 
 fn spec(raw: &Raw) -> JobSpec {

@@ -3,6 +3,7 @@
 //! It lives beside the supervisor, since the catalogue has one owner; the heavy half (hashing, writing,
 //! syncing) is done elsewhere and reported back.
 //! - KE-1: a checkpoint exists once every shard of one step is stored and its manifest is published.
+//! - KE-3: snapshots of [`WAITING_MAX`] steps at most wait for the disk, and those of the job's last.
 //! - KE-2: a snapshot is acknowledged when the checkpoint that it is part of exists.
 
 use crate::ids::{ActorId, Address, Step};
@@ -11,6 +12,9 @@ use crate::table::Table;
 use everstep_kernels::Tensor;
 use std::collections::BTreeMap;
 use std::sync::Arc;
+
+/// Steps whose snapshots may wait for the disk; further ones are left out.
+const WAITING_MAX: usize = 4;
 
 /// What the keeper is told.
 #[derive(Debug)]
@@ -77,6 +81,8 @@ pub(crate) enum KeeperEffect {
 #[derive(Debug)]
 pub(crate) struct KeeperCore {
     shards: u32,
+    /// The job's last step, whose checkpoint is never left out.
+    last: Step,
     table: Arc<Table>,
     published: Step,
     /// Shards of each step that are being stored, and whether they are.
@@ -84,9 +90,9 @@ pub(crate) struct KeeperCore {
 }
 
 impl KeeperCore {
-    /// A keeper whose newest checkpoint is of step `published` (0: none).
-    pub(crate) fn new(shards: u32, published: Step) -> Self {
-        Self { shards, table: Arc::default(), published, storing: BTreeMap::new() }
+    /// A keeper whose newest checkpoint is of step `published` (0: none), of a job with so many steps.
+    pub(crate) fn new(shards: u32, last: Step, published: Step) -> Self {
+        Self { shards, last, table: Arc::default(), published, storing: BTreeMap::new() }
     }
 
     /// Takes an event and gives what is to be done.
@@ -123,6 +129,11 @@ impl KeeperCore {
                 vec![KeeperEffect::Send(from.actor, Body::SnapshotKept { step })]
             }
             Body::Snapshot { step, parameters } => {
+                let writing = self.storing.iter().filter(|(s, of)| **s != step && of.values().any(|stored| !stored));
+                if writing.count() >= WAITING_MAX && step != self.last {
+                    // The disk does not keep up: this checkpoint is left out, memory stays bounded (KE-3).
+                    return Vec::new();
+                }
                 let of_step = self.storing.entry(step).or_default();
                 if of_step.contains_key(&shard) {
                     return Vec::new();
@@ -171,7 +182,7 @@ mod tests {
     /// KE-1, KE-2: published when all shards are stored, acknowledged when it is published.
     #[test]
     fn a_checkpoint_exists_when_every_shard_is_stored_and_the_manifest_is() {
-        let mut keeper = KeeperCore::new(2, 0);
+        let mut keeper = KeeperCore::new(2, 9, 0);
         keeper.on(KeeperEvent::Table(Arc::new(table(&materials()))));
         assert!(matches!(keeper.on(snapshot(3, 0))[..], [KeeperEffect::Store { step: 3, shard: 0, .. }]));
         assert!(keeper.on(snapshot(3, 0)).is_empty(), "a second copy is not stored again");
@@ -191,10 +202,26 @@ mod tests {
         assert!(matches!(keeper.on(snapshot(3, 0))[..], [KeeperEffect::Send(_, Body::SnapshotKept { step: 3 })]));
     }
 
+    /// KE-3: a slow disk costs checkpoints, not memory; the last one is taken all the same.
+    #[test]
+    fn a_slow_disk_leaves_checkpoints_out() {
+        let mut keeper = KeeperCore::new(2, 9, 0);
+        keeper.on(KeeperEvent::Table(Arc::new(table(&materials()))));
+        for step in 1..=WAITING_MAX as Step {
+            assert_eq!(keeper.on(snapshot(step, 0)).len(), 1);
+        }
+        assert!(keeper.on(snapshot(6, 0)).is_empty());
+        assert_eq!(keeper.on(snapshot(9, 0)).len(), 1);
+        keeper.on(KeeperEvent::Stored { step: 1, shard: 0 });
+        keeper.on(KeeperEvent::Stored { step: 9, shard: 0 });
+        // The other shard of step 1 never came: later steps need not wait for it.
+        assert_eq!(keeper.on(snapshot(6, 1)).len(), 1);
+    }
+
     /// A way back in the middle of a checkpoint: it is not published, and made again later.
     #[test]
     fn a_checkpoint_that_is_being_made_is_dropped_when_the_job_goes_back() {
-        let mut keeper = KeeperCore::new(1, 0);
+        let mut keeper = KeeperCore::new(1, 9, 0);
         let mut table = table(&materials());
         keeper.on(KeeperEvent::Table(Arc::new(table.clone())));
         keeper.on(snapshot(3, 0));
@@ -207,7 +234,7 @@ mod tests {
     /// Whoever asks is given the table's checkpoint, and nothing when the job began from none.
     #[test]
     fn states_are_loaded_from_the_tables_checkpoint() {
-        let mut keeper = KeeperCore::new(2, 3);
+        let mut keeper = KeeperCore::new(2, 9, 3);
         let mut table = table(&materials());
         let from = address(ActorId::Reducer { shard: 1, replica: 0 }, 1);
         keeper.on(KeeperEvent::Table(Arc::new(table.clone())));

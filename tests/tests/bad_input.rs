@@ -101,6 +101,69 @@ fn damaged_checkpoints_are_named_and_older_ones_used() -> Result<()> {
     Ok(())
 }
 
+/// One flipped bit in a chunk of the newest checkpoint: named, the one before is used, and what is done
+/// again is stored whole.
+#[test]
+fn a_flipped_chunk_heals() -> Result<()> {
+    let place = Place::new()?;
+    let run = place.train("run", &["job.nodes=2"])?;
+    let path = run.0.display().to_string();
+    let expected = everstep_tests::fingerprints(&run)?;
+    let newest = |p: &std::path::Path| p.metadata().and_then(|m| m.modified()).unwrap();
+    let chunks: Vec<_> = std::fs::read_dir(run.checkpoints().join("chunks"))?.map(|c| c.unwrap().path()).collect();
+    // The newest file belongs to the last checkpoint.
+    let chunk = chunks.iter().max_by_key(|p| newest(p)).unwrap();
+    let mut bytes = std::fs::read(chunk)?;
+    bytes[1] ^= 4;
+    std::fs::write(chunk, &bytes)?;
+    let name = chunk.file_name().unwrap().to_string_lossy().into_owned();
+    refused(&place.everstep(&["fingerprint", &path, "--step", "24"])?, &[&name, "damaged"]);
+    let output = place.everstep(&["resume", &path])?;
+    assert!(output.status.success(), "{}", String::from_utf8_lossy(&output.stderr));
+    let refusals = everstep_tests::events(&run, "checkpoint_refused")?;
+    assert!(refusals[0]["why"].as_str().unwrap().contains(&name), "{refusals:?}");
+    let output = place.everstep(&["fingerprint", &path, "--step", "24"])?;
+    assert_eq!(String::from_utf8_lossy(&output.stdout).trim(), expected[23]);
+    Ok(())
+}
+
+/// A second process on a running run is refused, and the first is not disturbed.
+#[test]
+fn a_run_in_use_is_not_taken_by_another_process() -> Result<()> {
+    let place = Place::new()?;
+    let training = place.start("run", &["train.steps=300"])?;
+    training.wait_for_step(20)?;
+    let path = training.run.0.display().to_string();
+    refused(&place.everstep(&["resume", &path])?, &[&path, "in use by another process"]);
+    let output = place.everstep(&["fingerprint", &path, "--step", "16"])?;
+    assert!(output.status.success() || String::from_utf8_lossy(&output.stderr).contains("not stored"), "{output:?}");
+    let run = training.finish()?;
+    assert_eq!(everstep_tests::fingerprints(&run)?.len(), 300);
+    Ok(())
+}
+
+/// Numbers that are none: such a step changes only the step number, on any number of nodes, and the run
+/// can be read and resumed.
+#[test]
+fn steps_that_are_not_finite_are_skipped() -> Result<()> {
+    let place = Place::new()?;
+    let wild = ["optimizer.lr=1000.0", "optimizer.lr_end=1000.0", "optimizer.warmup=0", "model.initial_std=1e30"];
+    let with = |nodes: &'static str| [&wild[..], &[nodes]].concat();
+    let run = place.train("run", &with("job.nodes=3"))?;
+    assert!(!everstep_tests::events(&run, "skipped")?.is_empty(), "the numbers are wild enough");
+    let lines = everstep_tests::metrics(&run)?;
+    assert!(lines.iter().any(|l| !l.grad_norm.is_finite()));
+    let skipped = lines.windows(2).filter(|w| w[0].fingerprint == w[1].fingerprint).count();
+    assert!(skipped > 0, "a skipped step leaves the state as it was");
+    assert_eq!(
+        everstep_tests::fingerprints(&place.train("alone", &with("job.nodes=1"))?)?,
+        everstep_tests::fingerprints(&run)?
+    );
+    let output = place.everstep(&["resume", &run.0.display().to_string()])?;
+    assert!(output.status.success(), "{}", String::from_utf8_lossy(&output.stderr));
+    Ok(())
+}
+
 #[test]
 fn a_manifest_of_another_job_is_refused() -> Result<()> {
     let place = Place::new()?;

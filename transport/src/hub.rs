@@ -9,9 +9,10 @@
 use crate::credentials::Credentials;
 use crate::link::Link;
 use crate::message::{Assembler, Fragment, Message};
-use crate::quic::{self, HANDSHAKE, Peer, QuicError, Shaking, explain};
-use crate::session::{Lane, Resume, Session, SessionEffect};
+use crate::quic::{self, Greeting, HANDSHAKE, Peer, QuicError, Shaking, explain};
+use crate::session::{Lane, Session, SessionEffect};
 use quinn::Endpoint;
+use ring::rand::SecureRandom;
 use std::collections::BTreeMap;
 use std::net::SocketAddr;
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
@@ -45,8 +46,8 @@ pub enum HubEvent {
 /// What a session's task is told about its links.
 enum Command {
     /// A new link is being made: the old one ends; answered with what the session has.
-    Prepare(oneshot::Sender<Resume>),
-    Up(Link, Resume),
+    Prepare(oneshot::Sender<Greeting>),
+    Up(Link, Greeting),
 }
 
 /// A session's task, seen from outside.
@@ -107,11 +108,13 @@ impl Hub {
             let (bulk, bulk_queue) = mpsc::channel(SEND_QUEUE);
             let (links, linked) = watch::channel(false);
             let task = SessionTask {
+                hub: self.clone(),
                 peer,
                 session: Session::new(),
+                name: random_name(),
+                other: 0,
                 link: None,
                 links,
-                events: self.0.events.clone(),
                 assemblers: Default::default(),
             };
             tokio::spawn(task.run(queue, [control_queue, bulk_queue]));
@@ -199,7 +202,7 @@ impl Hub {
 
 impl Handle {
     /// Ends the present link, if any, and tells what the session has.
-    async fn prepare(&self) -> Option<Resume> {
+    async fn prepare(&self) -> Option<Greeting> {
         let (answer, resume) = oneshot::channel();
         self.commands.send(Command::Prepare(answer)).await.ok()?;
         resume.await.ok()
@@ -232,17 +235,28 @@ async fn admit(hub: &Hub, incoming: quinn::Incoming) -> Result<(), QuicError> {
     session.commands.send(Command::Up(shaking.into_link(), theirs)).await.map_err(|_| ended())
 }
 
+fn random_name() -> u64 {
+    let mut bytes = [0; 8];
+    ring::rand::SystemRandom::new().fill(&mut bytes).expect("the system has random numbers");
+    // 0 stands for "not known".
+    u64::from_le_bytes(bytes).max(1)
+}
+
 fn at(lane: Lane) -> usize {
     usize::from(lane == Lane::Bulk)
 }
 
 /// One session: the pure core between commands, a link and the process.
 struct SessionTask {
+    hub: Hub,
     peer: Peer,
     session: Session<Fragment>,
+    /// The random name of this half of the session.
+    name: u64,
+    /// That of the other half; 0 until the first link.
+    other: u64,
     link: Option<Link>,
     links: watch::Sender<bool>,
-    events: mpsc::Sender<HubEvent>,
     assemblers: [Assembler; 2],
 }
 
@@ -279,7 +293,8 @@ impl SessionTask {
                 Some(message) = bulk.recv(), if room[1] => self.send(Lane::Bulk, message).await,
             };
             if let Err(reason) = result {
-                let _ = self.events.send(HubEvent::Broken(self.peer, reason)).await;
+                self.hub.close(self.peer);
+                let _ = self.hub.0.events.send(HubEvent::Broken(self.peer, reason)).await;
                 return;
             }
         }
@@ -297,14 +312,21 @@ impl SessionTask {
         match command {
             Command::Prepare(answer) => {
                 self.unlink().await;
-                let _ = answer.send(self.session.resume());
+                let [control, bulk] = self.session.resume();
+                let _ = answer.send([control, bulk, self.name, self.other]);
                 Ok(())
             }
-            Command::Up(link, theirs) => {
+            Command::Up(link, [control, bulk, name, known]) => {
+                // A half that one side has forgotten cannot be resumed: what was in it would come twice.
+                let forgotten = (self.other != 0 && self.other != name) || (known != 0 && known != self.name);
+                if forgotten {
+                    return Err("one side has forgotten the session".to_owned());
+                }
+                self.other = name;
                 self.link = Some(link);
-                let effects = self.session.link_up(theirs).map_err(|e| e.to_string())?;
+                let effects = self.session.link_up([control, bulk]).map_err(|e| e.to_string())?;
                 let _ = self.links.send(true);
-                let _ = self.events.send(HubEvent::Up(self.peer)).await;
+                let _ = self.hub.0.events.send(HubEvent::Up(self.peer)).await;
                 self.perform(effects).await
             }
         }
@@ -314,7 +336,7 @@ impl SessionTask {
         if self.link.take().is_some() {
             self.session.link_down();
             let _ = self.links.send(false);
-            let _ = self.events.send(HubEvent::Down(self.peer)).await;
+            let _ = self.hub.0.events.send(HubEvent::Down(self.peer)).await;
         }
     }
 
@@ -331,7 +353,7 @@ impl SessionTask {
                 SessionEffect::Deliver(lane, fragment) => {
                     let message = self.assemblers[at(lane)].push(&fragment).map_err(|e| e.to_string())?;
                     if let Some(message) = message
-                        && self.events.send(HubEvent::Message(self.peer, message)).await.is_err()
+                        && self.hub.0.events.send(HubEvent::Message(self.peer, message)).await.is_err()
                     {
                         return Err("the process takes no more messages".to_owned());
                     }
@@ -344,142 +366,4 @@ impl SessionTask {
 }
 
 #[cfg(test)]
-mod tests {
-    use super::*;
-    use std::sync::Arc;
-
-    fn hub(folder: &std::path::Path, me: Peer) -> (Hub, mpsc::Receiver<HubEvent>) {
-        let credentials = Credentials::load(folder).unwrap();
-        Hub::open("127.0.0.1:0".parse().unwrap(), &credentials, me).unwrap()
-    }
-
-    async fn next_message(events: &mut mpsc::Receiver<HubEvent>) -> Message {
-        loop {
-            match events.recv().await.expect("the hub lives") {
-                HubEvent::Message(_, message) => return message,
-                HubEvent::Up(_) | HubEvent::Down(_) => {}
-                other => panic!("{other:?}"),
-            }
-        }
-    }
-
-    #[tokio::test(flavor = "multi_thread")]
-    async fn tensors_arrive_whole_and_small_messages_pass_them() {
-        let folder = tempfile::tempdir().unwrap();
-        Credentials::create(folder.path()).unwrap();
-        let (a, _a_events) = hub(folder.path(), 1);
-        let (b, mut b_events) = hub(folder.path(), 2);
-        let address = b.address().unwrap();
-        assert_eq!(a.dial(address).await.unwrap(), 2);
-        let region = Arc::new((0..10_000_000).map(|i| i as f32).collect::<Vec<f32>>());
-        a.send(2, Lane::Bulk, Message { header: b"big".to_vec(), regions: vec![Arc::clone(&region)] });
-        a.send(2, Lane::Control, Message::small(b"small".to_vec()));
-        assert_eq!(next_message(&mut b_events).await.header, b"small", "40 MB must not delay a control message");
-        let big = next_message(&mut b_events).await;
-        assert!(big.header == b"big" && big.regions == [region]);
-    }
-
-    /// HU-1.
-    #[tokio::test(flavor = "multi_thread")]
-    async fn a_session_survives_its_links() {
-        let folder = tempfile::tempdir().unwrap();
-        Credentials::create(folder.path()).unwrap();
-        let (a, mut a_events) = hub(folder.path(), 1);
-        let (b, mut b_events) = hub(folder.path(), 2);
-        let address = b.address().unwrap();
-        tokio::spawn(async move { while a_events.recv().await.is_some() {} });
-        for n in 0..200u32 {
-            if n.is_multiple_of(20) {
-                // A new link ends the one before, with whatever is on its way.
-                a.dial(address).await.unwrap();
-            }
-            let region = Arc::new(vec![n as f32; 100_000]);
-            a.send(2, Lane::Bulk, Message { header: n.to_le_bytes().to_vec(), regions: vec![region] });
-        }
-        for n in 0..200u32 {
-            let message = next_message(&mut b_events).await;
-            assert_eq!(message.header, n.to_le_bytes());
-            assert_eq!(*message.regions[0], vec![n as f32; 100_000]);
-        }
-    }
-
-    /// A session may go from one kind of link to another in the middle of a message.
-    #[tokio::test(flavor = "multi_thread")]
-    async fn memory_and_quic_carry_one_session() {
-        let folder = tempfile::tempdir().unwrap();
-        Credentials::create(folder.path()).unwrap();
-        let (a, mut a_events) = hub(folder.path(), 1);
-        let (b, mut b_events) = hub(folder.path(), 2);
-        tokio::spawn(async move { while a_events.recv().await.is_some() {} });
-        for n in 0..60u32 {
-            match n % 20 {
-                0 => a.link_in_memory(&b).await,
-                10 => {
-                    a.dial(b.address().unwrap()).await.unwrap();
-                }
-                _ => {}
-            }
-            let region = Arc::new(vec![n as f32; 300_000]);
-            a.send(2, Lane::Bulk, Message { header: n.to_le_bytes().to_vec(), regions: vec![region] });
-        }
-        for n in 0..60u32 {
-            let message = next_message(&mut b_events).await;
-            assert_eq!((message.header, message.regions[0][0]), (n.to_le_bytes().to_vec(), n as f32));
-        }
-    }
-
-    /// HU-2, HU-3: a receiver that takes nothing stops its sender's session, not the call that sends.
-    #[tokio::test(flavor = "multi_thread")]
-    async fn a_slow_receiver_slows_its_sender_and_loses_nothing() {
-        let folder = tempfile::tempdir().unwrap();
-        Credentials::create(folder.path()).unwrap();
-        let (a, _a_events) = hub(folder.path(), 1);
-        let (b, mut b_events) = hub(folder.path(), 2);
-        a.dial(b.address().unwrap()).await.unwrap();
-        let count = 3 * EVENTS;
-        for n in 0..count {
-            a.send(2, Lane::Bulk, Message::small((n as u32).to_le_bytes().to_vec()));
-        }
-        tokio::time::sleep(Duration::from_millis(500)).await;
-        // On their way are the receiver's events, what its session and the links hold, and one window.
-        let waiting = SEND_QUEUE - a.session(2).messages[at(Lane::Bulk)].capacity();
-        assert!(waiting > count - EVENTS - 600, "only {waiting} of {count} still wait at the sender");
-        for n in 0..count {
-            assert_eq!(next_message(&mut b_events).await.header, (n as u32).to_le_bytes());
-        }
-    }
-
-    /// HU-2: beyond the bound the session ends, and an event says so.
-    #[tokio::test(flavor = "multi_thread")]
-    async fn a_sender_out_of_step_loses_the_session() {
-        let folder = tempfile::tempdir().unwrap();
-        Credentials::create(folder.path()).unwrap();
-        let (a, mut a_events) = hub(folder.path(), 1);
-        for _ in 0..SEND_QUEUE + 200 {
-            a.send(9, Lane::Bulk, Message::small(Vec::new()));
-        }
-        assert!(matches!(a_events.recv().await, Some(HubEvent::Broken(9, _))));
-    }
-
-    #[tokio::test(flavor = "multi_thread")]
-    async fn a_foreign_job_is_refused_and_both_sides_say_so() {
-        let (ours, theirs) = (tempfile::tempdir().unwrap(), tempfile::tempdir().unwrap());
-        Credentials::create(ours.path()).unwrap();
-        Credentials::create(theirs.path()).unwrap();
-        let (a, _a_events) = hub(theirs.path(), 1);
-        let (b, mut b_events) = hub(ours.path(), 2);
-        let error = a.dial(b.address().unwrap()).await.unwrap_err();
-        assert!(matches!(error, QuicError::ForeignJob { .. }), "{error}");
-        assert!(matches!(b_events.recv().await, Some(HubEvent::Refused(_))));
-    }
-
-    #[tokio::test(flavor = "multi_thread")]
-    async fn a_port_in_use_is_named() {
-        let folder = tempfile::tempdir().unwrap();
-        Credentials::create(folder.path()).unwrap();
-        let (a, _events) = hub(folder.path(), 1);
-        let credentials = Credentials::load(folder.path()).unwrap();
-        let error = Hub::open(a.address().unwrap(), &credentials, 2).unwrap_err();
-        assert!(error.to_string().contains(&a.address().unwrap().to_string()), "{error}");
-    }
-}
+mod tests;

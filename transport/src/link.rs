@@ -36,12 +36,26 @@ impl Link {
     /// Puts a frame into its queue. A full queue means that the windows were not kept, and a closed one
     /// that the link is broken; both end the link.
     pub(crate) fn transmit(&self, frame: Frame<Fragment>) -> Result<(), LinkClosed> {
-        let queue = match &frame {
-            Frame::Data { lane: Lane::Bulk, .. } => &self.bulk,
-            Frame::Data { lane: Lane::Control, .. } | Frame::Grant { .. } => &self.control,
-        };
-        queue.try_send(frame).map_err(|_| LinkClosed)
+        match frame {
+            Frame::Data { lane: Lane::Bulk, sequence, unit } => self.send_bulk(Grant { sequence }, unit),
+            frame @ (Frame::Data { lane: Lane::Control, .. } | Frame::Grant { .. }) => {
+                self.control.try_send(frame).map_err(|_| LinkClosed)
+            }
+        }
     }
+
+    /// Puts regions of memory into the place that the peer granted for them. They are lent, not copied:
+    /// the session keeps them until the peer has them.
+    fn send_bulk(&self, grant: Grant, regions: Fragment) -> Result<(), LinkClosed> {
+        let frame = Frame::Data { lane: Lane::Bulk, sequence: grant.sequence, unit: regions };
+        self.bulk.try_send(frame).map_err(|_| LinkClosed)
+    }
+}
+
+/// The right to fill one place of the receiver's window: place `sequence % window` of the bulk lane.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+struct Grant {
+    sequence: u64,
 }
 
 /// The link is broken.

@@ -8,7 +8,7 @@ use crate::codec::{self, DATA_HEAD, FrameError, GRANT, Kind};
 use crate::credentials::{Credentials, NAME};
 use crate::link::{Link, QUEUE};
 use crate::message::Fragment;
-use crate::session::{Frame, Resume};
+use crate::session::Frame;
 use bytes::Bytes;
 use quinn::crypto::rustls::{QuicClientConfig, QuicServerConfig};
 use quinn::{
@@ -31,6 +31,10 @@ pub(crate) const HANDSHAKE: Duration = Duration::from_secs(3);
 
 /// One life of a process, by its random name.
 pub type Peer = u64;
+
+/// What both sides tell each other on a new link: units received by lane, the random name of one's own
+/// half of the session, and that of the other half as far as it is known (0: not yet).
+pub(crate) type Greeting = [u64; 4];
 
 /// A link could not be made.
 #[derive(Debug, thiserror::Error)]
@@ -178,6 +182,14 @@ fn broken(connection: &Connection, reason: impl std::fmt::Display) -> QuicError 
     }
 }
 
+async fn read_greeting(connection: &Connection, stream: &mut RecvStream) -> Result<Greeting, QuicError> {
+    let mut words = [0; 4];
+    for word in &mut words {
+        *word = read_word(connection, stream).await?;
+    }
+    Ok(words)
+}
+
 async fn read_word(connection: &Connection, stream: &mut RecvStream) -> Result<u64, QuicError> {
     let mut bytes = [0; 8];
     stream.read_exact(&mut bytes).await.map_err(|e| broken(connection, e))?;
@@ -190,7 +202,7 @@ impl Shaking {
         endpoint: &Endpoint,
         address: SocketAddr,
         me: Peer,
-    ) -> Result<(Self, Peer, Resume), QuicError> {
+    ) -> Result<(Self, Peer, Greeting), QuicError> {
         let connecting = endpoint.connect(address, NAME);
         let unreachable = |e: &dyn std::fmt::Display| QuicError::Unreachable { address, reason: e.to_string() };
         let connection = connecting.map_err(|e| unreachable(&e))?.await.map_err(|e| explain(address, &e))?;
@@ -199,8 +211,8 @@ impl Shaking {
         control.0.write_all(&me.to_le_bytes()).await.map_err(|e| broken(&connection, e))?;
         bulk.0.write_all(&[1]).await.map_err(|e| broken(&connection, e))?;
         let peer = read_word(&connection, &mut control.1).await?;
-        let resume = [read_word(&connection, &mut control.1).await?, read_word(&connection, &mut control.1).await?];
-        Ok((Self { connection, control, bulk }, peer, resume))
+        let greeting = read_greeting(&connection, &mut control.1).await?;
+        Ok((Self { connection, control, bulk }, peer, greeting))
     }
 
     /// Accepts and learns who dials.
@@ -213,18 +225,22 @@ impl Shaking {
         Ok((Self { connection, control, bulk }, peer))
     }
 
-    /// The accepting side's answer; gives what the dialler has.
-    pub(crate) async fn answer(&mut self, me: Peer, resume: Resume) -> Result<Resume, QuicError> {
-        let words = [me, resume[0], resume[1]].map(u64::to_le_bytes).concat();
-        self.control.0.write_all(&words).await.map_err(|e| broken(&self.connection, e))?;
+    /// The accepting side's answer; gives the dialler's.
+    pub(crate) async fn answer(&mut self, me: Peer, greeting: Greeting) -> Result<Greeting, QuicError> {
+        let words = [&[me][..], &greeting].concat();
+        self.say(&words).await?;
         let connection = self.connection.clone();
-        Ok([read_word(&connection, &mut self.control.1).await?, read_word(&connection, &mut self.control.1).await?])
+        read_greeting(&connection, &mut self.control.1).await
     }
 
     /// The dialling side's last word.
-    pub(crate) async fn confirm(&mut self, resume: Resume) -> Result<(), QuicError> {
-        let words = resume.map(u64::to_le_bytes).concat();
-        self.control.0.write_all(&words).await.map_err(|e| broken(&self.connection, e))
+    pub(crate) async fn confirm(&mut self, greeting: Greeting) -> Result<(), QuicError> {
+        self.say(&greeting).await
+    }
+
+    async fn say(&mut self, words: &[u64]) -> Result<(), QuicError> {
+        let bytes: Vec<u8> = words.iter().flat_map(|w| w.to_le_bytes()).collect();
+        self.control.0.write_all(&bytes).await.map_err(|e| broken(&self.connection, e))
     }
 
     /// The link, carried by tasks of their own until either side closes.

@@ -1,7 +1,9 @@
 //! The thin shells: ractor actors and threads that carry out what the cores decide.
 
+mod join;
 mod node;
 mod pool;
+mod pulse;
 mod restore;
 mod run_folder;
 mod scribe;
@@ -9,7 +11,7 @@ mod supervisor;
 mod watch;
 mod worker;
 
-pub use node::{NodeEnd, NodeOptions, run_node};
+pub use join::{NodeEnd, NodeOptions, run_node};
 pub use run_folder::{MetricsLine, RunFolder, RunIdentity};
 pub use supervisor::{SupervisorEnd, run_supervisor};
 

@@ -5,57 +5,24 @@
 //! - ND-1: the supervisor's next life gets everything that the last one may have missed.
 //! - ND-2: a fenced node gives up all it has; its process joins as new.
 
+use super::join::{NodeEnd, SUPERVISOR_WAIT, find};
 use super::pool::Pool;
+use super::pulse::Pulse;
 use super::worker::{self, Worker};
-use super::{AnyError, HUB_EVENTS, machine, new_name, send, tell};
-use crate::config::Config;
+use super::{send, tell};
 use crate::control::{ActorRequest, Control};
-use crate::data::Corpus;
 use crate::effect::{Effect, Event};
 use crate::ids::{ActorId, Address, Incarnation, NodeId, SUPERVISOR_NODE};
 use crate::message::Envelope;
 use crate::router::{Action, Router};
-use crate::spec::Layout;
-use crate::table::NodeInfo;
 use crate::wire::Unit;
 use crate::worker::Materials;
-use everstep_kernels::{Backend, CpuBackend};
-use everstep_transport::{Credentials, Hub, HubEvent, Peer};
+use everstep_transport::{Hub, HubEvent, Peer};
 use ractor::{Actor, ActorCell, ActorId as CellId, ActorProcessingErr, ActorRef, SupervisionEvent};
 use std::collections::BTreeMap;
 use std::net::SocketAddr;
 use std::sync::Arc;
-use std::time::Duration;
-use tokio::sync::{OwnedSemaphorePermit, Semaphore, mpsc};
-
-const HEARTBEAT: Duration = Duration::from_millis(100);
-/// Without a supervisor for so long, a node ends.
-const SUPERVISOR_WAIT: Duration = Duration::from_secs(60);
-const REDIAL: Duration = Duration::from_millis(50);
-/// Bytes of the corpus that are asked for at once, and the most that are taken.
-const CORPUS_MAX: u64 = 16 << 30;
-
-/// How to be a node.
-#[derive(Debug, Clone)]
-pub struct NodeOptions {
-    /// The supervisor's address.
-    pub join: SocketAddr,
-    /// Where this node listens.
-    pub listen: SocketAddr,
-    /// The folder of the job's credentials.
-    pub credentials: std::path::PathBuf,
-    /// Threads for jobs.
-    pub threads: usize,
-}
-
-/// How being a node ended.
-#[derive(Debug, Clone, PartialEq, Eq)]
-pub enum NodeEnd {
-    /// The supervisor said so.
-    Dismissed(String),
-    /// It was declared dead, or cannot be trusted any more; the process joins as new.
-    Fenced,
-}
+use tokio::sync::{OwnedSemaphorePermit, mpsc};
 
 /// What a node is told.
 #[derive(Debug)]
@@ -64,8 +31,6 @@ pub(super) enum Msg {
     Hub(HubEvent, OwnedSemaphorePermit),
     /// From a worker.
     Effects { from: Address, effects: Vec<Effect> },
-    /// From our own ticker: says that the node lives.
-    Beat,
     /// From the task that looks for the supervisor: it answers, perhaps as a new life.
     SupervisorFound(Peer),
     /// From that task: it gave up.
@@ -81,13 +46,14 @@ struct Running {
     actor: ActorRef<worker::Msg>,
 }
 
-struct State {
+pub(super) struct State {
     hub: Hub,
     supervisor: Peer,
     join: SocketAddr,
     router: Router,
     materials: Materials,
     pool: Pool,
+    pulse: Pulse,
     workers: BTreeMap<ActorId, Running>,
     lives: BTreeMap<CellId, Address>,
     /// Peers with which a session is kept.
@@ -96,143 +62,25 @@ struct State {
     end: mpsc::Sender<NodeEnd>,
 }
 
-struct Args {
-    hub: Hub,
-    supervisor: Peer,
-    join: SocketAddr,
-    materials: Materials,
-    pool: Pool,
-    end: mpsc::Sender<NodeEnd>,
+pub(super) struct Args {
+    pub(super) hub: Hub,
+    pub(super) supervisor: Peer,
+    pub(super) join: SocketAddr,
+    pub(super) materials: Materials,
+    pub(super) pool: Pool,
+    pub(super) end: mpsc::Sender<NodeEnd>,
 }
 
-struct Node;
-
-/// Joins a job and serves it until it ends or this node is fenced.
-pub async fn run_node(options: &NodeOptions) -> Result<NodeEnd, AnyError> {
-    let credentials = Credentials::load(&options.credentials)?;
-    let (hub, mut events) = Hub::open(options.listen, &credentials, new_name())?;
-    let supervisor = find(&hub, options.join, SUPERVISOR_WAIT).await?;
-    let backend: Arc<dyn Backend> = Arc::new(CpuBackend);
-    let Some(materials) = receive_job(&hub, supervisor, &mut events).await? else { return Ok(NodeEnd::Fenced) };
-    let (pid, machine) = (std::process::id(), machine());
-    let info = NodeInfo { address: hub.address()?.to_string(), peer: hub.me(), pid, machine };
-    let join = Control::Join { info, device_class: backend.class().0 };
-    tell(&hub, supervisor, join);
-    let (end, mut ended) = mpsc::channel(1);
-    let pool = Pool::new(options.threads, &backend)?;
-    let args = Args { hub: hub.clone(), supervisor, join: options.join, materials, pool, end };
-    let (node, handle) = Actor::spawn(None, Node, args).await.map_err(|e| NodeError::Start(e.to_string()))?;
-    let places = Arc::new(Semaphore::new(HUB_EVENTS));
-    let result = loop {
-        tokio::select! {
-            event = events.recv() => match event {
-                Some(event) => {
-                    let place = Arc::clone(&places).acquire_owned().await?;
-                    let _ = node.cast(Msg::Hub(event, place));
-                }
-                None => break Err(NodeError::Start("the endpoint closed".to_owned())),
-            },
-            end = ended.recv() => break end.ok_or_else(|| NodeError::Start("the node's actor failed".to_owned())),
-        }
-    };
-    node.stop(None);
-    let _ = handle.await;
-    hub.shut_down();
-    Ok(result?)
-}
-
-/// Why being a node failed.
-#[derive(Debug, thiserror::Error)]
-pub(crate) enum NodeError {
-    /// The supervisor does not answer.
-    #[error("no supervisor at {address} for {seconds} s; last: {last}")]
-    NoSupervisor {
-        /// Where it should be.
-        address: SocketAddr,
-        /// How long it was looked for.
-        seconds: u64,
-        /// The last attempt's failure.
-        last: String,
-    },
-    /// What the supervisor sent is of no use.
-    #[error("the supervisor's job is not usable: {0}")]
-    Job(String),
-    /// The node could not run.
-    #[error("the node cannot run: {0}")]
-    Start(String),
-}
-
-/// Dials until somebody answers. A foreign job is an answer.
-async fn find(hub: &Hub, address: SocketAddr, wait: Duration) -> Result<Peer, AnyError> {
-    let deadline = tokio::time::Instant::now() + wait;
-    loop {
-        match hub.dial(address).await {
-            Ok(peer) => return Ok(peer),
-            Err(error @ everstep_transport::QuicError::ForeignJob { .. }) => return Err(error.into()),
-            Err(error) if tokio::time::Instant::now() > deadline => {
-                return Err(
-                    NodeError::NoSupervisor { address, seconds: wait.as_secs(), last: error.to_string() }.into()
-                );
-            }
-            Err(_) => tokio::time::sleep(REDIAL).await,
-        }
-    }
-}
-
-/// Asks for the job and its text. None: the supervisor went away meanwhile, there may be another.
-async fn receive_job(
-    hub: &Hub,
-    supervisor: Peer,
-    events: &mut mpsc::Receiver<HubEvent>,
-) -> Result<Option<Materials>, AnyError> {
-    tell(hub, supervisor, Control::Enquire);
-    let mut job = None;
-    let mut bytes: Vec<u8> = Vec::new();
-    loop {
-        let event = tokio::time::timeout(SUPERVISOR_WAIT, events.recv()).await;
-        let event = event.ok().flatten().ok_or_else(|| NodeError::Job("it does not come".to_owned()))?;
-        let message = match event {
-            HubEvent::Message(_, message) => message,
-            HubEvent::Down(peer) | HubEvent::Broken(peer, _) if peer == supervisor => return Ok(None),
-            HubEvent::Up(_) | HubEvent::Down(_) | HubEvent::Broken(..) | HubEvent::Refused(_) => continue,
-        };
-        match Unit::decode(message)? {
-            Unit::Control(Control::Job { config, corpus_bytes, corpus_hash }) => {
-                if corpus_bytes > CORPUS_MAX {
-                    return Err(NodeError::Job(format!("its text has {corpus_bytes} bytes")).into());
-                }
-                job = Some((config, corpus_bytes, corpus_hash));
-                tell(hub, supervisor, Control::CorpusWanted { from: 0 });
-            }
-            Unit::Control(Control::CorpusPart { from, bytes: part }) if from == bytes.len() as u64 => {
-                bytes.extend(part);
-                let Some((config, length, hash)) = &job else { continue };
-                if (bytes.len() as u64) < *length {
-                    tell(hub, supervisor, Control::CorpusWanted { from: bytes.len() as u64 });
-                    continue;
-                }
-                let got = blake3::hash(&bytes).to_hex().to_string();
-                if got != *hash {
-                    return Err(NodeError::Job(format!("its text has hash {got}, expected {hash}")).into());
-                }
-                let spec = Arc::new(Config::parse(config, "the supervisor's configuration", &[])?.spec);
-                let corpus = Corpus::new(Arc::new(bytes), &spec)?;
-                return Ok(Some(Materials { layout: Layout::new(&spec), spec, corpus, plant: None }));
-            }
-            Unit::Control(Control::Dismiss { why }) => return Err(NodeError::Job(why).into()),
-            Unit::Control(_) | Unit::Bundle(_) => {}
-        }
-    }
-}
+pub(super) struct Node;
 
 impl Actor for Node {
     type Msg = Msg;
     type State = State;
     type Arguments = Args;
 
-    async fn pre_start(&self, myself: ActorRef<Msg>, args: Args) -> Result<State, ActorProcessingErr> {
-        myself.send_interval(HEARTBEAT, || Msg::Beat);
+    async fn pre_start(&self, _: ActorRef<Msg>, args: Args) -> Result<State, ActorProcessingErr> {
         let Args { hub, supervisor, join, materials, pool, end } = args;
+        let pulse = Pulse::start(hub.clone(), supervisor, pool.clone())?;
         Ok(State {
             router: Router::new(materials.plant),
             hub,
@@ -240,6 +88,7 @@ impl Actor for Node {
             join,
             materials,
             pool,
+            pulse,
             workers: BTreeMap::new(),
             lives: BTreeMap::new(),
             peers: BTreeMap::new(),
@@ -252,11 +101,6 @@ impl Actor for Node {
         match message {
             Msg::Hub(event, _place) => state.on_hub(&myself, event).await,
             Msg::Effects { from, effects } => state.perform(&myself, from, effects).await,
-            Msg::Beat => {
-                if let Some(node) = state.router.node() {
-                    state.say(Control::Heartbeat { node, work: state.pool.work() });
-                }
-            }
             Msg::SupervisorFound(peer) => state.on_supervisor(peer),
             Msg::SupervisorGone(why) => {
                 let _ = state.end.try_send(NodeEnd::Dismissed(why));
@@ -268,12 +112,12 @@ impl Actor for Node {
 
     async fn handle_supervisor_evt(
         &self,
-        _: ActorRef<Msg>,
+        myself: ActorRef<Msg>,
         event: SupervisionEvent,
         state: &mut State,
     ) -> Result<(), ActorProcessingErr> {
         match event {
-            SupervisionEvent::ActorFailed(cell, error) => state.on_failure(&cell, error.to_string()),
+            SupervisionEvent::ActorFailed(cell, error) => state.on_failure(&myself, &cell, error.to_string()).await,
             // We stop workers ourselves; they are forgotten when we do.
             SupervisionEvent::ActorTerminated(..)
             | SupervisionEvent::ActorStarted(_)
@@ -288,17 +132,42 @@ impl State {
         tell(&self.hub, self.supervisor, control);
     }
 
-    fn on_failure(&mut self, cell: &ActorCell, reason: String) {
+    async fn on_failure(&mut self, myself: &ActorRef<Msg>, cell: &ActorCell, reason: String) {
         let Some(address) = self.lives.remove(&cell.get_id()) else { return };
         self.workers.remove(&address.actor);
         tracing::warn!(actor = %address, reason, "a worker failed");
-        if matches!(address.actor, ActorId::Host { .. }) {
-            // A host has no life in the table: the node is not whole without it, and leaves.
-            let _ = self.end.try_send(NodeEnd::Fenced);
+        let ActorId::Host { layer } = address.actor else {
+            self.report_failure(address, reason);
             return;
+        };
+        // A host has no life in the table. It starts again here; rows that were with it are lost, so
+        // its experts get new lives, which count.
+        let here =
+            self.workers.iter().filter(|(actor, _)| matches!(actor, ActorId::Expert { layer: l, .. } if *l == layer));
+        let experts: Vec<Address> =
+            here.map(|(actor, w)| Address { actor: *actor, incarnation: w.incarnation }).collect();
+        for expert in experts {
+            self.stop(expert);
+            self.report_failure(expert, format!("its host failed: {reason}"));
         }
+        self.spawn(myself, address).await;
+        let table = Arc::clone(self.router.table());
+        self.deliver(address.actor, Event::Table(table));
+    }
+
+    fn report_failure(&mut self, address: Address, reason: String) {
         self.router.fail(address, reason.clone());
         self.say(Control::ActorFailed { address, reason });
+    }
+
+    /// Stops a worker, if that life of it runs here.
+    fn stop(&mut self, address: Address) {
+        if self.workers.get(&address.actor).is_some_and(|w| w.incarnation == address.incarnation)
+            && let Some(running) = self.workers.remove(&address.actor)
+        {
+            self.lives.remove(&running.actor.get_id());
+            running.actor.stop(None);
+        }
     }
 
     async fn on_hub(&mut self, myself: &ActorRef<Msg>, event: HubEvent) {
@@ -353,6 +222,7 @@ impl State {
         }
         self.hub.close(self.supervisor);
         self.supervisor = peer;
+        self.pulse.talk_to(peer);
         let Some(node) = self.router.node() else {
             // It was never welcomed: the life that might have is gone, so it joins as new.
             let _ = self.end.try_send(NodeEnd::Fenced);
@@ -366,7 +236,10 @@ impl State {
 
     async fn on_control(&mut self, myself: &ActorRef<Msg>, control: Control) {
         match control {
-            Control::Welcome { node } => self.router.welcome(node),
+            Control::Welcome { node } => {
+                self.router.welcome(node);
+                self.pulse.welcome(node);
+            }
             Control::Table(table) => {
                 let actions = self.router.on_table(Arc::clone(&table));
                 self.meet_peers();
@@ -436,14 +309,7 @@ impl State {
         for action in actions {
             match action {
                 Action::Spawn(address) => self.spawn(myself, address).await,
-                Action::Stop(address) => {
-                    if self.workers.get(&address.actor).is_some_and(|w| w.incarnation == address.incarnation)
-                        && let Some(running) = self.workers.remove(&address.actor)
-                    {
-                        self.lives.remove(&running.actor.get_id());
-                        running.actor.stop(None);
-                    }
-                }
+                Action::Stop(address) => self.stop(address),
                 Action::Deliver(actor, event) => self.deliver(actor, event),
                 Action::Transmit(node, bundle) => self.transmit(node, bundle),
                 Action::Forget(nodes) => {
@@ -465,10 +331,7 @@ impl State {
                 self.lives.insert(actor.get_id(), address);
                 self.workers.insert(address.actor, Running { incarnation: address.incarnation, actor });
             }
-            Err(error) => {
-                self.router.fail(address, error.to_string());
-                self.say(Control::ActorFailed { address, reason: error.to_string() });
-            }
+            Err(error) => self.report_failure(address, error.to_string()),
         }
     }
 

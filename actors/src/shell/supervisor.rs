@@ -32,6 +32,8 @@ const TICK: Duration = Duration::from_millis(100);
 const CORPUS_PART: usize = 1 << 20;
 /// Questions of operators that wait for a node's answer; older ones are given up.
 const OPERATORS_MAX: usize = 256;
+/// Refused strangers are told of at most so often.
+const STRANGERS_EVERY: Duration = Duration::from_secs(1);
 /// A dead node's session is kept for so long, so that it is fenced if it wakes.
 const FENCE_FOR: Duration = Duration::from_secs(120);
 
@@ -84,6 +86,8 @@ struct State {
     next_ticket: u64,
     class: String,
     result: Option<SupervisorEnd>,
+    /// When a refused stranger was last told of.
+    stranger: Option<Instant>,
     _lock: std::fs::File,
     end: mpsc::Sender<SupervisorEnd>,
 }
@@ -155,11 +159,11 @@ impl Actor for SupervisorProcess {
         let Args { restored, config, identity, corpus, hub, end } = args;
         let spec = Arc::new(config.spec.clone());
         let layout = crate::spec::Layout::new(&spec);
-        let shards = spec.shards;
+        let (shards, steps) = (spec.shards, spec.steps);
         let checkpoint = restored.checkpoint;
         let (supervisor, first) =
             Supervisor::new(spec, config.nodes, &restored.records, checkpoint, restored.reported, Duration::ZERO, None);
-        let (root, effects) = Root::new(supervisor, first, KeeperCore::new(shards, checkpoint), None);
+        let (root, effects) = Root::new(supervisor, first, KeeperCore::new(shards, steps, checkpoint), None);
         let mut state = State {
             root,
             config,
@@ -175,6 +179,7 @@ impl Actor for SupervisorProcess {
             next_ticket: 0,
             class: CpuBackend.class().0,
             result: None,
+            stranger: None,
             _lock: restored.lock,
             end,
         };
@@ -208,7 +213,7 @@ impl Actor for SupervisorProcess {
                 state.dismiss(&why);
                 let _ = state.end.try_send(SupervisorEnd::Failed(why));
             }
-            Msg::ProcessEnded(peer) => state.on_process_ended(peer),
+            Msg::ProcessEnded(peer) => state.on_end_of(peer, "its process ended".to_owned()),
         }
         Ok(())
     }
@@ -333,10 +338,10 @@ impl State {
         }
     }
 
-    fn on_process_ended(&mut self, peer: Peer) {
+    fn on_end_of(&mut self, peer: Peer, why: String) {
         let node = self.root.supervisor.table().nodes.iter().find(|(_, info)| info.peer == peer).map(|(n, _)| *n);
         if let Some(node) = node {
-            self.supervise(SupervisorEvent::Lost { node, why: "its process ended".to_owned() });
+            self.supervise(SupervisorEvent::Lost { node, why });
         }
     }
 
@@ -351,13 +356,19 @@ impl State {
                 }
             },
             HubEvent::Refused(why) => {
-                tracing::warn!(why, "a stranger was refused");
-                self.note(&Happening::StrangerRefused { why });
+                // A stranger must not fill the disk.
+                let quiet = self.stranger.is_some_and(|at| at.elapsed() < STRANGERS_EVERY);
+                if !quiet {
+                    self.stranger = Some(Instant::now());
+                    tracing::warn!(why, "a stranger was refused");
+                    self.note(&Happening::StrangerRefused { why });
+                }
             }
             // An operator, or a node that never joined, has gone.
             // Whether a member lives is for its lease and its process to say.
             HubEvent::Down(peer) if !self.peers.values().any(|p| *p == peer) => self.hub.close(peer),
-            HubEvent::Up(_) | HubEvent::Down(_) | HubEvent::Broken(..) => {}
+            HubEvent::Broken(peer, why) => self.on_end_of(peer, format!("its session is over: {why}")),
+            HubEvent::Up(_) | HubEvent::Down(_) => {}
         }
     }
 

@@ -60,9 +60,9 @@ enum Command {
         /// The folder of the job's credentials.
         #[arg(long)]
         credentials: PathBuf,
-        /// Where this node listens for other nodes.
-        #[arg(long, default_value = "127.0.0.1:0")]
-        listen: SocketAddr,
+        /// Where this node listens for other nodes; by default at the address that faces the supervisor.
+        #[arg(long)]
+        listen: Option<SocketAddr>,
         /// Threads that compute; the machine's cores by default.
         #[arg(long)]
         threads: Option<usize>,

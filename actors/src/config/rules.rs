@@ -1,0 +1,159 @@
+//! What must hold of a configuration beyond its types: rules by key, checked in order.
+
+use super::{ConfigError, Raw, RawModel, RawOptimizer, line_of};
+
+/// One rule: whether it holds, the key to blame, its value, and what is expected.
+type Rule = (bool, &'static str, String, String);
+
+/// The first rule that does not hold, as an error that says where the value comes from.
+pub(super) fn check(raw: &Raw, text: &str, origin: &str, overrides: &[String]) -> Result<(), ConfigError> {
+    let mut rules = size_rules(raw);
+    rules.extend(choice_rules(raw));
+    if raw.model.dense_layers < raw.model.layers {
+        rules.extend(mixture_rules(&raw.model));
+    }
+    rules.extend(optimizer_rules(&raw.optimizer));
+    let Some((_, key, value, reason)) = rules.into_iter().find(|(holds, ..)| !holds) else { return Ok(()) };
+    let set = overrides.iter().rev().find(|o| o.split('=').next().is_some_and(|k| k.trim() == key));
+    match set {
+        Some(text) => Err(ConfigError::Override { text: text.clone(), reason }),
+        None => {
+            let (origin, key, line) = (origin.to_owned(), key.to_owned(), line_of(text, key));
+            Err(ConfigError::Value { origin, line, key, value, reason })
+        }
+    }
+}
+
+/// Sizes that must not be zero.
+fn size_rules(raw: &Raw) -> Vec<Rule> {
+    let (m, j) = (&raw.model, &raw.job);
+    let positive = |value: u64, key| (value > 0, key, value.to_string(), "expected at least 1".to_owned());
+    let mut rules: Vec<Rule> = vec![
+        positive(raw.train.steps, "train.steps"),
+        positive(m.hidden as u64, "model.hidden"),
+        positive(m.layers as u64, "model.layers"),
+        positive(m.heads as u64, "model.heads"),
+        positive(m.kv_rank as u64, "model.kv_rank"),
+        positive(m.nope as u64, "model.nope"),
+        positive(m.value as u64, "model.value"),
+        positive(m.query_rank.unwrap_or(1) as u64, "model.query_rank"),
+        positive(m.sequence as u64, "model.sequence"),
+        positive(u64::from(j.lanes), "job.lanes"),
+        positive(u64::from(j.stages), "job.stages"),
+        positive(u64::from(j.micro_batches), "job.micro_batches"),
+        positive(u64::from(j.sequences), "job.sequences"),
+        positive(u64::from(j.nodes), "job.nodes"),
+        positive(u64::from(j.shards), "job.shards"),
+        positive(raw.checkpoint.every, "checkpoint.every"),
+    ];
+    if m.dense_layers > 0 {
+        rules.push(positive(m.dense_inner as u64, "model.dense_inner"));
+    }
+    rules
+}
+
+/// Values of which only some are possible.
+fn choice_rules(raw: &Raw) -> Vec<Rule> {
+    let (m, j, t) = (&raw.model, &raw.job, &raw.train);
+    let mut rules: Vec<Rule> = Vec::new();
+    let keep = raw.checkpoint.keep;
+    let why = "expected at least 2: the job may go back to one while the next is made";
+    rules.push((keep >= 2, "checkpoint.keep", keep.to_string(), why.into()));
+    rules.push((t.precision == "fp32", "train.precision", t.precision.clone(), "this version trains in fp32".into()));
+    rules.push((t.device == "cpu", "train.device", t.device.clone(), "this version trains on cpu".into()));
+    rules.push((j.schedule == "1f1b", "job.schedule", j.schedule.clone(), "this version knows 1f1b".into()));
+    rules.push((
+        m.rope > 0 && m.rope.is_multiple_of(2),
+        "model.rope",
+        m.rope.to_string(),
+        "rotated columns come in pairs: expected an even number above 0".into(),
+    ));
+    rules.push((
+        m.dense_layers <= m.layers,
+        "model.dense_layers",
+        m.dense_layers.to_string(),
+        format!("expected at most model.layers = {}", m.layers),
+    ));
+    rules.push((
+        (j.stages as usize) <= m.layers,
+        "job.stages",
+        j.stages.to_string(),
+        format!("expected at most model.layers = {}", m.layers),
+    ));
+    rules.push((
+        raw.run.listen.parse::<std::net::SocketAddr>().is_ok(),
+        "run.listen",
+        raw.run.listen.clone(),
+        "expected ADDRESS:PORT, for example 127.0.0.1:0".into(),
+    ));
+    let listen = raw.run.listen.parse::<std::net::SocketAddr>();
+    rules.push((
+        listen.is_ok_and(|a| !a.ip().is_unspecified()),
+        "run.listen",
+        raw.run.listen.clone(),
+        "nodes must be able to reach it: expected the address of an interface".into(),
+    ));
+    let at_most =
+        |key, value: u32, most: u32| (value <= most, key, value.to_string(), format!("expected at most {most}"));
+    rules.push(at_most("recovery.mirrors", raw.recovery.mirrors, 15));
+    rules.push(at_most("job.lanes", j.lanes, 65_536));
+    rules.push(at_most("job.micro_batches", j.micro_batches, 65_536));
+    rules.push(at_most("job.shards", j.shards, 65_536));
+    rules.push((m.initial_std.is_finite(), "model.initial_std", m.initial_std.to_string(), "expected a number".into()));
+    rules.push((m.rope_theta >= 1.0, "model.rope_theta", m.rope_theta.to_string(), "expected at least 1".into()));
+    rules
+}
+
+/// What must hold of the numbers of the optimizer.
+fn optimizer_rules(o: &RawOptimizer) -> Vec<Rule> {
+    let within = |key, value: f64, range: std::ops::RangeInclusive<f64>| {
+        let reason = format!("expected {} to {}", range.start(), range.end());
+        (range.contains(&value), key, value.to_string(), reason)
+    };
+    let below_one =
+        |key, value: f64| ((0.0..1.0).contains(&value), key, value.to_string(), "expected 0 to below 1".into());
+    vec![
+        within("optimizer.lr", o.lr, 0.0..=1e3),
+        within("optimizer.lr_end", o.lr_end, 0.0..=1e3),
+        below_one("optimizer.beta1", o.beta1),
+        below_one("optimizer.beta2", o.beta2),
+        within("optimizer.eps", o.eps, 1e-30..=1.0),
+        within("optimizer.weight_decay", o.weight_decay, 0.0..=1e3),
+        within("optimizer.clip", o.clip, 1e-30..=1e30),
+        within("optimizer.bias_step", f64::from(o.bias_step), 0.0..=1.0),
+    ]
+}
+
+/// What must hold of a model with routed experts.
+fn mixture_rules(m: &RawModel) -> Vec<Rule> {
+    let groups = m.groups.max(1);
+    vec![
+        (m.experts > 0, "model.experts", m.experts.to_string(), "expected at least 1".into()),
+        (m.expert_inner > 0, "model.expert_inner", m.expert_inner.to_string(), "expected at least 1".into()),
+        (m.groups > 0, "model.groups", m.groups.to_string(), "expected at least 1".into()),
+        (
+            m.groups <= m.experts,
+            "model.groups",
+            m.groups.to_string(),
+            format!("more groups than model.experts = {}", m.experts),
+        ),
+        (
+            m.experts.is_multiple_of(groups),
+            "model.groups",
+            m.groups.to_string(),
+            format!("model.experts = {} does not divide into so many groups", m.experts),
+        ),
+        (
+            m.groups_kept > 0 && m.groups_kept <= m.groups,
+            "model.groups_kept",
+            m.groups_kept.to_string(),
+            format!("expected 1 to model.groups = {}", m.groups),
+        ),
+        (
+            m.top_k > 0 && m.top_k <= m.experts / groups * m.groups_kept,
+            "model.top_k",
+            m.top_k.to_string(),
+            format!("expected 1 to {}, the experts of the kept groups", m.experts / groups * m.groups_kept),
+        ),
+    ]
+}

@@ -1,0 +1,60 @@
+//! A node's heartbeats, from a thread of their own: a full mailbox or a busy runtime is not taken for
+//! death. Each carries the work that the node's jobs have done, so that a hung node can be told from a
+//! busy one.
+
+use super::pool::Pool;
+use super::tell;
+use crate::control::Control;
+use crate::ids::NodeId;
+use everstep_transport::{Hub, Peer};
+use std::sync::atomic::{AtomicU64, Ordering};
+use std::sync::{Arc, Weak};
+use std::time::Duration;
+
+const HEARTBEAT: Duration = Duration::from_millis(100);
+
+/// See the module. The thread ends with it.
+#[derive(Debug)]
+pub(super) struct Pulse(Arc<Shared>);
+
+#[derive(Debug)]
+struct Shared {
+    /// 0 until the supervisor has welcomed the node.
+    node: AtomicU64,
+    supervisor: AtomicU64,
+}
+
+impl Pulse {
+    pub(super) fn start(hub: Hub, supervisor: Peer, pool: Pool) -> std::io::Result<Self> {
+        let shared = Arc::new(Shared { node: AtomicU64::new(0), supervisor: AtomicU64::new(supervisor) });
+        let weak = Arc::downgrade(&shared);
+        let runtime = tokio::runtime::Handle::current();
+        std::thread::Builder::new().name("pulse".to_owned()).spawn(move || {
+            let _guard = runtime.enter();
+            beat(&weak, &hub, &pool);
+        })?;
+        Ok(Self(shared))
+    }
+
+    /// The supervisor has given the node its number.
+    pub(super) fn welcome(&self, node: NodeId) {
+        self.0.node.store(node.0, Ordering::Relaxed);
+    }
+
+    /// The supervisor has another life.
+    pub(super) fn talk_to(&self, supervisor: Peer) {
+        self.0.supervisor.store(supervisor, Ordering::Relaxed);
+    }
+}
+
+fn beat(shared: &Weak<Shared>, hub: &Hub, pool: &Pool) {
+    loop {
+        std::thread::sleep(HEARTBEAT);
+        let Some(shared) = shared.upgrade() else { return };
+        let node = shared.node.load(Ordering::Relaxed);
+        if node > 0 {
+            let beat = Control::Heartbeat { node: NodeId(node), work: pool.work() };
+            tell(hub, shared.supervisor.load(Ordering::Relaxed), beat);
+        }
+    }
+}

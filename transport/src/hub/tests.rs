@@ -1,0 +1,169 @@
+//! Sessions over real links: QUIC on loopback, and memory.
+
+use super::*;
+use std::sync::Arc;
+
+fn hub(folder: &std::path::Path, me: Peer) -> (Hub, mpsc::Receiver<HubEvent>) {
+    let credentials = Credentials::load(folder).unwrap();
+    Hub::open("127.0.0.1:0".parse().unwrap(), &credentials, me).unwrap()
+}
+
+async fn next_message(events: &mut mpsc::Receiver<HubEvent>) -> Message {
+    loop {
+        match events.recv().await.expect("the hub lives") {
+            HubEvent::Message(_, message) => return message,
+            HubEvent::Up(_) | HubEvent::Down(_) => {}
+            other => panic!("{other:?}"),
+        }
+    }
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn tensors_arrive_whole_and_small_messages_pass_them() {
+    let folder = tempfile::tempdir().unwrap();
+    Credentials::create(folder.path()).unwrap();
+    let (a, _a_events) = hub(folder.path(), 1);
+    let (b, mut b_events) = hub(folder.path(), 2);
+    let address = b.address().unwrap();
+    assert_eq!(a.dial(address).await.unwrap(), 2);
+    let region = Arc::new((0..10_000_000).map(|i| i as f32).collect::<Vec<f32>>());
+    a.send(2, Lane::Bulk, Message { header: b"big".to_vec(), regions: vec![Arc::clone(&region)] });
+    a.send(2, Lane::Control, Message::small(b"small".to_vec()));
+    assert_eq!(next_message(&mut b_events).await.header, b"small", "40 MB must not delay a control message");
+    let big = next_message(&mut b_events).await;
+    assert!(big.header == b"big" && big.regions == [region]);
+}
+
+/// HU-1.
+#[tokio::test(flavor = "multi_thread")]
+async fn a_session_survives_its_links() {
+    let folder = tempfile::tempdir().unwrap();
+    Credentials::create(folder.path()).unwrap();
+    let (a, mut a_events) = hub(folder.path(), 1);
+    let (b, mut b_events) = hub(folder.path(), 2);
+    let address = b.address().unwrap();
+    tokio::spawn(async move { while a_events.recv().await.is_some() {} });
+    for n in 0..200u32 {
+        if n.is_multiple_of(20) {
+            // A new link ends the one before, with whatever is on its way.
+            a.dial(address).await.unwrap();
+        }
+        let region = Arc::new(vec![n as f32; 100_000]);
+        a.send(2, Lane::Bulk, Message { header: n.to_le_bytes().to_vec(), regions: vec![region] });
+    }
+    for n in 0..200u32 {
+        let message = next_message(&mut b_events).await;
+        assert_eq!(message.header, n.to_le_bytes());
+        assert_eq!(*message.regions[0], vec![n as f32; 100_000]);
+    }
+}
+
+/// HU-1: a session that one side has closed is not taken up again as if nothing had been said.
+#[tokio::test(flavor = "multi_thread")]
+async fn a_forgotten_session_is_broken_on_both_sides() {
+    let folder = tempfile::tempdir().unwrap();
+    Credentials::create(folder.path()).unwrap();
+    let (a, mut a_events) = hub(folder.path(), 1);
+    let (b, mut b_events) = hub(folder.path(), 2);
+    let address = b.address().unwrap();
+    a.dial(address).await.unwrap();
+    a.send(2, Lane::Control, Message::small(b"once".to_vec()));
+    assert_eq!(next_message(&mut b_events).await.header, b"once");
+    b.close(1);
+    while !matches!(a_events.recv().await, Some(HubEvent::Down(2))) {}
+    // Far fewer messages than a window: nothing was acknowledged yet.
+    let _ = a.dial(address).await;
+    let broken = async {
+        loop {
+            match a_events.recv().await.unwrap() {
+                HubEvent::Broken(2, _) => return,
+                HubEvent::Up(_) | HubEvent::Down(_) => {}
+                other => panic!("{other:?}"),
+            }
+        }
+    };
+    tokio::time::timeout(Duration::from_secs(5), broken).await.unwrap();
+    while let Ok(event) = b_events.try_recv() {
+        assert!(!matches!(event, HubEvent::Message(..)), "said once, heard twice");
+    }
+}
+
+/// A session may go from one kind of link to another in the middle of a message.
+#[tokio::test(flavor = "multi_thread")]
+async fn memory_and_quic_carry_one_session() {
+    let folder = tempfile::tempdir().unwrap();
+    Credentials::create(folder.path()).unwrap();
+    let (a, mut a_events) = hub(folder.path(), 1);
+    let (b, mut b_events) = hub(folder.path(), 2);
+    tokio::spawn(async move { while a_events.recv().await.is_some() {} });
+    for n in 0..60u32 {
+        match n % 20 {
+            0 => a.link_in_memory(&b).await,
+            10 => {
+                a.dial(b.address().unwrap()).await.unwrap();
+            }
+            _ => {}
+        }
+        let region = Arc::new(vec![n as f32; 300_000]);
+        a.send(2, Lane::Bulk, Message { header: n.to_le_bytes().to_vec(), regions: vec![region] });
+    }
+    for n in 0..60u32 {
+        let message = next_message(&mut b_events).await;
+        assert_eq!((message.header, message.regions[0][0]), (n.to_le_bytes().to_vec(), n as f32));
+    }
+}
+
+/// HU-2, HU-3: a receiver that takes nothing stops its sender's session, not the call that sends.
+#[tokio::test(flavor = "multi_thread")]
+async fn a_slow_receiver_slows_its_sender_and_loses_nothing() {
+    let folder = tempfile::tempdir().unwrap();
+    Credentials::create(folder.path()).unwrap();
+    let (a, _a_events) = hub(folder.path(), 1);
+    let (b, mut b_events) = hub(folder.path(), 2);
+    a.dial(b.address().unwrap()).await.unwrap();
+    let count = 3 * EVENTS;
+    for n in 0..count {
+        a.send(2, Lane::Bulk, Message::small((n as u32).to_le_bytes().to_vec()));
+    }
+    tokio::time::sleep(Duration::from_millis(500)).await;
+    // On their way are the receiver's events, what its session and the links hold, and one window.
+    let waiting = SEND_QUEUE - a.session(2).messages[at(Lane::Bulk)].capacity();
+    assert!(waiting > count - EVENTS - 600, "only {waiting} of {count} still wait at the sender");
+    for n in 0..count {
+        assert_eq!(next_message(&mut b_events).await.header, (n as u32).to_le_bytes());
+    }
+}
+
+/// HU-2: beyond the bound the session ends, and an event says so.
+#[tokio::test(flavor = "multi_thread")]
+async fn a_sender_out_of_step_loses_the_session() {
+    let folder = tempfile::tempdir().unwrap();
+    Credentials::create(folder.path()).unwrap();
+    let (a, mut a_events) = hub(folder.path(), 1);
+    for _ in 0..SEND_QUEUE + 200 {
+        a.send(9, Lane::Bulk, Message::small(Vec::new()));
+    }
+    assert!(matches!(a_events.recv().await, Some(HubEvent::Broken(9, _))));
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn a_foreign_job_is_refused_and_both_sides_say_so() {
+    let (ours, theirs) = (tempfile::tempdir().unwrap(), tempfile::tempdir().unwrap());
+    Credentials::create(ours.path()).unwrap();
+    Credentials::create(theirs.path()).unwrap();
+    let (a, _a_events) = hub(theirs.path(), 1);
+    let (b, mut b_events) = hub(ours.path(), 2);
+    let error = a.dial(b.address().unwrap()).await.unwrap_err();
+    assert!(matches!(error, QuicError::ForeignJob { .. }), "{error}");
+    assert!(matches!(b_events.recv().await, Some(HubEvent::Refused(_))));
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn a_port_in_use_is_named() {
+    let folder = tempfile::tempdir().unwrap();
+    Credentials::create(folder.path()).unwrap();
+    let (a, _events) = hub(folder.path(), 1);
+    let credentials = Credentials::load(folder.path()).unwrap();
+    let error = Hub::open(a.address().unwrap(), &credentials, 2).unwrap_err();
+    assert!(error.to_string().contains(&a.address().unwrap().to_string()), "{error}");
+}
