@@ -61,6 +61,7 @@ fn work_is_spread_over_the_nodes() -> Result<()> {
     let total = |node: &str| lines.iter().map(|l| l.operations.get(node).copied().unwrap_or(0)).sum::<u64>();
     let work: Vec<u64> = ["1", "2", "3"].iter().map(|n| total(n)).collect();
     let (least, most) = (work.iter().min().unwrap(), work.iter().max().unwrap());
+    // A node without stages, experts or reducers would have done nothing.
     assert!(*least > 0 && most < &(2 * least), "multiply-adds by node: {work:?}");
     Ok(())
 }
