@@ -25,7 +25,7 @@ bench: build
 
 ## Train while a random process is killed every few seconds, and compare with the undisturbed run.
 chaos: build
-	$(PROGRAM) chaos configs/chaos/everything.toml $(CONFIG) --set run.folder=runs/chaos-$(NOW)
+	$(PROGRAM) chaos configs/chaos/everything.toml $(CONFIG) --set run.folder=runs/chaos-$(NOW) --set train.steps=320
 
 ## The same with 50 kills on the tiny model.
 chaos-full: build
