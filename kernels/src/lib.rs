@@ -7,6 +7,7 @@ mod cpu;
 mod cuda;
 mod gemm;
 mod layers;
+mod limits;
 mod math;
 mod model;
 mod ops;
@@ -22,6 +23,7 @@ pub use layers::expert::{
 };
 pub use layers::stage::{Progress, StageInput, StageModel, StageSums, Targets};
 pub use layers::{ParameterMap, Weight};
+pub use limits::{multiply_add_limit, peer_linear};
 pub use math::{cosine, power};
 pub use model::{Group, ModelConfig, Parameter, Update};
 pub use ops::adamw::{AdamW, NORM_CHUNK, StateSums, square_sums, state_sum, state_sums, step as adamw_step};
