@@ -46,8 +46,9 @@ pub enum HubEvent {
 /// What a session's task is told about its links.
 enum Command {
     /// A new link is being made: the old one ends; answered with what the session has.
-    Prepare(oneshot::Sender<Greeting>),
-    Up(Link, Greeting),
+    Prepare(oneshot::Sender<(u64, Greeting)>),
+    /// It is there, of that attempt. An attempt that another one has overtaken is not taken up.
+    Up(Link, u64, Greeting),
 }
 
 /// A session's task, seen from outside.
@@ -113,6 +114,7 @@ impl Hub {
                 session: Session::new(),
                 name: random_name(),
                 other: 0,
+                attempt: 0,
                 link: None,
                 links,
                 assemblers: Default::default(),
@@ -155,9 +157,9 @@ impl Hub {
         let (mut shaking, peer, theirs) = Shaking::dial(&self.0.endpoint, address, self.0.me).await?;
         let session = self.session(peer);
         let ended = || QuicError::Unreachable { address, reason: "the session has ended".to_owned() };
-        let ours = session.prepare().await.ok_or_else(ended)?;
+        let (attempt, ours) = session.prepare().await.ok_or_else(ended)?;
         shaking.confirm(ours).await?;
-        session.commands.send(Command::Up(shaking.into_link(), theirs)).await.map_err(|_| ended())?;
+        session.commands.send(Command::Up(shaking.into_link(), attempt, theirs)).await.map_err(|_| ended())?;
         Ok(peer)
     }
 
@@ -186,10 +188,10 @@ impl Hub {
     pub async fn link_in_memory(&self, other: &Self) {
         let (ours, theirs) = Link::memory();
         let (mine, their) = (self.session(other.me()), other.session(self.me()));
-        if let (Some(a), Some(b)) = (mine.prepare().await, their.prepare().await) {
+        if let (Some((mine_attempt, a)), Some((their_attempt, b))) = (mine.prepare().await, their.prepare().await) {
             // A session that ended meanwhile needs no link.
-            let _ = mine.commands.send(Command::Up(ours, b)).await;
-            let _ = their.commands.send(Command::Up(theirs, a)).await;
+            let _ = mine.commands.send(Command::Up(ours, mine_attempt, b)).await;
+            let _ = their.commands.send(Command::Up(theirs, their_attempt, a)).await;
         }
     }
 
@@ -202,7 +204,7 @@ impl Hub {
 
 impl Handle {
     /// Ends the present link, if any, and tells what the session has.
-    async fn prepare(&self) -> Option<Greeting> {
+    async fn prepare(&self) -> Option<(u64, Greeting)> {
         let (answer, resume) = oneshot::channel();
         self.commands.send(Command::Prepare(answer)).await.ok()?;
         resume.await.ok()
@@ -230,9 +232,9 @@ async fn admit(hub: &Hub, incoming: quinn::Incoming) -> Result<(), QuicError> {
     let (mut shaking, peer) = Shaking::accept(connection).await?;
     let session = hub.session(peer);
     let ended = || QuicError::Unreachable { address, reason: "the session has ended".to_owned() };
-    let ours = session.prepare().await.ok_or_else(ended)?;
+    let (attempt, ours) = session.prepare().await.ok_or_else(ended)?;
     let theirs = shaking.answer(hub.me(), ours).await?;
-    session.commands.send(Command::Up(shaking.into_link(), theirs)).await.map_err(|_| ended())
+    session.commands.send(Command::Up(shaking.into_link(), attempt, theirs)).await.map_err(|_| ended())
 }
 
 fn random_name() -> u64 {
@@ -255,6 +257,8 @@ struct SessionTask {
     name: u64,
     /// That of the other half; 0 until the first link.
     other: u64,
+    /// Counts the links that were being made.
+    attempt: u64,
     link: Option<Link>,
     links: watch::Sender<bool>,
     assemblers: [Assembler; 2],
@@ -313,10 +317,12 @@ impl SessionTask {
             Command::Prepare(answer) => {
                 self.unlink().await;
                 let [control, bulk] = self.session.resume();
-                let _ = answer.send([control, bulk, self.name, self.other]);
+                self.attempt += 1;
+                let _ = answer.send((self.attempt, [control, bulk, self.name, self.other]));
                 Ok(())
             }
-            Command::Up(link, [control, bulk, name, known]) => {
+            Command::Up(_, attempt, _) if attempt != self.attempt => Ok(()),
+            Command::Up(link, _, [control, bulk, name, known]) => {
                 // A half that one side has forgotten cannot be resumed: what was in it would come twice.
                 let forgotten = (self.other != 0 && self.other != name) || (known != 0 && known != self.name);
                 if forgotten {

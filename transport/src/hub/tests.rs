@@ -51,6 +51,7 @@ async fn a_session_survives_its_links() {
         let region = Arc::new(vec![n as f32; 100_000]);
         a.send(2, Lane::Bulk, Message { header: n.to_le_bytes().to_vec(), regions: vec![region] });
     }
+    a.keep(2, address);
     for n in 0..200u32 {
         let message = next_message(&mut b_events).await;
         assert_eq!(message.header, n.to_le_bytes());
