@@ -62,9 +62,7 @@ pub(crate) struct ExpertCore {
 impl ExpertCore {
     /// A new life of an expert.
     pub(crate) fn new(spec: Arc<JobSpec>, layout: Arc<Layout>, address: Address, layer: u32, expert: u32) -> Self {
-        let wanted = Group::Expert { layer, expert };
-        let group =
-            spec.model.groups_of_model().iter().position(|g| *g == wanted).expect("a group for each expert") as u32;
+        let group = layout.number_of[&Group::Expert { layer, expert }];
         Self {
             spec,
             layout,

@@ -170,7 +170,7 @@ impl ReducerCore {
         if self.step().is_some_and(|done| step <= done) {
             return Vec::new();
         }
-        let group = self.spec.model.groups_of_model().get(group as usize).copied();
+        let group = self.layout.all_groups.get(group as usize).copied();
         let Some(group) = group.filter(|g| self.groups.contains(g)) else { return Vec::new() };
         let ledger = self.ledgers.entry(step).or_insert_with(|| Ledger::new(&self.spec, &self.groups, self.plant));
         ledger.credit(from.actor, group, Receipt { micro_batches, samples, gradients, loads, loss });
@@ -303,10 +303,9 @@ impl ReducerCore {
     /// Sends the weights of this state to those users of the shard's groups that `wanted` names.
     fn hand_out(&self, wanted: impl Fn(ActorId) -> bool) -> Vec<Effect> {
         let Some(state) = &self.state else { return Vec::new() };
-        let all = self.spec.model.groups_of_model();
         let mut effects = Vec::new();
         for group in &self.groups {
-            let number = all.iter().position(|g| g == group).expect("a group of the model") as u32;
+            let number = self.layout.number_of[group];
             for user in self.spec.senders_of(*group).into_iter().filter(|u| wanted(*u)) {
                 let of_group = &self.layout.of_group[group];
                 let tensors = self

@@ -136,6 +136,10 @@ impl JobSpec {
 pub struct Layout {
     /// All parameters by name; an index here is a parameter's number.
     pub parameters: Vec<Parameter>,
+    /// All groups in order of the model; an index here is a group's number in messages.
+    pub all_groups: Vec<Group>,
+    /// The number of each group.
+    pub number_of: BTreeMap<Group, u32>,
     /// Groups of each shard, ascending.
     pub groups: Vec<Vec<Group>>,
     /// The shard of each group.
@@ -158,7 +162,9 @@ impl Layout {
         for (number, p) in parameters.iter().enumerate() {
             of_group.entry(p.group).or_default().push(number as u32);
         }
-        Arc::new(Self { parameters, groups, shard_of, of_group })
+        let all_groups = spec.model.groups_of_model();
+        let number_of = all_groups.iter().enumerate().map(|(number, g)| (*g, number as u32)).collect();
+        Arc::new(Self { parameters, all_groups, number_of, groups, shard_of, of_group })
     }
 
     /// Numbers of a shard's parameters, by group.

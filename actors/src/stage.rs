@@ -51,7 +51,6 @@ pub(crate) struct StageCore {
     lane: u32,
     stage: u32,
     groups: Vec<Group>,
-    numbers: BTreeMap<Group, u32>,
     table: Arc<Table>,
     /// The step that is run; 0 before the first weights.
     step: Step,
@@ -68,9 +67,6 @@ impl StageCore {
     /// A new life of a stage.
     pub(crate) fn new(spec: Arc<JobSpec>, layout: Arc<Layout>, corpus: Corpus, lane: u32, stage: u32) -> Self {
         let groups = spec.groups_of_stage(stage);
-        let all = spec.model.groups_of_model();
-        let numbers =
-            all.into_iter().enumerate().map(|(i, g)| (g, i as u32)).filter(|(g, _)| groups.contains(g)).collect();
         let program = one_forward_one_backward(stage, spec.stages, spec.micro_batches);
         Self {
             spec,
@@ -79,7 +75,6 @@ impl StageCore {
             lane,
             stage,
             groups,
-            numbers,
             table: Arc::default(),
             step: 0,
             phase: Phase::Weights,
@@ -126,7 +121,9 @@ impl StageCore {
     }
 
     fn take_weights(&mut self, step: Step, group: u32, tensors: Vec<Tensor>) -> Vec<Effect> {
-        let Some(group) = self.groups.iter().find(|g| self.numbers[*g] == group).copied() else { return Vec::new() };
+        let Some(group) = self.groups.iter().find(|g| self.layout.number_of[*g] == group).copied() else {
+            return Vec::new();
+        };
         // Weights of the step before the one that runs are what it runs with.
         if step < self.step || step >= self.spec.steps {
             return Vec::new();
@@ -293,7 +290,7 @@ impl StageCore {
             };
             let body = Body::Sums {
                 step: self.step,
-                group: self.numbers[group],
+                group: self.layout.number_of[group],
                 micro_batches: self.spec.micro_batches,
                 samples: u64::from(self.spec.micro_batches) * u64::from(self.spec.sequences),
                 gradients,
@@ -460,7 +457,7 @@ mod tests {
             let Body::Sums { micro_batches, samples, loss, group, .. } = body else { unreachable!() };
             assert!(matches!(to, ActorId::Reducer { .. }));
             assert_eq!((*micro_batches, *samples), (2, 2));
-            let head = *group as usize + 1 == materials.spec.model.groups_of_model().len();
+            let head = *group as usize + 1 == materials.layout.all_groups.len();
             assert_eq!(*loss > 0.0, head);
         }
     }

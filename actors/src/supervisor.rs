@@ -43,7 +43,6 @@ pub(crate) const RESTART_WINDOW: Duration = Duration::from_secs(60);
 #[derive(Debug)]
 pub struct Supervisor {
     spec: Arc<JobSpec>,
-    layout: Arc<Layout>,
     costs: Costs,
     nodes_wanted: usize,
     table: Table,
@@ -83,8 +82,7 @@ impl Supervisor {
         let layout = Layout::new(&spec);
         let mut s = Self {
             costs: Costs::new(&spec),
-            commit: CommitCore::new(Arc::clone(&spec), Arc::clone(&layout)),
-            layout,
+            commit: CommitCore::new(Arc::clone(&spec), layout),
             nodes_wanted,
             table: Table { primaries: vec![None; spec.shards as usize], ..Table::default() },
             membership: Membership::default(),
@@ -456,11 +454,6 @@ impl Supervisor {
             self.checkpoint,
             self.commit.describe()
         )
-    }
-
-    /// The parameters in order of number.
-    pub fn layout(&self) -> &Layout {
-        &self.layout
     }
 }
 

@@ -97,7 +97,7 @@ pub(crate) fn message(from: ActorId, body: Body<Tensor>) -> Event {
 /// The weights of a group before the first step, as its reducer sends them.
 pub(crate) fn weights(materials: &Materials, group: everstep_kernels::Group) -> Event {
     let spec = &materials.spec;
-    let number = spec.model.groups_of_model().iter().position(|g| *g == group).unwrap() as u32;
+    let number = materials.layout.number_of[&group];
     let value = |n: &u32| {
         let p = &materials.layout.parameters[*n as usize];
         Tensor::from_vec(p.rows, p.columns, p.initial(spec.seed, spec.model.initial_std))

@@ -63,14 +63,6 @@ impl Tensor {
         self.columns
     }
 
-    /// Bytes of its elements, and of its scales if it has any.
-    pub fn bytes(&self) -> usize {
-        match &self.data {
-            Data::E4m3(codes, scales) => codes.len() + 4 * scales.len(),
-            Data::F32(_) | Data::U32(_) | Data::Device(_) => self.rows * self.columns * 4,
-        }
-    }
-
     /// The elements, if they are f32 in host memory.
     pub fn as_host(&self) -> Option<&Arc<Vec<f32>>> {
         match &self.data {

@@ -18,8 +18,6 @@ pub struct Link {
     pub bulk: mpsc::Sender<Frame<Fragment>>,
     /// Both, as they come.
     pub incoming: mpsc::Receiver<Frame<Fragment>>,
-    /// What is behind it, for operators.
-    pub kind: &'static str,
 }
 
 /// Frames that may wait in a link's queue: the windows, and grants beside them.
@@ -29,7 +27,7 @@ impl Link {
     /// Two ends of a link in memory.
     pub fn memory() -> (Self, Self) {
         let ((to_b, from_a), (to_a, from_b)) = (mpsc::channel(QUEUE), mpsc::channel(QUEUE));
-        let end = |to: mpsc::Sender<_>, incoming| Self { control: to.clone(), bulk: to, incoming, kind: "memory" };
+        let end = |to: mpsc::Sender<_>, incoming| Self { control: to.clone(), bulk: to, incoming };
         (end(to_b, from_b), end(to_a, from_a))
     }
 

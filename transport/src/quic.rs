@@ -255,7 +255,7 @@ impl Shaking {
         tokio::spawn(write(c.clone(), self.bulk.0, bulk_queue));
         tokio::spawn(read(c.clone(), self.control.1, arrived.clone()));
         tokio::spawn(read(c, self.bulk.1, arrived));
-        Link { control, bulk, incoming, kind: "quic" }
+        Link { control, bulk, incoming }
     }
 }
 

@@ -23,7 +23,6 @@ fn primary(materials: &Materials) -> ReducerCore {
 /// Everything that is sent to shard 0 in a step, with values that depend on sender and parameter.
 fn sums(materials: &Materials, step: Step) -> Vec<(ActorId, Body<Tensor>)> {
     let spec = &materials.spec;
-    let all = spec.model.groups_of_model();
     let mut out = Vec::new();
     for group in &materials.layout.groups[0] {
         for (n, sender) in spec.senders_of(*group).into_iter().enumerate() {
@@ -40,7 +39,7 @@ fn sums(materials: &Materials, step: Step) -> Vec<(ActorId, Body<Tensor>)> {
             let lanes = if matches!(group, Group::Expert { .. }) { spec.lanes } else { 1 };
             let body = Body::Sums {
                 step,
-                group: all.iter().position(|g| g == group).unwrap() as u32,
+                group: materials.layout.number_of[group],
                 micro_batches: spec.micro_batches,
                 samples: u64::from(lanes * spec.micro_batches * spec.sequences),
                 gradients,

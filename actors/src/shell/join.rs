@@ -2,7 +2,7 @@
 
 use super::node::{Args, Msg, Node};
 use super::pool::Pool;
-use super::{AnyError, HUB_EVENTS, machine, new_name, tell};
+use super::{AnyError, machine, new_name, pump, tell};
 use crate::config::Config;
 use crate::control::Control;
 use crate::data::Corpus;
@@ -16,7 +16,7 @@ use ractor::Actor;
 use std::net::SocketAddr;
 use std::sync::Arc;
 use std::time::Duration;
-use tokio::sync::{Semaphore, mpsc};
+use tokio::sync::mpsc;
 
 /// Without a supervisor for so long, a node ends.
 pub(super) const SUPERVISOR_WAIT: Duration = Duration::from_secs(60);
@@ -68,23 +68,11 @@ pub async fn run_node(options: &NodeOptions) -> Result<NodeEnd, AnyError> {
     let pool = Pool::new(options.threads, &backend)?;
     let args = Args { hub: hub.clone(), supervisor, join: options.join, materials, pool, end };
     let (node, handle) = Actor::spawn(None, Node, args).await.map_err(|e| NodeError::Start(e.to_string()))?;
-    let places = Arc::new(Semaphore::new(HUB_EVENTS));
-    let result = loop {
-        tokio::select! {
-            event = events.recv() => match event {
-                Some(event) => {
-                    let place = Arc::clone(&places).acquire_owned().await?;
-                    let _ = node.cast(Msg::Hub(event, place));
-                }
-                None => break Err(NodeError::Start("the endpoint closed".to_owned())),
-            },
-            end = ended.recv() => break end.ok_or_else(|| NodeError::Start("the node's actor failed".to_owned())),
-        }
-    };
+    let result = pump(&mut events, &node, Msg::Hub, &mut ended).await;
     node.stop(None);
     let _ = handle.await;
     hub.shut_down();
-    Ok(result?)
+    result?.ok_or_else(|| NodeError::Start("the node's actor failed".to_owned()).into())
 }
 
 /// Why being a node failed.

@@ -17,7 +17,10 @@ pub use supervisor::{SupervisorEnd, run_supervisor};
 
 use crate::control::Control;
 use crate::wire::Unit;
-use everstep_transport::{Hub, Peer};
+use everstep_transport::{Hub, HubEvent, Peer};
+use ractor::ActorRef;
+use std::sync::Arc;
+use tokio::sync::{OwnedSemaphorePermit, Semaphore, mpsc};
 
 /// An error of any kind, with its words.
 pub type AnyError = Box<dyn std::error::Error + Send + Sync>;
@@ -25,6 +28,27 @@ pub type AnyError = Box<dyn std::error::Error + Send + Sync>;
 /// Events of the hub that may wait in an actor's mailbox, which has no bound of its own: the hub's
 /// grants to peers depend on it.
 const HUB_EVENTS: usize = 256;
+
+/// Gives an actor the hub's events until it says how it ended: `None` if it failed without a word.
+async fn pump<M: ractor::Message, E>(
+    events: &mut mpsc::Receiver<HubEvent>,
+    actor: &ActorRef<M>,
+    message: fn(HubEvent, OwnedSemaphorePermit) -> M,
+    ended: &mut mpsc::Receiver<E>,
+) -> Result<Option<E>, AnyError> {
+    let places = Arc::new(Semaphore::new(HUB_EVENTS));
+    loop {
+        tokio::select! {
+            event = events.recv() => {
+                let event = event.ok_or("the endpoint closed")?;
+                let place = Arc::clone(&places).acquire_owned().await?;
+                // An actor that has ended takes no more; the other branch says so.
+                let _ = actor.cast(message(event, place));
+            }
+            end = ended.recv() => return Ok(end),
+        }
+    }
+}
 
 /// Says something to a process.
 fn tell(hub: &Hub, peer: Peer, control: Control) {

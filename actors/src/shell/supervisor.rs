@@ -7,7 +7,7 @@ use super::restore::{Restored, encode, restore};
 use super::run_folder::{MetricsLine, RunFolder, RunIdentity};
 use super::scribe::{Checkpointing, Line, start_scribe, start_store};
 use super::watch::watch;
-use super::{AnyError, HUB_EVENTS, new_name, send, tell};
+use super::{AnyError, new_name, pump, send, tell};
 use crate::config::Config;
 use crate::control::{ActorRequest, AdminRequest, Control};
 use crate::ids::{ActorId, NodeId, Step};
@@ -25,7 +25,7 @@ use std::net::SocketAddr;
 use std::sync::Arc;
 use std::sync::mpsc::SyncSender;
 use std::time::{Duration, Instant, SystemTime, UNIX_EPOCH};
-use tokio::sync::{OwnedSemaphorePermit, Semaphore, mpsc};
+use tokio::sync::{OwnedSemaphorePermit, mpsc};
 
 const TICK: Duration = Duration::from_millis(100);
 /// Bytes of the corpus in one answer.
@@ -129,25 +129,13 @@ pub async fn run_supervisor(run: RunFolder, listen: SocketAddr) -> Result<Superv
     let scratch = run.0.join(".address.new");
     std::fs::write(&scratch, &address)?;
     std::fs::rename(&scratch, run.address())?;
-    let places = Arc::new(Semaphore::new(HUB_EVENTS));
-    let result = loop {
-        tokio::select! {
-            event = events.recv() => match event {
-                Some(event) => {
-                    let place = Arc::clone(&places).acquire_owned().await?;
-                    let _ = actor.cast(Msg::Hub(event, place));
-                }
-                None => break Err("the endpoint closed".into()),
-            },
-            end = ended.recv() => break Ok(end.unwrap_or(SupervisorEnd::Panicked)),
-        }
-    };
+    let result = pump(&mut events, &actor, Msg::Hub, &mut ended).await;
     // The last words to the nodes need a moment to leave.
     tokio::time::sleep(Duration::from_millis(200)).await;
     actor.stop(None);
     let _ = handle.await;
     hub.shut_down();
-    result
+    Ok(result?.unwrap_or(SupervisorEnd::Panicked))
 }
 
 impl Actor for SupervisorProcess {

@@ -276,11 +276,6 @@ impl StageModel {
         }
     }
 
-    /// Gives up a micro-batch without a backward function (inference).
-    pub fn forget(&mut self, micro_batch: u32) {
-        self.batches.remove(&micro_batch);
-    }
-
     /// The lane's sums of this step; afterwards there are none.
     pub fn take_sums(&mut self) -> StageSums {
         std::mem::take(&mut self.sums)
