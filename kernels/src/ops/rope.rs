@@ -24,14 +24,15 @@ pub struct RopeShape {
 
 /// `(cos, sin)` by position and pair.
 fn table(shape: &RopeShape) -> Vec<(f32, f32)> {
-    let pairs = shape.width / 2;
-    (0..shape.sequence * pairs)
-        .map(|at| {
-            let (position, pair) = ((at / pairs) as f64, (at % pairs) as f64);
-            let angle = position * libm::pow(shape.theta, -2.0 * pair / shape.width as f64);
+    let frequency = |pair: usize| libm::pow(shape.theta, -2.0 * pair as f64 / shape.width as f64);
+    let frequencies: Vec<f64> = (0..shape.width / 2).map(frequency).collect();
+    let at = |position: usize| {
+        frequencies.iter().map(move |frequency| {
+            let angle = position as f64 * frequency;
             (libm::cos(angle) as f32, libm::sin(angle) as f32)
         })
-        .collect()
+    };
+    (0..shape.sequence).flat_map(at).collect()
 }
 
 /// Rotates forward, or back when `inverse`.
