@@ -4,8 +4,8 @@ use crate::ids::{ActorId, Address, Step};
 use crate::message::{Pass, Turn, Work, WorkItem, WorkResult};
 use crate::reducer::{Applied, Apply, Reduce, Reduced, initial};
 use everstep_kernels::{
-    Backend, ExpertHeld, ExpertWeights, Parameter, Progress, StageInput, StageModel, Targets, Tensor,
-    expert_backward_input, expert_backward_weight, expert_forward,
+    Backend, ExpertHeld, ExpertWeights, Parameter, Progress, StageInput, StageModel, Tensor, expert_backward_input,
+    expert_backward_weight, expert_forward,
 };
 
 /// A stage's operation, with all it needs.
@@ -17,8 +17,8 @@ pub enum StageOperation {
         micro_batch: u32,
         /// What enters.
         input: StageInput,
-        /// For the last stage.
-        targets: Option<Targets>,
+        /// The next tokens, for the last stage.
+        targets: Option<Vec<u32>>,
     },
     /// Input part of the backward, up to the first experts.
     BackwardInput {

@@ -4,8 +4,9 @@
 
 mod rules;
 
+use crate::pieces::Pieces;
 use crate::spec::{JobSpec, OptimizerSpec};
-use everstep_kernels::ModelConfig;
+use everstep_kernels::{ModelConfig, Yarn};
 use rules::check;
 use serde::{Deserialize, Serialize};
 use std::path::PathBuf;
@@ -61,6 +62,9 @@ fn default_device() -> String {
 #[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
 #[serde(deny_unknown_fields)]
 struct RawModel {
+    /// Without it, that of the tokenizer.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    vocabulary: Option<usize>,
     hidden: usize,
     layers: usize,
     dense_layers: usize,
@@ -72,17 +76,56 @@ struct RawModel {
     nope: usize,
     rope: usize,
     value: usize,
+    #[serde(default)]
     experts: usize,
+    #[serde(default)]
     shared_experts: usize,
+    #[serde(default)]
     expert_inner: usize,
+    #[serde(default)]
     top_k: usize,
+    #[serde(default)]
     groups: usize,
+    #[serde(default)]
     groups_kept: usize,
+    #[serde(default = "default_routed_scale")]
     routed_scale: f32,
     sequence: usize,
     #[serde(default = "default_theta")]
     rope_theta: f64,
+    #[serde(default)]
+    mtp: usize,
     initial_std: f64,
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    yarn: Option<RawYarn>,
+}
+
+/// How a model is stretched to longer texts; the published model's values by default.
+#[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
+struct RawYarn {
+    factor: f64,
+    original: usize,
+    #[serde(default = "default_beta_fast")]
+    beta_fast: f64,
+    #[serde(default = "one")]
+    beta_slow: f64,
+    #[serde(default = "one")]
+    mscale: f64,
+    #[serde(default = "one")]
+    mscale_all_dim: f64,
+}
+
+fn default_beta_fast() -> f64 {
+    32.0
+}
+
+fn one() -> f64 {
+    1.0
+}
+
+fn default_routed_scale() -> f32 {
+    2.5
 }
 
 fn default_theta() -> f64 {
@@ -94,7 +137,7 @@ fn default_theta() -> f64 {
 struct RawJob {
     lanes: u32,
     stages: u32,
-    micro_batches: u32,
+    micro_batches: Pieces<u32>,
     sequences: u32,
     #[serde(default = "default_schedule")]
     schedule: String,
@@ -112,12 +155,21 @@ struct RawOptimizer {
     lr: f64,
     lr_end: f64,
     warmup: u64,
+    hold: u64,
+    #[serde(skip_serializing_if = "Option::is_none")]
+    decay_steps: Option<u64>,
+    #[serde(skip_serializing_if = "Option::is_none")]
+    tail_steps: Option<u64>,
+    #[serde(skip_serializing_if = "Option::is_none")]
+    tail_lr: Option<f64>,
     beta1: f64,
     beta2: f64,
     eps: f64,
     weight_decay: f64,
     clip: f64,
-    bias_step: f32,
+    bias_step: Pieces<f32>,
+    balance_weight: f32,
+    mtp_weight: Pieces<f32>,
 }
 
 impl Default for RawOptimizer {
@@ -127,12 +179,18 @@ impl Default for RawOptimizer {
             lr: 1e-3,
             lr_end: 1e-4,
             warmup: 20,
+            hold: 0,
+            decay_steps: None,
+            tail_steps: None,
+            tail_lr: None,
             beta1: 0.9,
             beta2: 0.95,
             eps: 1e-8,
             weight_decay: 0.1,
             clip: 1.0,
-            bias_step: 0.001,
+            bias_step: Pieces::Constant(0.001),
+            balance_weight: 1e-4,
+            mtp_weight: Pieces::Constant(0.3),
         }
     }
 }
@@ -296,12 +354,19 @@ fn line_of(text: &str, key: &str) -> usize {
     start.map_or(0, |s| text[..s].lines().count().max(1) + usize::from(text[..s].ends_with('\n')))
 }
 
+/// Tokens where there is no tokenizer: the bytes of the text.
+const BYTES: usize = 256;
+
+fn yarn(raw: &RawYarn) -> Yarn {
+    let RawYarn { factor, original, beta_fast, beta_slow, mscale, mscale_all_dim } = *raw;
+    Yarn { factor, original, beta_fast, beta_slow, mscale, mscale_all_dim }
+}
+
 fn spec(raw: &Raw) -> JobSpec {
     let (m, j, o) = (&raw.model, &raw.job, &raw.optimizer);
     JobSpec {
         model: ModelConfig {
-            // Text is read as bytes.
-            vocabulary: 256,
+            vocabulary: m.vocabulary.unwrap_or(BYTES),
             hidden: m.hidden,
             layers: m.layers,
             dense_layers: m.dense_layers,
@@ -321,6 +386,8 @@ fn spec(raw: &Raw) -> JobSpec {
             routed_scale: m.routed_scale,
             sequence: m.sequence,
             rope_theta: m.rope_theta,
+            yarn: m.yarn.as_ref().map(yarn),
+            mtp: m.mtp,
             initial_std: m.initial_std,
         },
         seed: raw.train.seed,
@@ -329,16 +396,21 @@ fn spec(raw: &Raw) -> JobSpec {
             lr: o.lr,
             lr_end: o.lr_end,
             warmup: o.warmup,
+            hold: o.hold,
+            decay_steps: o.decay_steps,
+            tail: o.tail_steps.map(|steps| (steps, o.tail_lr.unwrap_or(o.lr_end))),
             beta1: o.beta1,
             beta2: o.beta2,
             eps: o.eps,
             weight_decay: o.weight_decay,
             clip: o.clip,
-            bias_step: o.bias_step,
+            bias_step: o.bias_step.clone(),
+            balance: o.balance_weight,
+            mtp: o.mtp_weight.clone(),
         },
         lanes: j.lanes,
         stages: j.stages,
-        micro_batches: j.micro_batches,
+        micro_batches: j.micro_batches.clone(),
         sequences: j.sequences,
         shards: j.shards,
         mirrors: raw.recovery.mirrors,
@@ -383,9 +455,21 @@ mod tests {
     #[test]
     fn overrides_are_checked_like_the_file() {
         let set = |o: &str| Config::parse(GOOD, "run.toml", &[o.to_owned()]);
+        let ramp = set("job.micro_batches=[[0, 1], [50, 2]]").unwrap().spec.micro_batches;
+        assert_eq!((ramp.at(49), ramp.at(50)), (1, 2));
         assert_eq!(set("train.steps=7").unwrap().spec.steps, 7);
         assert_eq!(set("run.folder=some/where").unwrap().folder, PathBuf::from("some/where"));
-        for bad in ["train.steps", "train.stepz=7", "train.steps=x", "model.groups=7"] {
+        for bad in [
+            "train.steps",
+            "train.stepz=7",
+            "train.steps=x",
+            "model.groups=7",
+            "job.micro_batches=[[5, 1]]",
+            "job.micro_batches=[[0, 0]]",
+            "optimizer.bias_step=[]",
+            "model.mtp=2",
+            "model.yarn={factor = 0.5, original = 64}",
+        ] {
             assert!(set(bad).is_err(), "{bad}");
         }
     }

@@ -65,8 +65,9 @@ impl Corpus {
 
     /// Numbers of a micro-batch's samples, counted from the start of the job.
     pub fn samples(spec: &JobSpec, step: Step, lane: u32, micro_batch: u32) -> std::ops::Range<u64> {
-        let batch = (step - 1) * u64::from(spec.lanes) + u64::from(lane);
-        let first = (batch * u64::from(spec.micro_batches) + u64::from(micro_batch)) * u64::from(spec.sequences);
+        let before = spec.micro_batches.before(step) * u64::from(spec.lanes);
+        let of_step = u64::from(lane) * u64::from(spec.micro_batches.at(step)) + u64::from(micro_batch);
+        let first = (before + of_step) * u64::from(spec.sequences);
         first..first + u64::from(spec.sequences)
     }
 

@@ -97,7 +97,10 @@ impl ExpertCore {
     fn admit(&mut self, envelope: Envelope) -> Option<WorkItem> {
         let Body::Rows { turn, pass, rows } = &envelope.body else { return None };
         let (turn, pass) = (*turn, *pass);
-        if turn.step < self.step || turn.micro_batch >= self.spec.micro_batches || turn.lane >= self.spec.lanes {
+        if turn.step < self.step
+            || turn.micro_batch >= self.spec.micro_batches.at(turn.step)
+            || turn.lane >= self.spec.lanes
+        {
             return None;
         }
         let key = (turn.micro_batch, turn.lane);
@@ -144,7 +147,7 @@ impl ExpertCore {
             return Vec::new();
         }
         let body = Body::Answer { turn, pass: result.pass(), rows: result.rows().clone() };
-        let stage = self.stage_of_layer();
+        let stage = self.spec.stage_of_layer(self.layer);
         self.outbox.keep(self.step, ActorId::Stage { lane: turn.lane, stage }, body);
         let state = match result {
             WorkResult::Forward { saved, .. } => Rows::Saved(saved),
@@ -156,14 +159,13 @@ impl ExpertCore {
         effects
     }
 
-    fn stage_of_layer(&self) -> u32 {
-        let has = |s: &u32| self.spec.layers_of(*s).contains(&(self.layer as usize));
-        (0..self.spec.stages).find(has).expect("every layer belongs to a stage")
+    fn micro_batches(&self) -> u32 {
+        self.spec.micro_batches.at(self.step)
     }
 
     /// Starts the next weight gradient if all lanes' rows are held.
     fn advance(&mut self) -> Vec<Effect> {
-        if self.computing || self.turn == self.spec.micro_batches {
+        if self.computing || self.turn == self.micro_batches() {
             return Vec::new();
         }
         let keys = (0..self.spec.lanes).map(|lane| (self.turn, lane));
@@ -194,7 +196,7 @@ impl ExpertCore {
             return self.advance();
         }
         self.turn += 1;
-        if self.turn < self.spec.micro_batches {
+        if self.turn < self.micro_batches() {
             self.sums = Some(sums);
             return self.advance();
         }
@@ -202,11 +204,11 @@ impl ExpertCore {
         let body = Body::Sums {
             step: self.step,
             group: self.group,
-            micro_batches: self.spec.micro_batches,
-            samples: lanes * u64::from(self.spec.micro_batches) * u64::from(self.spec.sequences),
+            micro_batches: self.micro_batches(),
+            samples: lanes * self.spec.sequences_of_lane(self.step),
             gradients: sums,
             loads: Vec::new(),
-            loss: 0.0,
+            losses: [0.0; 2],
         };
         let shard = self.layout.shard_of[&Group::Expert { layer: self.layer, expert: self.expert }];
         let replicas = 0..=self.spec.mirrors;
@@ -255,7 +257,7 @@ impl Core for ExpertCore {
             self.step,
             self.load,
             self.turn,
-            self.spec.micro_batches,
+            self.micro_batches(),
             self.early.len(),
             self.outbox.len()
         )

@@ -16,6 +16,7 @@ mod ids;
 mod keeper;
 mod message;
 mod outbox;
+mod pieces;
 mod plant;
 mod reducer;
 mod root;

@@ -94,12 +94,12 @@ pub enum Body<T> {
         micro_batches: u32,
         /// Samples in the sum.
         samples: u64,
-        /// One for each parameter that has a gradient, in order of number.
+        /// One for each use of each parameter that has a gradient, in order of number and use.
         gradients: Vec<T>,
         /// Rows that the layer's gate sent to each of its experts.
         loads: Vec<u64>,
-        /// Sum of the losses, from the last stage.
-        loss: f64,
+        /// Sums of the losses, from the last stage: of the main model, and of multi-token prediction.
+        losses: [f64; 2],
     },
     /// A shard's primary to those who use a group: its weights after a step.
     Weights {
@@ -128,8 +128,8 @@ pub enum Body<T> {
         step: Step,
         /// Squared sums of chunks by number of the parameter.
         norm: Vec<(u32, Vec<f64>)>,
-        /// Sum of the losses over the lanes, if the shard has the head.
-        loss: Option<f64>,
+        /// Sums of the losses over the lanes, if the shard has the head.
+        losses: Option<[f64; 2]>,
         /// Samples that each group of the shard counted, which must all be equal.
         samples: u64,
     },
@@ -189,15 +189,15 @@ impl<T> Body<T> {
             Self::Gradient { turn, rows } => Body::Gradient { turn, rows: f(rows) },
             Self::Rows { turn, pass, rows } => Body::Rows { turn, pass, rows: f(rows) },
             Self::Answer { turn, pass, rows } => Body::Answer { turn, pass, rows: f(rows) },
-            Self::Sums { step, group, micro_batches, samples, gradients, loads, loss } => {
+            Self::Sums { step, group, micro_batches, samples, gradients, loads, losses } => {
                 let gradients = gradients.into_iter().map(f).collect();
-                Body::Sums { step, group, micro_batches, samples, gradients, loads, loss }
+                Body::Sums { step, group, micro_batches, samples, gradients, loads, losses }
             }
             Self::Weights { step, group, tensors } => {
                 Body::Weights { step, group, tensors: tensors.into_iter().map(f).collect() }
             }
             Self::Fetch { step } => Body::Fetch { step },
-            Self::Prepared { step, norm, loss, samples } => Body::Prepared { step, norm, loss, samples },
+            Self::Prepared { step, norm, losses, samples } => Body::Prepared { step, norm, losses, samples },
             Self::Applied { step, sums } => Body::Applied { step, sums },
             Self::Stateless => Body::Stateless,
             Self::Commit(commit) => Body::Commit(commit),

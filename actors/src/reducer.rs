@@ -164,7 +164,7 @@ impl ReducerCore {
     }
 
     fn take_sums(&mut self, from: Address, body: Body<Tensor>) -> Vec<Effect> {
-        let Body::Sums { step, group, micro_batches, samples, gradients, loads, loss } = body else {
+        let Body::Sums { step, group, micro_batches, samples, gradients, loads, losses } = body else {
             return Vec::new();
         };
         if self.step().is_some_and(|done| step <= done) {
@@ -172,8 +172,9 @@ impl ReducerCore {
         }
         let group = self.layout.all_groups.get(group as usize).copied();
         let Some(group) = group.filter(|g| self.groups.contains(g)) else { return Vec::new() };
-        let ledger = self.ledgers.entry(step).or_insert_with(|| Ledger::new(&self.spec, &self.groups, self.plant));
-        ledger.credit(from.actor, group, Receipt { micro_batches, samples, gradients, loads, loss });
+        let ledger =
+            self.ledgers.entry(step).or_insert_with(|| Ledger::new(&self.spec, step, &self.groups, self.plant));
+        ledger.credit(from.actor, group, Receipt { micro_batches, samples, gradients, loads, losses });
         self.advance()
     }
 
@@ -184,7 +185,7 @@ impl ReducerCore {
         if self.reduced.is_none() {
             let Some(ledger) = self.ledgers.get(&next).filter(|l| l.balanced()) else { return Vec::new() };
             self.computing = true;
-            let reduce = Reduce::new(next, ledger, &self.layout, &self.groups);
+            let reduce = Reduce::new(next, ledger, &self.spec, &self.layout, &self.groups);
             return vec![Effect::Compute { job: Job::Reduce(reduce), cost: self.size() * u64::from(self.spec.lanes) }];
         }
         let Some(commit) = self.commits.get(&next).copied() else { return Vec::new() };
@@ -207,7 +208,7 @@ impl ReducerCore {
 
     fn prepared(&self) -> Option<Effect> {
         let r = self.reduced.as_ref()?;
-        let body = Body::Prepared { step: r.step, norm: r.norm.clone(), loss: r.loss, samples: r.samples };
+        let body = Body::Prepared { step: r.step, norm: r.norm.clone(), losses: r.losses, samples: r.samples };
         Some(Effect::send(ActorId::Supervisor, body))
     }
 

@@ -1,7 +1,8 @@
 //! What a job is: a checked value from which every pure function of the job follows.
 
 use crate::ids::{ActorId, Step};
-use everstep_kernels::{Group, ModelConfig, Parameter, StageModel, Update};
+use crate::pieces::Pieces;
+use everstep_kernels::{Group, ModelConfig, Parameter, Scales, StageModel, Update};
 use std::collections::BTreeMap;
 use std::ops::Range;
 use std::sync::Arc;
@@ -11,10 +12,16 @@ use std::sync::Arc;
 pub struct OptimizerSpec {
     /// Learning rate at its highest.
     pub lr: f64,
-    /// Learning rate at the last step.
+    /// Learning rate after its decay.
     pub lr_end: f64,
     /// Steps from zero to the highest.
     pub warmup: Step,
+    /// Steps at the highest.
+    pub hold: Step,
+    /// Steps of the decay; none: all that are left.
+    pub decay_steps: Option<Step>,
+    /// The last steps, with a learning rate of their own.
+    pub tail: Option<(Step, f64)>,
     /// Decay of the first moment.
     pub beta1: f64,
     /// Decay of the second moment.
@@ -26,7 +33,11 @@ pub struct OptimizerSpec {
     /// Gradients with a greater norm are scaled down to it.
     pub clip: f64,
     /// How far a step moves a gate's bias (gamma of the technical report, 2.1.2).
-    pub bias_step: f32,
+    pub bias_step: Pieces<f32>,
+    /// Weight of the sequence-wise balance loss (alpha, 2.1.2).
+    pub balance: f32,
+    /// Weight of the loss of multi-token prediction (lambda, 2.2).
+    pub mtp: Pieces<f32>,
 }
 
 /// One training job. Everything that a result may depend on is in here, and the corpus.
@@ -44,8 +55,8 @@ pub struct JobSpec {
     pub lanes: u32,
     /// Stages of a pipeline.
     pub stages: u32,
-    /// Micro-batches of a lane and step.
-    pub micro_batches: u32,
+    /// Micro-batches of a lane in a step.
+    pub micro_batches: Pieces<u32>,
     /// Sequences of a micro-batch.
     pub sequences: u32,
     /// Parts into which the parameters are cut for their reducers.
@@ -85,32 +96,77 @@ impl JobSpec {
         shards
     }
 
-    /// Who sends gradient sums of a group.
+    /// Who sends gradient sums of a group, and gets its weights.
     pub fn senders_of(&self, group: Group) -> Vec<ActorId> {
         match group {
             Group::Expert { layer, expert } => vec![ActorId::Expert { layer, expert }],
             Group::Embedding | Group::Layer(_) | Group::Head => {
-                let stage = (0..self.stages)
-                    .find(|s| self.groups_of_stage(*s).contains(&group))
-                    .expect("every group that no expert has belongs to a stage");
-                (0..self.lanes).map(|lane| ActorId::Stage { lane, stage }).collect()
+                let stages: Vec<u32> = (0..self.stages).filter(|s| self.groups_of_stage(*s).contains(&group)).collect();
+                let of_lane = |lane| stages.iter().map(move |stage| ActorId::Stage { lane, stage: *stage });
+                (0..self.lanes).flat_map(of_lane).collect()
             }
         }
     }
 
-    /// Targets of a step: what the loss is divided by.
-    pub fn targets_of_step(&self) -> u64 {
-        u64::from(self.lanes) * u64::from(self.micro_batches) * u64::from(self.sequences) * self.model.sequence as u64
+    /// The stage that runs a layer.
+    pub fn stage_of_layer(&self, layer: u32) -> u32 {
+        let has = |s: &u32| self.groups_of_stage(*s).contains(&Group::Layer(layer));
+        (0..self.stages).find(has).expect("every layer belongs to a stage")
     }
 
-    /// The learning rate of a step: linear up, then half a cosine down. A pure function of the step.
+    /// The uses of a parameter whose gradients a sender adds up. Multi-token prediction uses the
+    /// embedding and the head once more, in the last stage.
+    pub fn uses(&self, parameter: &Parameter, sender: ActorId) -> &'static [usize] {
+        let ActorId::Stage { stage, .. } = sender else { return &[0] };
+        let (first, last) = (stage == 0, stage + 1 == self.stages && self.model.mtp > 0);
+        match (parameter.group, parameter.update) {
+            (Group::Embedding, _) => match (first, last) {
+                (true, true) => &[0, 1],
+                (true, false) => &[0],
+                (false, _) => &[1],
+            },
+            (Group::Head, Update::Decayed) if last => &[0, 1],
+            (Group::Head | Group::Layer(_) | Group::Expert { .. }, _) => &[0],
+        }
+    }
+
+    /// Sequences of a lane in a step.
+    pub fn sequences_of_lane(&self, step: Step) -> u64 {
+        u64::from(self.micro_batches.at(step)) * u64::from(self.sequences)
+    }
+
+    /// Targets of a step: what the loss is divided by.
+    pub fn targets_of_step(&self, step: Step) -> u64 {
+        u64::from(self.lanes) * self.sequences_of_lane(step) * self.model.sequence as u64
+    }
+
+    /// Targets of multi-token prediction in a step: a sequence's last position has none.
+    pub fn mtp_targets_of_step(&self, step: Step) -> u64 {
+        u64::from(self.lanes) * self.sequences_of_lane(step) * (self.model.sequence as u64 - 1)
+    }
+
+    /// What the parts of a step's loss are multiplied with.
+    pub fn scales(&self, step: Step) -> Scales {
+        let loss = (1.0 / self.targets_of_step(step) as f64) as f32;
+        Scales { loss, mtp: loss * self.optimizer.mtp.at(step), balance: loss * self.optimizer.balance }
+    }
+
+    /// The learning rate of a step: linear up, constant, half a cosine down, constant, and perhaps a tail
+    /// of its own (technical report 4.2). A pure function of the step.
     pub fn lr(&self, step: Step) -> f64 {
         let o = &self.optimizer;
+        if let Some((steps, lr)) = o.tail
+            && step + steps > self.steps
+        {
+            return lr;
+        }
         if step <= o.warmup {
             return o.lr * step as f64 / o.warmup.max(1) as f64;
         }
-        let rest = (self.steps - o.warmup).max(1) as f64;
-        let done = ((step - o.warmup) as f64 / rest).min(1.0);
+        let begin = o.warmup + o.hold;
+        let end = self.steps - o.tail.map_or(0, |(steps, _)| steps).min(self.steps);
+        let rest = o.decay_steps.unwrap_or(end.saturating_sub(begin)).max(1) as f64;
+        let done = (step.saturating_sub(begin) as f64 / rest).min(1.0);
         // The portable cosine: a system's own may differ in the last bit.
         o.lr_end + (o.lr - o.lr_end) * 0.5 * (1.0 + everstep_kernels::cosine(std::f64::consts::PI * done))
     }
@@ -175,5 +231,44 @@ impl Layout {
     /// Whether a parameter has a gradient.
     pub fn has_gradient(&self, number: u32) -> bool {
         self.parameters[number as usize].update != Update::Balance
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn the_learning_rate_follows_the_published_shape() {
+        let mut spec = crate::sim::spec(0);
+        spec.steps = 100;
+        (spec.optimizer.lr, spec.optimizer.lr_end, spec.optimizer.warmup) = (1.0, 0.1, 10);
+        (spec.optimizer.hold, spec.optimizer.decay_steps) = (20, Some(40));
+        spec.optimizer.tail = Some((10, 0.05));
+        assert_eq!([1, 5, 10, 11, 30].map(|s| spec.lr(s)), [0.1, 0.5, 1.0, 1.0, 1.0]);
+        assert!((spec.lr(50) - 0.55).abs() < 1e-12 && (31..=70).all(|s| spec.lr(s) < spec.lr(s - 1)));
+        assert!([70, 80, 90].iter().all(|s| (spec.lr(*s) - 0.1).abs() < 1e-12));
+        assert_eq!([91, 100].map(|s| spec.lr(s)), [0.05, 0.05]);
+        (spec.optimizer.decay_steps, spec.optimizer.tail) = (None, None);
+        assert!((spec.lr(100) - 0.1).abs() < 1e-12 && spec.lr(99) > 0.1);
+    }
+
+    #[test]
+    fn every_parameter_has_one_first_use_in_each_lane() {
+        for shape in 0..4 {
+            let spec = crate::sim::spec(shape);
+            for p in spec.model.parameters().iter().filter(|p| p.update != Update::Balance) {
+                let senders = spec.senders_of(p.group);
+                for n in [0, 1] {
+                    let count = senders.iter().filter(|s| spec.uses(p, **s).contains(&n)).count() as u32;
+                    let shared = spec.model.mtp > 0
+                        && p.columns > 1
+                        && matches!(p.group, Group::Embedding | Group::Head)
+                        && p.update == Update::Decayed;
+                    let each = if matches!(p.group, Group::Expert { .. }) { 1 } else { spec.lanes };
+                    assert_eq!(count, if n == 0 || shared { each } else { 0 }, "{} use {n}", p.name);
+                }
+            }
+        }
     }
 }

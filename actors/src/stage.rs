@@ -15,7 +15,7 @@ use crate::outbox::Outbox;
 use crate::schedule::{Operation, one_forward_one_backward};
 use crate::spec::{JobSpec, Layout};
 use crate::table::Table;
-use everstep_kernels::{Group, ParameterMap, Progress, StageInput, StageModel, Targets, Tensor};
+use everstep_kernels::{Group, ParameterMap, Progress, StageInput, StageModel, Tensor, second_use};
 use std::collections::BTreeMap;
 use std::sync::Arc;
 
@@ -67,7 +67,6 @@ impl StageCore {
     /// A new life of a stage.
     pub(crate) fn new(spec: Arc<JobSpec>, layout: Arc<Layout>, corpus: Corpus, lane: u32, stage: u32) -> Self {
         let groups = spec.groups_of_stage(stage);
-        let program = one_forward_one_backward(stage, spec.stages, spec.micro_batches);
         Self {
             spec,
             layout,
@@ -78,7 +77,7 @@ impl StageCore {
             table: Arc::default(),
             step: 0,
             phase: Phase::Weights,
-            program,
+            program: Vec::new(),
             next: 0,
             inbox: BTreeMap::new(),
             weights: BTreeMap::new(),
@@ -149,7 +148,9 @@ impl StageCore {
         let config = Arc::new(self.spec.model.clone());
         self.step = committed + 1;
         self.next = 0;
-        self.phase = Phase::Idle(Box::new(StageModel::new(config, self.spec.layers_of(self.stage), &map)));
+        self.program = one_forward_one_backward(self.stage, self.spec.stages, self.spec.micro_batches.at(self.step));
+        let (layers, scales) = (self.spec.layers_of(self.stage), self.spec.scales(self.step));
+        self.phase = Phase::Idle(Box::new(StageModel::new(config, layers, &map, scales)));
         self.outbox.forget_until(committed);
         self.inbox = self.inbox.split_off(&(self.step, Input::Hidden(0)));
     }
@@ -216,8 +217,7 @@ impl StageCore {
         } else {
             StageInput::Hidden(self.inbox.get(&(self.step, Input::Hidden(micro_batch)))?.clone())
         };
-        let scale = (1.0 / self.spec.targets_of_step() as f64) as f32;
-        let targets = self.is_last().then_some(Targets { tokens: targets, scale });
+        let targets = self.is_last().then_some(targets);
         Some(StageOperation::Forward { micro_batch, input, targets })
     }
 
@@ -275,15 +275,17 @@ impl StageCore {
         let mut sums = model.take_sums();
         self.phase = Phase::Finished;
         let mut effects = Vec::new();
+        let me = ActorId::Stage { lane: self.lane, stage: self.stage };
         for group in &self.groups {
-            let gradients: Vec<Tensor> = self.layout.of_group[group]
-                .iter()
-                .filter(|n| self.layout.has_gradient(**n))
-                .map(|n| {
-                    let name = &self.layout.parameters[*n as usize].name;
-                    sums.gradients.remove(name).unwrap_or_else(|| panic!("no gradient of {name}"))
-                })
-                .collect();
+            let mut gradients = Vec::new();
+            for n in self.layout.of_group[group].iter().filter(|n| self.layout.has_gradient(**n)) {
+                let parameter = &self.layout.parameters[*n as usize];
+                for n in self.spec.uses(parameter, me) {
+                    let name = if *n == 0 { parameter.name.clone() } else { second_use(&parameter.name) };
+                    let sum = sums.gradients.remove(&name);
+                    gradients.push(sum.unwrap_or_else(|| panic!("no gradient of {name}")));
+                }
+            }
             let loads = match group {
                 Group::Layer(layer) => sums.loads.remove(layer).unwrap_or_default(),
                 Group::Embedding | Group::Head | Group::Expert { .. } => Vec::new(),
@@ -291,11 +293,11 @@ impl StageCore {
             let body = Body::Sums {
                 step: self.step,
                 group: self.layout.number_of[group],
-                micro_batches: self.spec.micro_batches,
-                samples: u64::from(self.spec.micro_batches) * u64::from(self.spec.sequences),
+                micro_batches: self.spec.micro_batches.at(self.step),
+                samples: self.spec.sequences_of_lane(self.step),
                 gradients,
                 loads,
-                loss: if *group == Group::Head { sums.loss } else { 0.0 },
+                losses: if *group == Group::Head { sums.losses } else { [0.0; 2] },
             };
             let shard = self.layout.shard_of[group];
             for replica in 0..=self.spec.mirrors {
@@ -454,11 +456,11 @@ mod tests {
         let sums: Vec<_> = sent.iter().filter(|(_, body)| matches!(body, Body::Sums { .. })).collect();
         assert_eq!(sums.len(), materials.spec.groups_of_stage(1).len() * 2);
         for (to, body) in sums {
-            let Body::Sums { micro_batches, samples, loss, group, .. } = body else { unreachable!() };
+            let Body::Sums { micro_batches, samples, losses, group, .. } = body else { unreachable!() };
             assert!(matches!(to, ActorId::Reducer { .. }));
             assert_eq!((*micro_batches, *samples), (2, 2));
             let head = *group as usize + 1 == materials.layout.all_groups.len();
-            assert_eq!(*loss > 0.0, head);
+            assert_eq!(losses[0] > 0.0, head);
         }
     }
 }

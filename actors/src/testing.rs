@@ -5,6 +5,7 @@ use crate::data::Corpus;
 use crate::effect::{Core, Effect, Event};
 use crate::ids::{ActorId, Address, Incarnation, NodeId, SUPERVISOR_NODE};
 use crate::message::{Body, Local};
+use crate::pieces::Pieces;
 use crate::spec::{JobSpec, Layout};
 use crate::table::{Entry, NodeInfo, Table};
 use crate::worker::Materials;
@@ -15,7 +16,7 @@ use std::sync::Arc;
 /// Two lanes, two stages, two micro-batches, two shards with a mirror each.
 pub(crate) fn materials() -> Materials {
     let mut spec = crate::sim::spec(0);
-    (spec.lanes, spec.stages, spec.micro_batches) = (2, 2, 2);
+    (spec.lanes, spec.stages, spec.micro_batches) = (2, 2, Pieces::Constant(2));
     of(spec)
 }
 

@@ -131,6 +131,8 @@ pub trait Backend: Send + Sync + fmt::Debug {
     fn gate(&self, logits: &Tensor, bias: &Tensor, shape: &GateShape) -> (Tensor, Tensor);
     /// `logits_TE, experts_TK, dweights_TK -> dlogits_TE`.
     fn gate_backward(&self, logits: &Tensor, experts: &Tensor, dweights: &Tensor, shape: &GateShape) -> Tensor;
+    /// `logits_TE -> dlogits_TE` of the sequence-wise balance loss.
+    fn gate_balance_backward(&self, logits: &Tensor, shape: &GateShape, factor: f32) -> Tensor;
     /// Rows `tokens` of `x_TD`.
     fn gather(&self, x: &Tensor, tokens: &[u32]) -> Tensor;
     /// Each expert's rows, `weights_TK` or ones `-> y_TD`.

@@ -219,6 +219,10 @@ impl Backend for CpuBackend {
         like(logits, gate::backward(logits.f32s(), experts.u32s(), dweights.f32s(), shape))
     }
 
+    fn gate_balance_backward(&self, logits: &Tensor, shape: &GateShape, factor: f32) -> Tensor {
+        like(logits, gate::balance_backward(logits.f32s(), shape, factor))
+    }
+
     fn gather(&self, x: &Tensor, tokens: &[u32]) -> Tensor {
         Tensor::from_vec(tokens.len(), x.columns(), combine::gather(x.f32s(), tokens, x.columns()))
     }
@@ -265,7 +269,7 @@ mod tests {
     fn operations(b: &CpuBackend, x: &Tensor, y: &Tensor) -> Vec<(&'static str, Tensor)> {
         let (square, wide, norm) = (matrix(D, D, 1), matrix(5 * D, D, 2), matrix(1, D, 3));
         let counts = b.upload_indices(vec![x.rows() as u32]);
-        let gate = GateShape { experts: D, top_k: 3, groups: 4, groups_kept: 2, routed_scale: 1.5 };
+        let gate = GateShape { experts: D, top_k: 3, groups: 4, groups_kept: 2, routed_scale: 1.5, sequence: 1 };
         let (experts, weights) = b.gate(x, &norm, &gate);
         let (dgate, dup) = b.swiglu_backward(x, y, y);
         let targets = b.upload_indices(vec![7; x.rows()]);
@@ -285,6 +289,7 @@ mod tests {
             ("swiglu", b.swiglu(x, y)),
             ("swiglu_backward gate", dgate),
             ("swiglu_backward up", dup),
+            ("gate_balance_backward", b.gate_balance_backward(x, &gate, 0.1)),
             ("gate_backward", b.gate_backward(x, &experts, &weights, &gate)),
             ("combine", b.combine(&sent, Some(&weights), &plan)),
             ("gate", weights),

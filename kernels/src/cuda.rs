@@ -350,6 +350,10 @@ impl Backend for CudaBackend {
         self.unsupported("gate_backward", logits.rows(), logits.columns())
     }
 
+    fn gate_balance_backward(&self, logits: &Tensor, _: &GateShape, _: f32) -> Tensor {
+        self.unsupported("gate_balance_backward", logits.rows(), logits.columns())
+    }
+
     fn gather(&self, x: &Tensor, tokens: &[u32]) -> Tensor {
         self.unsupported("gather", tokens.len(), x.columns())
     }

@@ -21,8 +21,8 @@ pub use cuda::CudaBackend;
 pub use layers::expert::{
     ExpertHeld, ExpertSaved, ExpertWeights, expert_backward_input, expert_backward_weight, expert_forward,
 };
-pub use layers::stage::{Progress, StageInput, StageModel, StageSums, Targets};
-pub use layers::{ParameterMap, Weight};
+pub use layers::stage::{Progress, Scales, StageInput, StageModel, StageSums};
+pub use layers::{ParameterMap, Weight, second_use};
 pub use limits::{multiply_add_limit, peer_linear};
 pub use math::{cosine, power};
 pub use model::{Group, ModelConfig, Parameter, Update};
@@ -30,6 +30,6 @@ pub use ops::adamw::{AdamW, NORM_CHUNK, StateSums, square_sums, state_sum, state
 pub use ops::attention::AttentionShape;
 pub use ops::combine::{Dispatch, Slot};
 pub use ops::gate::GateShape;
-pub use ops::rope::RopeShape;
+pub use ops::rope::{RopeShape, Yarn};
 pub use philox::Philox;
 pub use tensor::{DeviceBuffer, Tensor};

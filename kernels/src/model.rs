@@ -5,7 +5,7 @@
 
 use crate::ops::attention::AttentionShape;
 use crate::ops::gate::GateShape;
-use crate::ops::rope::RopeShape;
+use crate::ops::rope::{RopeShape, Yarn};
 use crate::philox::Philox;
 use std::fmt;
 use std::sync::Arc;
@@ -53,6 +53,10 @@ pub struct ModelConfig {
     pub sequence: usize,
     /// Base of the rotary frequencies.
     pub rope_theta: f64,
+    /// How they are stretched for long texts, if they are.
+    pub yarn: Option<Yarn>,
+    /// Modules of multi-token prediction: 0 or 1 (technical report 2.2).
+    pub mtp: usize,
     /// Deviation of the initial matrices.
     pub initial_std: f64,
 }
@@ -167,15 +171,20 @@ impl Inventory {
 }
 
 impl ModelConfig {
-    /// Whether a layer has routed experts.
+    /// Whether a layer has routed experts. The layer of multi-token prediction is like the last one.
     pub fn is_mixture(&self, layer: usize) -> bool {
-        layer >= self.dense_layers
+        layer >= self.dense_layers && self.dense_layers < self.layers
+    }
+
+    /// Layers with that of multi-token prediction, which follows the others.
+    pub fn blocks(&self) -> usize {
+        self.layers + self.mtp
     }
 
     /// All groups in order of dependence.
     pub fn groups_of_model(&self) -> Vec<Group> {
         let mut groups = vec![Group::Embedding];
-        for layer in 0..self.layers as u32 {
+        for layer in 0..self.blocks() as u32 {
             groups.push(Group::Layer(layer));
             if self.is_mixture(layer as usize) {
                 groups.extend((0..self.experts as u32).map(|expert| Group::Expert { layer, expert }));
@@ -231,6 +240,12 @@ impl ModelConfig {
         } else {
             all.mlp("mlp.", d, self.dense_inner);
         }
+        if layer >= self.layers {
+            all.norm("enorm.weight", d);
+            all.norm("hnorm.weight", d);
+            all.matrix("eh_proj.weight", d, 2 * d);
+            all.norm("shared_head.norm.weight", d);
+        }
     }
 
     /// All parameters, by group.
@@ -246,7 +261,8 @@ impl ModelConfig {
             rope: self.rope,
             value: self.value,
             sequence: self.sequence,
-            scale: libm::pow((self.nope + self.rope) as f64, -0.5) as f32,
+            scale: (libm::pow((self.nope + self.rope) as f64, -0.5) * self.yarn.map_or(1.0, |yarn| yarn.score_factor()))
+                as f32,
         }
     }
 
@@ -259,6 +275,7 @@ impl ModelConfig {
             width: self.rope,
             sequence: self.sequence,
             theta: self.rope_theta,
+            yarn: self.yarn,
         }
     }
 
@@ -275,6 +292,7 @@ impl ModelConfig {
             groups: self.groups,
             groups_kept: self.groups_kept,
             routed_scale: self.routed_scale,
+            sequence: self.sequence,
         }
     }
 }
@@ -307,6 +325,8 @@ mod tests {
             routed_scale: 2.5,
             sequence: 4096,
             rope_theta: 10_000.0,
+            yarn: None,
+            mtp: 0,
             initial_std: 0.006,
         };
         let total: usize = config.parameters().iter().filter(|p| p.update == Update::Decayed).map(Parameter::len).sum();
@@ -318,5 +338,9 @@ mod tests {
             .map(Parameter::len)
             .sum();
         assert_eq!(attention, 187_105_280);
+        // The module's own parameters, without embedding and head (derived in the reference from 1.1).
+        let mtp = ModelConfig { mtp: 1, ..config.clone() };
+        let own = mtp.parameters().iter().filter(|p| p.update == Update::Decayed).map(Parameter::len).sum::<usize>();
+        assert_eq!((own - total) / 1_000_000, 11_610);
     }
 }

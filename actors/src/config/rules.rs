@@ -1,6 +1,7 @@
 //! What must hold of a configuration beyond its types: rules by key, checked in order.
 
 use super::{ConfigError, Raw, RawModel, RawOptimizer, line_of};
+use crate::pieces::Pieces;
 
 /// One rule: whether it holds, the key to blame, its value, and what is expected.
 type Rule = (bool, &'static str, String, String);
@@ -40,7 +41,6 @@ fn size_rules(raw: &Raw) -> Vec<Rule> {
         positive(m.sequence as u64, "model.sequence"),
         positive(u64::from(j.lanes), "job.lanes"),
         positive(u64::from(j.stages), "job.stages"),
-        positive(u64::from(j.micro_batches), "job.micro_batches"),
         positive(u64::from(j.sequences), "job.sequences"),
         positive(u64::from(j.nodes), "job.nodes"),
         positive(u64::from(j.shards), "job.shards"),
@@ -97,9 +97,28 @@ fn choice_rules(raw: &Raw) -> Vec<Rule> {
         |key, value: u32, most: u32| (value <= most, key, value.to_string(), format!("expected at most {most}"));
     rules.push(at_most("recovery.mirrors", raw.recovery.mirrors, 15));
     rules.push(at_most("job.lanes", j.lanes, 65_536));
-    rules.push(at_most("job.micro_batches", j.micro_batches, 65_536));
+    let batches: Vec<u32> = j.micro_batches.values().collect();
+    rules.push((
+        j.micro_batches.is_whole() && batches.iter().all(|n| (1..=65_536).contains(n)),
+        "job.micro_batches",
+        format!("{batches:?}"),
+        "expected 1 to 65536, or [from step, value] pairs that ascend from step 0".into(),
+    ));
     rules.push(at_most("job.shards", j.shards, 65_536));
     rules.push((m.initial_std.is_finite(), "model.initial_std", m.initial_std.to_string(), "expected a number".into()));
+    rules.push((m.mtp <= 1, "model.mtp", m.mtp.to_string(), "expected 0 or 1, as published".into()));
+    rules.push((
+        m.mtp == 0 || m.sequence > 1,
+        "model.sequence",
+        m.sequence.to_string(),
+        "model.mtp predicts the token after the next: expected at least 2".into(),
+    ));
+    if let Some(y) = &m.yarn {
+        let why = "expected a factor of at least 1, an original length of at least 1, positive betas, finite scales";
+        let finite = [y.factor, y.beta_fast, y.beta_slow, y.mscale, y.mscale_all_dim].iter().all(|x| x.is_finite());
+        let holds = finite && y.factor >= 1.0 && y.original > 0 && y.beta_fast > 0.0 && y.beta_slow > 0.0;
+        rules.push((holds, "model.yarn", format!("{y:?}"), why.into()));
+    }
     rules.push((m.rope_theta >= 1.0, "model.rope_theta", m.rope_theta.to_string(), "expected at least 1".into()));
     rules
 }
@@ -112,6 +131,12 @@ fn optimizer_rules(o: &RawOptimizer) -> Vec<Rule> {
     };
     let below_one =
         |key, value: f64| ((0.0..1.0).contains(&value), key, value.to_string(), "expected 0 to below 1".into());
+    let pieces = |key, pieces: &Pieces<f32>| {
+        let values: Vec<f32> = pieces.values().collect();
+        let holds = pieces.is_whole() && values.iter().all(|v| (0.0..=1.0).contains(v));
+        let reason = "expected 0 to 1, or [from step, value] pairs that ascend from step 0";
+        (holds, key, format!("{values:?}"), reason.to_owned())
+    };
     vec![
         within("optimizer.lr", o.lr, 0.0..=1e3),
         within("optimizer.lr_end", o.lr_end, 0.0..=1e3),
@@ -120,7 +145,16 @@ fn optimizer_rules(o: &RawOptimizer) -> Vec<Rule> {
         within("optimizer.eps", o.eps, 1e-30..=1.0),
         within("optimizer.weight_decay", o.weight_decay, 0.0..=1e3),
         within("optimizer.clip", o.clip, 1e-30..=1e30),
-        within("optimizer.bias_step", f64::from(o.bias_step), 0.0..=1.0),
+        within("optimizer.balance_weight", f64::from(o.balance_weight), 0.0..=1.0),
+        pieces("optimizer.bias_step", &o.bias_step),
+        pieces("optimizer.mtp_weight", &o.mtp_weight),
+        (
+            o.tail_lr.is_none() || o.tail_steps.is_some(),
+            "optimizer.tail_lr",
+            format!("{:?}", o.tail_lr),
+            "it is the learning rate of optimizer.tail_steps, which is not given".into(),
+        ),
+        within("optimizer.tail_lr", o.tail_lr.unwrap_or(0.0), 0.0..=1e3),
     ]
 }
 

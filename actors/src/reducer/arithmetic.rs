@@ -2,7 +2,7 @@
 
 use super::Ledger;
 use super::ledger::Receipt;
-use crate::ids::Step;
+use crate::ids::{ActorId, Step};
 use crate::message::Commit;
 use crate::spec::{JobSpec, Layout};
 use everstep_kernels::{AdamW, Group, Parameter, Tensor, Update, adamw_step, power, square_sums, state_sums};
@@ -58,9 +58,58 @@ pub(crate) fn initial(seed: u64, std: f64, parameters: &[Parameter]) -> Applied 
 #[derive(Debug)]
 pub struct Reduce {
     step: Step,
-    /// Receipts, numbers of the parameters with a gradient, and whether these are lanes.
-    groups: Vec<(Vec<Receipt>, Vec<u32>)>,
+    groups: Vec<GroupSums>,
     head: Option<usize>,
+}
+
+/// What came for one group.
+#[derive(Debug)]
+struct GroupSums {
+    /// By sender, in order.
+    receipts: Vec<Receipt>,
+    /// Numbers of the parameters with a gradient; for each use the receipts that have a sum of it, and
+    /// where in them. A use without receipts isn't listed.
+    parameters: Vec<(u32, Vec<Vec<(usize, usize)>>)>,
+}
+
+impl GroupSums {
+    fn new(receipts: Vec<(ActorId, Receipt)>, numbers: &[u32], spec: &JobSpec, layout: &Layout) -> Self {
+        let mut at = vec![0; receipts.len()];
+        let mut parameters = Vec::new();
+        for number in numbers {
+            let mut uses: [Vec<(usize, usize)>; 2] = Default::default();
+            for (r, (sender, _)) in receipts.iter().enumerate() {
+                for n in spec.uses(&layout.parameters[*number as usize], *sender) {
+                    uses[*n].push((r, at[r]));
+                    at[r] += 1;
+                }
+            }
+            parameters.push((*number, uses.into_iter().filter(|u| !u.is_empty()).collect()));
+        }
+        Self { receipts: receipts.into_iter().map(|(_, r)| r).collect(), parameters }
+    }
+
+    /// A parameter's gradient: lanes added for each use, uses added last (DESIGN 3.1).
+    fn gradient(&self, uses: &[Vec<(usize, usize)>]) -> Vec<f32> {
+        let of_use = |parts: &Vec<(usize, usize)>| {
+            let host = |(r, at): &(usize, usize)| {
+                self.receipts[*r].gradients[*at].as_host().expect("sums travel through host memory").to_vec()
+            };
+            tree(&parts.iter().map(host).collect::<Vec<_>>(), &add_vectors)
+        };
+        uses.iter().map(of_use).reduce(add_vectors).expect("a parameter with a gradient is used")
+    }
+
+    /// Samples that were counted: the same in each use, or a number that no step has.
+    fn samples(&self) -> u64 {
+        let of_use = |parts: &Vec<(usize, usize)>| parts.iter().map(|(r, _)| self.receipts[*r].samples).sum::<u64>();
+        same(self.parameters.iter().flat_map(|(_, uses)| uses.iter().map(of_use)))
+    }
+}
+
+/// What all counts are, if they are equal; else a number that no step has: the supervisor refuses it.
+fn same(counts: impl Iterator<Item = u64>) -> u64 {
+    counts.reduce(|a, b| if a == b { a } else { u64::MAX }).unwrap_or(0)
 }
 
 /// A step's gradients over all lanes.
@@ -74,8 +123,8 @@ pub struct Reduced {
     pub loads: Vec<Vec<u64>>,
     /// Squared sums of chunks by number.
     pub norm: Vec<(u32, Vec<f64>)>,
-    /// Sum of the losses, if the shard has the head.
-    pub loss: Option<f64>,
+    /// Sums of the losses, if the shard has the head.
+    pub losses: Option<[f64; 2]>,
     /// Samples that each group counted.
     pub samples: u64,
 }
@@ -102,37 +151,33 @@ fn add_vectors(mut a: Vec<f32>, b: Vec<f32>) -> Vec<f32> {
 
 impl Reduce {
     /// Of a balanced ledger.
-    pub fn new(step: Step, ledger: &Ledger, layout: &Layout, groups: &[Group]) -> Self {
-        let with_gradient =
-            |g: &Group| layout.of_group[g].iter().copied().filter(|n| layout.has_gradient(*n)).collect();
+    pub fn new(step: Step, ledger: &Ledger, spec: &JobSpec, layout: &Layout, groups: &[Group]) -> Self {
+        let sums = |g: &Group| {
+            let numbers: Vec<u32> = layout.of_group[g].iter().copied().filter(|n| layout.has_gradient(*n)).collect();
+            GroupSums::new(ledger.receipts(*g), &numbers, spec, layout)
+        };
         let head = groups.iter().position(|g| *g == Group::Head);
-        let groups = groups.iter().map(|g| (ledger.receipts(*g), with_gradient(g))).collect();
-        Self { step, groups, head }
+        Self { step, groups: groups.iter().map(sums).collect(), head }
     }
 
     /// Does it.
     pub fn run(self) -> Reduced {
-        let (mut gradients, mut loads, mut norm, mut samples) = (Vec::new(), Vec::new(), Vec::new(), Vec::new());
-        for (receipts, numbers) in &self.groups {
-            for (at, number) in numbers.iter().enumerate() {
-                let host = |r: &Receipt| r.gradients[at].as_host().expect("sums travel through host memory").to_vec();
-                let parts: Vec<Vec<f32>> = receipts.iter().map(host).collect();
-                let sum = tree(&parts, &add_vectors);
+        let (mut gradients, mut loads, mut norm) = (Vec::new(), Vec::new(), Vec::new());
+        for group in &self.groups {
+            for (number, uses) in &group.parameters {
+                let sum = group.gradient(uses);
                 norm.push((*number, square_sums(&sum)));
                 gradients.push((*number, sum));
             }
-            let parts: Vec<Vec<u64>> = receipts.iter().map(|r| r.loads.clone()).collect();
+            let parts: Vec<Vec<u64>> = group.receipts.iter().map(|r| r.loads.clone()).collect();
             loads.push(tree(&parts, &|a: Vec<u64>, b| a.iter().zip(b).map(|(a, b)| a + b).collect()));
-            samples.push(receipts.iter().map(|r| r.samples).sum::<u64>());
         }
-        let loss = self.head.map(|h| {
-            let losses: Vec<f64> = self.groups[h].0.iter().map(|r| r.loss).collect();
-            tree(&losses, &|a, b| a + b)
+        let losses = self.head.map(|h| {
+            let losses: Vec<[f64; 2]> = self.groups[h].receipts.iter().map(|r| r.losses).collect();
+            tree(&losses, &|a, b| [a[0] + b[0], a[1] + b[1]])
         });
-        // Unequal counts are shown as a wrong one: the supervisor refuses to commit it.
-        let first = samples.first().copied().unwrap_or(0);
-        let samples = if samples.iter().all(|s| *s == first) { first } else { u64::MAX };
-        Reduced { step: self.step, gradients, loads, norm, loss, samples }
+        let samples = same(self.groups.iter().map(GroupSums::samples));
+        Reduced { step: self.step, gradients, loads, norm, losses, samples }
     }
 }
 
@@ -203,7 +248,7 @@ impl Apply {
                 ParameterWork { data: data.clone(), gradient: gradients.remove(n), loads, update: p.update }
             })
             .collect();
-        Self { commit, adamw, decay: o.weight_decay as f32, bias_step: o.bias_step, work }
+        Self { commit, adamw, decay: o.weight_decay as f32, bias_step: o.bias_step.at(commit.step), work }
     }
 
     /// Does it.

@@ -4,7 +4,7 @@
 //! - LE-2: it balances exactly when no expected sum is missing; then every group counts every sample
 //!   of the step once.
 
-use crate::ids::ActorId;
+use crate::ids::{ActorId, Step};
 use crate::plant::Bug;
 use crate::spec::JobSpec;
 use everstep_kernels::{Group, Tensor};
@@ -17,12 +17,12 @@ pub struct Receipt {
     pub micro_batches: u32,
     /// Samples in it.
     pub samples: u64,
-    /// Gradients by parameter.
+    /// Gradients by parameter and use.
     pub gradients: Vec<Tensor>,
     /// Rows by expert.
     pub loads: Vec<u64>,
-    /// Sum of losses.
-    pub loss: f64,
+    /// Sums of losses.
+    pub losses: [f64; 2],
 }
 
 /// See the module.
@@ -38,10 +38,10 @@ pub struct Ledger {
 
 impl Ledger {
     /// An empty ledger of a shard's groups.
-    pub fn new(spec: &JobSpec, groups: &[Group], plant: Option<Bug>) -> Self {
+    pub fn new(spec: &JobSpec, step: Step, groups: &[Group], plant: Option<Bug>) -> Self {
         let senders = |g: &Group| spec.senders_of(*g).into_iter().map(|s| (s, None)).collect();
         let expected = groups.iter().map(|g| (*g, senders(g))).collect();
-        Self { micro_batches: spec.micro_batches, expected, arrivals: BTreeMap::new(), plant }
+        Self { micro_batches: spec.micro_batches.at(step), expected, arrivals: BTreeMap::new(), plant }
     }
 
     /// Counts a sum. Foreign senders, incomplete sums and second copies are not counted.
@@ -70,16 +70,16 @@ impl Ledger {
     }
 
     /// A group's receipts in order of sender.
-    pub fn receipts(&self, group: Group) -> Vec<Receipt> {
+    pub fn receipts(&self, group: Group) -> Vec<(ActorId, Receipt)> {
         match self.plant {
-            Some(Bug::ArrivalOrderSum) => return self.arrivals[&group].iter().map(|(_, r)| r.clone()).collect(),
+            Some(Bug::ArrivalOrderSum) => return self.arrivals[&group].clone(),
             Some(Bug::ContributionTwice) => {
                 let mut all = self.arrivals[&group].clone();
                 all.sort_by_key(|(sender, _)| *sender);
-                return all.into_iter().map(|(_, r)| r).collect();
+                return all;
             }
             Some(Bug::FenceSkipped | Bug::AcknowledgedBeforeSynced | Bug::LostAtReconnect) | None => {}
         }
-        self.expected[&group].values().flatten().cloned().collect()
+        self.expected[&group].iter().filter_map(|(sender, r)| Some((*sender, r.clone()?))).collect()
     }
 }

@@ -40,11 +40,11 @@ fn sums(materials: &Materials, step: Step) -> Vec<(ActorId, Body<Tensor>)> {
             let body = Body::Sums {
                 step,
                 group: materials.layout.number_of[group],
-                micro_batches: spec.micro_batches,
-                samples: u64::from(lanes * spec.micro_batches * spec.sequences),
+                micro_batches: spec.micro_batches.at(step),
+                samples: u64::from(lanes) * spec.sequences_of_lane(step),
                 gradients,
                 loads: if matches!(group, Group::Layer(1 | 2)) { vec![1, 2, 3] } else { Vec::new() },
-                loss: 0.5,
+                losses: [0.5, 0.0],
             };
             out.push((sender, body));
         }
@@ -186,11 +186,16 @@ fn weights_go_to_users_and_to_their_new_lives() {
 fn an_incomplete_sum_is_not_counted() {
     let materials = materials();
     let groups = &materials.layout.groups[0];
-    let mut ledger = Ledger::new(&materials.spec, groups, None);
+    let mut ledger = Ledger::new(&materials.spec, 1, groups, None);
     let missing = ledger.missing();
     let sender = materials.spec.senders_of(groups[0])[0];
-    let receipt =
-        |micro_batches| Receipt { micro_batches, samples: 2, gradients: Vec::new(), loads: Vec::new(), loss: 0.0 };
+    let receipt = |micro_batches| Receipt {
+        micro_batches,
+        samples: 2,
+        gradients: Vec::new(),
+        loads: Vec::new(),
+        losses: [0.0; 2],
+    };
     ledger.credit(sender, groups[0], receipt(1));
     assert_eq!(ledger.missing(), missing);
     ledger.credit(sender, groups[0], receipt(2));

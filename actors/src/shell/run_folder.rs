@@ -89,6 +89,9 @@ pub struct MetricsLine {
     /// Mean loss of the step's targets, in nats. JSON has no numbers that are none: those are `null`.
     #[serde(deserialize_with = "null_is_nan")]
     pub loss: f64,
+    /// Mean loss of multi-token prediction's targets, in nats, if there is any.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub mtp_loss: Option<f64>,
     /// Targets of the step.
     pub tokens: u64,
     /// Norm of the gradients before clipping; `null` if it was not finite and the step was skipped.
@@ -122,6 +125,7 @@ impl MetricsLine {
         Self {
             step: report.commit.commit.step,
             loss: report.commit.loss,
+            mtp_loss: report.commit.mtp_loss,
             tokens,
             grad_norm: report.commit.grad_norm,
             lr: report.commit.commit.lr,

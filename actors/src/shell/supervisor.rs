@@ -313,7 +313,8 @@ impl State {
 
     fn report(&mut self, report: Report) {
         let now = milliseconds();
-        let line = MetricsLine::new(report, self.config.spec.targets_of_step(), now, self.reported_at.replace(now));
+        let tokens = self.config.spec.targets_of_step(report.commit.commit.step);
+        let line = MetricsLine::new(report, tokens, now, self.reported_at.replace(now));
         self.write(Line::Metrics(serde_json::to_string(&line).expect("a line of metrics can be written")));
     }
 

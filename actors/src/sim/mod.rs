@@ -15,6 +15,7 @@ mod process;
 mod root;
 mod world;
 
+use crate::pieces::Pieces;
 use crate::plant::Bug;
 use crate::spec::{JobSpec, OptimizerSpec};
 use everstep_kernels::ModelConfig;
@@ -63,6 +64,7 @@ impl fmt::Display for Violation {
 /// The jobs that are simulated: few, so that each undisturbed run is made once.
 const SHAPES: [(u32, u32, u32); 4] = [(1, 2, 2), (3, 1, 2), (3, 2, 1), (2, 3, 2)];
 
+/// Two shapes predict two tokens, one of them in a single stage; one has a batch that grows.
 pub(crate) fn spec(shape: usize) -> JobSpec {
     let (lanes, stages, micro_batches) = SHAPES[shape];
     JobSpec {
@@ -87,6 +89,8 @@ pub(crate) fn spec(shape: usize) -> JobSpec {
             routed_scale: 1.0,
             sequence: 4,
             rope_theta: 10_000.0,
+            yarn: None,
+            mtp: usize::from(shape == 1 || shape == 3),
             initial_std: 0.3,
         },
         seed: 17 + shape as u64,
@@ -95,16 +99,24 @@ pub(crate) fn spec(shape: usize) -> JobSpec {
             lr: 0.02,
             lr_end: 0.002,
             warmup: 2,
+            hold: 0,
+            decay_steps: None,
+            tail: None,
             beta1: 0.9,
             beta2: 0.95,
             eps: 1e-8,
             weight_decay: 0.1,
             clip: 1.0,
-            bias_step: 0.01,
+            bias_step: Pieces::From(vec![(0, 0.01), (4, 0.0)]),
+            balance: 1e-3,
+            mtp: Pieces::Constant(0.3),
         },
         lanes,
         stages,
-        micro_batches,
+        micro_batches: match shape {
+            0 => Pieces::From(vec![(0, 1), (3, micro_batches)]),
+            _ => Pieces::Constant(micro_batches),
+        },
         sequences: 1,
         shards: 2,
         mirrors: 1,

@@ -23,8 +23,8 @@ pub(crate) struct Prepared {
     pub step: Step,
     /// Squared sums of chunks by number of the parameter.
     pub norm: Vec<(u32, Vec<f64>)>,
-    /// Sum of the losses, if the shard has the head.
-    pub loss: Option<f64>,
+    /// Sums of the losses, if the shard has the head.
+    pub losses: Option<[f64; 2]>,
     /// Samples that each of its groups counted.
     pub samples: u64,
 }
@@ -32,9 +32,9 @@ pub(crate) struct Prepared {
 impl Prepared {
     /// Whether two copies report the same bits. A sum that is not a number equals itself here.
     fn same(&self, other: &Self) -> bool {
-        let bits = |x: &Self| -> (Vec<(u32, Vec<u64>)>, Option<u64>) {
+        let bits = |x: &Self| -> (Vec<(u32, Vec<u64>)>, Option<[u64; 2]>) {
             let norm = x.norm.iter().map(|(n, parts)| (*n, parts.iter().map(|p| p.to_bits()).collect())).collect();
-            (norm, x.loss.map(f64::to_bits))
+            (norm, x.losses.map(|l| l.map(f64::to_bits)))
         };
         (self.step, self.samples, bits(self)) == (other.step, other.samples, bits(other))
     }
@@ -196,9 +196,9 @@ impl CommitCore {
             return Ok(None);
         }
         let step = self.committed + 1;
-        let expected = self.spec.targets_of_step() / self.spec.model.sequence as u64;
+        let expected = u64::from(self.spec.lanes) * self.spec.sequences_of_lane(step);
         let mut norm: BTreeMap<u32, &Vec<f64>> = BTreeMap::new();
-        let (mut loss, mut copies) = (0.0, u32::MAX);
+        let (mut losses, mut copies) = ([0.0; 2], u32::MAX);
         for shard in 0..self.spec.shards {
             let mut reports = self.copies(shard).map(|c| (c.1, &self.prepared[&c]));
             let (first, report) = reports.next().expect("every shard has a copy in sync");
@@ -213,10 +213,10 @@ impl CommitCore {
                 return Err(CommitError::Unbalanced { shard, step, got: report.samples, expected });
             }
             norm.extend(report.norm.iter().map(|(n, parts)| (*n, parts)));
-            loss += report.loss.unwrap_or(0.0);
+            losses = report.losses.unwrap_or(losses);
             copies = copies.min(of_shard);
         }
-        let record = self.record(step, norm.values().flat_map(|p| p.iter()).sum(), loss, copies);
+        let record = self.record(step, norm.values().flat_map(|p| p.iter()).sum(), losses, copies);
         self.committed = step;
         self.prepared.clear();
         self.applied.clear();
@@ -224,13 +224,15 @@ impl CommitCore {
         Ok(Some(record))
     }
 
-    fn record(&self, step: Step, squares: f64, loss: f64, copies: u32) -> CommitRecord {
+    fn record(&self, step: Step, squares: f64, losses: [f64; 2], copies: u32) -> CommitRecord {
         let grad_norm = squares.sqrt();
         let clip = self.spec.optimizer.clip;
         let scale = if grad_norm > clip { clip / grad_norm } else { 1.0 };
         let commit =
             Commit { step, clip: scale as f32, lr: self.spec.lr(step) as f32, skipped: !grad_norm.is_finite() };
-        CommitRecord { commit, loss: loss / self.spec.targets_of_step() as f64, grad_norm, copies }
+        let targets = self.spec.targets_of_step(step) as f64;
+        let mtp = (self.spec.model.mtp > 0).then(|| losses[1] / self.spec.mtp_targets_of_step(step) as f64);
+        CommitRecord { commit, loss: losses[0] / targets, mtp_loss: mtp, grad_norm, copies }
     }
 
     /// What the next commit waits for.

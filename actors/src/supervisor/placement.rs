@@ -19,7 +19,7 @@ impl Costs {
     /// Expected costs, with even loads of the experts.
     pub(crate) fn new(spec: &JobSpec) -> Self {
         let size = |g: &Group| spec.model.parameters_of(*g).iter().map(|p| Parameter::len(p) as u64).sum::<u64>();
-        let tokens = spec.targets_of_step();
+        let tokens = spec.targets_of_step(spec.steps);
         let lane_tokens = tokens / u64::from(spec.lanes);
         let mut by_actor = BTreeMap::new();
         for actor in spec.workers() {

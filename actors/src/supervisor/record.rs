@@ -11,6 +11,8 @@ pub struct CommitRecord {
     pub commit: Commit,
     /// Mean loss of the step's targets.
     pub loss: f64,
+    /// Mean loss of multi-token prediction's targets, if there is any.
+    pub mtp_loss: Option<f64>,
     /// Norm of the gradients before clipping.
     pub grad_norm: f64,
     /// The fewest copies in which a shard was safe.

@@ -66,7 +66,12 @@ fn applied(step: Step) -> impl Fn(u32) -> Body<Tensor> {
 }
 
 fn prepared(step: Step, samples: u64) -> impl Fn(u32) -> Body<Tensor> {
-    move |shard| Body::Prepared { step, norm: vec![(shard, vec![0.25])], loss: (shard == 0).then_some(8.0), samples }
+    move |shard| Body::Prepared {
+        step,
+        norm: vec![(shard, vec![0.25])],
+        losses: (shard == 0).then_some([8.0, 0.0]),
+        samples,
+    }
 }
 
 fn commits(effects: &[SupervisorEffect]) -> Vec<Commit> {
@@ -191,7 +196,7 @@ fn unbalanced_books_end_the_job() {
 fn copies_that_differ_end_the_job() {
     let mut job = started();
     job.say(0, 0, prepared(1, 4)(0));
-    job.say(0, 1, Body::Prepared { step: 1, norm: vec![(0, vec![0.26])], loss: Some(8.0), samples: 4 });
+    job.say(0, 1, Body::Prepared { step: 1, norm: vec![(0, vec![0.26])], losses: Some([8.0, 0.0]), samples: 4 });
     job.say(1, 0, prepared(1, 4)(1));
     let effects = job.say(1, 1, prepared(1, 4)(1));
     assert!(failure(&effects).unwrap().contains("copies 0 and 1 of shard 0 differ in sums of step 1"));
@@ -209,7 +214,7 @@ fn the_norm_is_of_all_shards_and_clips() {
     let of = |shard: u32| Body::Prepared {
         step: 1,
         norm: vec![(shard, vec![2.0, 6.0])],
-        loss: (shard == 0).then_some(8.0),
+        losses: (shard == 0).then_some([8.0, 0.0]),
         samples: 4,
     };
     let effects = job.everybody(of);

@@ -110,6 +110,7 @@ impl Mixture {
         saved: FeedForwardSaved,
         dh: Tensor,
         config: &ModelConfig,
+        balance: f32,
         products: &mut Products,
     ) -> Half<Tensor, SentBack> {
         match (&self.ffn, saved) {
@@ -119,7 +120,10 @@ impl Mixture {
             }
             (FeedForward::Mixture { gate, shared, .. }, FeedForwardSaved::Mixture { sent, rows }) => {
                 let (drows, dweights) = b.combine_backward(&dh, &rows, &sent.weights, &sent.plan);
-                let dlogits = b.gate_backward(&sent.logits, &sent.experts, &dweights, &config.gate());
+                let mut dlogits = b.gate_backward(&sent.logits, &sent.experts, &dweights, &config.gate());
+                if balance > 0.0 {
+                    dlogits = b.add(&dlogits, &b.gate_balance_backward(&sent.logits, &config.gate(), balance));
+                }
                 let mut dx = b.linear_backward_input(&dlogits, &gate.value);
                 products.push((gate.name.clone(), Product::Linear { dy: dlogits, x: sent.x }));
                 if let (Some(mlp), Some((_, saved))) = (shared, sent.shared) {

@@ -5,11 +5,12 @@ pub(crate) mod attention;
 pub(crate) mod expert;
 pub(crate) mod mixture;
 pub(crate) mod mlp;
+pub(crate) mod mtp;
 pub(crate) mod stage;
 mod weights;
 
 #[cfg(test)]
 mod reference;
 
-pub use weights::{ParameterMap, Weight};
+pub use weights::{ParameterMap, Weight, second_use};
 pub(crate) use weights::{Product, Products};

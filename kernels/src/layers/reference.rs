@@ -3,9 +3,11 @@
 
 use super::ParameterMap;
 use super::expert::{ExpertWeights, expert_backward_input, expert_backward_weight, expert_forward};
-use super::stage::{Progress, StageInput, StageModel, Targets};
+use super::second_use;
+use super::stage::{Progress, Scales, StageInput, StageModel};
 use crate::cpu::CpuBackend;
 use crate::model::{Group, ModelConfig, Update};
+use crate::ops::rope::Yarn;
 use crate::ops::testing::random;
 use crate::tensor::Tensor;
 use std::collections::BTreeMap;
@@ -33,9 +35,13 @@ fn config(query_rank: Option<usize>) -> ModelConfig {
         routed_scale: 2.5,
         sequence: 5,
         rope_theta: 10_000.0,
+        yarn: None,
+        mtp: 0,
         initial_std: 0.3,
     }
 }
+
+const SCALES: Scales = Scales { loss: 1.0, mtp: 0.3, balance: 0.2 };
 
 type Wide = BTreeMap<Arc<str>, Vec<f64>>;
 
@@ -61,7 +67,9 @@ impl Reference<'_> {
     fn rope(&self, x: &mut [f64], position: usize) {
         let n = x.len();
         for i in 0..n / 2 {
-            let angle = position as f64 / self.c.rope_theta.powf(2.0 * i as f64 / n as f64);
+            let mut angle = position as f64 / self.c.rope_theta.powf(2.0 * i as f64 / n as f64);
+            // With a text so short before, the first pair stays and the others are stretched whole.
+            angle /= self.c.yarn.filter(|_| i > 0).map_or(1.0, |y| y.factor);
             let (a, b) = (x[2 * i], x[2 * i + 1]);
             x[2 * i] = a * angle.cos() - b * angle.sin();
             x[2 * i + 1] = a * angle.sin() + b * angle.cos();
@@ -99,7 +107,8 @@ impl Reference<'_> {
             kvs.push(self.linear(&latent, &name("self_attn.kv_b_proj.weight")));
             ropes.push(k_rope);
         }
-        let scale = ((c.nope + c.rope) as f64).powf(-0.5);
+        let growth = c.yarn.map_or(1.0, |y| 1.0 + 0.1 * y.factor.ln());
+        let scale = ((c.nope + c.rope) as f64).powf(-0.5) * growth * growth;
         (0..hs.len())
             .map(|t| {
                 let mut o = Vec::new();
@@ -148,21 +157,65 @@ impl Reference<'_> {
         h.iter().zip(y).map(|(h, y)| h + y).collect()
     }
 
-    fn loss(&self, tokens: &[u32], targets: &[u32]) -> f64 {
-        let d = self.c.hidden;
-        let mut hs: Vec<Vec<f64>> =
-            tokens.iter().map(|t| self.w("model.embed_tokens.weight")[*t as usize * d..][..d].to_vec()).collect();
-        for layer in 0..self.c.layers {
-            hs = self.attention(&hs, &format!("model.layers.{layer}."));
-            hs = hs.iter().map(|h| self.feed_forward(h, layer)).collect();
+    /// A block, and its balance loss: per sequence `T` times `sum f_i P_i`.
+    fn block(&self, hs: Vec<Vec<f64>>, layer: usize) -> (Vec<Vec<f64>>, f64) {
+        let (c, at) = (self.c, format!("model.layers.{layer}."));
+        let hs = self.attention(&hs, &at);
+        let mut balance = 0.0;
+        for sequence in hs.chunks(c.sequence).filter(|_| c.is_mixture(layer)) {
+            let scores = |h: &Vec<f64>| -> Vec<f64> {
+                let x = self.norm(h, &format!("{at}post_attention_layernorm.weight"));
+                self.linear(&x, &format!("{at}mlp.gate.weight")).iter().map(|l| 1.0 / (1.0 + (-l).exp())).collect()
+            };
+            let rows: Vec<Vec<f64>> = sequence.iter().map(scores).collect();
+            for e in 0..c.experts {
+                let chosen = |s: &&Vec<f64>| s.iter().filter(|x| **x > s[e]).count() < c.top_k;
+                let f = rows.iter().filter(chosen).count() as f64 * c.experts as f64 / c.top_k as f64;
+                let p: f64 = rows.iter().map(|s| s[e] / s.iter().sum::<f64>()).sum();
+                balance += f * p / c.sequence as f64;
+            }
         }
-        hs.iter()
-            .zip(targets)
-            .map(|(h, t)| {
-                let logits = self.linear(&self.norm(h, "model.norm.weight"), "lm_head.weight");
-                logits.iter().map(|l| l.exp()).sum::<f64>().ln() - logits[*t as usize]
-            })
-            .sum()
+        (hs.iter().map(|h| self.feed_forward(h, layer)).collect(), balance)
+    }
+
+    fn cross_entropy(&self, x: &[f64], target: u32) -> f64 {
+        let logits = self.linear(x, "lm_head.weight");
+        logits.iter().map(|l| l.exp()).sum::<f64>().ln() - logits[target as usize]
+    }
+
+    fn embed(&self, tokens: &[u32]) -> Vec<Vec<f64>> {
+        let d = self.c.hidden;
+        tokens.iter().map(|t| self.w("model.embed_tokens.weight")[*t as usize * d..][..d].to_vec()).collect()
+    }
+
+    /// Losses of the main model and of multi-token prediction, and the balance loss.
+    fn losses(&self, tokens: &[u32], targets: &[u32]) -> [f64; 3] {
+        let (mut hs, mut losses) = (self.embed(tokens), [0.0; 3]);
+        for layer in 0..self.c.layers {
+            let (out, balance) = self.block(hs, layer);
+            (hs, losses[2]) = (out, losses[2] + balance);
+        }
+        let xs: Vec<Vec<f64>> = hs.iter().map(|h| self.norm(h, "model.norm.weight")).collect();
+        losses[0] = xs.iter().zip(targets).map(|(x, t)| self.cross_entropy(x, *t)).sum();
+        if self.c.mtp == 1 {
+            let at = |name: &str| format!("model.layers.{}.{name}", self.c.layers);
+            let joined = self.embed(targets).into_iter().zip(&xs).map(|(e, x)| {
+                let both = [self.norm(&e, &at("enorm.weight")), self.norm(x, &at("hnorm.weight"))].concat();
+                self.linear(&both, &at("eh_proj.weight"))
+            });
+            let (hs, balance) = self.block(joined.collect(), self.c.layers);
+            losses[2] += balance;
+            for (i, h) in hs.iter().enumerate().filter(|(i, _)| (i + 1) % self.c.sequence != 0) {
+                losses[1] += self.cross_entropy(&self.norm(h, &at("shared_head.norm.weight")), targets[i + 1]);
+            }
+        }
+        losses
+    }
+
+    /// What is differentiated.
+    fn loss(&self, tokens: &[u32], targets: &[u32]) -> f64 {
+        let [main, mtp, balance] = self.losses(tokens, targets);
+        main * f64::from(SCALES.loss) + mtp * f64::from(SCALES.mtp) + balance * f64::from(SCALES.balance)
     }
 }
 
@@ -178,18 +231,24 @@ fn parameters(c: &ModelConfig) -> ParameterMap {
     c.parameters().into_iter().enumerate().map(value).collect()
 }
 
-/// Runs stages with all experts at hand. Gives the loss and all gradients of one micro-batch.
-fn train(c: &ModelConfig, map: &ParameterMap, cuts: &[usize], tokens: &[u32], targets: &[u32]) -> (f64, ParameterMap) {
+/// Runs stages with all experts at hand. Gives the losses and all gradients of one micro-batch, uses apart.
+fn train(
+    c: &ModelConfig,
+    map: &ParameterMap,
+    cuts: &[usize],
+    tokens: &[u32],
+    targets: &[u32],
+) -> ([f64; 2], ParameterMap) {
     let b = &CpuBackend;
     let shared = Arc::new(c.clone());
     let mut stages: Vec<StageModel> =
-        cuts.windows(2).map(|w| StageModel::new(Arc::clone(&shared), w[0]..w[1], map)).collect();
+        cuts.windows(2).map(|w| StageModel::new(Arc::clone(&shared), w[0]..w[1], map, SCALES)).collect();
     let experts = |layer: u32| (0..c.experts as u32).map(move |e| ExpertWeights::new(map, layer, e));
     let (mut saved, mut gradients) = (BTreeMap::new(), ParameterMap::new());
     let mut input = StageInput::Tokens(tokens.to_vec());
     let last = stages.len() - 1;
     for (s, stage) in stages.iter_mut().enumerate() {
-        let targets = (s == last).then(|| Targets { tokens: targets.to_vec(), scale: 1.0 });
+        let targets = (s == last).then(|| targets.to_vec());
         let mut progress = stage.forward(b, 0, input.clone(), targets);
         while let Progress::Experts { layer, rows } = progress {
             let (y, keep): (Vec<_>, Vec<_>) = expert_forward(b, experts(layer).zip(rows).collect()).into_iter().unzip();
@@ -218,24 +277,31 @@ fn train(c: &ModelConfig, map: &ParameterMap, cuts: &[usize], tokens: &[u32], ta
         stage.weight(b, 0);
     }
     let sums: Vec<_> = stages.iter_mut().map(StageModel::take_sums).collect();
-    let loss = sums.iter().map(|s| s.loss).sum();
+    let losses = sums.last().expect("at least one stage").losses;
     gradients.extend(sums.into_iter().flat_map(|s| s.gradients));
-    (loss, gradients)
+    (losses, gradients)
 }
 
 #[test]
 fn losses_and_all_gradients_agree_with_the_f64_model() {
     let (tokens, targets) = ([1, 4, 10, 0, 3, 7, 7, 2, 9, 5], [4, 10, 0, 3, 6, 7, 2, 9, 5, 1]);
-    for query_rank in [None, Some(5)] {
-        let c = config(query_rank);
+    let yarn = Yarn { factor: 3.0, original: 6, beta_fast: 32.0, beta_slow: 1.0, mscale: 1.0, mscale_all_dim: 1.0 };
+    let dense = ModelConfig { dense_layers: 3, ..config(None) };
+    let mtp = ModelConfig { mtp: 1, ..config(Some(5)) };
+    for c in [config(None), ModelConfig { yarn: Some(yarn), rope: 4, ..config(Some(5)) }, dense, mtp] {
         let map = parameters(&c);
         let mut wide: Wide =
             map.iter().map(|(n, t)| (n.clone(), t.f32s().iter().map(|x| f64::from(*x)).collect())).collect();
-        let (loss, gradients) = train(&c, &map, &[0, 2, 3], &tokens, &targets);
-        let exact = Reference { c: &c, p: &wide }.loss(&tokens, &targets);
-        assert!((loss - exact).abs() / exact < 1e-5, "{loss} against {exact}");
+        let (losses, gradients) = train(&c, &map, &[0, 2, 3], &tokens, &targets);
+        let exact = Reference { c: &c, p: &wide }.losses(&tokens, &targets);
+        for (loss, exact) in losses.iter().zip(exact) {
+            assert!((loss - exact).abs() <= 1e-5 * exact, "{loss} against {exact}");
+        }
         for p in c.parameters().iter().filter(|p| p.update != Update::Balance) {
-            let got = gradients[&p.name].f32s().to_vec();
+            let mut got = gradients[&p.name].f32s().to_vec();
+            if let Some(second) = gradients.get(&second_use(&p.name)) {
+                got.iter_mut().zip(second.f32s()).for_each(|(a, b)| *a += b);
+            }
             let scale = got.iter().fold(1e-3f32, |m, g| m.max(g.abs()));
             // Every seventh element: enough to meet every row and column of these small matrices.
             for i in (0..p.len()).step_by(7) {
@@ -256,13 +322,13 @@ fn losses_and_all_gradients_agree_with_the_f64_model() {
 
 #[test]
 fn bits_do_not_depend_on_stages_or_on_other_sequences() {
-    let c = config(Some(5));
+    let c = ModelConfig { mtp: 1, ..config(Some(5)) };
     let map = parameters(&c);
     let (tokens, targets) = ([1, 4, 10, 0, 3], [4, 10, 0, 3, 6]);
-    let (loss, whole) = train(&c, &map, &[0, 3], &tokens, &targets);
+    let (losses, whole) = train(&c, &map, &[0, 3], &tokens, &targets);
     for cuts in [&[0, 1, 3][..], &[0, 1, 2, 3]] {
         let (other, parts) = train(&c, &map, cuts, &tokens, &targets);
-        assert_eq!(other.to_bits(), loss.to_bits());
+        assert_eq!(other.map(f64::to_bits), losses.map(f64::to_bits));
         for (name, tensor) in &whole {
             assert_eq!(tensor.f32s(), parts[name].f32s(), "{name}");
         }

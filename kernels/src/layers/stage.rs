@@ -9,6 +9,7 @@
 
 use super::attention::{Attention, AttentionSaved};
 use super::mixture::{FeedForwardSaved, Half, Mixture, Sent, SentBack};
+use super::mtp::{Entered, Left, Prediction};
 use super::{ParameterMap, Product, Products, Weight};
 use crate::backend::Backend;
 use crate::model::{Group, ModelConfig, NORM_EPS};
@@ -26,13 +27,15 @@ pub enum StageInput {
     Hidden(Tensor),
 }
 
-/// The next token of every position, and the reciprocal of their number in the whole step.
-#[derive(Debug, Clone)]
-pub struct Targets {
-    /// One for each token.
-    pub tokens: Vec<u32>,
-    /// What gradients are multiplied with.
-    pub scale: f32,
+/// What the parts of a step's loss are multiplied with, the reciprocal of its targets among it.
+#[derive(Debug, Clone, Copy, PartialEq)]
+pub struct Scales {
+    /// The main loss.
+    pub loss: f32,
+    /// The loss of multi-token prediction.
+    pub mtp: f32,
+    /// The sequence-wise balance loss.
+    pub balance: f32,
 }
 
 /// How far an operation came.
@@ -58,8 +61,9 @@ pub struct StageSums {
     pub gradients: ParameterMap,
     /// Rows by expert, for each mixture layer.
     pub loads: BTreeMap<u32, Vec<u64>>,
-    /// Sum of the losses of the targets, if this is the last stage.
-    pub loss: f64,
+    /// Sums of the losses of the targets, if this is the last stage: of the main model, and of
+    /// multi-token prediction.
+    pub losses: [f64; 2],
 }
 
 #[derive(Debug, Clone)]
@@ -79,12 +83,13 @@ struct Head {
 #[derive(Debug, Default)]
 struct MicroBatch {
     tokens: Option<Tensor>,
-    targets: Option<Targets>,
+    targets: Option<Vec<u32>>,
     saved: Vec<(AttentionSaved, FeedForwardSaved)>,
     /// The layer that waits for its experts, and what it keeps meanwhile.
     waiting: Option<(usize, Waiting)>,
     /// Final hidden state, its norm and the gradient of the logits.
     head: Option<(Tensor, Tensor, Tensor)>,
+    prediction: Option<(Entered, Option<Left>)>,
     products: Products,
 }
 
@@ -94,13 +99,24 @@ enum Waiting {
     Backward { attention: AttentionSaved, sent: Box<SentBack> },
 }
 
+/// The sum of losses, in their order.
+fn sum(b: &dyn Backend, losses: &Tensor) -> f64 {
+    let losses = b.read(losses).expect("the loss is read before it is reported");
+    losses.iter().map(|l| f64::from(*l)).sum()
+}
+
 /// See the module.
 #[derive(Debug)]
 pub struct StageModel {
     config: Arc<ModelConfig>,
+    scales: Scales,
     embedding: Option<Weight>,
+    /// The layers, then the block of multi-token prediction.
     layers: Vec<Layer>,
+    /// Layers without that block.
+    main: usize,
     head: Option<Head>,
+    prediction: Option<Prediction>,
     batches: BTreeMap<u32, MicroBatch>,
     sums: StageSums,
 }
@@ -114,19 +130,27 @@ impl StageModel {
         }
         groups.extend(layers.clone().map(|l| Group::Layer(l as u32)));
         if layers.end == config.layers {
+            groups.extend((config.layers..config.blocks()).map(|l| Group::Layer(l as u32)));
             groups.push(Group::Head);
+            if config.mtp > 0 && layers.start > 0 {
+                groups.push(Group::Embedding);
+            }
         }
         groups
     }
 
     /// A stage with the parameters of its groups, at the start of a step.
-    pub fn new(config: Arc<ModelConfig>, layers: Range<usize>, map: &ParameterMap) -> Self {
+    pub fn new(config: Arc<ModelConfig>, layers: Range<usize>, map: &ParameterMap, scales: Scales) -> Self {
         let embedding = (layers.start == 0).then(|| Weight::take(map, "", "model.embed_tokens.weight"));
         let head = (layers.end == config.layers).then(|| Head {
             norm: Weight::take(map, "", "model.norm.weight"),
             weight: Weight::take(map, "", "lm_head.weight"),
         });
+        let (main, last) = (layers.len(), layers.end == config.layers);
+        let prediction =
+            (last && config.mtp > 0).then(|| Prediction::new(map, &format!("model.layers.{}.", config.layers)));
         let layers = layers
+            .chain(config.layers..if last { config.blocks() } else { config.layers })
             .map(|index| {
                 let prefix = format!("model.layers.{index}.");
                 Layer {
@@ -136,20 +160,22 @@ impl StageModel {
                 }
             })
             .collect();
-        Self { config, embedding, layers, head, batches: BTreeMap::new(), sums: StageSums::default() }
+        let (batches, sums) = (BTreeMap::new(), StageSums::default());
+        Self { config, scales, embedding, layers, main, head, prediction, batches, sums }
     }
 
     fn batch(&mut self, micro_batch: u32) -> &mut MicroBatch {
         self.batches.get_mut(&micro_batch).expect("an operation follows the forward function of its micro-batch")
     }
 
-    /// Starts the forward function; `targets` for the last stage.
+    /// Starts the forward function; `targets`, the next token of every position, for the last stage.
+    /// Without them it gives logits, and predicts one token only.
     pub fn forward(
         &mut self,
         b: &dyn Backend,
         micro_batch: u32,
         input: StageInput,
-        targets: Option<Targets>,
+        targets: Option<Vec<u32>>,
     ) -> Progress {
         let mut batch = MicroBatch { targets, ..MicroBatch::default() };
         let h = match input {
@@ -179,8 +205,16 @@ impl StageModel {
 
     fn forward_from(&mut self, b: &dyn Backend, micro_batch: u32, from: usize, mut h: Tensor) -> Progress {
         let config = Arc::clone(&self.config);
-        for at in from..self.layers.len() {
-            let layer = &self.layers[at];
+        for at in from..=self.layers.len() {
+            if at == self.main {
+                match self.leave_main(b, micro_batch, h) {
+                    Progress::Hidden(out) if self.prediction.is_some() && self.batch(micro_batch).targets.is_some() => {
+                        h = out;
+                    }
+                    left => return left,
+                }
+            }
+            let Some(layer) = self.layers.get(at) else { break };
             let (out, attention) = layer.attention.forward(b, h, &config);
             match layer.mixture.forward(b, out, &config) {
                 Half::Done((out, saved)) => {
@@ -197,34 +231,66 @@ impl StageModel {
                 }
             }
         }
-        let Some(head) = self.head.clone() else { return Progress::Hidden(h) };
+        self.leave_prediction(b, micro_batch, h);
+        Progress::Finished
+    }
+
+    /// After the last layer: the hidden state for the next stage; or logits; or the loss, and with
+    /// multi-token prediction the input of its block.
+    fn leave_main(&mut self, b: &dyn Backend, micro_batch: u32, h: Tensor) -> Progress {
+        let Some(head) = &self.head else { return Progress::Hidden(h) };
         let x = b.rms_norm(&h, &head.norm.value, NORM_EPS);
         let logits = b.linear(&x, &head.weight.value);
-        let batch = self.batch(micro_batch);
-        let Some(targets) = batch.targets.take() else { return Progress::Hidden(logits) };
-        let (losses, dlogits) = b.cross_entropy(&logits, &b.upload_indices(targets.tokens), targets.scale);
+        let batch = self.batches.get_mut(&micro_batch).expect("a forward function has its micro-batch");
+        let Some(targets) = &batch.targets else { return Progress::Hidden(logits) };
+        let (losses, dlogits) = b.cross_entropy(&logits, &b.upload_indices(targets.clone()), self.scales.loss);
+        self.sums.losses[0] += sum(b, &losses);
+        let next = self.prediction.as_ref().map(|p| p.enter(b, x.clone(), targets));
         batch.head = Some((h, x, dlogits));
-        let losses = b.read(&losses).expect("the loss is read before it is reported");
-        self.sums.loss += losses.iter().map(|l| f64::from(*l)).sum::<f64>();
-        Progress::Finished
+        let Some((h, entered)) = next else { return Progress::Finished };
+        batch.prediction = Some((entered, None));
+        Progress::Hidden(h)
+    }
+
+    /// After the block of multi-token prediction.
+    fn leave_prediction(&mut self, b: &dyn Backend, micro_batch: u32, h: Tensor) {
+        let batch = self.batches.get_mut(&micro_batch).expect("a forward function has its micro-batch");
+        let (Some(prediction), Some(targets), Some((_, left))) =
+            (&self.prediction, &batch.targets, &mut batch.prediction)
+        else {
+            unreachable!("only a stage with multi-token prediction has a block after its layers");
+        };
+        let (losses, kept) = prediction.leave(b, h, targets, self.config.sequence, self.scales.mtp);
+        *left = Some(kept);
+        self.sums.losses[1] += sum(b, &losses);
     }
 
     /// Starts the input part of the backward function with the next stage's gradient (none for the last stage).
     pub fn backward_input(&mut self, b: &dyn Backend, micro_batch: u32, gradient: Option<Tensor>) -> Progress {
-        let head = self.head.clone();
-        let batch = self.batch(micro_batch);
-        let dh = match (head, batch.head.take(), gradient) {
-            (Some(head), Some((h, x, dlogits)), None) => {
-                let dx = b.linear_backward_input(&dlogits, &head.weight.value);
-                let dh = b.rms_norm_backward_input(&h, &head.norm.value, &dx, NORM_EPS);
-                batch.products.push((head.weight.name, Product::Linear { dy: dlogits, x }));
-                batch.products.push((head.norm.name, Product::RmsNorm { dy: dx, x: h }));
-                dh
+        let batch = self.batches.get_mut(&micro_batch).expect("an operation follows its forward function");
+        let dh = match (&self.prediction, &mut batch.prediction, gradient) {
+            (Some(prediction), Some((_, left)), None) => {
+                let left = left.take().expect("the forward function has left the block");
+                prediction.backward_leave(b, left, &mut batch.products)
             }
-            (None, None, Some(gradient)) => gradient,
-            (Some(_) | None, _, _) => unreachable!("the last stage makes its gradient, the others get it"),
+            (_, _, Some(gradient)) => gradient,
+            (_, _, None) => self.backward_head(b, micro_batch, None),
         };
         self.backward_from(b, micro_batch, self.layers.len(), dh)
+    }
+
+    /// Back through the head; `more` is what multi-token prediction adds to the normed state's gradient.
+    fn backward_head(&mut self, b: &dyn Backend, micro_batch: u32, more: Option<Tensor>) -> Tensor {
+        let batch = self.batches.get_mut(&micro_batch).expect("an operation follows its forward function");
+        let (Some(head), Some((h, x, dlogits))) = (&self.head, batch.head.take()) else {
+            unreachable!("the last stage makes its gradient, the others get it");
+        };
+        let dx = b.linear_backward_input(&dlogits, &head.weight.value);
+        let dx = more.map_or_else(|| dx.clone(), |more| b.add(&dx, &more));
+        let dh = b.rms_norm_backward_input(&h, &head.norm.value, &dx, NORM_EPS);
+        batch.products.push((head.weight.name.clone(), Product::Linear { dy: dlogits, x }));
+        batch.products.push((head.norm.name.clone(), Product::RmsNorm { dy: dx, x: h }));
+        dh
     }
 
     /// Goes on with the input gradients of the experts that the backward function asked for.
@@ -237,19 +303,31 @@ impl StageModel {
         let layer = &self.layers[at];
         let dh = layer.mixture.backward_rest(b, *sent, &rows, &mut batch.products);
         let dh = layer.attention.backward_input(b, attention, &dh, &config, &mut batch.products);
+        let dh = self.below(b, micro_batch, at, dh);
         self.backward_from(b, micro_batch, at, dh)
+    }
+
+    /// What is between block `at` and the one below it: for the block of multi-token prediction, its
+    /// entrance and the head of the main model.
+    fn below(&mut self, b: &dyn Backend, micro_batch: u32, at: usize, dh: Tensor) -> Tensor {
+        let batch = self.batches.get_mut(&micro_batch).expect("an operation follows its forward function");
+        let (Some(prediction), true) = (&self.prediction, at == self.main) else { return dh };
+        let (entered, _) = batch.prediction.take().expect("the forward function has entered the block");
+        let more = prediction.backward_enter(b, entered, dh, &mut batch.products);
+        self.backward_head(b, micro_batch, Some(more))
     }
 
     /// Runs the layers below `end`, from the last to the first.
     fn backward_from(&mut self, b: &dyn Backend, micro_batch: u32, end: usize, mut dh: Tensor) -> Progress {
-        let config = Arc::clone(&self.config);
-        let batch = self.batches.get_mut(&micro_batch).expect("an operation follows its forward function");
+        let (config, balance) = (Arc::clone(&self.config), self.scales.balance);
         for at in (0..end).rev() {
+            let batch = self.batches.get_mut(&micro_batch).expect("an operation follows its forward function");
             let layer = &self.layers[at];
             let (attention, saved) = batch.saved.pop().expect("each layer saved its activations");
-            match layer.mixture.backward_input(b, saved, dh, &config, &mut batch.products) {
+            match layer.mixture.backward_input(b, saved, dh, &config, balance, &mut batch.products) {
                 Half::Done(out) => {
-                    dh = layer.attention.backward_input(b, attention, &out, &config, &mut batch.products)
+                    dh = layer.attention.backward_input(b, attention, &out, &config, &mut batch.products);
+                    dh = self.below(b, micro_batch, at, dh);
                 }
                 Half::Experts { rows, sent } => {
                     batch.waiting = Some((at, Waiting::Backward { attention, sent }));
@@ -257,6 +335,7 @@ impl StageModel {
                 }
             }
         }
+        let batch = self.batches.get_mut(&micro_batch).expect("an operation follows its forward function");
         let (Some(table), Some(tokens)) = (&self.embedding, batch.tokens.take()) else { return Progress::Hidden(dh) };
         let vocabulary = table.value.rows();
         batch.products.push((table.name.clone(), Product::Embedding { dy: dh, tokens, vocabulary }));

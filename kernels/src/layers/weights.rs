@@ -27,6 +27,12 @@ impl Weight {
     }
 }
 
+/// The name under which the gradient of a parameter's second use is summed: the embedding and the head
+/// are used by multi-token prediction too, and the sums of the uses are added last (DESIGN 3.1).
+pub fn second_use(name: &str) -> Arc<str> {
+    format!("{name} (second use)").into()
+}
+
 /// What a weight gradient is made of.
 #[derive(Debug, Clone)]
 pub(crate) enum Product {

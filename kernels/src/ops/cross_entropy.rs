@@ -1,7 +1,11 @@
 //! Softmax cross-entropy with its gradient, fused: the logits are read once.
 //!
 //! `logits_TV`, `targets_T`. The gradient is multiplied by `scale`, the reciprocal of the number of
-//! valid targets of the whole step, so that sums over micro-batches and lanes need no division.
+//! valid targets of the whole step, so that sums over micro-batches and lanes need no division. A row
+//! whose target is [`IGNORED`] has loss 0 and no gradient.
+
+/// The target of a position that has none.
+pub(crate) const IGNORED: u32 = u32::MAX;
 
 use crate::math::{exp, sum_by};
 
@@ -10,6 +14,10 @@ pub(crate) fn forward_backward(logits: &[f32], targets: &[u32], v: usize, scale:
     let mut losses = Vec::with_capacity(targets.len());
     let mut dlogits = vec![0.0; logits.len()];
     for ((row, d), target) in logits.chunks_exact(v).zip(dlogits.chunks_exact_mut(v)).zip(targets) {
+        if *target == IGNORED {
+            losses.push(0.0);
+            continue;
+        }
         let target = *target as usize;
         let max = row.iter().fold(f32::NEG_INFINITY, |m, x| m.max(*x));
         for (d, x) in d.iter_mut().zip(row) {
@@ -31,13 +39,16 @@ mod tests {
     use crate::ops::testing::*;
 
     fn reference(logits: &[f64], targets: &[u32], v: usize) -> Vec<f64> {
-        let row = |(row, t): (&[f64], &u32)| row.iter().map(|x| x.exp()).sum::<f64>().ln() - row[*t as usize];
+        let row = |(row, t): (&[f64], &u32)| match *t {
+            IGNORED => 0.0,
+            t => row.iter().map(|x| x.exp()).sum::<f64>().ln() - row[t as usize],
+        };
         logits.chunks_exact(v).zip(targets).map(row).collect()
     }
 
     #[test]
     fn agrees_with_the_reference() {
-        let (v, targets, scale) = (19, [3, 18, 0, 7], 0.25);
+        let (v, targets, scale) = (19, [3, 18, IGNORED, 0, 7], 0.25);
         let logits = random(targets.len() * v, 1);
         let (losses, dlogits) = forward_backward(&logits, &targets, v, scale);
         assert_close(&losses, &reference(&wide(&logits), &targets, v), 1e-6, "loss");

@@ -4,8 +4,12 @@
 //! A group's score is the sum of its two highest biased scores. Equal scores go to the lower index,
 //! for groups and for experts. Chosen experts are listed in ascending order: the order of every
 //! later sum. Weights are the unbiased scores, normalised to `routed_scale`.
+//!
+//! The sequence-wise balance loss, `alpha sum_i f_i P_i` for each sequence of `T` tokens: `f_i` is
+//! `E / (K T)` times the tokens whose `K` highest *unbiased* scores, over all groups, contain expert
+//! `i`, and `P_i` the mean of the scores' share of their row. Perfect balance gives `alpha`.
 
-use crate::math::sigmoid;
+use crate::math::{sigmoid, sum_by};
 
 /// Experts, and how many of them a token is sent to.
 #[derive(Debug, Clone, Copy, PartialEq)]
@@ -20,6 +24,8 @@ pub struct GateShape {
     pub groups_kept: usize,
     /// What the weights of a token sum to.
     pub routed_scale: f32,
+    /// Tokens of a sequence.
+    pub sequence: usize,
 }
 
 /// Indices of the `k` highest, equal ones by lower index; in ascending order of index.
@@ -73,12 +79,67 @@ pub(crate) fn backward(logits: &[f32], experts: &[u32], dweights: &[f32], shape:
     dlogits
 }
 
+/// `logits_TE -> dlogits_TE` of the balance loss, each sequence's loss times `factor * T`: with `alpha`
+/// over the targets of the step, the losses' mean over the step's sequences times `alpha`.
+pub(crate) fn balance_backward(logits: &[f32], shape: &GateShape, factor: f32) -> Vec<f32> {
+    let e = shape.experts;
+    let mut dlogits = vec![0.0; logits.len()];
+    for (rows, d) in logits.chunks(shape.sequence * e).zip(dlogits.chunks_mut(shape.sequence * e)) {
+        let mut counts = vec![0u32; e];
+        for row in rows.chunks_exact(e) {
+            let chosen = highest(row.iter().copied().enumerate(), shape.top_k);
+            chosen.iter().for_each(|i| counts[*i] += 1);
+        }
+        let per_count = e as f32 / (shape.top_k * (rows.len() / e)) as f32;
+        let f: Vec<f32> = counts.iter().map(|c| *c as f32 * per_count).collect();
+        for (row, d) in rows.chunks_exact(e).zip(d.chunks_exact_mut(e)) {
+            let scores: Vec<f32> = row.iter().map(|x| sigmoid(*x)).collect();
+            let total = sum_by(e, |i| scores[i]);
+            let mean = sum_by(e, |i| f[i] * scores[i]) / total;
+            for i in 0..e {
+                let ds = factor * (f[i] - mean) / total;
+                d[i] = ds * (scores[i] * (1.0 - scores[i]));
+            }
+        }
+    }
+    dlogits
+}
+
 #[cfg(test)]
 mod tests {
     use super::*;
     use crate::ops::testing::*;
 
-    const SHAPE: GateShape = GateShape { experts: 12, top_k: 3, groups: 4, groups_kept: 2, routed_scale: 2.5 };
+    const SHAPE: GateShape =
+        GateShape { experts: 12, top_k: 3, groups: 4, groups_kept: 2, routed_scale: 2.5, sequence: 4 };
+
+    #[test]
+    fn the_balance_loss_has_the_gradient_of_differences() {
+        let (e, t, alpha) = (SHAPE.experts, SHAPE.sequence, 0.3f32);
+        let logits = random(2 * t * e, 5);
+        let loss = |l: &[f64], at: &[f32]| -> f64 {
+            let of_sequence = |(l, at): (&[f64], &[f32])| -> f64 {
+                let s: Vec<f64> = l.iter().map(|x| 1.0 / (1.0 + (-x).exp())).collect();
+                (0..e)
+                    .map(|i| {
+                        // The indicator has no gradient: it is taken where the logits are.
+                        let rank = |row: &[f32]| row.iter().filter(|x| **x > row[i]).count();
+                        let f = at.chunks_exact(e).filter(|row| rank(row) < SHAPE.top_k).count() as f64 * e as f64
+                            / (SHAPE.top_k * t) as f64;
+                        let p = s.chunks_exact(e).map(|s| s[i] / s.iter().sum::<f64>()).sum::<f64>() / t as f64;
+                        f64::from(alpha) * f * p
+                    })
+                    .sum()
+            };
+            l.chunks_exact(t * e).zip(at.chunks_exact(t * e)).map(of_sequence).sum::<f64>() / 2.0
+        };
+        let want = gradient(&logits, |l| loss(l, &logits));
+        let factor = alpha / (2 * t) as f32;
+        assert_close(&balance_backward(&logits, &SHAPE, factor), &want, 1e-5, "dlogits");
+        let balanced = vec![0.0f64; t * e];
+        let even: Vec<f32> = (0..t * e).map(|n| if (n % e) / 3 == n / e { 1.0 } else { 0.0 }).collect();
+        assert!((loss(&balanced, &even) * 2.0 - f64::from(alpha)).abs() < 1e-7, "perfect balance gives alpha");
+    }
 
     /// Chooses by brute force over all sets; weights in f64.
     fn reference(logits: &[f64], bias: &[f64], s: &GateShape) -> (Vec<u32>, Vec<f64>) {

@@ -4,12 +4,14 @@ use crate::fingerprint::tensors;
 use anyhow::{Context, Result};
 use everstep_actors::{Layout, RunFolder};
 use everstep_kernels::{
-    Backend, CpuBackend, ExpertWeights, ModelConfig, ParameterMap, Philox, Progress, StageInput, StageModel, Tensor,
-    expert_forward,
+    Backend, CpuBackend, ExpertWeights, ModelConfig, ParameterMap, Philox, Progress, Scales, StageInput, StageModel,
+    Tensor, expert_forward,
 };
 use std::sync::Arc;
 
 const PURPOSE_SAMPLE: u32 = 3;
+/// Nothing is trained here.
+const NO_LOSS: Scales = Scales { loss: 0.0, mtp: 0.0, balance: 0.0 };
 const PROMPT: &str = "//! ";
 
 /// `length` bytes after a short prompt. The same checkpoint gives the same text.
@@ -36,7 +38,7 @@ pub(crate) fn text(run: &RunFolder, length: usize) -> Result<String> {
 fn logits(model: &ModelConfig, map: &ParameterMap, text: &[u8]) -> Result<Vec<f32>> {
     let b = &CpuBackend;
     let config = Arc::new(ModelConfig { sequence: text.len(), ..model.clone() });
-    let mut stage = StageModel::new(Arc::clone(&config), 0..config.layers, map);
+    let mut stage = StageModel::new(Arc::clone(&config), 0..config.layers, map, NO_LOSS);
     let tokens = text.iter().map(|b| u32::from(*b)).collect();
     let mut progress = stage.forward(b, 0, StageInput::Tokens(tokens), None);
     loop {
