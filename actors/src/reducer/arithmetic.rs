@@ -62,6 +62,9 @@ pub struct Reduce {
     head: Option<usize>,
 }
 
+/// Where the sums of one use are: by lane, the receipt and the place in it.
+type Use = Vec<(usize, usize)>;
+
 /// What came for one group.
 #[derive(Debug)]
 struct GroupSums {
@@ -69,7 +72,7 @@ struct GroupSums {
     receipts: Vec<Receipt>,
     /// Numbers of the parameters with a gradient; for each use the receipts that have a sum of it, and
     /// where in them. A use without receipts isn't listed.
-    parameters: Vec<(u32, Vec<Vec<(usize, usize)>>)>,
+    parameters: Vec<(u32, Vec<Use>)>,
 }
 
 impl GroupSums {
@@ -77,7 +80,7 @@ impl GroupSums {
         let mut at = vec![0; receipts.len()];
         let mut parameters = Vec::new();
         for number in numbers {
-            let mut uses: [Vec<(usize, usize)>; 2] = Default::default();
+            let mut uses: [Use; 2] = Default::default();
             for (r, (sender, _)) in receipts.iter().enumerate() {
                 for n in spec.uses(&layout.parameters[*number as usize], *sender) {
                     uses[*n].push((r, at[r]));
@@ -90,8 +93,8 @@ impl GroupSums {
     }
 
     /// A parameter's gradient: lanes added for each use, uses added last (DESIGN 3.1).
-    fn gradient(&self, uses: &[Vec<(usize, usize)>]) -> Vec<f32> {
-        let of_use = |parts: &Vec<(usize, usize)>| {
+    fn gradient(&self, uses: &[Use]) -> Vec<f32> {
+        let of_use = |parts: &Use| {
             let host = |(r, at): &(usize, usize)| {
                 self.receipts[*r].gradients[*at].as_host().expect("sums travel through host memory").to_vec()
             };
@@ -102,7 +105,7 @@ impl GroupSums {
 
     /// Samples that were counted: the same in each use, or a number that no step has.
     fn samples(&self) -> u64 {
-        let of_use = |parts: &Vec<(usize, usize)>| parts.iter().map(|(r, _)| self.receipts[*r].samples).sum::<u64>();
+        let of_use = |parts: &Use| parts.iter().map(|(r, _)| self.receipts[*r].samples).sum::<u64>();
         same(self.parameters.iter().flat_map(|(_, uses)| uses.iter().map(of_use)))
     }
 }

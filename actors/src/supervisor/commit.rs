@@ -32,11 +32,12 @@ pub(crate) struct Prepared {
 impl Prepared {
     /// Whether two copies report the same bits. A sum that is not a number equals itself here.
     fn same(&self, other: &Self) -> bool {
-        let bits = |x: &Self| -> (Vec<(u32, Vec<u64>)>, Option<[u64; 2]>) {
-            let norm = x.norm.iter().map(|(n, parts)| (*n, parts.iter().map(|p| p.to_bits()).collect())).collect();
-            (norm, x.losses.map(|l| l.map(f64::to_bits)))
+        let norm = |x: &Self| -> Vec<(u32, Vec<u64>)> {
+            x.norm.iter().map(|(n, parts)| (*n, parts.iter().map(|p| p.to_bits()).collect())).collect()
         };
-        (self.step, self.samples, bits(self)) == (other.step, other.samples, bits(other))
+        let losses = |x: &Self| x.losses.map(|l| l.map(f64::to_bits));
+        (self.step, self.samples, losses(self)) == (other.step, other.samples, losses(other))
+            && norm(self) == norm(other)
     }
 }
 
