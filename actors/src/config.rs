@@ -2,234 +2,14 @@
 //!
 //! Every error names the file, the line and the key, what was found and what was expected.
 
+mod raw;
 mod rules;
 
-use crate::pieces::Pieces;
 use crate::spec::{JobSpec, OptimizerSpec};
 use everstep_kernels::{ModelConfig, Yarn};
+use raw::{Raw, RawData, RawYarn};
 use rules::check;
-use serde::{Deserialize, Serialize};
 use std::path::PathBuf;
-
-/// The whole file. Unknown keys are errors.
-#[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
-#[serde(deny_unknown_fields)]
-struct Raw {
-    run: RawRun,
-    train: RawTrain,
-    model: RawModel,
-    job: RawJob,
-    #[serde(default)]
-    optimizer: RawOptimizer,
-    #[serde(default)]
-    data: RawData,
-    checkpoint: RawCheckpoint,
-    #[serde(default)]
-    recovery: RawRecovery,
-}
-
-#[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
-#[serde(deny_unknown_fields)]
-struct RawRun {
-    folder: PathBuf,
-    #[serde(default = "default_listen")]
-    listen: String,
-}
-
-fn default_listen() -> String {
-    "127.0.0.1:0".to_owned()
-}
-
-#[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
-#[serde(deny_unknown_fields)]
-struct RawTrain {
-    steps: u64,
-    seed: u64,
-    #[serde(default = "default_precision")]
-    precision: String,
-    #[serde(default = "default_device")]
-    device: String,
-}
-
-fn default_precision() -> String {
-    "fp32".to_owned()
-}
-
-fn default_device() -> String {
-    "cpu".to_owned()
-}
-
-#[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
-#[serde(deny_unknown_fields)]
-struct RawModel {
-    /// Without it, that of the tokenizer.
-    #[serde(default, skip_serializing_if = "Option::is_none")]
-    vocabulary: Option<usize>,
-    hidden: usize,
-    layers: usize,
-    dense_layers: usize,
-    dense_inner: usize,
-    heads: usize,
-    #[serde(default, skip_serializing_if = "Option::is_none")]
-    query_rank: Option<usize>,
-    kv_rank: usize,
-    nope: usize,
-    rope: usize,
-    value: usize,
-    #[serde(default)]
-    experts: usize,
-    #[serde(default)]
-    shared_experts: usize,
-    #[serde(default)]
-    expert_inner: usize,
-    #[serde(default)]
-    top_k: usize,
-    #[serde(default)]
-    groups: usize,
-    #[serde(default)]
-    groups_kept: usize,
-    #[serde(default = "default_routed_scale")]
-    routed_scale: f32,
-    sequence: usize,
-    #[serde(default = "default_theta")]
-    rope_theta: f64,
-    #[serde(default)]
-    mtp: usize,
-    initial_std: f64,
-    #[serde(default, skip_serializing_if = "Option::is_none")]
-    yarn: Option<RawYarn>,
-}
-
-/// How a model is stretched to longer texts; the published model's values by default.
-#[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
-#[serde(deny_unknown_fields)]
-struct RawYarn {
-    factor: f64,
-    original: usize,
-    #[serde(default = "default_beta_fast")]
-    beta_fast: f64,
-    #[serde(default = "one")]
-    beta_slow: f64,
-    #[serde(default = "one")]
-    mscale: f64,
-    #[serde(default = "one")]
-    mscale_all_dim: f64,
-}
-
-fn default_beta_fast() -> f64 {
-    32.0
-}
-
-fn one() -> f64 {
-    1.0
-}
-
-fn default_routed_scale() -> f32 {
-    2.5
-}
-
-fn default_theta() -> f64 {
-    10_000.0
-}
-
-#[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
-#[serde(deny_unknown_fields)]
-struct RawJob {
-    lanes: u32,
-    stages: u32,
-    micro_batches: Pieces<u32>,
-    sequences: u32,
-    #[serde(default = "default_schedule")]
-    schedule: String,
-    nodes: u32,
-    shards: u32,
-}
-
-fn default_schedule() -> String {
-    "1f1b".to_owned()
-}
-
-#[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
-#[serde(deny_unknown_fields, default)]
-struct RawOptimizer {
-    lr: f64,
-    lr_end: f64,
-    warmup: u64,
-    hold: u64,
-    #[serde(skip_serializing_if = "Option::is_none")]
-    decay_steps: Option<u64>,
-    #[serde(skip_serializing_if = "Option::is_none")]
-    tail_steps: Option<u64>,
-    #[serde(skip_serializing_if = "Option::is_none")]
-    tail_lr: Option<f64>,
-    beta1: f64,
-    beta2: f64,
-    eps: f64,
-    weight_decay: f64,
-    clip: f64,
-    bias_step: Pieces<f32>,
-    balance_weight: f32,
-    mtp_weight: Pieces<f32>,
-}
-
-impl Default for RawOptimizer {
-    /// The technical report's values (section 4.2), with a learning rate for small models.
-    fn default() -> Self {
-        Self {
-            lr: 1e-3,
-            lr_end: 1e-4,
-            warmup: 20,
-            hold: 0,
-            decay_steps: None,
-            tail_steps: None,
-            tail_lr: None,
-            beta1: 0.9,
-            beta2: 0.95,
-            eps: 1e-8,
-            weight_decay: 0.1,
-            clip: 1.0,
-            bias_step: Pieces::Constant(0.001),
-            balance_weight: 1e-4,
-            mtp_weight: Pieces::Constant(0.3),
-        }
-    }
-}
-
-#[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
-#[serde(deny_unknown_fields, default)]
-struct RawData {
-    paths: Vec<PathBuf>,
-}
-
-impl Default for RawData {
-    fn default() -> Self {
-        Self { paths: vec![PathBuf::from(".")] }
-    }
-}
-
-#[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
-#[serde(deny_unknown_fields)]
-struct RawCheckpoint {
-    every: u64,
-    #[serde(default = "default_keep")]
-    keep: usize,
-}
-
-fn default_keep() -> usize {
-    3
-}
-
-#[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
-#[serde(deny_unknown_fields, default)]
-struct RawRecovery {
-    mirrors: u32,
-}
-
-impl Default for RawRecovery {
-    fn default() -> Self {
-        Self { mirrors: 1 }
-    }
-}
 
 /// A checked configuration.
 #[derive(Debug, Clone, PartialEq)]
@@ -242,12 +22,49 @@ pub struct Config {
     pub listen: String,
     /// Nodes that the launcher starts, and that the job waits for.
     pub nodes: usize,
-    /// Files and folders of the text.
-    pub data_paths: Vec<PathBuf>,
+    /// The text.
+    pub data: DataConfig,
     /// Checkpoints that are kept.
     pub keep: usize,
     /// The effective configuration as TOML.
     pub text: String,
+}
+
+/// Where the text comes from and how it becomes tokens.
+#[derive(Debug, Clone, PartialEq)]
+pub struct DataConfig {
+    /// At least one.
+    pub sources: Vec<SourceConfig>,
+    /// A file of the `tokenizers` library; without it, text is bytes.
+    pub tokenizer: Option<PathBuf>,
+    /// The token at the end of a document.
+    pub end: Option<String>,
+    /// Where tokens are kept for later runs; by default `cache` beside the run folder.
+    pub cache: Option<PathBuf>,
+    /// The column or key of the text in Parquet and JSONL files.
+    pub field: String,
+    /// Held-out text, if there is any.
+    pub eval: Option<EvalConfig>,
+}
+
+/// One source of text.
+#[derive(Debug, Clone, PartialEq)]
+pub struct SourceConfig {
+    /// Files and folders.
+    pub paths: Vec<PathBuf>,
+    /// Its share of the samples, relative to the others'.
+    pub weight: f64,
+}
+
+/// Text that the model is not trained on.
+#[derive(Debug, Clone, PartialEq)]
+pub struct EvalConfig {
+    /// Files and folders.
+    pub paths: Vec<PathBuf>,
+    /// Steps between evaluations.
+    pub every: u64,
+    /// Sequences that are looked at, evenly over the text.
+    pub sequences: u64,
 }
 
 /// A configuration that cannot be used.
@@ -310,7 +127,7 @@ impl Config {
             folder: raw.run.folder,
             listen: raw.run.listen,
             nodes: raw.job.nodes as usize,
-            data_paths: raw.data.paths,
+            data: data(raw.data),
             keep: raw.checkpoint.keep,
             text: effective,
         })
@@ -357,6 +174,22 @@ fn line_of(text: &str, key: &str) -> usize {
 /// Tokens where there is no tokenizer: the bytes of the text.
 const BYTES: usize = 256;
 
+fn data(raw: RawData) -> DataConfig {
+    let RawData { paths, tokenizer, end, cache, field, sources, eval } = raw;
+    let sources = if sources.is_empty() {
+        vec![SourceConfig { paths: paths.unwrap_or_else(|| vec![PathBuf::from(".")]), weight: 1.0 }]
+    } else {
+        sources.into_iter().map(|s| SourceConfig { paths: s.paths, weight: s.weight }).collect()
+    };
+    let eval = eval.map(|e| EvalConfig { paths: e.paths, every: e.every, sequences: e.sequences });
+    DataConfig { sources, tokenizer, end, cache, field, eval }
+}
+
+/// The sources' weights; one source has a weight too.
+fn weights(raw: &RawData) -> Vec<f64> {
+    if raw.sources.is_empty() { vec![1.0] } else { raw.sources.iter().map(|s| s.weight).collect() }
+}
+
 fn yarn(raw: &RawYarn) -> Yarn {
     let RawYarn { factor, original, beta_fast, beta_slow, mscale, mscale_all_dim } = *raw;
     Yarn { factor, original, beta_fast, beta_slow, mscale, mscale_all_dim }
@@ -391,6 +224,8 @@ fn spec(raw: &Raw) -> JobSpec {
             initial_std: m.initial_std,
         },
         seed: raw.train.seed,
+        source_weights: weights(&raw.data),
+        imported: raw.run.imported,
         steps: raw.train.steps,
         optimizer: OptimizerSpec {
             lr: o.lr,

@@ -2,6 +2,7 @@
 
 use crate::ids::{ActorId, Address, NodeId};
 use crate::table::{NodeInfo, Table};
+use crate::tokens::SourceInfo;
 use serde::{Deserialize, Serialize};
 use std::sync::Arc;
 
@@ -73,13 +74,17 @@ pub enum Control {
         /// What.
         request: AdminRequest,
     },
-    /// A node asks for a part of the corpus.
-    CorpusWanted {
+    /// A node that cannot open a source's file asks for a part of it.
+    TokensWanted {
+        /// Which source.
+        source: u32,
         /// The first byte.
         from: u64,
     },
     /// The answer; empty at the end.
-    CorpusPart {
+    TokensPart {
+        /// Which source.
+        source: u32,
         /// The first byte.
         from: u64,
         /// The bytes.
@@ -89,10 +94,12 @@ pub enum Control {
     Job {
         /// The effective configuration.
         config: String,
-        /// Bytes of the corpus.
-        corpus_bytes: u64,
-        /// BLAKE3 of the corpus, in hexadecimal.
-        corpus_hash: String,
+        /// The sources of text, in order.
+        sources: Vec<SourceInfo>,
+        /// The supervisor's run folder, and the machine that has it.
+        folder: String,
+        /// See [`NodeInfo::machine`].
+        machine: String,
     },
 }
 

@@ -8,6 +8,7 @@
 
 use crate::ids::{ActorId, Address, Step};
 use crate::message::{Body, ParameterState};
+use crate::spec::JobSpec;
 use crate::table::Table;
 use everstep_kernels::Tensor;
 use std::collections::BTreeMap;
@@ -83,6 +84,8 @@ pub(crate) struct KeeperCore {
     shards: u32,
     /// The job's last step, whose checkpoint is never left out.
     last: Step,
+    /// Whether there is a checkpoint of step 0.
+    imported: bool,
     table: Arc<Table>,
     published: Step,
     /// Shards of each step that are being stored, and whether they are.
@@ -90,9 +93,10 @@ pub(crate) struct KeeperCore {
 }
 
 impl KeeperCore {
-    /// A keeper whose newest checkpoint is of step `published` (0: none), of a job with so many steps.
-    pub(crate) fn new(shards: u32, last: Step, published: Step) -> Self {
-        Self { shards, last, table: Arc::default(), published, storing: BTreeMap::new() }
+    /// A keeper of a job whose newest checkpoint is of step `published` (0: none, or the imported one).
+    pub(crate) fn new(spec: &JobSpec, published: Step) -> Self {
+        let (shards, last, imported) = (spec.shards, spec.steps, spec.imported);
+        Self { shards, last, imported, table: Arc::default(), published, storing: BTreeMap::new() }
     }
 
     /// Takes an event and gives what is to be done.
@@ -142,7 +146,7 @@ impl KeeperCore {
                 vec![KeeperEffect::Store { step, shard, parameters }]
             }
             // Whoever asks the keeper has no primary to ask, so it starts from the table's checkpoint.
-            Body::Fetch { .. } if self.table.base > 0 => {
+            Body::Fetch { .. } if self.table.base > 0 || self.imported => {
                 vec![KeeperEffect::Load { step: self.table.base, shard, to: from.actor }]
             }
             Body::Fetch { .. }
@@ -174,6 +178,25 @@ mod tests {
     use super::*;
     use crate::testing::{address, materials, table};
 
+    fn of_shards(shards: u32, published: Step) -> KeeperCore {
+        let mut spec = crate::sim::spec(0);
+        (spec.shards, spec.steps) = (shards, 9);
+        KeeperCore::new(&spec, published)
+    }
+
+    /// An imported state is the checkpoint of step 0; without one there is nothing to give.
+    #[test]
+    fn the_imported_state_is_given_to_those_who_ask() {
+        let ask = || KeeperEvent::Message {
+            from: address(ActorId::Reducer { shard: 1, replica: 0 }, 1),
+            body: Body::Fetch { step: 0 },
+        };
+        let mut keeper = of_shards(2, 0);
+        assert!(keeper.on(ask()).is_empty());
+        keeper.imported = true;
+        assert!(matches!(keeper.on(ask())[..], [KeeperEffect::Load { step: 0, shard: 1, .. }]));
+    }
+
     fn snapshot(step: Step, shard: u32) -> KeeperEvent {
         let from = address(ActorId::Reducer { shard, replica: 0 }, 1);
         KeeperEvent::Message { from, body: Body::Snapshot { step, parameters: Vec::new() } }
@@ -182,7 +205,7 @@ mod tests {
     /// KE-1, KE-2: published when all shards are stored, acknowledged when it is published.
     #[test]
     fn a_checkpoint_exists_when_every_shard_is_stored_and_the_manifest_is() {
-        let mut keeper = KeeperCore::new(2, 9, 0);
+        let mut keeper = of_shards(2, 0);
         keeper.on(KeeperEvent::Table(Arc::new(table(&materials()))));
         assert!(matches!(keeper.on(snapshot(3, 0))[..], [KeeperEffect::Store { step: 3, shard: 0, .. }]));
         assert!(keeper.on(snapshot(3, 0)).is_empty(), "a second copy is not stored again");
@@ -205,7 +228,7 @@ mod tests {
     /// KE-3: a slow disk costs checkpoints, not memory; the last one is taken all the same.
     #[test]
     fn a_slow_disk_leaves_checkpoints_out() {
-        let mut keeper = KeeperCore::new(2, 9, 0);
+        let mut keeper = of_shards(2, 0);
         keeper.on(KeeperEvent::Table(Arc::new(table(&materials()))));
         for step in 1..=WAITING_MAX as Step {
             assert_eq!(keeper.on(snapshot(step, 0)).len(), 1);
@@ -221,7 +244,7 @@ mod tests {
     /// A way back in the middle of a checkpoint: it is not published, and made again later.
     #[test]
     fn a_checkpoint_that_is_being_made_is_dropped_when_the_job_goes_back() {
-        let mut keeper = KeeperCore::new(1, 9, 0);
+        let mut keeper = of_shards(1, 0);
         let mut table = table(&materials());
         keeper.on(KeeperEvent::Table(Arc::new(table.clone())));
         keeper.on(snapshot(3, 0));
@@ -234,7 +257,7 @@ mod tests {
     /// Whoever asks is given the table's checkpoint, and nothing when the job began from none.
     #[test]
     fn states_are_loaded_from_the_tables_checkpoint() {
-        let mut keeper = KeeperCore::new(2, 9, 3);
+        let mut keeper = of_shards(2, 3);
         let mut table = table(&materials());
         let from = address(ActorId::Reducer { shard: 1, replica: 0 }, 1);
         keeper.on(KeeperEvent::Table(Arc::new(table.clone())));

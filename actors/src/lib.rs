@@ -30,11 +30,12 @@ mod supervisor;
 mod table;
 #[cfg(test)]
 mod testing;
+mod tokens;
 mod wire;
 mod worker;
 
 pub use compute::{Job, Outcome, run};
-pub use config::{Config, ConfigError};
+pub use config::{Config, ConfigError, DataConfig, EvalConfig, SourceConfig};
 pub use control::{AdminRequest, Control};
 pub use data::{Corpus, TooShort};
 pub use effect::{Core, Effect, Event};
@@ -44,9 +45,10 @@ pub use message::{Body, Commit, Envelope};
 pub use plant::Bug;
 pub use shell::{
     AnyError, MetricsLine, NodeEnd, NodeOptions, RunFolder, RunIdentity, SupervisorEnd, hash_hex, new_name, run_node,
-    run_supervisor,
+    run_supervisor, verify_tokens,
 };
 pub use spec::{JobSpec, Layout, OptimizerSpec};
 pub use supervisor::{CommitRecord, Happening, Record, Report, Supervisor, SupervisorEffect, SupervisorEvent};
 pub use table::{Entry, NodeInfo, Table};
+pub use tokens::{SourceInfo, Tokens, token_width};
 pub use wire::{Unit, WireError};

@@ -124,7 +124,7 @@ impl ReducerCore {
 
     /// Gets a first state: from the primary, a checkpoint, or made from the seed.
     fn obtain(&mut self) -> Vec<Effect> {
-        if self.table.primary(self.shard).is_none() && self.table.base == 0 {
+        if self.table.primary(self.shard).is_none() && self.table.base == 0 && !self.spec.imported {
             self.computing = true;
             let parameters = self.numbers.iter().map(|n| self.layout.parameters[*n as usize].clone()).collect();
             let job = Job::Initial { seed: self.spec.seed, std: self.spec.model.initial_std, parameters };

@@ -47,6 +47,10 @@ pub struct JobSpec {
     pub model: ModelConfig,
     /// Names the initial weights and the order of the data.
     pub seed: u64,
+    /// The weights of the sources of text, in their order.
+    pub source_weights: Vec<f64>,
+    /// Whether the first state was imported: it is the checkpoint of step 0, not made from the seed.
+    pub imported: bool,
     /// Steps to train.
     pub steps: Step,
     /// The optimizer.

@@ -8,6 +8,7 @@ use crate::message::{Body, Local};
 use crate::pieces::Pieces;
 use crate::spec::{JobSpec, Layout};
 use crate::table::{Entry, NodeInfo, Table};
+use crate::tokens::Tokens;
 use crate::worker::Materials;
 use everstep_kernels::{CpuBackend, Tensor};
 use std::collections::BTreeMap;
@@ -21,8 +22,8 @@ pub(crate) fn materials() -> Materials {
 }
 
 pub(crate) fn of(spec: JobSpec) -> Materials {
-    let bytes = (0..200u32).map(|i| (i * i % 7) as u8).collect();
-    let corpus = Corpus::new(Arc::new(bytes), &spec).unwrap();
+    let bytes: Vec<u8> = (0..200u32).map(|i| (i * i % 7) as u8).collect();
+    let corpus = Corpus::new(vec![Tokens::new(Arc::new(bytes), 1)], &spec).unwrap();
     let spec = Arc::new(spec);
     Materials { layout: Layout::new(&spec), spec, corpus, plant: None }
 }

@@ -6,10 +6,12 @@ mod chunk;
 mod error;
 mod log;
 mod manifest;
+mod mapped;
 mod store;
 
 pub use chunk::{CHUNK_ELEMENTS, ChunkHash};
 pub use error::StoreError;
 pub use log::{Log, RECORD_MAX};
 pub use manifest::{Manifest, TensorEntry};
+pub use mapped::Mapped;
 pub use store::{Reader, Store, StoredTensor};

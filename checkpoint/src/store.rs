@@ -73,16 +73,23 @@ impl Reader {
     /// Reads tensors of a checkpoint, verifying every chunk. Names come with rows and columns.
     pub fn read(&self, step: u64, names: &[(String, usize, usize)]) -> Result<Vec<StoredTensor>, StoreError> {
         let manifest = self.manifest(step)?;
-        names.iter().map(|(name, rows, columns)| self.read_tensor(&manifest, name, *rows, *columns)).collect()
+        let tensor = |(name, rows, columns): &(String, usize, usize)| {
+            let part = |n| self.read_part(&manifest, name, *rows, *columns, n);
+            let data = [part(0)?, part(1)?, part(2)?];
+            Ok(StoredTensor { name: name.clone(), rows: *rows, columns: *columns, data })
+        };
+        names.iter().map(tensor).collect()
     }
 
-    fn read_tensor(
+    /// Reads the weight (0) or a moment (1, 2) of a tensor.
+    fn read_part(
         &self,
         manifest: &Manifest,
         name: &str,
         rows: usize,
         columns: usize,
-    ) -> Result<StoredTensor, StoreError> {
+        part: usize,
+    ) -> Result<Arc<Vec<f32>>, StoreError> {
         let wrong = |reason: String| StoreError::Tensor {
             path: self.manifest_path(manifest.step),
             step: manifest.step,
@@ -94,19 +101,26 @@ impl Reader {
         if (entry.rows, entry.columns) != (rows as u64, columns as u64) {
             return Err(wrong(format!("is {} x {}, expected {rows} x {columns}", entry.rows, entry.columns)));
         }
-        let load = |hashes: &Vec<[u8; 32]>| -> Result<Arc<Vec<f32>>, StoreError> {
-            let mut data = Vec::with_capacity(rows * columns);
-            for hash in hashes {
-                data.extend(bytemuck::pod_collect_to_vec::<u8, f32>(&self.chunks.get(ChunkHash(*hash))?));
-            }
-            if data.len() == rows * columns {
-                Ok(Arc::new(data))
-            } else {
-                Err(wrong(format!("has {} elements, expected {}", data.len(), rows * columns)))
-            }
-        };
-        let [w, m, v] = &entry.chunks;
-        Ok(StoredTensor { name: name.to_owned(), rows, columns, data: [load(w)?, load(m)?, load(v)?] })
+        let mut data = Vec::with_capacity(rows * columns);
+        for hash in &entry.chunks[part] {
+            data.extend(bytemuck::pod_collect_to_vec::<u8, f32>(&self.chunks.get(ChunkHash(*hash))?));
+        }
+        if data.len() == rows * columns {
+            Ok(Arc::new(data))
+        } else {
+            Err(wrong(format!("has {} elements, expected {}", data.len(), rows * columns)))
+        }
+    }
+
+    /// Reads the weight of one tensor, without its moments.
+    pub fn weight(
+        &self,
+        manifest: &Manifest,
+        name: &str,
+        rows: usize,
+        columns: usize,
+    ) -> Result<Arc<Vec<f32>>, StoreError> {
+        self.read_part(manifest, name, rows, columns, 0)
     }
 
     /// Reads every chunk of a checkpoint.

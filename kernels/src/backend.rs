@@ -116,6 +116,16 @@ pub trait Backend: Send + Sync + fmt::Debug {
     fn rope(&self, x: &Tensor, shape: &RopeShape, inverse: bool) -> Tensor;
     /// `q, kv, k_rope ->` all that the backward function needs, the result among it.
     fn attention(&self, q: Tensor, kv: Tensor, k_rope: Tensor, shape: &AttentionShape) -> AttentionState;
+    /// Attention of a text's newest `T` positions to all `P` of it, whose keys and values stay compressed:
+    /// `q_T,H(N+R), latent_PC, k_rope_PR, kv_b_H(N+V),C -> o_T,HV`.
+    fn attention_cached(
+        &self,
+        q: &Tensor,
+        latent: &Tensor,
+        k_rope: &Tensor,
+        kv_b: &Tensor,
+        shape: &AttentionShape,
+    ) -> Tensor;
     /// `d_o -> (dq, dkv, dk_rope)`.
     fn attention_backward(
         &self,

@@ -5,7 +5,7 @@ use crate::ops::attention::{self, AttentionShape};
 use crate::ops::combine::{self, Dispatch};
 use crate::ops::gate::{self, GateShape};
 use crate::ops::rope::{self, RopeShape};
-use crate::ops::{cross_entropy, embedding, linear, quantise, rms_norm, swiglu};
+use crate::ops::{cross_entropy, embedding, latent_attention, linear, quantise, rms_norm, swiglu};
 use crate::philox::Philox;
 use crate::tensor::Tensor;
 use std::sync::{Arc, OnceLock};
@@ -182,6 +182,24 @@ impl Backend for CpuBackend {
         let o = Tensor::from_vec(q.rows(), shape.heads * shape.value, o);
         let lse = Tensor::from_vec(q.rows(), shape.heads, lse);
         AttentionState { q, kv, k_rope, o, lse }
+    }
+
+    fn attention_cached(
+        &self,
+        q: &Tensor,
+        latent: &Tensor,
+        k_rope: &Tensor,
+        kv_b: &Tensor,
+        shape: &AttentionShape,
+    ) -> Tensor {
+        let cache = latent_attention::Cache {
+            latent: latent.f32s(),
+            k_rope: k_rope.f32s(),
+            positions: latent.rows(),
+            rank: latent.columns(),
+        };
+        let o = latent_attention::forward(q.f32s(), &cache, kv_b.f32s(), shape);
+        Tensor::from_vec(q.rows(), shape.heads * shape.value, o)
     }
 
     fn attention_backward(

@@ -326,6 +326,10 @@ impl Backend for CudaBackend {
         AttentionState { q, kv, k_rope, o, lse }
     }
 
+    fn attention_cached(&self, q: &Tensor, _: &Tensor, _: &Tensor, _: &Tensor, shape: &AttentionShape) -> Tensor {
+        self.unsupported("attention_cached", q.rows(), shape.heads * shape.value)
+    }
+
     fn attention_backward(&self, state: &AttentionState, _: &Tensor, _: &AttentionShape) -> (Tensor, Tensor, Tensor) {
         let dq = self.unsupported("attention_backward", state.q.rows(), state.q.columns());
         let like = |t: &Tensor| self.nothing(t.rows(), t.columns());

@@ -18,18 +18,21 @@ pub use backend::{AttentionState, Backend, BackendError, DeviceClass};
 pub use cpu::CpuBackend;
 #[cfg(feature = "cuda")]
 pub use cuda::CudaBackend;
+pub use layers::decode::Decoder;
 pub use layers::expert::{
     ExpertHeld, ExpertSaved, ExpertWeights, expert_backward_input, expert_backward_weight, expert_forward,
 };
 pub use layers::stage::{Progress, Scales, StageInput, StageModel, StageSums};
 pub use layers::{ParameterMap, Weight, second_use};
 pub use limits::{multiply_add_limit, peer_linear};
-pub use math::{cosine, power};
+pub use math::{bf16_bits, bf16_value, cosine, power};
 pub use model::{Group, ModelConfig, Parameter, Update};
 pub use ops::adamw::{AdamW, NORM_CHUNK, StateSums, square_sums, state_sum, state_sums, step as adamw_step};
 pub use ops::attention::AttentionShape;
 pub use ops::combine::{Dispatch, Slot};
+pub use ops::cross_entropy::mean_loss;
 pub use ops::gate::GateShape;
+pub use ops::quantise::{dequantise_blocks, quantise_blocks};
 pub use ops::rope::{RopeShape, Yarn};
 pub use philox::Philox;
 pub use tensor::{DeviceBuffer, Tensor};

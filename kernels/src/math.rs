@@ -62,6 +62,22 @@ pub(crate) fn sum_by(n: usize, term: impl Fn(usize) -> f32) -> f32 {
     lanes[0]
 }
 
+/// The nearest bf16 of `x`, ties to even; NaN stays NaN.
+#[inline(always)]
+pub fn bf16_bits(x: f32) -> u16 {
+    let bits = x.to_bits();
+    if x.is_nan() {
+        return (bits >> 16) as u16 | 0x40;
+    }
+    ((bits + 0x7fff + (bits >> 16 & 1)) >> 16) as u16
+}
+
+/// The value of a bf16; exact.
+#[inline(always)]
+pub fn bf16_value(bits: u16) -> f32 {
+    f32::from_bits(u32::from(bits) << 16)
+}
+
 /// The cosine by a portable libm: a system's own may differ in the last bit.
 pub fn cosine(x: f64) -> f64 {
     libm::cos(x)
@@ -83,6 +99,22 @@ pub fn power(base: f64, mut n: u64) -> f64 {
 #[cfg(test)]
 mod tests {
     use super::*;
+
+    #[test]
+    fn bf16_is_the_nearest_with_ties_to_even() {
+        for bits in 0..=u16::MAX {
+            let value = bf16_value(bits);
+            if value.is_nan() {
+                assert!(bf16_value(bf16_bits(value)).is_nan());
+            } else {
+                assert_eq!(bf16_bits(value), bits);
+            }
+        }
+        let (low, high) = (bf16_value(0x3f80), bf16_value(0x3f81));
+        assert_eq!(bf16_bits((low + high) / 2.0), 0x3f80);
+        assert_eq!(bf16_bits((high + bf16_value(0x3f82)) / 2.0), 0x3f82);
+        assert_eq!(bf16_bits(f32::MAX), 0x7f80, "past the largest it is infinite");
+    }
 
     #[test]
     fn exp_is_close_to_f64() {

@@ -274,6 +274,7 @@ impl ModelConfig {
             offset: self.nope,
             width: self.rope,
             sequence: self.sequence,
+            first: 0,
             theta: self.rope_theta,
             yarn: self.yarn,
         }

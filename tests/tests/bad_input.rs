@@ -47,7 +47,7 @@ fn text_that_is_missing_or_empty_is_named() -> Result<()> {
     std::fs::write(place.path().join("empty.txt"), "")?;
     refused(&place.try_train("run", &["data.paths=[\"empty.txt\"]"])?, &["empty.txt", "no text"]);
     std::fs::write(place.path().join("short.txt"), "short")?;
-    refused(&place.try_train("run", &["data.paths=[\"short.txt\"]"])?, &["short.txt", "6 bytes", "33"]);
+    refused(&place.try_train("run", &["data.paths=[\"short.txt\"]"])?, &["short.txt", "6 tokens", "33"]);
     assert!(!place.run("run").0.exists());
     Ok(())
 }
@@ -61,9 +61,9 @@ fn a_port_in_use_and_a_folder_that_exists_are_named() -> Result<()> {
     assert!(!place.run("run").0.exists());
     // A run folder that exists is not touched.
     place.train("run", &["job.nodes=1"])?;
-    let before = std::fs::read(place.run("run").corpus())?;
+    let before = std::fs::read(place.run("run").tokens(0))?;
     refused(&place.try_train("run", &[])?, &["run", "exists", "resume"]);
-    assert_eq!(std::fs::read(place.run("run").corpus())?, before);
+    assert_eq!(std::fs::read(place.run("run").tokens(0))?, before);
     refused(&place.everstep(&["resume", "nothing-here"])?, &["nothing-here", "no run folder"]);
     Ok(())
 }

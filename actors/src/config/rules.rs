@@ -1,6 +1,7 @@
 //! What must hold of a configuration beyond its types: rules by key, checked in order.
 
-use super::{ConfigError, Raw, RawModel, RawOptimizer, line_of};
+use super::raw::{Raw, RawData, RawModel, RawOptimizer};
+use super::{ConfigError, line_of};
 use crate::pieces::Pieces;
 
 /// One rule: whether it holds, the key to blame, its value, and what is expected.
@@ -14,6 +15,7 @@ pub(super) fn check(raw: &Raw, text: &str, origin: &str, overrides: &[String]) -
         rules.extend(mixture_rules(&raw.model));
     }
     rules.extend(optimizer_rules(&raw.optimizer));
+    rules.extend(data_rules(&raw.data, raw));
     let Some((_, key, value, reason)) = rules.into_iter().find(|(holds, ..)| !holds) else { return Ok(()) };
     let set = overrides.iter().rev().find(|o| o.split('=').next().is_some_and(|k| k.trim() == key));
     match set {
@@ -190,4 +192,55 @@ fn mixture_rules(m: &RawModel) -> Vec<Rule> {
             format!("expected 1 to {}, the experts of the kept groups", m.experts / groups * m.groups_kept),
         ),
     ]
+}
+
+/// What must hold of the text.
+fn data_rules(d: &RawData, raw: &Raw) -> Vec<Rule> {
+    let weights: Vec<f64> = d.sources.iter().map(|s| s.weight).collect();
+    let whole = d.sources.iter().all(|s| !s.paths.is_empty());
+    let mut rules: Vec<Rule> = vec![
+        (
+            d.sources.is_empty() || d.paths.is_none(),
+            "data.paths",
+            format!("{:?}", d.paths),
+            "data.sources are given too: expected one of both".into(),
+        ),
+        (
+            d.paths.as_ref().is_none_or(|p| !p.is_empty()) && whole,
+            "data.paths",
+            "[]".into(),
+            "expected at least one file or folder".into(),
+        ),
+        (
+            weights.iter().all(|w| w.is_finite() && *w > 0.0) && weights.len() <= 1024,
+            "data.sources",
+            format!("{weights:?}"),
+            "expected at most 1024 sources with weights above 0".into(),
+        ),
+        (
+            d.tokenizer.is_none() || raw.model.vocabulary.is_some(),
+            "data.tokenizer",
+            format!("{:?}", d.tokenizer),
+            "expected model.vocabulary too: at least the tokenizer's size".into(),
+        ),
+        (
+            raw.model.vocabulary.is_none_or(|v| v >= 256 || d.tokenizer.is_some()),
+            "model.vocabulary",
+            format!("{:?}", raw.model.vocabulary),
+            "text is read as bytes: expected at least 256".into(),
+        ),
+    ];
+    if let Some(e) = &d.eval {
+        let every = raw.checkpoint.every;
+        rules.push((
+            e.every > 0 && e.every.is_multiple_of(every),
+            "data.eval.every",
+            e.every.to_string(),
+            format!("checkpoints are looked at: expected a multiple of checkpoint.every = {every}"),
+        ));
+        let positive = e.sequences > 0 && !e.paths.is_empty();
+        let why = "expected at least one sequence of at least one file or folder";
+        rules.push((positive, "data.eval.sequences", e.sequences.to_string(), why.into()));
+    }
+    rules
 }

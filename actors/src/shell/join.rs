@@ -2,14 +2,17 @@
 
 use super::node::{Args, Msg, Node};
 use super::pool::Pool;
+use super::run_folder::{RunFolder, open_tokens};
 use super::{AnyError, machine, new_name, pump, tell};
 use crate::config::Config;
 use crate::control::Control;
 use crate::data::Corpus;
-use crate::spec::Layout;
+use crate::spec::{JobSpec, Layout};
 use crate::table::NodeInfo;
+use crate::tokens::{SourceInfo, Tokens};
 use crate::wire::Unit;
 use crate::worker::Materials;
+use everstep_checkpoint::Mapped;
 use everstep_kernels::{Backend, CpuBackend};
 use everstep_transport::{Credentials, Hub, HubEvent, Peer};
 use ractor::Actor;
@@ -21,8 +24,8 @@ use tokio::sync::mpsc;
 /// Without a supervisor for so long, a node ends.
 pub(super) const SUPERVISOR_WAIT: Duration = Duration::from_secs(60);
 const REDIAL: Duration = Duration::from_millis(50);
-/// Bytes of the corpus that are asked for at once, and the most that are taken.
-const CORPUS_MAX: u64 = 16 << 30;
+/// Bytes of a source that are taken over the wire; a greater one must be at the supervisor's path here too.
+const TOKENS_MAX: u64 = 16 << 30;
 
 /// How to be a node.
 #[derive(Debug, Clone)]
@@ -121,48 +124,107 @@ pub(super) async fn find(hub: &Hub, address: SocketAddr, wait: Duration) -> Resu
     }
 }
 
-/// Asks for the job and its text. None: the supervisor went away meanwhile, there may be another.
+/// Asks for the job, opens its sources of text or asks for them. None: the supervisor went away
+/// meanwhile, there may be another.
 async fn receive_job(
     hub: &Hub,
     supervisor: Peer,
     events: &mut mpsc::Receiver<HubEvent>,
 ) -> Result<Option<Materials>, AnyError> {
     tell(hub, supervisor, Control::Enquire);
-    let mut job = None;
-    let mut bytes: Vec<u8> = Vec::new();
+    let mut job: Option<(Arc<JobSpec>, Vec<SourceInfo>)> = None;
+    let mut tokens: Vec<Tokens> = Vec::new();
+    let mut coming: Option<Coming> = None;
+    loop {
+        if let Some((spec, sources)) = &job {
+            if tokens.len() == sources.len() {
+                let corpus = Corpus::new(tokens, spec)?;
+                let materials = Materials { layout: Layout::new(spec), spec: Arc::clone(spec), corpus, plant: None };
+                return Ok(Some(materials));
+            }
+            let (source, from) = (tokens.len() as u32, coming.as_ref().map_or(0, |c| c.length));
+            tell(hub, supervisor, Control::TokensWanted { source, from });
+        }
+        match next_control(supervisor, events).await? {
+            Some(Control::Job { config, sources, folder, machine: theirs }) => {
+                let spec = Arc::new(Config::parse(&config, "the supervisor's configuration", &[])?.spec);
+                let run = RunFolder(folder.into());
+                if theirs == machine()
+                    && let Ok(here) = open_tokens(&run, &sources)
+                {
+                    tokens = here;
+                }
+                if let Some(big) = sources.iter().skip(tokens.len()).find(|s| s.bytes() > TOKENS_MAX) {
+                    return Err(NodeError::Job(format!("a source of text has {} bytes", big.bytes())).into());
+                }
+                job = Some((spec, sources));
+            }
+            Some(Control::TokensPart { source, from, bytes }) => {
+                let Some((_, sources)) = &job else { continue };
+                let info = &sources[tokens.len()];
+                let so_far = coming.take().map_or_else(Coming::new, Ok)?;
+                if source as usize != tokens.len() || from != so_far.length {
+                    coming = Some(so_far);
+                    continue;
+                }
+                let so_far = so_far.add(&bytes)?;
+                if so_far.length < info.bytes() && !bytes.is_empty() {
+                    coming = Some(so_far);
+                } else {
+                    tokens.push(so_far.finish(info)?);
+                }
+            }
+            Some(Control::Dismiss { why }) => return Err(NodeError::Job(why).into()),
+            Some(_) => {}
+            None => return Ok(None),
+        }
+    }
+}
+
+/// The next word of the supervisor. None: it went away.
+async fn next_control(supervisor: Peer, events: &mut mpsc::Receiver<HubEvent>) -> Result<Option<Control>, AnyError> {
     loop {
         let event = tokio::time::timeout(SUPERVISOR_WAIT, events.recv()).await;
         let event = event.ok().flatten().ok_or_else(|| NodeError::Job("it does not come".to_owned()))?;
-        let message = match event {
-            HubEvent::Message(_, message) => message,
+        match event {
+            HubEvent::Message(_, message) => {
+                if let Unit::Control(control) = Unit::decode(message)? {
+                    return Ok(Some(control));
+                }
+            }
             HubEvent::Down(peer) | HubEvent::Broken(peer, _) if peer == supervisor => return Ok(None),
-            HubEvent::Up(_) | HubEvent::Down(_) | HubEvent::Broken(..) | HubEvent::Refused(_) => continue,
-        };
-        match Unit::decode(message)? {
-            Unit::Control(Control::Job { config, corpus_bytes, corpus_hash }) => {
-                if corpus_bytes > CORPUS_MAX {
-                    return Err(NodeError::Job(format!("its text has {corpus_bytes} bytes")).into());
-                }
-                job = Some((config, corpus_bytes, corpus_hash));
-                tell(hub, supervisor, Control::CorpusWanted { from: 0 });
-            }
-            Unit::Control(Control::CorpusPart { from, bytes: part }) if from == bytes.len() as u64 => {
-                bytes.extend(part);
-                let Some((config, length, hash)) = &job else { continue };
-                if (bytes.len() as u64) < *length {
-                    tell(hub, supervisor, Control::CorpusWanted { from: bytes.len() as u64 });
-                    continue;
-                }
-                let got = blake3::hash(&bytes).to_hex().to_string();
-                if got != *hash {
-                    return Err(NodeError::Job(format!("its text has hash {got}, expected {hash}")).into());
-                }
-                let spec = Arc::new(Config::parse(config, "the supervisor's configuration", &[])?.spec);
-                let corpus = Corpus::new(Arc::new(bytes), &spec)?;
-                return Ok(Some(Materials { layout: Layout::new(&spec), spec, corpus, plant: None }));
-            }
-            Unit::Control(Control::Dismiss { why }) => return Err(NodeError::Job(why).into()),
-            Unit::Control(_) | Unit::Bundle(_) => {}
+            HubEvent::Up(_) | HubEvent::Down(_) | HubEvent::Broken(..) | HubEvent::Refused(_) => {}
         }
+    }
+}
+
+/// A source that comes over the wire, in a file without a name.
+struct Coming {
+    file: std::fs::File,
+    length: u64,
+    hash: blake3::Hasher,
+}
+
+impl Coming {
+    fn new() -> Result<Self, AnyError> {
+        let path = std::env::temp_dir().join(format!("everstep-{:016x}.tokens", new_name()));
+        let file = std::fs::OpenOptions::new().read(true).write(true).create_new(true).open(&path)?;
+        std::fs::remove_file(&path)?;
+        Ok(Self { file, length: 0, hash: blake3::Hasher::new() })
+    }
+
+    fn add(mut self, bytes: &[u8]) -> Result<Self, AnyError> {
+        std::io::Write::write_all(&mut self.file, bytes)?;
+        self.length += bytes.len() as u64;
+        self.hash.update(bytes);
+        Ok(self)
+    }
+
+    fn finish(self, info: &SourceInfo) -> Result<Tokens, AnyError> {
+        let got = self.hash.finalize().to_hex().to_string();
+        if got != info.hash {
+            return Err(NodeError::Job(format!("its text has hash {got}, expected {}", info.hash)).into());
+        }
+        Ok(Tokens::new(Arc::new(Mapped::of(&self.file)?), info.width))
     }
 }

@@ -12,7 +12,7 @@ mod watch;
 mod worker;
 
 pub use join::{NodeEnd, NodeOptions, run_node};
-pub use run_folder::{MetricsLine, RunFolder, RunIdentity};
+pub use run_folder::{MetricsLine, RunFolder, RunIdentity, verify_tokens};
 pub use supervisor::{SupervisorEnd, run_supervisor};
 
 use crate::control::Control;

@@ -259,8 +259,8 @@ impl State {
             | Control::Heartbeat { .. }
             | Control::ActorFailed { .. }
             | Control::Described { .. }
-            | Control::CorpusWanted { .. }
-            | Control::CorpusPart { .. }
+            | Control::TokensWanted { .. }
+            | Control::TokensPart { .. }
             | Control::Job { .. }
             | Control::Admin { .. } => {}
         }

@@ -2,9 +2,12 @@
 
 use crate::ids::Step;
 use crate::supervisor::Report;
+use crate::tokens::{SourceInfo, Tokens};
+use everstep_checkpoint::Mapped;
 use serde::{Deserialize, Serialize};
 use std::collections::BTreeMap;
 use std::path::{Path, PathBuf};
+use std::sync::Arc;
 
 /// Paths inside a run folder.
 #[derive(Debug, Clone)]
@@ -19,9 +22,21 @@ impl RunFolder {
     pub fn identity(&self) -> PathBuf {
         self.0.join("job.json")
     }
-    /// The snapshot of the text.
-    pub fn corpus(&self) -> PathBuf {
-        self.0.join("corpus.bin")
+    /// The snapshot of the text: tokens, and the tokenizer if there is one.
+    pub fn data(&self) -> PathBuf {
+        self.0.join("data")
+    }
+    /// The tokens of a source.
+    pub fn tokens(&self, source: usize) -> PathBuf {
+        self.data().join(format!("source-{source}.tokens"))
+    }
+    /// The tokenizer, if the text is not read as bytes.
+    pub fn tokenizer(&self) -> PathBuf {
+        self.data().join("tokenizer.json")
+    }
+    /// Perplexities of the held-out text.
+    pub fn evals(&self) -> PathBuf {
+        self.0.join("eval.jsonl")
     }
     /// The supervisor's decisions.
     pub fn control_log(&self) -> PathBuf {
@@ -75,10 +90,8 @@ impl RunFolder {
 pub struct RunIdentity {
     /// The job's random name; checkpoints carry it.
     pub job: String,
-    /// BLAKE3 of the text, in hexadecimal.
-    pub corpus_hash: String,
-    /// Files in the text.
-    pub corpus_files: usize,
+    /// The sources of text, in order.
+    pub sources: Vec<SourceInfo>,
 }
 
 /// A line of metrics.jsonl.
@@ -157,4 +170,31 @@ impl MetricsLine {
         let lines = text[..whole].lines().enumerate().map(parse).collect::<Result<_, _>>()?;
         Ok((lines, whole))
     }
+}
+
+/// Maps the tokens of a run's sources. Their hashes are not looked at: see [`verify_tokens`].
+pub(super) fn open_tokens(run: &RunFolder, sources: &[SourceInfo]) -> std::io::Result<Vec<Tokens>> {
+    let open = |(n, info): (usize, &SourceInfo)| {
+        let path = run.tokens(n);
+        let words = |e: &dyn std::fmt::Display| std::io::Error::other(format!("{}: {e}", path.display()));
+        let mapped = Mapped::open(&path).map_err(|e| words(&e))?;
+        let got = mapped.as_ref().len() as u64;
+        if got != info.bytes() {
+            return Err(words(&format!("it has {got} bytes, expected {}", info.bytes())));
+        }
+        Ok(Tokens::new(Arc::new(mapped), info.width))
+    };
+    sources.iter().enumerate().map(open).collect()
+}
+
+/// Reads all tokens of a run and compares their hashes: for the start of a run, not for a recovery.
+pub fn verify_tokens(run: &RunFolder, sources: &[SourceInfo]) -> std::io::Result<()> {
+    for (n, (tokens, info)) in open_tokens(run, sources)?.iter().zip(sources).enumerate() {
+        let hash = blake3::hash(tokens.as_bytes()).to_hex().to_string();
+        if hash != info.hash {
+            let words = format!("{} has hash {hash}, expected {}", run.tokens(n).display(), info.hash);
+            return Err(std::io::Error::other(words));
+        }
+    }
+    Ok(())
 }

@@ -4,10 +4,10 @@
 //! watch over processes of this machine.
 
 use super::restore::{Restored, encode, restore};
-use super::run_folder::{MetricsLine, RunFolder, RunIdentity};
+use super::run_folder::{MetricsLine, RunFolder, RunIdentity, open_tokens};
 use super::scribe::{Checkpointing, Line, start_scribe, start_store};
 use super::watch::watch;
-use super::{AnyError, new_name, pump, send, tell};
+use super::{AnyError, machine, new_name, pump, send, tell};
 use crate::config::Config;
 use crate::control::{ActorRequest, AdminRequest, Control};
 use crate::ids::{ActorId, NodeId, Step};
@@ -15,6 +15,7 @@ use crate::keeper::{KeeperCore, KeeperEvent};
 use crate::message::ParameterState;
 use crate::root::{Root, RootEffect, RootEvent};
 use crate::supervisor::{Happening, Report, Supervisor, SupervisorEvent};
+use crate::tokens::Tokens;
 use crate::wire::Unit;
 use everstep_kernels::{Backend, CpuBackend, Tensor};
 use everstep_transport::{Credentials, Hub, HubEvent, Peer};
@@ -28,8 +29,8 @@ use std::time::{Duration, Instant, SystemTime, UNIX_EPOCH};
 use tokio::sync::{OwnedSemaphorePermit, mpsc};
 
 const TICK: Duration = Duration::from_millis(100);
-/// Bytes of the corpus in one answer.
-const CORPUS_PART: usize = 1 << 20;
+/// Bytes of a source in one answer.
+const TOKENS_PART: usize = 1 << 20;
 /// Questions of operators that wait for a node's answer; older ones are given up.
 const OPERATORS_MAX: usize = 256;
 /// Refused strangers are told of at most so often.
@@ -75,7 +76,8 @@ struct State {
     root: Root,
     config: Config,
     identity: RunIdentity,
-    corpus: Arc<Vec<u8>>,
+    run: RunFolder,
+    tokens: Vec<Tokens>,
     hub: Hub,
     began: Instant,
     scribe: SyncSender<Line>,
@@ -96,7 +98,8 @@ struct Args {
     restored: Restored,
     config: Config,
     identity: RunIdentity,
-    corpus: Arc<Vec<u8>>,
+    run: RunFolder,
+    tokens: Vec<Tokens>,
     hub: Hub,
     end: mpsc::Sender<SupervisorEnd>,
 }
@@ -112,18 +115,13 @@ pub async fn run_supervisor(run: RunFolder, listen: SocketAddr) -> Result<Superv
     let text = std::fs::read_to_string(run.config())?;
     let config = Config::parse(&text, &run.config().display().to_string(), &[])?;
     let identity: RunIdentity = serde_json::from_str(&std::fs::read_to_string(run.identity())?)?;
-    let corpus = Arc::new(std::fs::read(run.corpus())?);
-    let hash = blake3::hash(&corpus).to_hex().to_string();
-    if hash != identity.corpus_hash {
-        let path = run.corpus();
-        return Err(format!("{} has hash {hash}, expected {}", path.display(), identity.corpus_hash).into());
-    }
+    let tokens = open_tokens(&run, &identity.sources)?;
     let restored = restore(&run, &config, &identity)?;
     let credentials = Credentials::load(&run.credentials())?;
     let (hub, mut events) = Hub::open(listen, &credentials, new_name())?;
     let (end, mut ended) = mpsc::channel(1);
     let address = hub.address()?.to_string();
-    let args = Args { restored, config, identity, corpus, hub: hub.clone(), end };
+    let args = Args { restored, config, identity, run: run.clone(), tokens, hub: hub.clone(), end };
     let (actor, handle) = Actor::spawn(None, SupervisorProcess, args).await?;
     // Nodes may come from now on: the launcher reads this file.
     let scratch = run.0.join(".address.new");
@@ -144,19 +142,20 @@ impl Actor for SupervisorProcess {
     type Arguments = Args;
 
     async fn pre_start(&self, myself: ActorRef<Msg>, args: Args) -> Result<State, ActorProcessingErr> {
-        let Args { restored, config, identity, corpus, hub, end } = args;
+        let Args { restored, config, identity, run, tokens, hub, end } = args;
         let spec = Arc::new(config.spec.clone());
         let layout = crate::spec::Layout::new(&spec);
-        let (shards, steps) = (spec.shards, spec.steps);
         let checkpoint = restored.checkpoint;
+        let keeper = KeeperCore::new(&spec, checkpoint);
         let (supervisor, first) =
             Supervisor::new(spec, config.nodes, &restored.records, checkpoint, restored.reported, Duration::ZERO, None);
-        let (root, effects) = Root::new(supervisor, first, KeeperCore::new(shards, steps, checkpoint), None);
+        let (root, effects) = Root::new(supervisor, first, keeper, None);
         let mut state = State {
             root,
             config,
             identity,
-            corpus,
+            run,
+            tokens,
             hub,
             began: Instant::now(),
             scribe: start_scribe(restored.files, myself.clone())?,
@@ -366,15 +365,17 @@ impl State {
             Control::Enquire => {
                 let job = Control::Job {
                     config: self.config.text.clone(),
-                    corpus_bytes: self.corpus.len() as u64,
-                    corpus_hash: self.identity.corpus_hash.clone(),
+                    sources: self.identity.sources.clone(),
+                    folder: self.run.0.display().to_string(),
+                    machine: machine(),
                 };
                 tell(&self.hub, peer, job);
             }
-            Control::CorpusWanted { from } => {
-                let start = usize::try_from(from).unwrap_or(usize::MAX).min(self.corpus.len());
-                let end = start.saturating_add(CORPUS_PART).min(self.corpus.len());
-                tell(&self.hub, peer, Control::CorpusPart { from, bytes: self.corpus[start..end].to_vec() });
+            Control::TokensWanted { source, from } => {
+                let all = self.tokens.get(source as usize).map_or(&[][..], Tokens::as_bytes);
+                let start = usize::try_from(from).unwrap_or(usize::MAX).min(all.len());
+                let end = start.saturating_add(TOKENS_PART).min(all.len());
+                tell(&self.hub, peer, Control::TokensPart { source, from, bytes: all[start..end].to_vec() });
             }
             Control::Join { info, device_class } => {
                 if device_class != self.class {
@@ -409,7 +410,7 @@ impl State {
             | Control::Table(_)
             | Control::Fence
             | Control::Actor { .. }
-            | Control::CorpusPart { .. }
+            | Control::TokensPart { .. }
             | Control::Job { .. } => {}
         }
     }

@@ -47,7 +47,7 @@ impl World {
                 format!("step {} was announced, the next supervisor knows {}", self.announced, supervisor.committed());
             return Err(("C2", what));
         }
-        let keeper = KeeperCore::new(self.materials.spec.shards, self.materials.spec.steps, self.published);
+        let keeper = KeeperCore::new(&self.materials.spec, self.published);
         let (root, effects) = Root::new(supervisor, first, keeper, plant);
         self.root = Some(SimRoot { life, root, lives: BTreeMap::new(), joining: BTreeMap::new() });
         self.after_root(TICK, ForRoot::Tick);

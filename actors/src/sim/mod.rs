@@ -94,6 +94,8 @@ pub(crate) fn spec(shape: usize) -> JobSpec {
             initial_std: 0.3,
         },
         seed: 17 + shape as u64,
+        source_weights: vec![1.0],
+        imported: false,
         steps: 6,
         optimizer: OptimizerSpec {
             lr: 0.02,

@@ -13,6 +13,7 @@ use crate::plant::Bug;
 use crate::root::RootEvent;
 use crate::spec::{JobSpec, Layout};
 use crate::supervisor::{Record, SupervisorEvent};
+use crate::tokens::Tokens;
 use crate::worker::Materials;
 use everstep_kernels::{Philox, Tensor};
 use std::cmp::Reverse;
@@ -134,8 +135,9 @@ impl World {
         reference: Option<&'static [String]>,
     ) -> Self {
         let text = Philox::new(4, 77, 0);
-        let bytes = (0..400u64).map(|i| (text.words(i)[0] % 4 + if i % 3 == 0 { 0 } else { 4 }) as u8).collect();
-        let corpus = Corpus::new(Arc::new(bytes), &spec).expect("the text is long enough");
+        let bytes: Vec<u8> =
+            (0..400u64).map(|i| (text.words(i)[0] % 4 + if i % 3 == 0 { 0 } else { 4 }) as u8).collect();
+        let corpus = Corpus::new(vec![Tokens::new(Arc::new(bytes), 1)], &spec).expect("the text is long enough");
         let spec = Arc::new(spec);
         let materials = Materials { layout: Layout::new(&spec), spec, corpus, plant };
         let mut world = Self {

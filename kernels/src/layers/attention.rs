@@ -1,9 +1,11 @@
 //! Multi-head latent attention with its norm and residual: `h + o(attention(norm(h)))`
 //! (technical report 2.1.1). Only the latent part of the keys is normalised, never the rotated part.
 
+use super::decode::LatentCache;
 use super::{ParameterMap, Product, Products, Weight};
 use crate::backend::{AttentionState, Backend};
 use crate::model::{ModelConfig, NORM_EPS};
+use crate::ops::rope::RopeShape;
 use crate::tensor::Tensor;
 
 #[derive(Debug, Clone)]
@@ -58,14 +60,7 @@ impl Attention {
     /// `h_TD -> h_TD`.
     pub(crate) fn forward(&self, b: &dyn Backend, h: Tensor, config: &ModelConfig) -> (Tensor, AttentionSaved) {
         let x = b.rms_norm(&h, &self.norm.value, NORM_EPS);
-        let (q, query) = match &self.query {
-            Query::Direct(w) => (b.linear(&x, &w.value), None),
-            Query::Compressed { a, norm, b: up } => {
-                let low = b.linear(&x, &a.value);
-                let normed = b.rms_norm(&low, &norm.value, NORM_EPS);
-                (b.linear(&normed, &up.value), Some((low, normed)))
-            }
-        };
+        let (q, query) = self.query(b, &x);
         let q = b.rope(&q, &config.query_rope(), false);
         let (latent, k_rope) = b.split(&b.linear(&x, &self.kv_a.value), config.kv_rank);
         let k_rope = b.rope(&k_rope, &config.key_rope(), false);
@@ -74,6 +69,41 @@ impl Attention {
         let state = b.attention(q, kv, k_rope, &config.attention());
         let out = b.add(&h, &b.linear(&state.o, &self.o.value));
         (out, AttentionSaved { h, x, query, latent, latent_normed, state })
+    }
+
+    /// The query before its rotation.
+    fn query(&self, b: &dyn Backend, x: &Tensor) -> (Tensor, Option<(Tensor, Tensor)>) {
+        match &self.query {
+            Query::Direct(w) => (b.linear(x, &w.value), None),
+            Query::Compressed { a, norm, b: up } => {
+                let low = b.linear(x, &a.value);
+                let normed = b.rms_norm(&low, &norm.value, NORM_EPS);
+                (b.linear(&normed, &up.value), Some((low, normed)))
+            }
+        }
+    }
+
+    /// `h_TD -> h_TD` of one text's next positions, from `first` on, and the cache with them.
+    pub(crate) fn cached(
+        &self,
+        b: &dyn Backend,
+        h: Tensor,
+        cache: Option<LatentCache>,
+        first: usize,
+        config: &ModelConfig,
+    ) -> (Tensor, LatentCache) {
+        let x = b.rms_norm(&h, &self.norm.value, NORM_EPS);
+        let at = |shape: RopeShape| RopeShape { first, sequence: h.rows(), ..shape };
+        let q = b.rope(&self.query(b, &x).0, &at(config.query_rope()), false);
+        let (latent, k_rope) = b.split(&b.linear(&x, &self.kv_a.value), config.kv_rank);
+        let k_rope = b.rope(&k_rope, &at(config.key_rope()), false);
+        let latent = b.rms_norm(&latent, &self.kv_norm.value, NORM_EPS);
+        let cache = match cache {
+            Some(c) => LatentCache { latent: b.stack(&[c.latent, latent]), k_rope: b.stack(&[c.k_rope, k_rope]) },
+            None => LatentCache { latent, k_rope },
+        };
+        let o = b.attention_cached(&q, &cache.latent, &cache.k_rope, &self.kv_b.value, &config.attention());
+        (b.add(&h, &b.linear(&o, &self.o.value)), cache)
     }
 
     /// `dh_TD -> dh_TD`.

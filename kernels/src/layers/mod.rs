@@ -2,6 +2,7 @@
 //! can be made later: the schedules need the three apart, so there is no tape.
 
 pub(crate) mod attention;
+pub(crate) mod decode;
 pub(crate) mod expert;
 pub(crate) mod mixture;
 pub(crate) mod mlp;

@@ -2,6 +2,7 @@
 //! every parameter's gradient by central differences.
 
 use super::ParameterMap;
+use super::decode::Decoder;
 use super::expert::{ExpertWeights, expert_backward_input, expert_backward_weight, expert_forward};
 use super::second_use;
 use super::stage::{Progress, Scales, StageInput, StageModel};
@@ -358,4 +359,32 @@ fn a_batch_of_experts_gives_the_bits_of_each_alone() {
         assert_eq!(sums.len(), 3);
     }
     assert_eq!(c.groups_of_model().iter().filter(|g| matches!(g, Group::Expert { .. })).count(), 8);
+}
+
+/// The cache changes nothing but the order of sums: logits of a text that comes in parts.
+#[test]
+fn a_decoder_gives_the_logits_of_the_whole_text() {
+    let yarn = Yarn { factor: 3.0, original: 6, beta_fast: 32.0, beta_slow: 1.0, mscale: 1.0, mscale_all_dim: 1.0 };
+    for c in [config(None), ModelConfig { yarn: Some(yarn), rope: 4, mtp: 1, ..config(Some(5)) }] {
+        let map = parameters(&c);
+        let tokens = [1, 4, 10, 0, 3];
+        let wide: Wide =
+            map.iter().map(|(n, t)| (n.clone(), t.f32s().iter().map(|x| f64::from(*x)).collect())).collect();
+        let reference = Reference { c: &c, p: &wide };
+        let mut hs = reference.embed(&tokens);
+        for layer in 0..c.layers {
+            hs = reference.block(hs, layer).0;
+        }
+        let exact = |h: &Vec<f64>| reference.linear(&reference.norm(h, "model.norm.weight"), "lm_head.weight");
+        let want: Vec<f64> = hs.iter().flat_map(exact).collect();
+        for parts in [&[5][..], &[1, 1, 1, 1, 1], &[2, 3]] {
+            let mut decoder = Decoder::new(Arc::new(c.clone()), &map);
+            let mut got = Vec::new();
+            for n in parts {
+                let from = decoder.positions();
+                got.extend(decoder.feed(&CpuBackend, &tokens[from..from + n]).unwrap().f32s().to_vec());
+            }
+            crate::ops::testing::assert_close(&got, &want, 1e-5, "logits");
+        }
+    }
 }

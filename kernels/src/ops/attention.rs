@@ -30,15 +30,15 @@ pub struct AttentionShape {
 }
 
 impl AttentionShape {
-    fn q_row(&self) -> usize {
+    pub(crate) fn q_row(&self) -> usize {
         self.heads * (self.nope + self.rope)
     }
 
-    fn kv_row(&self) -> usize {
+    pub(crate) fn kv_row(&self) -> usize {
         self.heads * (self.nope + self.value)
     }
 
-    fn o_row(&self) -> usize {
+    pub(crate) fn o_row(&self) -> usize {
         self.heads * self.value
     }
 }

@@ -33,6 +33,12 @@ pub(crate) fn forward_backward(logits: &[f32], targets: &[u32], v: usize, scale:
     (losses, dlogits)
 }
 
+/// The mean loss of `logits_TV` in nats, summed in f64 in order of the rows.
+pub fn mean_loss(logits: &[f32], targets: &[u32]) -> f64 {
+    let losses = forward_backward(logits, targets, logits.len() / targets.len().max(1), 0.0).0;
+    losses.iter().map(|l| f64::from(*l)).sum::<f64>() / targets.len() as f64
+}
+
 #[cfg(test)]
 mod tests {
     use super::*;

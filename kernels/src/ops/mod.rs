@@ -8,6 +8,7 @@ pub(crate) mod combine;
 pub(crate) mod cross_entropy;
 pub(crate) mod embedding;
 pub(crate) mod gate;
+pub(crate) mod latent_attention;
 pub(crate) mod linear;
 pub(crate) mod quantise;
 pub(crate) mod rms_norm;

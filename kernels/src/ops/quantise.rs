@@ -52,6 +52,36 @@ pub(crate) fn quantise(x: &[f32], columns: usize) -> (Vec<u8>, Vec<f32>) {
     (codes, scales)
 }
 
+/// Rows of a block of a weight that share a scale, and columns.
+const BLOCK: usize = 128;
+
+/// `w_OI -> (codes_OI, scales_ceil(O/128),ceil(I/128))`: a scale for each block (technical report 3.3).
+pub fn quantise_blocks(w: &[f32], rows: usize, columns: usize) -> (Vec<u8>, Vec<f32>) {
+    let across = columns.div_ceil(BLOCK);
+    let mut largest = vec![0.0f32; rows.div_ceil(BLOCK) * across];
+    for (r, row) in w.chunks_exact(columns).enumerate() {
+        for (tile, largest) in row.chunks(BLOCK).zip(&mut largest[r / BLOCK * across..]) {
+            *largest = tile.iter().fold(*largest, |m, x| m.max(x.abs()));
+        }
+    }
+    let scales: Vec<f32> = largest.iter().map(|m| if *m > 0.0 { m / MAX } else { 1.0 }).collect();
+    let codes = w.chunks_exact(columns).enumerate().flat_map(|(r, row)| {
+        let scales = &scales[r / BLOCK * across..];
+        row.iter().enumerate().map(|(c, x)| encode(x / scales[c / BLOCK])).collect::<Vec<_>>()
+    });
+    (codes.collect(), scales)
+}
+
+/// The values of a matrix that was quantised in blocks.
+pub fn dequantise_blocks(codes: &[u8], scales: &[f32], columns: usize) -> Vec<f32> {
+    let across = columns.div_ceil(BLOCK);
+    let value = |(at, code): (usize, &u8)| {
+        let (r, c) = (at / columns, at % columns);
+        decode(*code) * scales[r / BLOCK * across + c / BLOCK]
+    };
+    codes.iter().enumerate().map(value).collect()
+}
+
 /// The values of quantised rows.
 pub(crate) fn dequantise(codes: &[u8], scales: &[f32], columns: usize) -> Vec<f32> {
     let tiles = codes.chunks_exact(columns.max(1)).flat_map(|row| row.chunks(TILE));
@@ -62,6 +92,25 @@ pub(crate) fn dequantise(codes: &[u8], scales: &[f32], columns: usize) -> Vec<f3
 mod tests {
     use super::*;
     use crate::ops::testing::*;
+
+    #[test]
+    fn blocks_come_back_within_half_a_step_of_their_own_scale() {
+        let (rows, columns) = (200, 300);
+        let mut w = random(rows * columns, 7);
+        // The last block is a thousand times smaller than the others.
+        for r in 128..rows {
+            w[r * columns + 256..(r + 1) * columns].iter_mut().for_each(|x| *x *= 1e-3);
+        }
+        let (codes, scales) = quantise_blocks(&w, rows, columns);
+        assert_eq!((codes.len(), scales.len()), (rows * columns, 6));
+        for (at, (x, y)) in w.iter().zip(dequantise_blocks(&codes, &scales, columns)).enumerate() {
+            let scale = scales[at / columns / 128 * 3 + at % columns / 128];
+            // Half of the distance of neighbours: an eighth of the value at most, or of the least normal.
+            let half = (x.abs() / 16.0).max(scale / 1024.0);
+            assert!((x - y).abs() <= half * 1.001, "{at}: {x} against {y}");
+        }
+        assert!(scales[5] < scales[4] * 1e-2);
+    }
 
     #[test]
     fn every_code_is_its_own_nearest() {

@@ -21,6 +21,8 @@ pub struct RopeShape {
     pub width: usize,
     /// Tokens of a sequence.
     pub sequence: usize,
+    /// Position of a sequence's first token.
+    pub first: usize,
     /// Base of the frequencies.
     pub theta: f64,
     /// How the frequencies are stretched, if they are.
@@ -90,7 +92,7 @@ fn table(shape: &RopeShape) -> Vec<(f32, f32)> {
             ((libm::cos(angle) * factor) as f32, (libm::sin(angle) * factor) as f32)
         })
     };
-    (0..shape.sequence).flat_map(at).collect()
+    (shape.first..shape.first + shape.sequence).flat_map(at).collect()
 }
 
 /// Rotates forward, or back when `inverse`.
@@ -116,7 +118,7 @@ mod tests {
     use crate::ops::testing::*;
 
     const SHAPE: RopeShape =
-        RopeShape { heads: 2, head_width: 7, offset: 3, width: 4, sequence: 5, theta: 10_000.0, yarn: None };
+        RopeShape { heads: 2, head_width: 7, offset: 3, width: 4, sequence: 5, first: 0, theta: 10_000.0, yarn: None };
 
     /// The published model's extension to 128K: the technical report's section 4.3, worked out.
     #[test]
@@ -149,6 +151,14 @@ mod tests {
             }
         }
         y
+    }
+
+    #[test]
+    fn a_sequence_can_begin_anywhere() {
+        let x = random(5 * 14, 4);
+        let whole = rotate(&x, &SHAPE, false);
+        let late = rotate(&x[3 * 14..], &RopeShape { first: 3, sequence: 2, ..SHAPE }, false);
+        assert!(same_bits(&late, &whole[3 * 14..]));
     }
 
     #[test]

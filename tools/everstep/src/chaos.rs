@@ -1,8 +1,9 @@
 //! `everstep chaos`: a real job of real processes under kills, and the same job undisturbed; every
 //! committed step's fingerprint must be the same.
 
+use crate::data::Data;
 use crate::launcher::{self, End, Launcher, Targets};
-use crate::{read_config, text};
+use crate::read_config;
 use anyhow::{Context, Result, bail};
 use everstep_actors::{MetricsLine, RunFolder};
 use everstep_kernels::Philox;
@@ -113,13 +114,13 @@ pub(crate) fn run(plan: &Path, config: &Path, set: &[String]) -> Result<ExitCode
     let base = read_config(config, set)?;
     let folder = |part: &str| format!("run.folder={}", base.folder.join(part).display());
     // Both runs train on one snapshot: the text may change meanwhile.
-    let text = text::collect(&base.data_paths)?;
+    let data = Data::prepare(&base)?;
     let start = |part: &str, nodes: Option<usize>| -> Result<(RunFolder, Launcher)> {
         let mut set = set.to_vec();
         set.push(folder(part));
         set.extend(nodes.map(|n| format!("job.nodes={n}")));
         let config = read_config(config, &set)?;
-        let run = launcher::create(&config, &text)?;
+        let run = launcher::create(&config, &data, |_, _| Ok(()))?;
         Ok((run.clone(), Launcher::start(run, config.nodes, true)?))
     };
     std::fs::create_dir_all(&base.folder)?;

@@ -15,15 +15,20 @@ pub(crate) fn open(run: &RunFolder) -> Result<(Config, Reader)> {
     Ok((config, Reader::new(&run.checkpoints(), &identity.job)))
 }
 
+/// A stored step: the newest by default.
+pub(crate) fn choose(store: &Reader, run: &RunFolder, step: Option<u64>) -> Result<u64> {
+    let steps = store.steps()?;
+    match step {
+        Some(step) if steps.contains(&step) => Ok(step),
+        Some(step) => bail!("step {step} is not stored in {}: there are {steps:?}", run.checkpoints().display()),
+        None => Ok(*steps.last().with_context(|| format!("{} holds no checkpoint", run.checkpoints().display()))?),
+    }
+}
+
 /// All tensors of a stored step, in order of name.
 pub(crate) fn tensors(run: &RunFolder, step: Option<u64>) -> Result<(Config, u64, Vec<StoredTensor>)> {
     let (config, store) = open(run)?;
-    let steps = store.steps()?;
-    let step = match step {
-        Some(step) if steps.contains(&step) => step,
-        Some(step) => bail!("step {step} is not stored in {}: there are {steps:?}", run.checkpoints().display()),
-        None => *steps.last().with_context(|| format!("{} holds no checkpoint", run.checkpoints().display()))?,
-    };
+    let step = choose(&store, run, step)?;
     let layout = Layout::new(&config.spec);
     let names: Vec<_> = layout.parameters.iter().map(|p| (p.name.to_string(), p.rows, p.columns)).collect();
     let tensors = store.read(step, &names)?;

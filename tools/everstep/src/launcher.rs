@@ -4,8 +4,9 @@
 //! It decides nothing about the job: it watches processes and reads the run's files.
 
 use crate::STATUS_FAILED;
+use crate::data::Data;
+use crate::eval::Evaluator;
 use crate::progress::Progress;
-use crate::text::Text;
 use anyhow::{Context, Result, bail};
 use everstep_actors::{Config, RunFolder, RunIdentity};
 use rustix::process::{Pid, Signal, getppid, kill_process, set_parent_process_death_signal};
@@ -16,6 +17,8 @@ use std::process::{Child, Command, ExitStatus, Stdio};
 use std::time::{Duration, Instant};
 
 const LOOK: Duration = Duration::from_millis(20);
+/// How often checkpoints are looked for that are to be evaluated.
+const EVALUATE: Duration = Duration::from_millis(500);
 /// The supervisor must listen by then.
 const START: Duration = Duration::from_secs(30);
 /// Restarts of one process within [`RESTART_WINDOW`] after which the job is given up.
@@ -37,8 +40,13 @@ pub(crate) enum End {
     Interrupted(u8),
 }
 
-/// Makes the folder of a new run: configuration, snapshot of the text, credentials.
-pub(crate) fn create(config: &Config, corpus: &Text) -> Result<RunFolder> {
+/// Makes the folder of a new run: configuration, snapshot of the text, credentials. `more` adds to it, for
+/// a job of this name, before it gets its own name.
+pub(crate) fn create(
+    config: &Config,
+    data: &Data,
+    more: impl FnOnce(&RunFolder, &str) -> Result<()>,
+) -> Result<RunFolder> {
     let run = RunFolder(config.folder.clone());
     if run.0.exists() {
         bail!(
@@ -50,13 +58,12 @@ pub(crate) fn create(config: &Config, corpus: &Text) -> Result<RunFolder> {
     // A port in use is told before anything is written. The supervisor binds it again.
     std::net::UdpSocket::bind(&config.listen)
         .with_context(|| format!("run.listen: cannot listen on {}", config.listen))?;
-    everstep_actors::Corpus::new(std::sync::Arc::new(corpus.bytes.clone()), &config.spec)
-        .with_context(|| format!("data.paths = {:?}", config.data_paths))?;
     // Everything is made under another name first, so that a run folder is whole or not there.
     let parent = run.0.parent().map_or_else(PathBuf::new, PathBuf::from);
     let name = run.0.file_name().context("run.folder has no name")?.to_string_lossy().into_owned();
     let scratch = RunFolder(parent.join(format!(".{name}.{}.new", std::process::id())));
-    let made = fill(&scratch, config, corpus).and_then(|()| Ok(fs::rename(&scratch.0, &run.0)?));
+    let filled = fill(&scratch, config, data).and_then(|job| more(&scratch, &job));
+    let made = filled.and_then(|()| Ok(fs::rename(&scratch.0, &run.0)?));
     if let Err(error) = made {
         let _ = fs::remove_dir_all(&scratch.0);
         return Err(error.context(format!("cannot make run folder {}", run.0.display())));
@@ -64,17 +71,17 @@ pub(crate) fn create(config: &Config, corpus: &Text) -> Result<RunFolder> {
     Ok(run)
 }
 
-fn fill(run: &RunFolder, config: &Config, corpus: &Text) -> Result<()> {
+/// Gives the job's name.
+fn fill(run: &RunFolder, config: &Config, data: &Data) -> Result<String> {
     fs::create_dir_all(run.logs())?;
     fs::write(run.config(), &config.text)?;
-    fs::write(run.corpus(), &corpus.bytes)?;
     let mut random = [0u8; 16];
     std::io::Read::read_exact(&mut fs::File::open("/dev/urandom")?, &mut random)?;
-    let job = random.iter().map(|b| format!("{b:02x}")).collect();
-    let identity = RunIdentity { job, corpus_hash: corpus.hash.clone(), corpus_files: corpus.files };
+    let job: String = random.iter().map(|b| format!("{b:02x}")).collect();
+    let identity = RunIdentity { job: job.clone(), sources: data.store(run)? };
     fs::write(run.identity(), serde_json::to_string_pretty(&identity)?)?;
     everstep_transport::Credentials::create(&run.credentials())?;
-    Ok(())
+    Ok(job)
 }
 
 /// Makes this process end with its parent, however that ends.
@@ -115,6 +122,7 @@ pub(crate) struct Launcher {
     supervisor: Slot,
     nodes: Vec<Slot>,
     progress: Progress,
+    evaluator: Evaluator,
     signals: Signals,
 }
 
@@ -127,6 +135,10 @@ impl Launcher {
         let config = Config::parse(&text, &run.config().display().to_string(), &[])?;
         // The supervisor takes the lock for itself; here it only tells whether somebody has it.
         drop(run.lock()?);
+        let path = run.identity();
+        let read = fs::read_to_string(&path).with_context(|| format!("cannot read {}", path.display()))?;
+        let identity: RunIdentity = serde_json::from_str(&read).with_context(|| path.display().to_string())?;
+        everstep_actors::verify_tokens(&run, &identity.sources)?;
         fs::create_dir_all(run.logs())?;
         let _ = fs::remove_file(run.address());
         let mut supervisor = Slot {
@@ -144,6 +156,7 @@ impl Launcher {
         };
         let mut launcher = Self {
             progress: Progress::new(&run, &config, show)?,
+            evaluator: Evaluator::new(&run, &config),
             run,
             address,
             supervisor,
@@ -169,12 +182,17 @@ impl Launcher {
 
     /// Waits for the end of the job. `act` is called every few milliseconds with what it may kill.
     pub(crate) fn wait(mut self, mut act: impl FnMut(&mut Targets)) -> Result<End> {
+        let mut looked = Instant::now();
         let end = loop {
             std::thread::sleep(LOOK);
             if let Some(signal) = self.signals.received() {
                 break End::Interrupted(signal);
             }
             let steps = self.progress.look()?;
+            if looked.elapsed() > EVALUATE {
+                looked = Instant::now();
+                self.evaluator.look()?;
+            }
             let mut targets = Targets {
                 supervisor: self.supervisor.child.id(),
                 nodes: self.nodes.iter().map(|n| n.child.id()).collect(),
@@ -198,6 +216,8 @@ impl Launcher {
         self.progress.finish(&end)?;
         if end == End::Finished {
             self.let_nodes_end();
+            self.kill_all();
+            self.evaluator.finish_all()?;
         }
         self.kill_all();
         Ok(end)

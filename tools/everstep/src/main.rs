@@ -3,13 +3,18 @@
 mod admin;
 mod bench;
 mod chaos;
+mod data;
+mod eval;
+mod files;
 mod fingerprint;
+mod generate;
+mod hf;
 mod launcher;
+mod plan;
 mod progress;
 mod report;
-mod sample;
 mod simulate;
-mod text;
+mod weights;
 
 use anyhow::{Context, Result, bail};
 use clap::{Parser, Subcommand};
@@ -120,8 +125,8 @@ enum Command {
         #[arg(long)]
         step: Option<u64>,
     },
-    /// Measure: one JSON object per figure, with its limit.
-    Bench,
+    #[command(flatten)]
+    Files(files::Command),
 }
 
 #[derive(Debug, Clone, Copy, Subcommand)]
@@ -167,8 +172,10 @@ fn run(command: Command) -> Result<ExitCode> {
             set.extend(nodes.filter(|n| *n > 0).map(|n| format!("job.nodes={n}")));
             let config = read_config(&config, &set)?;
             let nodes = nodes.unwrap_or(config.nodes);
-            let run = launcher::create(&config, &text::collect(&config.data_paths)?)?;
-            train(run, nodes)
+            if config.spec.imported {
+                bail!("run.imported is set by everstep import, for the run that it makes: leave it out");
+            }
+            train(launcher::create(&config, &data::Data::prepare(&config)?, |_, _| Ok(()))?, nodes)
         }
         Command::Resume { run, nodes } => {
             let run = RunFolder(run);
@@ -208,8 +215,23 @@ fn run(command: Command) -> Result<ExitCode> {
             println!("{}", fingerprint::of_step(&RunFolder(run), step)?);
             Ok(ExitCode::SUCCESS)
         }
-        Command::Bench => bench::run(),
+        Command::Files(command) => files::run(command),
     }
+}
+
+/// What is shown of a model at the end of its training.
+fn sample() -> generate::Choice {
+    generate::Choice { prompt: "//! ".to_owned(), tokens: 300, temperature: 0.7, top_p: 1.0, seed: 1 }
+}
+
+/// `A..B` as numbers.
+fn range(text: &str) -> Result<std::ops::Range<u64>> {
+    let parts = text.split_once("..").and_then(|(a, b)| Some((a.parse().ok()?, b.parse().ok()?)));
+    let (from, to): (u64, u64) = parts.with_context(|| format!("{text:?}: expected A..B"))?;
+    if from >= to {
+        bail!("{text:?} is empty");
+    }
+    Ok(from..to)
 }
 
 fn runtime() -> Result<tokio::runtime::Runtime> {
@@ -227,7 +249,7 @@ fn train(run: RunFolder, nodes: usize) -> Result<ExitCode> {
     match end {
         End::Finished => {
             report::write(&run)?;
-            println!("{}", sample::text(&run, 300)?);
+            generate::write(&run, None, &sample(), &mut std::io::stdout())?;
             println!("\nreport: {}\nrun:    {}", run.report().display(), run.0.display());
             Ok(ExitCode::SUCCESS)
         }

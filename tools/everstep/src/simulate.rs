@@ -1,24 +1,15 @@
 //! `everstep simulate`: seeds, one after another on each core.
 
-use anyhow::{Context, Result, bail};
+use crate::range;
+use anyhow::{Context, Result};
 use everstep_actors::{Bug, sim};
 use std::process::ExitCode;
 use std::sync::atomic::{AtomicU64, Ordering};
 use std::time::Instant;
 
-fn range(text: &str) -> Result<std::ops::Range<u64>> {
-    let (from, to) = text.split_once("..").with_context(|| format!("--seeds {text}: expected A..B"))?;
-    let number = |n: &str| n.parse::<u64>().with_context(|| format!("--seeds {text}: '{n}' is no number"));
-    let range = number(from)?..number(to)?;
-    if range.is_empty() {
-        bail!("--seeds {text}: there is no seed from {} to below {}", range.start, range.end);
-    }
-    Ok(range)
-}
-
 /// Runs the seeds. Without a planted bug a violation is a failure; with one, none is.
 pub(crate) fn run(seeds: &str, plant: Option<Bug>, json: bool) -> Result<ExitCode> {
-    let seeds = range(seeds)?;
+    let seeds = range(seeds).context("--seeds")?;
     let began = Instant::now();
     let next = AtomicU64::new(seeds.start);
     let first = std::sync::Mutex::new(None::<sim::Violation>);

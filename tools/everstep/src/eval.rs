@@ -1,0 +1,147 @@
+//! `everstep eval`: the loss on held-out text, and while a job trains, at every so many of its steps.
+
+use crate::data;
+use crate::weights::Weights;
+use anyhow::{Context, Result, ensure};
+use everstep_actors::{Config, RunFolder, Tokens};
+use everstep_kernels::{Backend, CpuBackend, Decoder, mean_loss};
+use serde::{Deserialize, Serialize};
+use std::path::PathBuf;
+use std::process::{Child, Command, Stdio};
+use std::sync::atomic::{AtomicUsize, Ordering};
+use std::sync::{Mutex, PoisonError};
+
+/// What is said of a step.
+#[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
+pub(crate) struct Evaluation {
+    pub(crate) step: u64,
+    /// Mean loss of the targets, in nats.
+    pub(crate) loss: f64,
+    pub(crate) perplexity: f64,
+    /// Targets.
+    pub(crate) tokens: u64,
+}
+
+/// Evaluates a stored step on held-out text: that of the configuration, or `paths`.
+pub(crate) fn of_step(
+    run: &RunFolder,
+    step: Option<u64>,
+    paths: &[PathBuf],
+    sequences: Option<u64>,
+) -> Result<Evaluation> {
+    let weights = Weights::load(run, step)?;
+    let eval = weights.config.data.eval.as_ref();
+    let paths = if paths.is_empty() { eval.map_or(&[][..], |e| &e.paths) } else { paths };
+    ensure!(!paths.is_empty(), "there is no held-out text: give --data, or data.eval in the configuration");
+    let tokens = data::held_out(run, &weights.config, paths)?;
+    let wanted = sequences.or(eval.map(|e| e.sequences)).unwrap_or(64);
+    let length = weights.config.spec.model.sequence;
+    let all = tokens.len().saturating_sub(1) / length;
+    ensure!(all > 0, "{paths:?}: {} tokens, but one sequence needs {}", tokens.len(), length + 1);
+    let n = usize::try_from(wanted)?.clamp(1, all);
+    let losses = losses(&weights, &tokens, n, all)?;
+    let loss = losses.iter().sum::<f64>() / n as f64;
+    Ok(Evaluation { step: weights.step, loss, perplexity: loss.exp(), tokens: (n * length) as u64 })
+}
+
+/// Mean losses of `n` of `all` sequences, evenly over the text: one thread's order is no other's.
+fn losses(weights: &Weights, tokens: &Tokens, n: usize, all: usize) -> Result<Vec<f64>> {
+    let length = weights.config.spec.model.sequence;
+    let (next, done) = (AtomicUsize::new(0), Mutex::new(vec![None; n]));
+    let work = || -> Result<()> {
+        loop {
+            let at = next.fetch_add(1, Ordering::Relaxed);
+            if at >= n {
+                return Ok(());
+            }
+            let from = at * all / n * length;
+            let window = tokens.read(from..from + length + 1);
+            let mut decoder = Decoder::new(weights.model(), &weights.map);
+            let logits = decoder.feed(&CpuBackend, &window[..length])?;
+            let loss = mean_loss(&CpuBackend.read(&logits)?, &window[1..]);
+            done.lock().unwrap_or_else(PoisonError::into_inner)[at] = Some(loss);
+        }
+    };
+    let threads = std::thread::available_parallelism().map_or(1, usize::from).min(n);
+    std::thread::scope(|scope| {
+        let handles: Vec<_> = (0..threads).map(|_| scope.spawn(work)).collect();
+        handles.into_iter().try_for_each(|h| h.join().unwrap_or_else(|p| std::panic::resume_unwind(p)))
+    })?;
+    let done = done.into_inner().unwrap_or_else(PoisonError::into_inner);
+    done.into_iter().collect::<Option<_>>().context("every sequence has a loss")
+}
+
+/// Evaluations of a run so far.
+pub(crate) fn read_all(run: &RunFolder) -> Vec<Evaluation> {
+    let text = std::fs::read_to_string(run.evals()).unwrap_or_default();
+    text.lines().filter_map(|l| serde_json::from_str(l).ok()).collect()
+}
+
+/// Evaluates checkpoints beside a job, one process after another, so that the job does not wait. What is
+/// not done when the job ends is done then.
+#[derive(Debug)]
+pub(crate) struct Evaluator {
+    run: RunFolder,
+    every: Option<u64>,
+    child: Option<Child>,
+    /// The newest step that was given to a process.
+    begun: u64,
+}
+
+impl Evaluator {
+    pub(crate) fn new(run: &RunFolder, config: &Config) -> Self {
+        let begun = read_all(run).last().map_or(0, |e| e.step);
+        Self { run: run.clone(), every: config.data.eval.as_ref().map(|e| e.every), child: None, begun }
+    }
+
+    /// Starts an evaluation if one is due and none runs. Gives whether there is nothing more to do.
+    pub(crate) fn look(&mut self) -> Result<bool> {
+        let Some(every) = self.every else { return Ok(true) };
+        if let Some(child) = &mut self.child {
+            if child.try_wait()?.is_none() {
+                return Ok(false);
+            }
+            self.child = None;
+        }
+        let (_, reader) = crate::fingerprint::open(&self.run)?;
+        // Before the first checkpoint there is no folder of them.
+        let steps = reader.steps().unwrap_or_default();
+        let due = steps.into_iter().find(|s| *s > self.begun && s.is_multiple_of(every));
+        let Some(step) = due else { return Ok(true) };
+        self.begun = step;
+        let log = std::fs::File::options().create(true).append(true).open(self.run.logs().join("eval.log"))?;
+        let mut command = Command::new(std::env::current_exe()?);
+        command.arg("eval").arg(&self.run.0).args(["--step", &step.to_string(), "--keep"]);
+        self.child = Some(command.stdin(Stdio::null()).stdout(Stdio::null()).stderr(log).spawn()?);
+        Ok(false)
+    }
+
+    /// Waits for all that is due.
+    pub(crate) fn finish_all(&mut self) -> Result<()> {
+        while !self.look()? {
+            if let Some(child) = &mut self.child {
+                child.wait()?;
+            }
+        }
+        Ok(())
+    }
+}
+
+impl Drop for Evaluator {
+    fn drop(&mut self) {
+        if let Some(child) = &mut self.child {
+            // It may have ended by itself.
+            let _ = child.kill();
+            let _ = child.wait();
+        }
+    }
+}
+
+/// Appends an evaluation to the run's.
+pub(crate) fn keep(run: &RunFolder, evaluation: &Evaluation) -> Result<()> {
+    use std::io::Write;
+    let path = run.evals();
+    let mut file = std::fs::File::options().create(true).append(true).open(&path)?;
+    let line = serde_json::to_string(evaluation)? + "\n";
+    file.write_all(line.as_bytes()).with_context(|| format!("cannot write {}", path.display()))
+}

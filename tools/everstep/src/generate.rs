@@ -1,0 +1,118 @@
+//! `everstep generate`: text that a trained model writes, from a checkpoint, in this process.
+
+use crate::data::Vocabulary;
+use crate::weights::Weights;
+use anyhow::{Result, ensure};
+use everstep_actors::RunFolder;
+use everstep_kernels::{Backend, CpuBackend, Decoder, Philox};
+use std::io::Write;
+
+const PURPOSE_SAMPLE: u32 = 3;
+
+/// How tokens are chosen.
+#[derive(Debug, Clone, clap::Args)]
+pub(crate) struct Choice {
+    /// Text to go on from.
+    #[arg(long, default_value = "//! ")]
+    pub(crate) prompt: String,
+    /// Tokens to write.
+    #[arg(long, default_value_t = 300)]
+    pub(crate) tokens: usize,
+    /// Below 1 likely tokens become likelier; 0 takes the likeliest.
+    #[arg(long, default_value_t = 0.7)]
+    pub(crate) temperature: f64,
+    /// Only the likeliest tokens that together have this probability are taken.
+    #[arg(long, default_value_t = 1.0)]
+    pub(crate) top_p: f64,
+    /// Names the random numbers: the same seed, checkpoint and prompt give the same text.
+    #[arg(long, default_value_t = 1)]
+    pub(crate) seed: u64,
+}
+
+/// Writes text as it is made. A token that ends a document ends it.
+pub(crate) fn write(run: &RunFolder, step: Option<u64>, choice: &Choice, out: &mut impl Write) -> Result<()> {
+    ensure!(choice.temperature >= 0.0, "--temperature {}: expected at least 0", choice.temperature);
+    ensure!(choice.top_p > 0.0 && choice.top_p <= 1.0, "--top-p {}: expected above 0, at most 1", choice.top_p);
+    let weights = Weights::load(run, step)?;
+    let vocabulary = Vocabulary::of_run(run, &weights.config)?;
+    let mut tokens = vocabulary.encode(choice.prompt.as_bytes(), 1)?;
+    ensure!(!tokens.is_empty(), "--prompt is empty");
+    let mut decoder = Decoder::new(weights.model(), &weights.map);
+    let random = Philox::new(choice.seed, PURPOSE_SAMPLE, 0);
+    let size = weights.config.spec.model.vocabulary;
+    let mut shown = vocabulary.decode(&tokens)?;
+    write!(out, "{shown}")?;
+    for n in 0..choice.tokens {
+        let logits = decoder.feed(&CpuBackend, &tokens[decoder.positions()..])?;
+        let all = CpuBackend.read(&logits)?;
+        let next = choose(&all[all.len() - size..], choice, random.uniform(n as u64));
+        // A tokenizer's end has no text to show; a line of bytes does.
+        if next == vocabulary.end() && vocabulary.file().is_some() {
+            break;
+        }
+        tokens.push(next);
+        let text = vocabulary.decode(&tokens)?;
+        // A character may take several tokens: what is not whole yet is held back.
+        if let Some(new) = text.strip_prefix(&shown).filter(|new| !new.ends_with('\u{fffd}')) {
+            write!(out, "{new}")?;
+            out.flush()?;
+            shown = text;
+        }
+    }
+    writeln!(out)?;
+    Ok(())
+}
+
+/// Draws a token.
+fn choose(logits: &[f32], choice: &Choice, uniform: f64) -> u32 {
+    let mut order: Vec<u32> = (0..logits.len() as u32).collect();
+    order.sort_by(|a, b| logits[*b as usize].total_cmp(&logits[*a as usize]).then(a.cmp(b)));
+    if choice.temperature == 0.0 {
+        return order[0];
+    }
+    let max = f64::from(logits[order[0] as usize]);
+    let weight = |token: &u32| ((f64::from(logits[*token as usize]) - max) / choice.temperature).exp();
+    let weights: Vec<f64> = order.iter().map(weight).collect();
+    let total: f64 = weights.iter().sum();
+    let mut kept = 0.0;
+    let nucleus = weights.iter().take_while(|w| {
+        let take = kept < choice.top_p * total;
+        kept += *w;
+        take
+    });
+    let nucleus: Vec<f64> = nucleus.copied().collect();
+    let mut left = uniform * nucleus.iter().sum::<f64>();
+    for (token, weight) in order.iter().zip(&nucleus) {
+        left -= weight;
+        if left < 0.0 {
+            return *token;
+        }
+    }
+    order[0]
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn choices_follow_temperature_and_nucleus() {
+        let logits = [0.0f32, 2.0, 1.0, -3.0];
+        let with = |temperature, top_p| Choice { prompt: String::new(), tokens: 1, temperature, top_p, seed: 1 };
+        let drawn = |choice: &Choice| -> Vec<usize> {
+            let mut counts = vec![0; 4];
+            (0..1000).for_each(|i| counts[choose(&logits, choice, i as f64 / 1000.0) as usize] += 1);
+            counts
+        };
+        assert_eq!(drawn(&with(0.0, 1.0)), [0, 1000, 0, 0]);
+        assert_eq!(drawn(&with(1.0, 0.5)), [0, 1000, 0, 0]);
+        let all = drawn(&with(1.0, 1.0));
+        let total: f64 = logits.iter().map(|l| f64::from(*l).exp()).sum();
+        for (count, logit) in all.iter().zip(logits) {
+            assert!((*count as f64 / 1000.0 - f64::from(logit).exp() / total).abs() < 0.002, "{all:?}");
+        }
+        let nucleus = drawn(&with(1.0, 0.9));
+        assert!(nucleus[0] == 0 && nucleus[3] == 0 && nucleus[1] > 700, "{nucleus:?}");
+        assert!(drawn(&with(0.5, 1.0))[1] > all[1]);
+    }
+}

@@ -1,0 +1,80 @@
+//! `everstep import`: a run whose first state is a published checkpoint.
+//!
+//! Every tensor is checked before anything is written, then read one at a time. What is written is an
+//! ordinary checkpoint of step 0, so each reducer gets the tensors of its shard alone.
+
+use super::config_json;
+use super::read::Folder;
+use anyhow::{Context, Result, bail};
+use everstep_actors::{Config, RunFolder};
+use everstep_checkpoint::{Store, StoredTensor};
+use everstep_kernels::ModelConfig;
+use std::path::Path;
+use std::sync::Arc;
+
+pub(super) fn read_json(path: &Path) -> Result<serde_json::Value> {
+    let text = std::fs::read_to_string(path).with_context(|| format!("cannot read {}", path.display()))?;
+    serde_json::from_str(&text).with_context(|| format!("{} is not JSON", path.display()))
+}
+
+/// Missing or unexpected names in an error.
+const SHOWN: usize = 5;
+
+fn shown(names: &[String]) -> String {
+    let more = if names.len() > SHOWN { format!(" and {} more", names.len() - SHOWN) } else { String::new() };
+    format!("{}{more}", names[..names.len().min(SHOWN)].join(", "))
+}
+
+/// A folder that holds exactly what `model` needs.
+#[derive(Debug)]
+pub(crate) struct Source {
+    folder: Folder,
+}
+
+impl Source {
+    /// Opens a folder and checks it against the model, without reading its weights.
+    pub(crate) fn open(path: &Path, model: &ModelConfig) -> Result<Self> {
+        let json = path.join("config.json");
+        config_json::compare(&read_json(&json)?, model).with_context(|| json.display().to_string())?;
+        let folder = Folder::open(path, &["model", "mtp"])?;
+        let parameters = model.parameters();
+        let missing = parameters.iter().map(|p| p.name.to_string()).filter(|n| !folder.has(n));
+        let missing: Vec<String> = missing.collect();
+        if !missing.is_empty() {
+            bail!("{}: {} tensors are missing: {}", path.display(), missing.len(), shown(&missing));
+        }
+        for p in &parameters {
+            folder.check(&p.name, p.rows, p.columns)?;
+        }
+        let known: std::collections::BTreeSet<&str> = parameters.iter().map(|p| &*p.name).collect();
+        // A model without multi-token prediction may come from a checkpoint with it.
+        let prediction = format!("model.layers.{}.", model.layers);
+        let expected = |name: &str| {
+            let name = name.strip_suffix("_scale_inv").unwrap_or(name);
+            known.contains(name) || name.starts_with(&prediction)
+        };
+        let foreign: Vec<String> = folder.names().filter(|n| !expected(n)).map(str::to_owned).collect();
+        if !foreign.is_empty() {
+            bail!("{}: {} tensors that the model does not have: {}", path.display(), foreign.len(), shown(&foreign));
+        }
+        Ok(Self { folder })
+    }
+
+    /// Makes the checkpoint of step 0 in a run folder that is being made.
+    pub(crate) fn store(&self, run: &RunFolder, config: &Config, job: &str) -> Result<()> {
+        let mut store = Store::open(&run.checkpoints(), job, config.keep)?;
+        let parameters = config.spec.model.parameters();
+        let bar = indicatif::ProgressBar::new(parameters.len() as u64).with_message("tensors");
+        for p in &parameters {
+            let weight = Arc::new(self.folder.read(&p.name, p.rows, p.columns)?);
+            let zeros = Arc::new(vec![0.0; p.len()]);
+            let data = [weight, Arc::clone(&zeros), zeros];
+            let tensor = StoredTensor { name: p.name.to_string(), rows: p.rows, columns: p.columns, data };
+            store.put(0, &[tensor])?;
+            bar.inc(1);
+        }
+        store.publish(0)?;
+        bar.finish_and_clear();
+        Ok(())
+    }
+}

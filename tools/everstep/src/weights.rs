@@ -1,0 +1,34 @@
+//! All weights of a stored step in memory, without moments.
+
+use crate::fingerprint::{choose, open};
+use anyhow::Result;
+use everstep_actors::{Config, RunFolder};
+use everstep_kernels::{ModelConfig, ParameterMap, Tensor};
+use std::sync::Arc;
+
+/// See the module.
+#[derive(Debug)]
+pub(crate) struct Weights {
+    pub(crate) config: Config,
+    pub(crate) step: u64,
+    pub(crate) map: ParameterMap,
+}
+
+impl Weights {
+    /// Of a step of a run, the newest by default.
+    pub(crate) fn load(run: &RunFolder, step: Option<u64>) -> Result<Self> {
+        let (config, reader) = open(run)?;
+        let step = choose(&reader, run, step)?;
+        let manifest = reader.manifest(step)?;
+        let mut map = ParameterMap::new();
+        for p in config.spec.model.parameters() {
+            let data = reader.weight(&manifest, &p.name, p.rows, p.columns)?;
+            map.insert(p.name, Tensor::host(p.rows, p.columns, data));
+        }
+        Ok(Self { config, step, map })
+    }
+
+    pub(crate) fn model(&self) -> Arc<ModelConfig> {
+        Arc::new(self.config.spec.model.clone())
+    }
+}
