@@ -121,7 +121,8 @@ pub fn run(job: Job, b: &dyn Backend) -> Outcome {
         }
         Job::Experts(items) => Outcome::Experts(run_experts(items, b)),
         Job::ExpertWeight { step, weights, parts, sums } => {
-            let products = expert_backward_weight(b, &weights, &parts).into_iter().map(|(_, p)| p);
+            // In order of name, like the numbers of parameters.
+            let products = expert_backward_weight(b, &weights, &parts).into_values();
             let sums = match sums {
                 Some(sums) => sums.iter().zip(products).map(|(s, p)| b.add(s, &p)).collect(),
                 None => products.collect(),

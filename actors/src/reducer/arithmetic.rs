@@ -80,9 +80,13 @@ impl GroupSums {
         let mut at = vec![0; receipts.len()];
         let mut parameters = Vec::new();
         for number in numbers {
+            let parameter = &layout.parameters[*number as usize];
             let mut uses: [Use; 2] = Default::default();
             for (r, (sender, _)) in receipts.iter().enumerate() {
-                for n in spec.uses(&layout.parameters[*number as usize], *sender) {
+                for n in spec.uses(parameter, *sender) {
+                    let sum = &receipts[r].1.gradients[at[r]];
+                    let shapes = [(sum.rows(), sum.columns()), (parameter.rows, parameter.columns)];
+                    assert_eq!(shapes[0], shapes[1], "{sender}'s gradient of {}", parameter.name);
                     uses[*n].push((r, at[r]));
                     at[r] += 1;
                 }

@@ -6,7 +6,6 @@
 use super::{ParameterMap, Product, Weight};
 use crate::backend::Backend;
 use crate::tensor::Tensor;
-use std::sync::Arc;
 
 /// Weights of one expert.
 #[derive(Debug, Clone)]
@@ -120,18 +119,14 @@ pub fn expert_backward_input(
         .collect()
 }
 
-/// Weight gradients of one micro-batch: `parts` are the lanes' rows in order of lane.
-pub fn expert_backward_weight(
-    b: &dyn Backend,
-    weights: &ExpertWeights,
-    parts: &[ExpertHeld],
-) -> Vec<(Arc<str>, Tensor)> {
+/// Weight gradients of one micro-batch, by name: `parts` are the lanes' rows in order of lane.
+pub fn expert_backward_weight(b: &dyn Backend, weights: &ExpertWeights, parts: &[ExpertHeld]) -> ParameterMap {
     let all = |part: fn(&ExpertHeld) -> &Tensor| b.stack(&parts.iter().map(|p| part(p).clone()).collect::<Vec<_>>());
     let x = all(|p| &p.x);
     let product = |weight: &Weight, dy: Tensor, x: Tensor| (weight.name.clone(), Product::Linear { dy, x }.make(b));
-    vec![
+    ParameterMap::from([
         product(&weights.gate, all(|p| &p.dgate), x.clone()),
         product(&weights.up, all(|p| &p.dup), x),
         product(&weights.down, all(|p| &p.dy), all(|p| &p.h)),
-    ]
+    ])
 }

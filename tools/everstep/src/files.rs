@@ -71,6 +71,20 @@ pub(crate) enum Command {
         #[arg(long)]
         steps: String,
     },
+    /// Logits of given texts, for comparison with other programs: a safetensors file with one tensor.
+    Logits {
+        /// The run folder.
+        run: PathBuf,
+        /// The step; the newest stored one by default.
+        #[arg(long)]
+        step: Option<u64>,
+        /// JSON: a list of lists of tokens, all of one length.
+        #[arg(long)]
+        tokens: PathBuf,
+        /// The file to write: `logits`, texts by positions by vocabulary, f32.
+        #[arg(long)]
+        out: PathBuf,
+    },
     /// What a configuration needs, without training.
     Plan {
         /// The configuration.
@@ -124,6 +138,10 @@ pub(crate) fn run(command: Command) -> Result<ExitCode> {
                     found.step, found.loss, found.perplexity, found.tokens
                 );
             }
+            Ok(ExitCode::SUCCESS)
+        }
+        Command::Logits { run, step, tokens, out } => {
+            generate::logits(&RunFolder(run), step, &tokens, &out)?;
             Ok(ExitCode::SUCCESS)
         }
         Command::Samples { run, steps } => {

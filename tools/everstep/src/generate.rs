@@ -2,10 +2,12 @@
 
 use crate::data::Vocabulary;
 use crate::weights::Weights;
-use anyhow::{Result, ensure};
+use anyhow::{Context, Result, ensure};
 use everstep_actors::RunFolder;
 use everstep_kernels::{Backend, CpuBackend, Decoder, Philox};
+use safetensors::tensor::TensorView;
 use std::io::Write;
+use std::path::Path;
 
 const PURPOSE_SAMPLE: u32 = 3;
 
@@ -61,6 +63,29 @@ pub(crate) fn write(run: &RunFolder, step: Option<u64>, choice: &Choice, out: &m
     }
     writeln!(out)?;
     Ok(())
+}
+
+/// Writes the logits of the texts in a file.
+pub(crate) fn logits(run: &RunFolder, step: Option<u64>, tokens: &Path, out: &Path) -> Result<()> {
+    let read = std::fs::read(tokens).with_context(|| format!("cannot read {}", tokens.display()))?;
+    let texts: Vec<Vec<u32>> = serde_json::from_slice(&read).with_context(|| tokens.display().to_string())?;
+    let weights = Weights::load(run, step)?;
+    let (size, length) = (weights.config.spec.model.vocabulary, texts.first().map_or(0, Vec::len));
+    let good = |text: &Vec<u32>| text.len() == length && text.iter().all(|t| (*t as usize) < size);
+    ensure!(
+        length > 0 && texts.iter().all(good),
+        "{}: expected texts of one length, tokens below {size}",
+        tokens.display()
+    );
+    let mut all: Vec<f32> = Vec::new();
+    for text in &texts {
+        let logits = Decoder::new(weights.model(), &weights.map).feed(&CpuBackend, text)?;
+        all.extend(CpuBackend.read(&logits)?.iter());
+    }
+    let bytes: Vec<u8> = all.iter().flat_map(|x| x.to_le_bytes()).collect();
+    let view = TensorView::new(safetensors::Dtype::F32, vec![texts.len(), length, size], &bytes)?;
+    safetensors::serialize_to_file([("logits", view)], None, out)
+        .with_context(|| format!("cannot write {}", out.display()))
 }
 
 /// Draws a token.

@@ -1,0 +1,129 @@
+"""Makes what `tests/tests/conformance.rs` compares with: usage: fixtures.py OUT PROGRAM [SEED].
+
+OUT/MODEL: a Hugging Face folder, run.toml, tokens.json and expected.safetensors (logits in fp32);
+OUT/gates.json: choices of DeepseekV3TopkRouter; OUT/training: a model, and the losses of 100 AdamW steps on
+the samples that PROGRAM (the everstep program) takes in the same steps.
+"""
+
+import copy
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import safetensors.torch
+import torch
+import transformers
+from models import MODELS, SEQUENCE, make, toml
+from transformers.models.deepseek_v3.modeling_deepseek_v3 import DeepseekV3TopkRouter
+
+
+RATE, WARMUP = 1e-3, 10
+
+
+def text(folder):
+    """A text with some structure, of numbers alone."""
+    rng = np.random.default_rng(3)
+    words = ["".join(rng.choice(list("0123456789+-*="), rng.integers(2, 7))) for _ in range(40)]
+    (folder / "text.txt").write_text("".join(words[i] + " " for i in rng.integers(0, 40, 4000)))
+
+
+def save(model, folder, dtype):
+    """As `transformers` writes it. A copy: a model that was in bf16 once has lost its rotary frequencies."""
+    copy.deepcopy(model).to(dtype).save_pretrained(folder)
+    (folder / "generation_config.json").unlink(missing_ok=True)
+
+
+def logits(name, folder, seed):
+    model = make(name, seed)
+    save(model, folder, torch.float32 if name == "plain" else torch.bfloat16)
+    tokens = torch.randint(0, MODELS[name]["vocab_size"], (2, SEQUENCE), generator=torch.Generator().manual_seed(seed))
+    with torch.no_grad():
+        expected = model(input_ids=tokens).logits
+    (folder / "tokens.json").write_text(json.dumps(tokens.tolist()))
+    safetensors.torch.save_file({"logits": expected.contiguous()}, folder / "expected.safetensors")
+    text(folder)
+    (folder / "run.toml").write_text(toml(name, "run", "text.txt"))
+
+
+def gates(path, seed):
+    """Scores of several kinds: random, all biased below zero, tied, few groups."""
+    rng = torch.Generator().manual_seed(seed)
+    cases = []
+    for kind, experts, top_k, groups, kept in [
+        ("random", 32, 8, 8, 4), ("random", 16, 4, 4, 2), ("random", 12, 3, 1, 1), ("few groups", 8, 2, 2, 1),
+        ("negative bias", 32, 8, 8, 4), ("negative bias", 16, 6, 4, 2), ("ties", 16, 4, 4, 2), ("ties", 32, 8, 8, 4),
+        ("one far ahead", 16, 4, 4, 2),
+    ]:
+        config = transformers.DeepseekV3Config(
+            hidden_size=experts, n_routed_experts=experts, num_experts_per_tok=top_k, n_group=groups, topk_group=kept,
+            routed_scaling_factor=2.5, norm_topk_prob=True)
+        router = DeepseekV3TopkRouter(config)
+        x = 2 * torch.randn(64, experts, generator=rng)
+        bias = 0.3 * torch.randn(experts, generator=rng)
+        if kind == "ties":
+            x, bias = x.round(), bias * 0
+        if kind == "negative bias":
+            bias -= 3
+        if kind == "one far ahead":
+            x[:, 5], bias[7] = 40, -30
+        with torch.no_grad():
+            router.weight.copy_(torch.eye(experts))
+            router.e_score_correction_bias.copy_(bias)
+            _, weights, chosen = router(x)
+        cases.append(dict(kind=kind, experts=experts, top_k=top_k, groups=groups, kept=kept, logits=x.tolist(),
+                          bias=bias.tolist(), chosen=chosen.tolist(), weights=weights.tolist()))
+    path.write_text(json.dumps(cases))
+
+
+def training(folder, program, seed):
+    """100 steps of AdamW in PyTorch on the samples that our program takes."""
+    model = make("groups", seed)
+    save(model, folder, torch.bfloat16)
+    text(folder)
+    (folder / "run.toml").write_text(toml("groups", "run", "text.txt", steps=100, lr=RATE, warmup=WARMUP, sequences=4))
+    subprocess.run([program, "import", ".", "run.toml"], cwd=folder, check=True, stdout=subprocess.DEVNULL)
+    out = subprocess.run([program, "samples", "run", "--steps", "1..101"], cwd=folder, check=True, capture_output=True)
+    steps = {}
+    for line in out.stdout.splitlines():
+        item = json.loads(line)
+        steps.setdefault(item["step"], []).append((item["tokens"], item["targets"]))
+    subprocess.run(["rm", "-r", "run", "cache"], cwd=folder, check=True)
+    matrices = [p for n, p in model.named_parameters() if "norm" not in n]
+    norms = [p for n, p in model.named_parameters() if "norm" in n]
+    groups = [dict(params=matrices, weight_decay=0.1), dict(params=norms, weight_decay=0.0)]
+    optimizer = torch.optim.AdamW(groups, lr=RATE, betas=(0.9, 0.95), eps=1e-8)
+    model.train()
+    losses = []
+    for step in range(1, 101):
+        tokens = torch.tensor([t for t, _ in steps[step]]).view(-1, SEQUENCE)
+        targets = torch.tensor([t for _, t in steps[step]]).view(-1)
+        for group in optimizer.param_groups:
+            group["lr"] = RATE * min(1, step / WARMUP)
+        optimizer.zero_grad()
+        out = model(input_ids=tokens).logits.view(-1, MODELS["groups"]["vocab_size"])
+        loss = torch.nn.functional.cross_entropy(out, targets)
+        loss.backward()
+        torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+        optimizer.step()
+        losses.append(loss.item())
+    (folder / "losses.json").write_text(json.dumps(losses))
+
+
+def main():
+    out, program = Path(sys.argv[1]), os.path.abspath(sys.argv[2])
+    seed = int(sys.argv[3]) if len(sys.argv) > 3 else 1
+    out.mkdir(parents=True, exist_ok=True)
+    for n, name in enumerate(MODELS):
+        (out / name).mkdir(exist_ok=True)
+        logits(name, out / name, seed + n)
+    gates(out / "gates.json", seed + 20)
+    (out / "training").mkdir(exist_ok=True)
+    training(out / "training", program, seed + 30)
+    versions = {m.__name__: m.__version__ for m in (torch, transformers, safetensors, np)} | {"seed": seed}
+    (out / "versions.json").write_text(json.dumps(versions, indent=1) + "\n")
+
+
+main()
