@@ -3,8 +3,9 @@
 NOW := $(shell date +%Y%m%d-%H%M%S)
 CONFIG ?= configs/quickstart.toml
 PROGRAM := target/release/everstep
+PEERS := target/peers
 
-.PHONY: train test verify bench chaos chaos-full simulate gpu-check setup setup-test build
+.PHONY: train test conformance verify bench chaos chaos-full simulate gpu-check setup setup-test setup-peers build
 
 ## Build, then train the quickstart: a supervisor and three nodes on this machine.
 train: build
@@ -14,6 +15,11 @@ train: build
 test: setup-test
 	cargo build --workspace
 	cargo nextest run --workspace
+
+## The model against Hugging Face transformers on fresh models (some 3 GB of packages the first time).
+conformance: build setup-test setup-peers
+	cargo build
+	$(PEERS)/bin/python tests/peers/live.py $(PROGRAM)
 
 ## Formatting, lints, documentation and house rules; edits nothing.
 verify: setup
@@ -49,6 +55,11 @@ build: setup
 setup:
 	@command -v cargo >/dev/null || { echo "Rust 1.95 or newer is needed: https://rustup.rs"; exit 1; }
 	@command -v cc >/dev/null || { apt-get update && apt-get install --yes gcc libc6-dev; }
+
+setup-peers:
+	@command -v python3 >/dev/null || { apt-get update && apt-get install --yes python3 python3-venv; }
+	@test -x $(PEERS)/bin/python || python3 -m venv $(PEERS)
+	$(PEERS)/bin/pip install --quiet -r tests/peers/requirements.txt
 
 setup-test: setup
 	@command -v cargo-nextest >/dev/null || cargo install cargo-nextest --locked

@@ -2,7 +2,8 @@
 
 OUT/MODEL: a Hugging Face folder, run.toml, tokens.json and expected.safetensors (logits in fp32);
 OUT/gates.json: choices of DeepseekV3TopkRouter; OUT/training: a model, and the losses of 100 AdamW steps on
-the samples that PROGRAM (the everstep program) takes in the same steps.
+the samples that PROGRAM (the everstep program) takes in the same steps; OUT/prediction: a model with
+multi-token prediction, and the loss of that in the first step.
 """
 
 import copy
@@ -16,7 +17,7 @@ import numpy as np
 import safetensors.torch
 import torch
 import transformers
-from models import MODELS, SEQUENCE, make, toml
+from models import MODELS, SEQUENCE, fill, make, toml
 from transformers.models.deepseek_v3.modeling_deepseek_v3 import DeepseekV3TopkRouter
 
 
@@ -84,13 +85,7 @@ def training(folder, program, seed):
     save(model, folder, torch.bfloat16)
     text(folder)
     (folder / "run.toml").write_text(toml("groups", "run", "text.txt", steps=100, lr=RATE, warmup=WARMUP, sequences=4))
-    subprocess.run([program, "import", ".", "run.toml"], cwd=folder, check=True, stdout=subprocess.DEVNULL)
-    out = subprocess.run([program, "samples", "run", "--steps", "1..101"], cwd=folder, check=True, capture_output=True)
-    steps = {}
-    for line in out.stdout.splitlines():
-        item = json.loads(line)
-        steps.setdefault(item["step"], []).append((item["tokens"], item["targets"]))
-    subprocess.run(["rm", "-r", "run", "cache"], cwd=folder, check=True)
+    steps = taken(folder, program, "1..101")
     matrices = [p for n, p in model.named_parameters() if "norm" not in n]
     norms = [p for n, p in model.named_parameters() if "norm" in n]
     groups = [dict(params=matrices, weight_decay=0.1), dict(params=norms, weight_decay=0.0)]
@@ -112,6 +107,65 @@ def training(folder, program, seed):
     (folder / "losses.json").write_text(json.dumps(losses))
 
 
+def published(state, layer):
+    """Tensors of an MtpModel under the names of the published checkpoint."""
+    out = {}
+    for name, value in state.items():
+        name = name.removeprefix("layers.0.").removeprefix("mtp_block.")
+        name = {"post_norm.weight": "shared_head.norm.weight"}.get(name, name)
+        at = f"model.layers.{layer}."
+        if name.endswith("experts.gate_up_proj"):
+            half = value.shape[1] // 2
+            for e in range(value.shape[0]):
+                out[f"{at}mlp.experts.{e}.gate_proj.weight"] = value[e, :half].contiguous()
+                out[f"{at}mlp.experts.{e}.up_proj.weight"] = value[e, half:].contiguous()
+        elif name.endswith("experts.down_proj"):
+            for e in range(value.shape[0]):
+                out[f"{at}mlp.experts.{e}.down_proj.weight"] = value[e].contiguous()
+        else:
+            out[at + name] = value.contiguous()
+    return out
+
+
+def prediction(folder, program, seed):
+    """The loss of the module of multi-token prediction in the first step."""
+    from transformers.modeling_layers import MtpModel
+
+    model = make("plain", seed)
+    layers = MODELS["plain"]["num_hidden_layers"]
+    mtp = MtpModel(model, 1).eval()
+    fill(mtp.layers)
+    save(model, folder, torch.float32)
+    own = {k: v for k, v in mtp.state_dict().items() if k.startswith("layers.")}
+    safetensors.torch.save_file(published(own, layers), folder / "mtp.safetensors")
+    config = json.loads((folder / "config.json").read_text())
+    (folder / "config.json").write_text(json.dumps(config | dict(num_nextn_predict_layers=1), indent=1))
+    text(folder)
+    over = dict(steps=1, sequences=4)
+    (folder / "run.toml").write_text(toml("plain", "run", "text.txt", **over).replace("[model]", "[model]\nmtp = 1"))
+    losses = []
+    for tokens, targets in taken(folder, program, "1..2")[1]:
+        tokens, targets = (torch.tensor(t).view(-1, SEQUENCE) for t in (tokens, targets))
+        with torch.no_grad():
+            hidden = model.model(input_ids=tokens).last_hidden_state
+            positions = torch.arange(SEQUENCE).expand_as(tokens)
+            out = mtp.shared_head(mtp.forward_layer(0, hidden, positions, None, input_ids=targets))
+        losses.append(torch.nn.functional.cross_entropy(out[:, :-1].flatten(0, 1), targets[:, 1:].flatten()))
+    (folder / "loss.json").write_text(json.dumps(torch.stack(losses).mean().item()))
+
+
+def taken(folder, program, steps):
+    """Samples of our program by step: (tokens, targets) of each micro-batch."""
+    subprocess.run([program, "import", ".", "run.toml"], cwd=folder, check=True, stdout=subprocess.DEVNULL)
+    out = subprocess.run([program, "samples", "run", "--steps", steps], cwd=folder, check=True, capture_output=True)
+    subprocess.run(["rm", "-r", "run", "cache"], cwd=folder, check=True)
+    found = {}
+    for line in out.stdout.splitlines():
+        item = json.loads(line)
+        found.setdefault(item["step"], []).append((item["tokens"], item["targets"]))
+    return found
+
+
 def main():
     out, program = Path(sys.argv[1]), os.path.abspath(sys.argv[2])
     seed = int(sys.argv[3]) if len(sys.argv) > 3 else 1
@@ -122,6 +176,8 @@ def main():
     gates(out / "gates.json", seed + 20)
     (out / "training").mkdir(exist_ok=True)
     training(out / "training", program, seed + 30)
+    (out / "prediction").mkdir(exist_ok=True)
+    prediction(out / "prediction", program, seed + 40)
     versions = {m.__name__: m.__version__ for m in (torch, transformers, safetensors, np)} | {"seed": seed}
     (out / "versions.json").write_text(json.dumps(versions, indent=1) + "\n")
 

@@ -45,8 +45,14 @@ def make(name, seed):
         **MODELS[name], num_key_value_heads=MODELS[name]["num_attention_heads"], max_position_embeddings=SEQUENCE,
         num_mtp_layers=0, tie_word_embeddings=False, norm_topk_prob=True, bos_token_id=0, eos_token_id=1)
     model = DeepseekV3ForCausalLM(config).eval()
+    fill(model)
+    return model
+
+
+def fill(module):
+    """Random values for all weights of a module."""
     with torch.no_grad():
-        for key, value in model.state_dict().items():
+        for key, value in module.state_dict().items():
             if key.endswith("e_score_correction_bias"):
                 value.copy_(0.1 * torch.randn_like(value))
             elif "norm" in key:
@@ -55,7 +61,6 @@ def make(name, seed):
                 value.copy_(torch.randn_like(value) * 1.2 / value.shape[-1] ** 0.5)
             # Exact in bf16, so that a checkpoint in bf16 holds the same model.
             value.copy_(value.bfloat16().float())
-    return model
 
 
 def toml(name, folder, text, **over):

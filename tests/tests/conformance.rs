@@ -129,6 +129,19 @@ fn a_hundred_steps_of_adamw_have_the_losses_of_pytorch() -> Result<()> {
     Ok(())
 }
 
+/// Multi-token prediction as transformers runs it (MtpModel), on the same samples.
+#[test]
+fn multi_token_prediction_has_the_loss_of_transformers() -> Result<()> {
+    let (_scratch, run) = import("prediction")?;
+    everstep(&fixtures(), &["resume", &run])?;
+    let want: f64 = json(&fixtures().join("prediction/loss.json"))?;
+    let lines = metrics(&everstep_actors::RunFolder(run.into()))?;
+    let got = lines[0].mtp_loss.context("the first step has a loss of multi-token prediction")?;
+    println!("{got} against {want}");
+    assert!((got - want).abs() / want < 1e-5, "{got} against {want}");
+    Ok(())
+}
+
 /// One kind of scores and what the router of transformers made of them.
 #[derive(Debug, Deserialize)]
 struct Case {
