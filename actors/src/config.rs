@@ -6,7 +6,7 @@ mod raw;
 mod rules;
 
 use crate::spec::{JobSpec, OptimizerSpec};
-use everstep_kernels::{ModelConfig, Yarn};
+use everstep_kernels::{ModelConfig, Precision, Yarn};
 use raw::{Raw, RawData, RawYarn};
 use rules::check;
 use std::path::PathBuf;
@@ -174,6 +174,11 @@ fn line_of(text: &str, key: &str) -> usize {
 /// Tokens where there is no tokenizer: the bytes of the text.
 const BYTES: usize = 256;
 
+/// A precision by its name.
+fn precision(name: &str) -> Option<Precision> {
+    [Precision::Fp32, Precision::Bf16, Precision::Fp8].into_iter().find(|p| p.to_string() == name)
+}
+
 fn data(raw: RawData) -> DataConfig {
     let RawData { paths, tokenizer, end, cache, field, sources, eval } = raw;
     let sources = if sources.is_empty() {
@@ -223,6 +228,7 @@ fn spec(raw: &Raw) -> JobSpec {
             mtp: m.mtp,
             initial_std: m.initial_std,
         },
+        precision: precision(&raw.train.precision).unwrap_or_default(),
         seed: raw.train.seed,
         source_weights: weights(&raw.data),
         imported: raw.run.imported,

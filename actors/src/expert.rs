@@ -308,7 +308,7 @@ mod tests {
                 asked.told.into_iter().find_map(|(_, l)| if let Local::Ready(item) = l { Some(item) } else { None });
             let Some(item) = ready else { return (work, sent) };
             work += 1;
-            let Outcome::Experts(done) = run(Job::Experts(vec![*item]), &CpuBackend) else { unreachable!() };
+            let Outcome::Experts(done) = run(Job::Experts(vec![*item]), &CpuBackend::FP32) else { unreachable!() };
             let (expert, _, turn, result) = done.into_iter().next().unwrap();
             let local = Local::Done { expert, turn, result: Box::new(result) };
             asked = drive(core, Event::Local { from: ActorId::Host { layer: 1 }, local });
@@ -358,7 +358,7 @@ mod tests {
         let mut core = expert(&materials);
         let asked = drive(&mut core, rows(0, 0, Pass::Forward));
         let Some((_, Local::Ready(item))) = asked.told.into_iter().next() else { panic!("work") };
-        let Outcome::Experts(done) = run(Job::Experts(vec![*item]), &CpuBackend) else { unreachable!() };
+        let Outcome::Experts(done) = run(Job::Experts(vec![*item]), &CpuBackend::FP32) else { unreachable!() };
         let (_, _, turn, result) = done.into_iter().next().unwrap();
         let local = Local::Done { expert: address(ME, 7), turn, result: Box::new(result) };
         drive(&mut core, Event::Local { from: ActorId::Host { layer: 1 }, local });

@@ -2,7 +2,7 @@
 
 use crate::ids::{ActorId, Step};
 use crate::pieces::Pieces;
-use everstep_kernels::{Group, ModelConfig, Parameter, Scales, StageModel, Update};
+use everstep_kernels::{Group, ModelConfig, Parameter, Precision, Scales, StageModel, Update};
 use std::collections::BTreeMap;
 use std::ops::Range;
 use std::sync::Arc;
@@ -45,6 +45,8 @@ pub struct OptimizerSpec {
 pub struct JobSpec {
     /// The model.
     pub model: ModelConfig,
+    /// How it is computed.
+    pub precision: Precision,
     /// Names the initial weights and the order of the data.
     pub seed: u64,
     /// The weights of the sources of text, in their order.

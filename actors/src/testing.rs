@@ -83,7 +83,7 @@ pub(crate) fn drive(core: &mut dyn Core, event: Event) -> Asked {
                 Effect::Tell { to, local } => asked.told.push((to, local)),
                 Effect::Compute { job, .. } => {
                     asked.jobs += 1;
-                    events.push_back(Event::Computed(run(job, &CpuBackend)));
+                    events.push_back(Event::Computed(run(job, &CpuBackend::FP32)));
                 }
             }
         }

@@ -1,7 +1,7 @@
 //! Runs what the CUDA backend has against the CPU backend through the same trait, on a real GPU, and
 //! measures it. Prints JSON lines; fails if anything differs more than it may, or if there is no GPU.
 
-use everstep_kernels::{Backend, BackendError, CpuBackend, CudaBackend, Philox, Tensor};
+use everstep_kernels::{Backend, BackendError, CpuBackend, CudaBackend, Philox, Role, Tensor};
 use std::process::ExitCode;
 use std::sync::Arc;
 use std::time::Instant;
@@ -35,7 +35,7 @@ fn seconds(backend: &dyn Backend, mut f: impl FnMut() -> Tensor) -> Result<f64, 
 fn rms_norm(gpu: &dyn Backend, rows: usize, columns: usize) -> Result<bool, BackendError> {
     let (x, w) = (random(rows, columns, 1), random(1, columns, 2));
     let run = |b: &dyn Backend| b.rms_norm(&b.upload(rows, columns, x.clone()), &b.upload(1, columns, w.clone()), 1e-6);
-    let (got, want) = (gpu.read(&run(gpu))?, CpuBackend.read(&run(&CpuBackend))?);
+    let (got, want) = (gpu.read(&run(gpu))?, CpuBackend::FP32.read(&run(&CpuBackend::FP32))?);
     let same = got.iter().zip(want.iter()).all(|(a, b)| a.to_bits() == b.to_bits());
     let (gx, gw) = (gpu.upload(rows, columns, x), gpu.upload(1, columns, w));
     let time = seconds(gpu, || gpu.rms_norm(&gx, &gw, 1e-6))?;
@@ -53,10 +53,10 @@ fn linear(gpu: &dyn Backend, rows: usize, out: usize, input: usize) -> Result<bo
     let forward = |b: &dyn Backend| b.linear(&b.upload(rows, input, x.clone()), &b.upload(out, input, w.clone()));
     let backward =
         |b: &dyn Backend| b.linear_backward_input(&b.upload(rows, out, dy.clone()), &b.upload(out, input, w.clone()));
-    let y = difference(&gpu.read(&forward(gpu))?, &CpuBackend.read(&forward(&CpuBackend))?);
-    let dx = difference(&gpu.read(&backward(gpu))?, &CpuBackend.read(&backward(&CpuBackend))?);
+    let y = difference(&gpu.read(&forward(gpu))?, &CpuBackend::FP32.read(&forward(&CpuBackend::FP32))?);
+    let dx = difference(&gpu.read(&backward(gpu))?, &CpuBackend::FP32.read(&backward(&CpuBackend::FP32))?);
     let (gx, gw) = (gpu.upload(rows, input, x), gpu.upload(out, input, w));
-    let time = seconds(gpu, || gpu.linear(&gx, &gw))?;
+    let time = seconds(gpu, || gpu.linear(&gx, &gw, Role::Head))?;
     println!(
         "{{\"op\":\"linear f32\",\"rows\":{rows},\"out\":{out},\"in\":{input},\"difference_y\":{y:e},\"difference_dx\":{dx:e},\"us\":{:.1},\"tflops\":{:.2},\"limit_tflops\":67}}",
         time * 1e6,

@@ -48,6 +48,52 @@ impl fmt::Display for DeviceClass {
     }
 }
 
+/// How a model is computed: one value of the configuration (technical report 3.3).
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Default)]
+pub enum Precision {
+    /// Everything in f32.
+    #[default]
+    Fp32,
+    /// Products of BF16 operands with FP32 sums; results and activations rounded to BF16, moments too.
+    Bf16,
+    /// The same, but products of the blocks' weights with E4M3 operands and scales.
+    Fp8,
+}
+
+impl Precision {
+    /// Whether activations and moments are rounded to BF16.
+    pub fn is_low(self) -> bool {
+        self != Self::Fp32
+    }
+}
+
+impl fmt::Display for Precision {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.write_str(match self {
+            Self::Fp32 => "fp32",
+            Self::Bf16 => "bf16",
+            Self::Fp8 => "fp8",
+        })
+    }
+}
+
+/// What a weight is for: that decides how its products are made in low precision.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Role {
+    /// A projection of a block.
+    Projection,
+    /// The output projection of attention, whose operand has scales of powers of two.
+    Output,
+    /// A routed expert's first projections: their operand was dispatched, with scales of powers of two.
+    ExpertIn,
+    /// A routed expert's last projection: its gradient was dispatched, with scales of powers of two.
+    ExpertOut,
+    /// Outside the blocks: never below BF16.
+    Head,
+    /// The gate: always f32.
+    Gate,
+}
+
 /// Saved tensors of an attention.
 #[derive(Debug, Clone)]
 pub struct AttentionState {
@@ -79,15 +125,15 @@ pub trait Backend: Send + Sync + fmt::Debug {
     fn synchronize(&self) -> Result<(), BackendError>;
 
     /// `x_TI, w_OI -> y_TO`.
-    fn linear(&self, x: &Tensor, w: &Tensor) -> Tensor;
+    fn linear(&self, x: &Tensor, w: &Tensor, role: Role) -> Tensor;
     /// `dy_TO, w_OI -> dx_TI`.
-    fn linear_backward_input(&self, dy: &Tensor, w: &Tensor) -> Tensor;
+    fn linear_backward_input(&self, dy: &Tensor, w: &Tensor, role: Role) -> Tensor;
     /// `dy_TO, x_TI -> dw_OI`.
-    fn linear_backward_weight(&self, dy: &Tensor, x: &Tensor) -> Tensor;
+    fn linear_backward_weight(&self, dy: &Tensor, x: &Tensor, role: Role) -> Tensor;
     /// Rows of `x_TI` in consecutive groups of `counts_G`, each with its own `w_OI -> y_TO`.
-    fn grouped_linear(&self, x: &Tensor, counts: &Tensor, w: &[Tensor]) -> Tensor;
+    fn grouped_linear(&self, x: &Tensor, counts: &Tensor, w: &[Tensor], role: Role) -> Tensor;
     /// Rows of `dy_TO` in consecutive groups of `counts_G`, each with its own `w_OI -> dx_TI`.
-    fn grouped_linear_backward_input(&self, dy: &Tensor, counts: &Tensor, w: &[Tensor]) -> Tensor;
+    fn grouped_linear_backward_input(&self, dy: &Tensor, counts: &Tensor, w: &[Tensor], role: Role) -> Tensor;
     /// Rounds to E4M3 in tiles of 1 x 128; the result carries its scales.
     fn quantise(&self, x: &Tensor) -> Tensor;
     /// The values of a quantised matrix.

@@ -1,11 +1,15 @@
-//! The CPU backend: f32 in host memory. Operations run when they are called, on the caller's thread.
+//! The CPU backend: f32 in host memory, rounded to BF16 where the precision says so. Operations run when
+//! they are called, on the caller's thread.
 
-use crate::backend::{AttentionState, Backend, BackendError, DeviceClass};
+use crate::backend::{AttentionState, Backend, BackendError, DeviceClass, Precision, Role};
+use crate::low::linear::Form;
+use crate::low::{self, Path};
+use crate::math::round_to_bf16;
 use crate::ops::attention::{self, AttentionShape};
 use crate::ops::combine::{self, Dispatch};
 use crate::ops::gate::{self, GateShape};
 use crate::ops::rope::{self, RopeShape};
-use crate::ops::{cross_entropy, embedding, latent_attention, linear, quantise, rms_norm, swiglu};
+use crate::ops::{attention_low, cross_entropy, embedding, latent_attention, linear, quantise, rms_norm, swiglu};
 use crate::philox::Philox;
 use crate::tensor::Tensor;
 use std::sync::{Arc, OnceLock};
@@ -13,26 +17,58 @@ use std::sync::{Arc, OnceLock};
 const PURPOSE_CLASS: u32 = 5;
 
 /// See the module.
-#[derive(Debug, Clone, Copy, Default)]
-pub struct CpuBackend;
+#[derive(Debug, Clone, Copy)]
+pub struct CpuBackend {
+    precision: Precision,
+    path: Path,
+}
+
+impl CpuBackend {
+    /// Everything in f32.
+    pub const FP32: Self = Self { precision: Precision::Fp32, path: Path::Portable };
+
+    /// By the fastest instructions that this CPU has for a precision.
+    pub fn new(precision: Precision) -> Self {
+        let path = if precision.is_low() { Path::detect() } else { Path::Portable };
+        Self { precision, path }
+    }
+
+    /// Results of an operation as they are stored in this precision.
+    fn stored(&self, rows: usize, columns: usize, mut data: Vec<f32>) -> Tensor {
+        if self.precision.is_low() {
+            round_to_bf16(&mut data);
+        }
+        Tensor::from_vec(rows, columns, data)
+    }
+
+    fn stored_like(&self, x: &Tensor, data: Vec<f32>) -> Tensor {
+        self.stored(x.rows(), x.columns(), data)
+    }
+}
 
 /// A matrix of the shape of `x`.
 fn like(x: &Tensor, data: Vec<f32>) -> Tensor {
     Tensor::from_vec(x.rows(), x.columns(), data)
 }
 
-/// Products of small, ragged and blocked shapes in all three forms, hashed.
-fn products_hash() -> String {
+/// Products of small, ragged and blocked shapes in all three forms, hashed; some operands are tiny.
+fn products_hash(b: &CpuBackend) -> String {
     let mut hasher = blake3::Hasher::new();
     for (rows, out, input) in [(1, 7, 5), (2, 96, 40), (17, 33, 257), (64, 48, 513), (300, 70, 2)] {
-        let random = |n, name| Philox::new(0, PURPOSE_CLASS, name).normals(n, 1.0);
-        let (x, w, dy) = (random(rows * input, 1), random(out * input, 2), random(rows * out, 3));
-        for product in [
-            linear::forward(&x, &w, rows, out, input),
-            linear::backward_input(&dy, &w, rows, out, input),
-            linear::backward_weight(&dy, &x, rows, out, input),
-        ] {
-            hasher.update(bytemuck::cast_slice(&product));
+        let random = |rows: usize, columns, name| {
+            let mut x = Philox::new(0, PURPOSE_CLASS, name).normals(rows * columns, 1.0);
+            x.iter_mut().step_by(7).for_each(|x| *x *= 1e-20);
+            Tensor::from_vec(rows, columns, x)
+        };
+        let (x, w, dy) = (random(rows, input, 1), random(out, input, 2), random(rows, out, 3));
+        for role in [Role::Gate, Role::Head, Role::Projection] {
+            for product in [
+                b.linear(&x, &w, role),
+                b.linear_backward_input(&dy, &w, role),
+                b.linear_backward_weight(&dy, &x, role),
+            ] {
+                hasher.update(bytemuck::cast_slice(product.f32s()));
+            }
         }
     }
     hasher.finalize().to_hex().to_string()
@@ -44,13 +80,14 @@ fn by_group(
     counts: &Tensor,
     w: &[Tensor],
     columns: usize,
-    product: impl Fn(&[f32], &Tensor, usize) -> Vec<f32>,
+    product: impl Fn(&Tensor, &Tensor) -> Tensor,
 ) -> Tensor {
     let mut out = Vec::with_capacity(x.rows() * columns);
     let mut from = 0;
     for (count, w) in counts.u32s().iter().zip(w) {
         let rows = *count as usize;
-        out.extend(product(&x.f32s()[from * x.columns()..][..rows * x.columns()], w, rows));
+        let part = x.f32s()[from * x.columns()..][..rows * x.columns()].to_vec();
+        out.extend(product(&Tensor::from_vec(rows, x.columns(), part), w).f32s());
         from += rows;
     }
     assert_eq!(from, x.rows(), "rows of all groups");
@@ -61,8 +98,9 @@ impl Backend for CpuBackend {
     /// Named by what it computes: the hash of some products. Machines whose products have the same bits
     /// are of one class, whatever their instructions; all other operations are plain IEEE arithmetic.
     fn class(&self) -> DeviceClass {
-        static CLASS: OnceLock<String> = OnceLock::new();
-        DeviceClass(CLASS.get_or_init(|| format!("cpu f32 {}", &products_hash()[..12])).clone())
+        static CLASSES: [OnceLock<String>; 3] = [const { OnceLock::new() }; 3];
+        let class = &CLASSES[self.precision as usize];
+        DeviceClass(class.get_or_init(|| format!("cpu {} {}", self.precision, &products_hash(self)[..12])).clone())
     }
 
     fn upload(&self, rows: usize, columns: usize, data: Arc<Vec<f32>>) -> Tensor {
@@ -85,28 +123,44 @@ impl Backend for CpuBackend {
         Ok(())
     }
 
-    fn linear(&self, x: &Tensor, w: &Tensor) -> Tensor {
-        Tensor::from_vec(x.rows(), w.rows(), linear::forward(x.f32s(), w.f32s(), x.rows(), w.rows(), w.columns()))
+    fn linear(&self, x: &Tensor, w: &Tensor, role: Role) -> Tensor {
+        let y = match Form::of(self.precision, role) {
+            None => linear::forward(x.f32s(), w.f32s(), x.rows(), w.rows(), w.columns()),
+            Some(form) => low::linear::forward(self.path, form, x, w),
+        };
+        Tensor::from_vec(x.rows(), w.rows(), y)
     }
 
-    fn linear_backward_input(&self, dy: &Tensor, w: &Tensor) -> Tensor {
-        let dx = linear::backward_input(dy.f32s(), w.f32s(), dy.rows(), w.rows(), w.columns());
-        Tensor::from_vec(dy.rows(), w.columns(), dx)
+    fn linear_backward_input(&self, dy: &Tensor, w: &Tensor, role: Role) -> Tensor {
+        match Form::of(self.precision, role) {
+            None => {
+                let dx = linear::backward_input(dy.f32s(), w.f32s(), dy.rows(), w.rows(), w.columns());
+                self.stored(dy.rows(), w.columns(), dx)
+            }
+            Some(form) => {
+                let dx = low::linear::backward_input(self.path, form, dy, w);
+                Tensor::from_vec(dy.rows(), w.columns(), dx)
+            }
+        }
     }
 
-    fn linear_backward_weight(&self, dy: &Tensor, x: &Tensor) -> Tensor {
+    fn linear_backward_weight(&self, dy: &Tensor, x: &Tensor, role: Role) -> Tensor {
         let (out, input) = (dy.columns(), x.columns());
-        Tensor::from_vec(out, input, linear::backward_weight(dy.f32s(), x.f32s(), dy.rows(), out, input))
+        let dw = match Form::of(self.precision, role) {
+            None => linear::backward_weight(dy.f32s(), x.f32s(), dy.rows(), out, input),
+            Some(form) => low::linear::backward_weight(self.path, form, dy, x),
+        };
+        Tensor::from_vec(out, input, dw)
     }
 
-    fn grouped_linear(&self, x: &Tensor, counts: &Tensor, w: &[Tensor]) -> Tensor {
+    fn grouped_linear(&self, x: &Tensor, counts: &Tensor, w: &[Tensor], role: Role) -> Tensor {
         let out = w.first().map_or(0, Tensor::rows);
-        by_group(x, counts, w, out, |x, w, rows| linear::forward(x, w.f32s(), rows, w.rows(), w.columns()))
+        by_group(x, counts, w, out, |x, w| self.linear(x, w, role))
     }
 
-    fn grouped_linear_backward_input(&self, dy: &Tensor, counts: &Tensor, w: &[Tensor]) -> Tensor {
+    fn grouped_linear_backward_input(&self, dy: &Tensor, counts: &Tensor, w: &[Tensor], role: Role) -> Tensor {
         let input = w.first().map_or(0, Tensor::columns);
-        by_group(dy, counts, w, input, |dy, w, rows| linear::backward_input(dy, w.f32s(), rows, w.rows(), w.columns()))
+        by_group(dy, counts, w, input, |dy, w| self.linear_backward_input(dy, w, role))
     }
 
     fn quantise(&self, x: &Tensor) -> Tensor {
@@ -122,7 +176,7 @@ impl Backend for CpuBackend {
     fn add(&self, a: &Tensor, b: &Tensor) -> Tensor {
         assert_eq!((a.rows(), a.columns()), (b.rows(), b.columns()), "shapes of a sum");
         let sum = a.f32s().iter().zip(b.f32s()).map(|(a, b)| a + b).collect();
-        Tensor::from_vec(a.rows(), a.columns(), sum)
+        self.stored(a.rows(), a.columns(), sum)
     }
 
     fn split(&self, x: &Tensor, at: usize) -> (Tensor, Tensor) {
@@ -153,7 +207,7 @@ impl Backend for CpuBackend {
 
     fn embedding(&self, tokens: &Tensor, table: &Tensor) -> Tensor {
         let y = embedding::forward(tokens.u32s(), table.f32s(), table.columns());
-        Tensor::from_vec(tokens.columns(), table.columns(), y)
+        self.stored(tokens.columns(), table.columns(), y)
     }
 
     fn embedding_backward_weight(&self, tokens: &Tensor, dy: &Tensor, vocabulary: usize) -> Tensor {
@@ -162,11 +216,11 @@ impl Backend for CpuBackend {
     }
 
     fn rms_norm(&self, x: &Tensor, w: &Tensor, eps: f32) -> Tensor {
-        like(x, rms_norm::forward(x.f32s(), w.f32s(), eps))
+        self.stored_like(x, rms_norm::forward(x.f32s(), w.f32s(), eps))
     }
 
     fn rms_norm_backward_input(&self, x: &Tensor, w: &Tensor, dy: &Tensor, eps: f32) -> Tensor {
-        like(x, rms_norm::backward_input(x.f32s(), w.f32s(), dy.f32s(), eps))
+        self.stored_like(x, rms_norm::backward_input(x.f32s(), w.f32s(), dy.f32s(), eps))
     }
 
     fn rms_norm_backward_weight(&self, x: &Tensor, dy: &Tensor, eps: f32) -> Tensor {
@@ -174,12 +228,16 @@ impl Backend for CpuBackend {
     }
 
     fn rope(&self, x: &Tensor, shape: &RopeShape, inverse: bool) -> Tensor {
-        like(x, rope::rotate(x.f32s(), shape, inverse))
+        self.stored_like(x, rope::rotate(x.f32s(), shape, inverse))
     }
 
     fn attention(&self, q: Tensor, kv: Tensor, k_rope: Tensor, shape: &AttentionShape) -> AttentionState {
-        let (o, lse) = attention::forward(q.f32s(), kv.f32s(), k_rope.f32s(), shape);
-        let o = Tensor::from_vec(q.rows(), shape.heads * shape.value, o);
+        let (o, lse) = if self.precision.is_low() {
+            attention_low::forward(self.path, q.f32s(), kv.f32s(), k_rope.f32s(), shape)
+        } else {
+            attention::forward(q.f32s(), kv.f32s(), k_rope.f32s(), shape)
+        };
+        let o = self.stored(q.rows(), shape.heads * shape.value, o);
         let lse = Tensor::from_vec(q.rows(), shape.heads, lse);
         AttentionState { q, kv, k_rope, o, lse }
     }
@@ -199,7 +257,7 @@ impl Backend for CpuBackend {
             rank: latent.columns(),
         };
         let o = latent_attention::forward(q.f32s(), &cache, kv_b.f32s(), shape);
-        Tensor::from_vec(q.rows(), shape.heads * shape.value, o)
+        self.stored(q.rows(), shape.heads * shape.value, o)
     }
 
     fn attention_backward(
@@ -215,17 +273,21 @@ impl Backend for CpuBackend {
             o: state.o.f32s(),
             lse: state.lse.f32s(),
         };
-        let (dq, dkv, dk_rope) = attention::backward(&saved, d_o.f32s(), shape);
-        (like(&state.q, dq), like(&state.kv, dkv), like(&state.k_rope, dk_rope))
+        let (dq, dkv, dk_rope) = if self.precision.is_low() {
+            attention_low::backward(self.path, &saved, d_o.f32s(), shape)
+        } else {
+            attention::backward(&saved, d_o.f32s(), shape)
+        };
+        (self.stored_like(&state.q, dq), self.stored_like(&state.kv, dkv), self.stored_like(&state.k_rope, dk_rope))
     }
 
     fn swiglu(&self, gate: &Tensor, up: &Tensor) -> Tensor {
-        like(gate, swiglu::forward(gate.f32s(), up.f32s()))
+        self.stored_like(gate, swiglu::forward(gate.f32s(), up.f32s()))
     }
 
     fn swiglu_backward(&self, gate: &Tensor, up: &Tensor, dh: &Tensor) -> (Tensor, Tensor) {
         let (dgate, dup) = swiglu::backward(gate.f32s(), up.f32s(), dh.f32s());
-        (like(gate, dgate), like(up, dup))
+        (self.stored_like(gate, dgate), self.stored_like(up, dup))
     }
 
     fn gate(&self, logits: &Tensor, bias: &Tensor, shape: &GateShape) -> (Tensor, Tensor) {
@@ -249,7 +311,7 @@ impl Backend for CpuBackend {
         let columns = rows.first().expect("at least one expert").columns();
         let views: Vec<&[f32]> = rows.iter().map(Tensor::f32s).collect();
         let y = combine::forward(&views, weights.map(Tensor::f32s), plan, columns);
-        Tensor::from_vec(plan.slots.len() / plan.top_k, columns, y)
+        self.stored(plan.slots.len() / plan.top_k, columns, y)
     }
 
     fn combine_backward(
@@ -261,13 +323,13 @@ impl Backend for CpuBackend {
     ) -> (Vec<Tensor>, Tensor) {
         let views: Vec<&[f32]> = rows.iter().map(Tensor::f32s).collect();
         let (drows, dweights) = combine::backward(dy.f32s(), &views, weights.f32s(), plan, dy.columns());
-        let drows = drows.into_iter().map(|d| Tensor::from_vec(d.len() / dy.columns(), dy.columns(), d)).collect();
+        let drows = drows.into_iter().map(|d| self.stored(d.len() / dy.columns(), dy.columns(), d)).collect();
         (drows, like(weights, dweights))
     }
 
     fn cross_entropy(&self, logits: &Tensor, targets: &Tensor, scale: f32) -> (Tensor, Tensor) {
         let (losses, dlogits) = cross_entropy::forward_backward(logits.f32s(), targets.u32s(), logits.columns(), scale);
-        (Tensor::from_vec(1, targets.columns(), losses), like(logits, dlogits))
+        (Tensor::from_vec(1, targets.columns(), losses), self.stored_like(logits, dlogits))
     }
 }
 
@@ -286,7 +348,7 @@ mod tests {
     /// Every operation on rows, from a batch to its results by row.
     fn operations(b: &CpuBackend, x: &Tensor, y: &Tensor) -> Vec<(&'static str, Tensor)> {
         let (square, wide, norm) = (matrix(D, D, 1), matrix(5 * D, D, 2), matrix(1, D, 3));
-        let counts = b.upload_indices(vec![x.rows() as u32]);
+        let (counts, role) = (b.upload_indices(vec![x.rows() as u32]), Role::Output);
         let gate = GateShape { experts: D, top_k: 3, groups: 4, groups_kept: 2, routed_scale: 1.5, sequence: 1 };
         let (experts, weights) = b.gate(x, &norm, &gate);
         let (dgate, dup) = b.swiglu_backward(x, y, y);
@@ -294,12 +356,12 @@ mod tests {
         let plan = Dispatch::new(experts.u32s(), 3, D, 4);
         let sent: Vec<Tensor> = plan.tokens.iter().map(|t| b.gather(y, t)).collect();
         vec![
-            ("linear", b.linear(x, &wide)),
-            ("linear_backward_input", b.linear_backward_input(x, &square)),
-            ("grouped_linear", b.grouped_linear(x, &counts, std::slice::from_ref(&wide))),
+            ("linear", b.linear(x, &wide, role)),
+            ("linear_backward_input", b.linear_backward_input(x, &square, role)),
+            ("grouped_linear", b.grouped_linear(x, &counts, std::slice::from_ref(&wide), role)),
             (
                 "grouped_linear_backward_input",
-                b.grouped_linear_backward_input(x, &counts, std::slice::from_ref(&square)),
+                b.grouped_linear_backward_input(x, &counts, std::slice::from_ref(&square), role),
             ),
             ("add", b.add(x, y)),
             ("rms_norm", b.rms_norm(x, &norm, 1e-6)),
@@ -319,18 +381,25 @@ mod tests {
     /// Rows do not depend on their batch, nor on what other threads do.
     #[test]
     fn every_row_is_its_own() {
-        let b = CpuBackend;
+        for precision in [Precision::Fp32, Precision::Bf16, Precision::Fp8] {
+            for path in Path::available() {
+                rows_are_their_own(&CpuBackend { precision, path });
+            }
+        }
+    }
+
+    fn rows_are_their_own(b: &CpuBackend) {
         let (x, y) = (matrix(ROWS, D, 4), matrix(ROWS, D, 5));
-        let whole = operations(&b, &x, &y);
+        let whole = operations(b, &x, &y);
         std::thread::scope(|scope| {
             for rows in [1, 2, 5, 16] {
                 let (x, y, whole) = (&x, &y, &whole);
                 scope.spawn(move || {
                     for from in [0, 7, ROWS - rows] {
-                        let part = operations(&b, &b.rows(x, from, rows), &b.rows(y, from, rows));
+                        let part = operations(b, &b.rows(x, from, rows), &b.rows(y, from, rows));
                         for ((name, all), (_, part)) in whole.iter().zip(&part) {
                             let expected = b.rows(all, from, rows);
-                            assert!(same_bits(part.f32s(), expected.f32s()), "{name}: {rows} rows from {from}");
+                            assert!(same_bits(part.f32s(), expected.f32s()), "{b:?} {name}: {rows} rows from {from}");
                         }
                     }
                 });

@@ -8,7 +8,7 @@
 //! cuBLASLt's, whose order of sums is its own choice by shape; it agrees with the CPU's within
 //! rounding, and is not yet independent of the number of rows.
 
-use crate::backend::{AttentionState, Backend, BackendError, DeviceClass};
+use crate::backend::{AttentionState, Backend, BackendError, DeviceClass, Role};
 use crate::ops::attention::AttentionShape;
 use crate::ops::combine::Dispatch;
 use crate::ops::gate::GateShape;
@@ -246,11 +246,11 @@ impl Backend for CudaBackend {
         self.stream.synchronize().map_err(|e| self.error(e))
     }
 
-    fn linear(&self, x: &Tensor, w: &Tensor) -> Tensor {
+    fn linear(&self, x: &Tensor, w: &Tensor, _: Role) -> Tensor {
         self.finish(x.rows(), w.rows(), self.product(x, w, w.rows(), true))
     }
 
-    fn linear_backward_input(&self, dy: &Tensor, w: &Tensor) -> Tensor {
+    fn linear_backward_input(&self, dy: &Tensor, w: &Tensor, _: Role) -> Tensor {
         self.finish(dy.rows(), w.columns(), self.product(dy, w, w.columns(), false))
     }
 
@@ -258,15 +258,15 @@ impl Backend for CudaBackend {
         self.finish(x.rows(), x.columns(), self.run_rms_norm(x, w, eps))
     }
 
-    fn linear_backward_weight(&self, dy: &Tensor, x: &Tensor) -> Tensor {
+    fn linear_backward_weight(&self, dy: &Tensor, x: &Tensor, _: Role) -> Tensor {
         self.unsupported("linear_backward_weight", dy.columns(), x.columns())
     }
 
-    fn grouped_linear(&self, x: &Tensor, _: &Tensor, w: &[Tensor]) -> Tensor {
+    fn grouped_linear(&self, x: &Tensor, _: &Tensor, w: &[Tensor], _: Role) -> Tensor {
         self.unsupported("grouped_linear", x.rows(), w.first().map_or(0, Tensor::rows))
     }
 
-    fn grouped_linear_backward_input(&self, dy: &Tensor, _: &Tensor, w: &[Tensor]) -> Tensor {
+    fn grouped_linear_backward_input(&self, dy: &Tensor, _: &Tensor, w: &[Tensor], _: Role) -> Tensor {
         self.unsupported("grouped_linear_backward_input", dy.rows(), w.first().map_or(0, Tensor::columns))
     }
 

@@ -8,13 +8,15 @@ mod cuda;
 mod gemm;
 mod layers;
 mod limits;
+mod low;
 mod math;
 mod model;
 mod ops;
 mod philox;
 mod tensor;
+mod wide;
 
-pub use backend::{AttentionState, Backend, BackendError, DeviceClass};
+pub use backend::{AttentionState, Backend, BackendError, DeviceClass, Precision, Role};
 pub use cpu::CpuBackend;
 #[cfg(feature = "cuda")]
 pub use cuda::CudaBackend;

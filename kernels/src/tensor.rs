@@ -3,9 +3,10 @@
 //! Cloning a handle is cheap and shares the data; data is never changed through a handle, so an
 //! actor may keep one in an outbox, a snapshot and a running job at the same time.
 
+use crate::low::{Columns, Matrix, Quantised};
 use std::any::Any;
 use std::fmt;
-use std::sync::Arc;
+use std::sync::{Arc, OnceLock};
 
 /// What a GPU backend keeps behind a handle.
 pub trait DeviceBuffer: Any + Send + Sync + fmt::Debug {
@@ -23,19 +24,35 @@ pub(crate) enum Data {
     Device(Arc<dyn DeviceBuffer>),
 }
 
+/// Low-precision forms of a matrix that the CPU's products have asked for: made once, whoever asks.
+#[derive(Debug, Default)]
+pub(crate) struct Forms {
+    /// In BF16.
+    pub(crate) rounded: OnceLock<Matrix>,
+    /// As the columns of a product with its rows, and with its columns; with scales in FP8.
+    pub(crate) by_rows: OnceLock<(Columns, Vec<f32>)>,
+    pub(crate) by_columns: OnceLock<(Columns, Vec<f32>)>,
+    /// In E4M3 along its rows, by scaling.
+    pub(crate) along_rows: [OnceLock<Quantised>; 2],
+    /// In E4M3 along its columns, by scaling, straight and by way of its rows' form.
+    pub(crate) along_columns: [OnceLock<Quantised>; 2],
+    pub(crate) again: [OnceLock<Quantised>; 2],
+}
+
 /// A row-major matrix of `rows x columns`. A vector is one row; a list of indices is one row of u32.
 #[derive(Clone)]
 pub struct Tensor {
     rows: usize,
     columns: usize,
     data: Data,
+    forms: Arc<Forms>,
 }
 
 impl Tensor {
     /// A matrix in host memory. Panics if the lengths disagree: that is a broken caller.
     pub fn host(rows: usize, columns: usize, data: Arc<Vec<f32>>) -> Self {
         assert_eq!(data.len(), rows * columns, "elements of a {rows} x {columns} matrix");
-        Self { rows, columns, data: Data::F32(data) }
+        Self { rows, columns, data: Data::F32(data), forms: Arc::default() }
     }
 
     /// A matrix in host memory from its elements.
@@ -45,12 +62,12 @@ impl Tensor {
 
     /// A list of indices or counts in host memory.
     pub fn indices(data: Vec<u32>) -> Self {
-        Self { rows: 1, columns: data.len(), data: Data::U32(Arc::new(data)) }
+        Self { rows: 1, columns: data.len(), data: Data::U32(Arc::new(data)), forms: Arc::default() }
     }
 
     /// A matrix behind a device's buffer.
     pub fn device(rows: usize, columns: usize, buffer: Arc<dyn DeviceBuffer>) -> Self {
-        Self { rows, columns, data: Data::Device(buffer) }
+        Self { rows, columns, data: Data::Device(buffer), forms: Arc::default() }
     }
 
     /// Number of rows.
@@ -74,7 +91,7 @@ impl Tensor {
     /// A quantised matrix in host memory.
     pub(crate) fn quantised(rows: usize, columns: usize, codes: Vec<u8>, scales: Vec<f32>) -> Self {
         assert_eq!(codes.len(), rows * columns, "codes of a {rows} x {columns} matrix");
-        Self { rows, columns, data: Data::E4m3(Arc::new(codes), Arc::new(scales)) }
+        Self { rows, columns, data: Data::E4m3(Arc::new(codes), Arc::new(scales)), forms: Arc::default() }
     }
 
     /// Codes and scales, if it is quantised and in host memory.
@@ -83,6 +100,10 @@ impl Tensor {
             Data::E4m3(codes, scales) => Some((codes, scales)),
             Data::F32(_) | Data::U32(_) | Data::Device(_) => None,
         }
+    }
+
+    pub(crate) fn forms(&self) -> &Forms {
+        &self.forms
     }
 
     pub(crate) fn f32s(&self) -> &[f32] {

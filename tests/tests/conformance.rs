@@ -184,7 +184,7 @@ fn edge(values: &[f32], n: usize) -> (f32, bool) {
 /// above it; where experts do, the chosen scores are equal.
 #[test]
 fn gates_choose_the_same_experts() -> Result<()> {
-    let b = CpuBackend;
+    let b = CpuBackend::FP32;
     let (mut compared, mut tied) = (0, 0);
     for case in json::<Vec<Case>>(&fixtures().join("gates.json"))? {
         let (experts, top_k, size) = (case.experts, case.top_k, case.experts / case.groups);

@@ -61,7 +61,8 @@ fn choice_rules(raw: &Raw) -> Vec<Rule> {
     let keep = raw.checkpoint.keep;
     let why = "expected at least 2: the job may go back to one while the next is made";
     rules.push((keep >= 2, "checkpoint.keep", keep.to_string(), why.into()));
-    rules.push((t.precision == "fp32", "train.precision", t.precision.clone(), "this version trains in fp32".into()));
+    let known = super::precision(&t.precision).is_some();
+    rules.push((known, "train.precision", t.precision.clone(), "expected fp32, bf16 or fp8".into()));
     rules.push((t.device == "cpu", "train.device", t.device.clone(), "this version trains on cpu".into()));
     rules.push((j.schedule == "1f1b", "job.schedule", j.schedule.clone(), "this version knows 1f1b".into()));
     rules.push((

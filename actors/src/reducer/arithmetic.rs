@@ -239,6 +239,7 @@ impl Apply {
             clip: commit.clip,
             correction1: (1.0 / (1.0 - power(o.beta1, commit.step))) as f32,
             correction2: (1.0 / (1.0 - power(o.beta2, commit.step))) as f32,
+            low_moments: spec.precision.is_low(),
         };
         let mut gradients: std::collections::BTreeMap<u32, Vec<f32>> = reduced.gradients.into_iter().collect();
         let loads: std::collections::BTreeMap<Group, Vec<u64>> = {

@@ -61,8 +61,8 @@ pub async fn run_node(options: &NodeOptions) -> Result<NodeEnd, AnyError> {
     }
     let (hub, mut events) = Hub::open(listen, &credentials, new_name())?;
     let supervisor = find(&hub, options.join, SUPERVISOR_WAIT).await?;
-    let backend: Arc<dyn Backend> = Arc::new(CpuBackend);
     let Some(materials) = receive_job(&hub, supervisor, &mut events).await? else { return Ok(NodeEnd::Fenced) };
+    let backend: Arc<dyn Backend> = Arc::new(CpuBackend::new(materials.spec.precision));
     let (pid, machine) = (std::process::id(), machine());
     let info = NodeInfo { address: hub.address()?.to_string(), peer: hub.me(), pid, machine };
     let join = Control::Join { info, device_class: backend.class().0 };

@@ -145,6 +145,7 @@ impl Actor for SupervisorProcess {
         let Args { restored, config, identity, run, tokens, hub, end } = args;
         let spec = Arc::new(config.spec.clone());
         let layout = crate::spec::Layout::new(&spec);
+        let class = CpuBackend::new(spec.precision).class().0;
         let checkpoint = restored.checkpoint;
         let keeper = KeeperCore::new(&spec, checkpoint);
         let (supervisor, first) =
@@ -164,7 +165,7 @@ impl Actor for SupervisorProcess {
             reported_at: None,
             operators: BTreeMap::new(),
             next_ticket: 0,
-            class: CpuBackend.class().0,
+            class,
             result: None,
             stranger: None,
             _lock: restored.lock,

@@ -18,7 +18,7 @@ mod world;
 use crate::pieces::Pieces;
 use crate::plant::Bug;
 use crate::spec::{JobSpec, OptimizerSpec};
-use everstep_kernels::ModelConfig;
+use everstep_kernels::{ModelConfig, Precision};
 use std::fmt;
 use std::sync::OnceLock;
 use world::{Faults, World};
@@ -93,6 +93,7 @@ pub(crate) fn spec(shape: usize) -> JobSpec {
             mtp: usize::from(shape == 1 || shape == 3),
             initial_std: 0.3,
         },
+        precision: Precision::Fp32,
         seed: 17 + shape as u64,
         source_weights: vec![1.0],
         imported: false,

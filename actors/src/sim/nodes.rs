@@ -174,7 +174,7 @@ impl World {
         if let Some(node) = self.node_of_life(life) {
             node.work += cost;
         }
-        let outcome = Box::new(run(job, &CpuBackend));
+        let outcome = Box::new(run(job, &CpuBackend::FP32));
         let micros = 100 + self.draw(3000);
         self.after(micros, SimEvent::Computed(life, me.actor, me.incarnation, outcome));
     }

@@ -62,23 +62,23 @@ impl Attention {
         let x = b.rms_norm(&h, &self.norm.value, NORM_EPS);
         let (q, query) = self.query(b, &x);
         let q = b.rope(&q, &config.query_rope(), false);
-        let (latent, k_rope) = b.split(&b.linear(&x, &self.kv_a.value), config.kv_rank);
+        let (latent, k_rope) = b.split(&b.linear(&x, &self.kv_a.value, self.kv_a.role), config.kv_rank);
         let k_rope = b.rope(&k_rope, &config.key_rope(), false);
         let latent_normed = b.rms_norm(&latent, &self.kv_norm.value, NORM_EPS);
-        let kv = b.linear(&latent_normed, &self.kv_b.value);
+        let kv = b.linear(&latent_normed, &self.kv_b.value, self.kv_b.role);
         let state = b.attention(q, kv, k_rope, &config.attention());
-        let out = b.add(&h, &b.linear(&state.o, &self.o.value));
+        let out = b.add(&h, &b.linear(&state.o, &self.o.value, self.o.role));
         (out, AttentionSaved { h, x, query, latent, latent_normed, state })
     }
 
     /// The query before its rotation.
     fn query(&self, b: &dyn Backend, x: &Tensor) -> (Tensor, Option<(Tensor, Tensor)>) {
         match &self.query {
-            Query::Direct(w) => (b.linear(x, &w.value), None),
+            Query::Direct(w) => (b.linear(x, &w.value, w.role), None),
             Query::Compressed { a, norm, b: up } => {
-                let low = b.linear(x, &a.value);
+                let low = b.linear(x, &a.value, a.role);
                 let normed = b.rms_norm(&low, &norm.value, NORM_EPS);
-                (b.linear(&normed, &up.value), Some((low, normed)))
+                (b.linear(&normed, &up.value, up.role), Some((low, normed)))
             }
         }
     }
@@ -95,7 +95,7 @@ impl Attention {
         let x = b.rms_norm(&h, &self.norm.value, NORM_EPS);
         let at = |shape: RopeShape| RopeShape { first, sequence: h.rows(), ..shape };
         let q = b.rope(&self.query(b, &x).0, &at(config.query_rope()), false);
-        let (latent, k_rope) = b.split(&b.linear(&x, &self.kv_a.value), config.kv_rank);
+        let (latent, k_rope) = b.split(&b.linear(&x, &self.kv_a.value, self.kv_a.role), config.kv_rank);
         let k_rope = b.rope(&k_rope, &at(config.key_rope()), false);
         let latent = b.rms_norm(&latent, &self.kv_norm.value, NORM_EPS);
         let cache = match cache {
@@ -103,7 +103,7 @@ impl Attention {
             None => LatentCache { latent, k_rope },
         };
         let o = b.attention_cached(&q, &cache.latent, &cache.k_rope, &self.kv_b.value, &config.attention());
-        (b.add(&h, &b.linear(&o, &self.o.value)), cache)
+        (b.add(&h, &b.linear(&o, &self.o.value, self.o.role)), cache)
     }
 
     /// `dh_TD -> dh_TD`.
@@ -117,8 +117,8 @@ impl Attention {
     ) -> Tensor {
         let AttentionSaved { h, x, query, latent, latent_normed, state } = saved;
         let mut linear = |weight: &Weight, dy: &Tensor, x: &Tensor| {
-            products.push((weight.name.clone(), Product::Linear { dy: dy.clone(), x: x.clone() }));
-            b.linear_backward_input(dy, &weight.value)
+            products.push((weight.name.clone(), Product::Linear { dy: dy.clone(), x: x.clone(), role: weight.role }));
+            b.linear_backward_input(dy, &weight.value, weight.role)
         };
         let d_o = linear(&self.o, dh, &state.o);
         let (dq, dkv, dk_rope) = b.attention_backward(&state, &d_o, &config.attention());

@@ -80,7 +80,7 @@ impl Decoder {
             };
         }
         self.positions += tokens.len();
-        let logits = b.linear(&b.rms_norm(&h, &self.norm.value, NORM_EPS), &self.head.value);
+        let logits = b.linear(&b.rms_norm(&h, &self.norm.value, NORM_EPS), &self.head.value, self.head.role);
         b.synchronize()?;
         Ok(logits)
     }

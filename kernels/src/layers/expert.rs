@@ -4,7 +4,7 @@
 //! micro-batch's rows in order of (lane, token).
 
 use super::{ParameterMap, Product, Weight};
-use crate::backend::Backend;
+use crate::backend::{Backend, Role};
 use crate::tensor::Tensor;
 
 /// Weights of one expert.
@@ -77,9 +77,9 @@ pub fn expert_forward(b: &dyn Backend, items: Vec<(ExpertWeights, Tensor)>) -> V
     let counts: Vec<u32> = items.iter().map(|(_, x)| x.rows() as u32).collect();
     let groups = b.upload_indices(counts.clone());
     let x = b.stack(&items.iter().map(|(_, x)| x.clone()).collect::<Vec<_>>());
-    let gate = b.grouped_linear(&x, &groups, &weights_of(&items, |w| &w.gate));
-    let up = b.grouped_linear(&x, &groups, &weights_of(&items, |w| &w.up));
-    let y = b.grouped_linear(&b.swiglu(&gate, &up), &groups, &weights_of(&items, |w| &w.down));
+    let gate = b.grouped_linear(&x, &groups, &weights_of(&items, |w| &w.gate), Role::ExpertIn);
+    let up = b.grouped_linear(&x, &groups, &weights_of(&items, |w| &w.up), Role::ExpertIn);
+    let y = b.grouped_linear(&b.swiglu(&gate, &up), &groups, &weights_of(&items, |w| &w.down), Role::ExpertOut);
     let parts = unstack(b, &gate, &counts).into_iter().zip(unstack(b, &up, &counts));
     unstack(b, &y, &counts)
         .into_iter()
@@ -103,12 +103,12 @@ pub fn expert_backward_input(
         b.stack(&items.iter().map(|(_, item)| part(item).clone()).collect::<Vec<_>>())
     };
     let (dy, gate, up) = (all(|i| &i.1), all(|i| &i.0.gate), all(|i| &i.0.up));
-    let dh = b.grouped_linear_backward_input(&dy, &groups, &weights_of(&items, |w| &w.down));
+    let dh = b.grouped_linear_backward_input(&dy, &groups, &weights_of(&items, |w| &w.down), Role::ExpertOut);
     let h = b.swiglu(&gate, &up);
     let (dgate, dup) = b.swiglu_backward(&gate, &up, &dh);
     let dx = b.add(
-        &b.grouped_linear_backward_input(&dgate, &groups, &weights_of(&items, |w| &w.gate)),
-        &b.grouped_linear_backward_input(&dup, &groups, &weights_of(&items, |w| &w.up)),
+        &b.grouped_linear_backward_input(&dgate, &groups, &weights_of(&items, |w| &w.gate), Role::ExpertIn),
+        &b.grouped_linear_backward_input(&dup, &groups, &weights_of(&items, |w| &w.up), Role::ExpertIn),
     );
     let [h, dgate, dup, dx] = [h, dgate, dup, dx].map(|t| unstack(b, &t, &counts).into_iter());
     h.zip(dgate)
@@ -123,7 +123,9 @@ pub fn expert_backward_input(
 pub fn expert_backward_weight(b: &dyn Backend, weights: &ExpertWeights, parts: &[ExpertHeld]) -> ParameterMap {
     let all = |part: fn(&ExpertHeld) -> &Tensor| b.stack(&parts.iter().map(|p| part(p).clone()).collect::<Vec<_>>());
     let x = all(|p| &p.x);
-    let product = |weight: &Weight, dy: Tensor, x: Tensor| (weight.name.clone(), Product::Linear { dy, x }.make(b));
+    let product = |weight: &Weight, dy: Tensor, x: Tensor| {
+        (weight.name.clone(), Product::Linear { dy, x, role: weight.role }.make(b))
+    };
     ParameterMap::from([
         product(&weights.gate, all(|p| &p.dgate), x.clone()),
         product(&weights.up, all(|p| &p.dup), x),

@@ -82,7 +82,7 @@ impl Mixture {
                 Half::Done((b.add(&h, &y), FeedForwardSaved::Dense { h, mlp }))
             }
             FeedForward::Mixture { gate, bias, shared } => {
-                let logits = b.linear(&x, &gate.value);
+                let logits = b.linear(&x, &gate.value, gate.role);
                 let (experts, weights) = b.gate(&logits, &bias.value, &config.gate());
                 let chosen = b.read_indices(&experts).expect("the gate's choice is read before anything is sent");
                 let plan = Dispatch::new(&chosen, config.top_k, config.experts, config.groups);
@@ -124,8 +124,8 @@ impl Mixture {
                 if balance > 0.0 {
                     dlogits = b.add(&dlogits, &b.gate_balance_backward(&sent.logits, &config.gate(), balance));
                 }
-                let mut dx = b.linear_backward_input(&dlogits, &gate.value);
-                products.push((gate.name.clone(), Product::Linear { dy: dlogits, x: sent.x }));
+                let mut dx = b.linear_backward_input(&dlogits, &gate.value, gate.role);
+                products.push((gate.name.clone(), Product::Linear { dy: dlogits, x: sent.x, role: gate.role }));
                 if let (Some(mlp), Some((_, saved))) = (shared, sent.shared) {
                     dx = b.add(&mlp.backward_input(b, saved, &dh, products), &dx);
                 }

@@ -30,9 +30,9 @@ impl Mlp {
 
     /// `x_TD -> y_TD`.
     pub(crate) fn forward(&self, b: &dyn Backend, x: Tensor) -> (Tensor, MlpSaved) {
-        let (gate, up) = (b.linear(&x, &self.gate.value), b.linear(&x, &self.up.value));
+        let (gate, up) = (b.linear(&x, &self.gate.value, self.gate.role), b.linear(&x, &self.up.value, self.up.role));
         let h = b.swiglu(&gate, &up);
-        (b.linear(&h, &self.down.value), MlpSaved { x, gate, up, h })
+        (b.linear(&h, &self.down.value, self.down.role), MlpSaved { x, gate, up, h })
     }
 
     /// `dy_TD -> dx_TD`.
@@ -44,11 +44,15 @@ impl Mlp {
         products: &mut Products,
     ) -> Tensor {
         let MlpSaved { x, gate, up, h } = saved;
-        let dh = b.linear_backward_input(dy, &self.down.value);
+        let dh = b.linear_backward_input(dy, &self.down.value, self.down.role);
         let (dgate, dup) = b.swiglu_backward(&gate, &up, &dh);
-        let dx =
-            b.add(&b.linear_backward_input(&dgate, &self.gate.value), &b.linear_backward_input(&dup, &self.up.value));
-        let mut push = |weight: &Weight, dy, x| products.push((weight.name.clone(), Product::Linear { dy, x }));
+        let dx = b.add(
+            &b.linear_backward_input(&dgate, &self.gate.value, self.gate.role),
+            &b.linear_backward_input(&dup, &self.up.value, self.up.role),
+        );
+        let mut push = |weight: &Weight, dy, x| {
+            products.push((weight.name.clone(), Product::Linear { dy, x, role: weight.role }));
+        };
         push(&self.gate, dgate, x.clone());
         push(&self.up, dup, x);
         push(&self.down, dy.clone(), h);

@@ -49,7 +49,7 @@ impl Prediction {
     pub(crate) fn new(map: &ParameterMap, prefix: &str) -> Self {
         let shared = |name: &str| {
             let weight = Weight::take(map, "", name);
-            Weight { name: second_use(name), value: weight.value }
+            Weight { name: second_use(name), ..weight }
         };
         Self {
             enorm: Weight::take(map, prefix, "enorm.weight"),
@@ -68,7 +68,7 @@ impl Prediction {
         let e = b.rms_norm(&embedded, &self.enorm.value, NORM_EPS);
         let h = b.rms_norm(&hidden, &self.hnorm.value, NORM_EPS);
         let joined = b.join(&e, &h);
-        (b.linear(&joined, &self.project.value), Entered { tokens, embedded, hidden, joined })
+        (b.linear(&joined, &self.project.value, self.project.role), Entered { tokens, embedded, hidden, joined })
     }
 
     /// The block's result `h_TD -> loss_T`, with `scale` on the gradient.
@@ -81,7 +81,7 @@ impl Prediction {
         scale: f32,
     ) -> (Tensor, Left) {
         let x = b.rms_norm(&h, &self.norm.value, NORM_EPS);
-        let logits = b.linear(&x, &self.head.value);
+        let logits = b.linear(&x, &self.head.value, self.head.role);
         let targets = b.upload_indices(shifted(next, sequence));
         let (losses, dlogits) = b.cross_entropy(&logits, &targets, scale);
         (losses, Left { h, x, dlogits })
@@ -90,9 +90,9 @@ impl Prediction {
     /// Back through the exit: the gradient of the block's result.
     pub(crate) fn backward_leave(&self, b: &dyn Backend, left: Left, products: &mut Products) -> Tensor {
         let Left { h, x, dlogits } = left;
-        let dx = b.linear_backward_input(&dlogits, &self.head.value);
+        let dx = b.linear_backward_input(&dlogits, &self.head.value, self.head.role);
         let dh = b.rms_norm_backward_input(&h, &self.norm.value, &dx, NORM_EPS);
-        products.push((self.head.name.clone(), Product::Linear { dy: dlogits, x }));
+        products.push((self.head.name.clone(), Product::Linear { dy: dlogits, x, role: self.head.role }));
         products.push((self.norm.name.clone(), Product::RmsNorm { dy: dx, x: h }));
         dh
     }
@@ -106,12 +106,12 @@ impl Prediction {
         products: &mut Products,
     ) -> Tensor {
         let Entered { tokens, embedded, hidden, joined } = entered;
-        let djoined = b.linear_backward_input(&dh, &self.project.value);
+        let djoined = b.linear_backward_input(&dh, &self.project.value, self.project.role);
         let (de, dhidden) = b.split(&djoined, embedded.columns());
         let dembedded = b.rms_norm_backward_input(&embedded, &self.enorm.value, &de, NORM_EPS);
         let dx = b.rms_norm_backward_input(&hidden, &self.hnorm.value, &dhidden, NORM_EPS);
         let vocabulary = self.embedding.value.rows();
-        products.push((self.project.name.clone(), Product::Linear { dy: dh, x: joined }));
+        products.push((self.project.name.clone(), Product::Linear { dy: dh, x: joined, role: self.project.role }));
         products.push((self.enorm.name.clone(), Product::RmsNorm { dy: de, x: embedded }));
         products.push((self.hnorm.name.clone(), Product::RmsNorm { dy: dhidden, x: hidden }));
         products.push((self.embedding.name.clone(), Product::Embedding { dy: dembedded, tokens, vocabulary }));

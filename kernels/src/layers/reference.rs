@@ -240,7 +240,7 @@ fn train(
     tokens: &[u32],
     targets: &[u32],
 ) -> ([f64; 2], ParameterMap) {
-    let b = &CpuBackend;
+    let b = &CpuBackend::FP32;
     let shared = Arc::new(c.clone());
     let mut stages: Vec<StageModel> =
         cuts.windows(2).map(|w| StageModel::new(Arc::clone(&shared), w[0]..w[1], map, SCALES)).collect();
@@ -340,7 +340,7 @@ fn bits_do_not_depend_on_stages_or_on_other_sequences() {
 fn a_batch_of_experts_gives_the_bits_of_each_alone() {
     let c = config(None);
     let map = parameters(&c);
-    let b = &CpuBackend;
+    let b = &CpuBackend::FP32;
     let items: Vec<(ExpertWeights, Tensor)> = [3usize, 0, 1, 17]
         .iter()
         .enumerate()
@@ -382,7 +382,7 @@ fn a_decoder_gives_the_logits_of_the_whole_text() {
             let mut got = Vec::new();
             for n in parts {
                 let from = decoder.positions();
-                got.extend(decoder.feed(&CpuBackend, &tokens[from..from + n]).unwrap().f32s().to_vec());
+                got.extend(decoder.feed(&CpuBackend::FP32, &tokens[from..from + n]).unwrap().f32s().to_vec());
             }
             crate::ops::testing::assert_close(&got, &want, 1e-5, "logits");
         }

@@ -240,7 +240,7 @@ impl StageModel {
     fn leave_main(&mut self, b: &dyn Backend, micro_batch: u32, h: Tensor) -> Progress {
         let Some(head) = &self.head else { return Progress::Hidden(h) };
         let x = b.rms_norm(&h, &head.norm.value, NORM_EPS);
-        let logits = b.linear(&x, &head.weight.value);
+        let logits = b.linear(&x, &head.weight.value, head.weight.role);
         let batch = self.batches.get_mut(&micro_batch).expect("a forward function has its micro-batch");
         let Some(targets) = &batch.targets else { return Progress::Hidden(logits) };
         let (losses, dlogits) = b.cross_entropy(&logits, &b.upload_indices(targets.clone()), self.scales.loss);
@@ -285,10 +285,10 @@ impl StageModel {
         let (Some(head), Some((h, x, dlogits))) = (&self.head, batch.head.take()) else {
             unreachable!("the last stage makes its gradient, the others get it");
         };
-        let dx = b.linear_backward_input(&dlogits, &head.weight.value);
+        let dx = b.linear_backward_input(&dlogits, &head.weight.value, head.weight.role);
         let dx = more.map_or_else(|| dx.clone(), |more| b.add(&dx, &more));
         let dh = b.rms_norm_backward_input(&h, &head.norm.value, &dx, NORM_EPS);
-        batch.products.push((head.weight.name.clone(), Product::Linear { dy: dlogits, x }));
+        batch.products.push((head.weight.name.clone(), Product::Linear { dy: dlogits, x, role: head.weight.role }));
         batch.products.push((head.norm.name.clone(), Product::RmsNorm { dy: dx, x: h }));
         dh
     }

@@ -1,6 +1,6 @@
 //! Named weights, and weight-gradient products that wait for their turn.
 
-use crate::backend::Backend;
+use crate::backend::{Backend, Role};
 use crate::model::NORM_EPS;
 use crate::tensor::Tensor;
 use std::collections::BTreeMap;
@@ -16,6 +16,26 @@ pub struct Weight {
     pub name: Arc<str>,
     /// Value.
     pub value: Tensor,
+    /// What it is for, if it is a matrix of a product.
+    pub role: Role,
+}
+
+/// The role of a parameter, by its published name.
+fn role(name: &str) -> Role {
+    let routed = name.contains(".mlp.experts.");
+    if name.ends_with("o_proj.weight") {
+        Role::Output
+    } else if routed && name.ends_with("down_proj.weight") {
+        Role::ExpertOut
+    } else if routed {
+        Role::ExpertIn
+    } else if name.ends_with("mlp.gate.weight") {
+        Role::Gate
+    } else if name.ends_with("eh_proj.weight") || name.starts_with("lm_head") {
+        Role::Head
+    } else {
+        Role::Projection
+    }
 }
 
 impl Weight {
@@ -23,7 +43,7 @@ impl Weight {
     pub(crate) fn take(map: &ParameterMap, prefix: &str, name: &str) -> Self {
         let full = format!("{prefix}{name}");
         let (name, value) = map.get_key_value(full.as_str()).unwrap_or_else(|| panic!("no parameter {full}"));
-        Self { name: Arc::clone(name), value: value.clone() }
+        Self { role: role(name), name: Arc::clone(name), value: value.clone() }
     }
 }
 
@@ -36,7 +56,7 @@ pub fn second_use(name: &str) -> Arc<str> {
 /// What a weight gradient is made of.
 #[derive(Debug, Clone)]
 pub(crate) enum Product {
-    Linear { dy: Tensor, x: Tensor },
+    Linear { dy: Tensor, x: Tensor, role: Role },
     RmsNorm { dy: Tensor, x: Tensor },
     Embedding { dy: Tensor, tokens: Tensor, vocabulary: usize },
 }
@@ -44,7 +64,7 @@ pub(crate) enum Product {
 impl Product {
     pub(crate) fn make(&self, backend: &dyn Backend) -> Tensor {
         match self {
-            Self::Linear { dy, x } => backend.linear_backward_weight(dy, x),
+            Self::Linear { dy, x, role } => backend.linear_backward_weight(dy, x, *role),
             Self::RmsNorm { dy, x } => backend.rms_norm_backward_weight(x, dy, NORM_EPS),
             Self::Embedding { dy, tokens, vocabulary } => backend.embedding_backward_weight(tokens, dy, *vocabulary),
         }

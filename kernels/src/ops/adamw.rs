@@ -3,6 +3,8 @@
 //!
 //! Every element is its own: chunks, shards and threads do not show in the result.
 
+use crate::math::{bf16_bits, bf16_value};
+
 /// Elements whose squares make one f64 part of the norm.
 pub const NORM_CHUNK: usize = 64 * 1024;
 
@@ -25,6 +27,8 @@ pub struct AdamW {
     pub correction1: f32,
     /// `1 / (1 - beta2^step)`.
     pub correction2: f32,
+    /// Whether moments are rounded to BF16 (technical report 3.3); the update is made of rounded ones.
+    pub low_moments: bool,
 }
 
 /// 128-bit wrapping sums over weights, first and second moments.
@@ -57,10 +61,11 @@ pub fn state_sums(w: &[f32], m: &[f32], v: &[f32]) -> StateSums {
 /// One step in place; gives the sums of what was written.
 pub fn step(w: &mut [f32], m: &mut [f32], v: &mut [f32], g: &[f32], a: &AdamW) -> StateSums {
     let mut sums = [0u128; 3];
+    let kept = |x: f32| if a.low_moments { bf16_value(bf16_bits(x)) } else { x };
     for i in 0..w.len() {
         let g = g[i] * a.clip;
-        m[i] = a.beta1 * m[i] + (1.0 - a.beta1) * g;
-        v[i] = a.beta2 * v[i] + (1.0 - a.beta2) * (g * g);
+        m[i] = kept(a.beta1 * m[i] + (1.0 - a.beta1) * g);
+        v[i] = kept(a.beta2 * v[i] + (1.0 - a.beta2) * (g * g));
         let update = (m[i] * a.correction1) / ((v[i] * a.correction2).sqrt() + a.eps);
         w[i] -= a.lr * (update + a.decay * w[i]);
         for (sum, x) in sums.iter_mut().zip([w[i], m[i], v[i]]) {
@@ -98,6 +103,7 @@ mod tests {
         clip: 0.5,
         correction1: 2.0,
         correction2: 3.0,
+        low_moments: false,
     };
 
     #[test]
@@ -118,6 +124,24 @@ mod tests {
         assert_close(&m, &em, 1e-6, "m");
         assert_close(&v, &ev, 1e-6, "v");
         assert_eq!(sums, state_sums(&w, &m, &v));
+    }
+
+    #[test]
+    fn low_moments_are_bf16_and_close() {
+        let n = 1000;
+        let (w0, g) = (random(n, 1), random(n, 3));
+        let run = |low_moments| {
+            let (mut w, mut m, mut v) = (w0.clone(), vec![0.0; n], vec![0.0; n]);
+            for _ in 0..3 {
+                step(&mut w, &mut m, &mut v, &g, &AdamW { low_moments, ..STEP });
+            }
+            (w, m, v)
+        };
+        let ((w, m, v), (exact, ..)) = (run(true), run(false));
+        assert!(m.iter().chain(&v).all(|x| x.to_bits() & 0xffff == 0));
+        // Three roundings of 2^-9 in an update of lr and less.
+        assert!(w.iter().zip(&exact).all(|(a, b)| (a - b).abs() < 3.0 * STEP.lr * 0.02));
+        assert_ne!(w, exact);
     }
 
     #[test]

@@ -4,6 +4,7 @@
 
 pub(crate) mod adamw;
 pub(crate) mod attention;
+pub(crate) mod attention_low;
 pub(crate) mod combine;
 pub(crate) mod cross_entropy;
 pub(crate) mod embedding;

@@ -8,7 +8,7 @@
 /// Elements of a row that share a scale.
 pub(crate) const TILE: usize = 128;
 /// The largest E4M3 value.
-const MAX: f32 = 448.0;
+pub(crate) const MAX: f32 = 448.0;
 
 /// The value of an E4M3 code. Exact in f32.
 pub(crate) fn decode(code: u8) -> f32 {
@@ -23,19 +23,37 @@ pub(crate) fn decode(code: u8) -> f32 {
 }
 
 /// The nearest E4M3 value of `x`, ties to even, saturating at the largest; NaN stays NaN.
+#[inline(always)]
+pub(crate) fn nearest(x: f32) -> f32 {
+    // The distance of neighbours: 2^-9 below 2^-6, else an eighth of the power of two below x.
+    let size = if x.abs() < MAX { x.abs() } else { MAX };
+    let exponent = ((size.to_bits() >> 23) as i32 - 127).max(-6);
+    let step = f32::from_bits(((exponent - 3 + 127) as u32) << 23);
+    let per_step = f32::from_bits(((3 - exponent + 127) as u32) << 23);
+    // size / step is exact and below 2^4; adding and taking away 2^23 rounds it to even.
+    let units = (size * per_step + 8_388_608.0) - 8_388_608.0;
+    let value = (units * step).copysign(x);
+    if x.is_nan() { x } else { value }
+}
+
+/// The code of the nearest E4M3 value.
 pub(crate) fn encode(x: f32) -> u8 {
-    let sign = if x.is_sign_negative() { 0x80 } else { 0 };
-    if x.is_nan() {
+    let value = nearest(x);
+    let sign = if value.is_sign_negative() { 0x80 } else { 0 };
+    if value.is_nan() {
         return sign | 0x7f;
     }
-    let x = x.abs().min(MAX);
-    // The distance of neighbours: 2^-9 below 2^-6, else an eighth of the power of two below x.
-    let exponent = ((x.to_bits() >> 23) as i32 - 127).max(-6);
-    let step = f32::from_bits(((exponent - 3 + 127) as u32) << 23);
-    // x / step is exact and below 2^4; adding and taking away 2^23 rounds it to even.
-    let units = (x / step + 8_388_608.0) - 8_388_608.0;
+    let exponent = ((value.abs().to_bits() >> 23) as i32 - 127).max(-6);
+    let units = value.abs() * f32::from_bits(((3 - exponent + 127) as u32) << 23);
     // In units of a binade the code is monotonic, so a carry into the next binade is right by itself.
     sign | ((exponent + 6) as u8 * 8 + units as u8)
+}
+
+/// The least power of two that is not below a positive number; scales are far from the ends of the range.
+#[inline(always)]
+pub(crate) fn power_of_two(x: f32) -> f32 {
+    let bits = x.to_bits();
+    f32::from_bits((bits + 0x7f_ffff) & 0x7f80_0000)
 }
 
 /// `x_TD -> (codes_TD, scales_T,ceil(D/128))`; a value is `code * scale`.
@@ -92,6 +110,13 @@ pub(crate) fn dequantise(codes: &[u8], scales: &[f32], columns: usize) -> Vec<f3
 mod tests {
     use super::*;
     use crate::ops::testing::*;
+
+    #[test]
+    fn powers_of_two_are_not_below() {
+        for (x, want) in [(1.0, 1.0), (1.1, 2.0), (0.5, 0.5), (0.51, 1.0), (3.9, 4.0), (1e-20, 1.355_252_7e-20)] {
+            assert_eq!(power_of_two(x), want);
+        }
+    }
 
     #[test]
     fn blocks_come_back_within_half_a_step_of_their_own_scale() {

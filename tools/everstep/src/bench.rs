@@ -1,7 +1,7 @@
 //! `everstep bench`: figures as JSON lines, each with what bounds it, all measured in this run.
 
 use anyhow::Result;
-use everstep_kernels::{Backend, CpuBackend, Philox, Tensor, multiply_add_limit, peer_linear};
+use everstep_kernels::{Backend, CpuBackend, Philox, Role, Tensor, multiply_add_limit, peer_linear};
 use std::process::ExitCode;
 use std::time::Instant;
 
@@ -33,9 +33,9 @@ pub(crate) fn run() -> Result<ExitCode> {
         let (x, w) = (matrix(rows, input), matrix(out, input));
         let flops = 2.0 * (rows * out * input) as f64;
         let ours = time(|| {
-            std::hint::black_box(CpuBackend.linear(&x, &w));
+            std::hint::black_box(CpuBackend::FP32.linear(&x, &w, Role::Projection));
         });
-        let (x, w) = (CpuBackend.read(&x)?, CpuBackend.read(&w)?);
+        let (x, w) = (CpuBackend::FP32.read(&x)?, CpuBackend::FP32.read(&w)?);
         let mut y = vec![0.0; rows * out];
         let peer = time(|| peer_linear(&x, &w, std::hint::black_box(&mut y), rows, out, input));
         let line = serde_json::json!({

@@ -4,7 +4,7 @@ use crate::data;
 use crate::weights::Weights;
 use anyhow::{Context, Result, ensure};
 use everstep_actors::{Config, RunFolder, Tokens};
-use everstep_kernels::{Backend, CpuBackend, Decoder, mean_loss};
+use everstep_kernels::{Backend, Decoder, mean_loss};
 use serde::{Deserialize, Serialize};
 use std::path::PathBuf;
 use std::process::{Child, Command, Stdio};
@@ -46,7 +46,7 @@ pub(crate) fn of_step(
 
 /// Mean losses of `n` of `all` sequences, evenly over the text: one thread's order is no other's.
 fn losses(weights: &Weights, tokens: &Tokens, n: usize, all: usize) -> Result<Vec<f64>> {
-    let length = weights.config.spec.model.sequence;
+    let (length, b) = (weights.config.spec.model.sequence, weights.backend());
     let (next, done) = (AtomicUsize::new(0), Mutex::new(vec![None; n]));
     let work = || -> Result<()> {
         loop {
@@ -57,8 +57,8 @@ fn losses(weights: &Weights, tokens: &Tokens, n: usize, all: usize) -> Result<Ve
             let from = at * all / n * length;
             let window = tokens.read(from..from + length + 1);
             let mut decoder = Decoder::new(weights.model(), &weights.map);
-            let logits = decoder.feed(&CpuBackend, &window[..length])?;
-            let loss = mean_loss(&CpuBackend.read(&logits)?, &window[1..]);
+            let logits = decoder.feed(&b, &window[..length])?;
+            let loss = mean_loss(&b.read(&logits)?, &window[1..]);
             done.lock().unwrap_or_else(PoisonError::into_inner)[at] = Some(loss);
         }
     };

@@ -4,7 +4,7 @@ use crate::data::Vocabulary;
 use crate::weights::Weights;
 use anyhow::{Context, Result, ensure};
 use everstep_actors::RunFolder;
-use everstep_kernels::{Backend, CpuBackend, Decoder, Philox};
+use everstep_kernels::{Backend, Decoder, Philox};
 use safetensors::tensor::TensorView;
 use std::io::Write;
 use std::path::Path;
@@ -39,14 +39,14 @@ pub(crate) fn write(run: &RunFolder, step: Option<u64>, choice: &Choice, out: &m
     let vocabulary = Vocabulary::of_run(run, &weights.config)?;
     let mut tokens = vocabulary.encode(choice.prompt.as_bytes(), 1)?;
     ensure!(!tokens.is_empty(), "--prompt is empty");
-    let mut decoder = Decoder::new(weights.model(), &weights.map);
+    let (mut decoder, b) = (Decoder::new(weights.model(), &weights.map), weights.backend());
     let random = Philox::new(choice.seed, PURPOSE_SAMPLE, 0);
     let size = weights.config.spec.model.vocabulary;
     let mut shown = vocabulary.decode(&tokens)?;
     write!(out, "{shown}")?;
     for n in 0..choice.tokens {
-        let logits = decoder.feed(&CpuBackend, &tokens[decoder.positions()..])?;
-        let all = CpuBackend.read(&logits)?;
+        let logits = decoder.feed(&b, &tokens[decoder.positions()..])?;
+        let all = b.read(&logits)?;
         let next = choose(&all[all.len() - size..], choice, random.uniform(n as u64));
         // A tokenizer's end has no text to show; a line of bytes does.
         if next == vocabulary.end() && vocabulary.file().is_some() {
@@ -77,10 +77,11 @@ pub(crate) fn logits(run: &RunFolder, step: Option<u64>, tokens: &Path, out: &Pa
         "{}: expected texts of one length, tokens below {size}",
         tokens.display()
     );
+    let b = weights.backend();
     let mut all: Vec<f32> = Vec::new();
     for text in &texts {
-        let logits = Decoder::new(weights.model(), &weights.map).feed(&CpuBackend, text)?;
-        all.extend(CpuBackend.read(&logits)?.iter());
+        let logits = Decoder::new(weights.model(), &weights.map).feed(&b, text)?;
+        all.extend(b.read(&logits)?.iter());
     }
     let bytes: Vec<u8> = all.iter().flat_map(|x| x.to_le_bytes()).collect();
     let view = TensorView::new(safetensors::Dtype::F32, vec![texts.len(), length, size], &bytes)?;

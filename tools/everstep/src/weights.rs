@@ -3,7 +3,7 @@
 use crate::fingerprint::{choose, open};
 use anyhow::Result;
 use everstep_actors::{Config, RunFolder};
-use everstep_kernels::{ModelConfig, ParameterMap, Tensor};
+use everstep_kernels::{CpuBackend, ModelConfig, ParameterMap, Tensor};
 use std::sync::Arc;
 
 /// See the module.
@@ -26,6 +26,11 @@ impl Weights {
             map.insert(p.name, Tensor::host(p.rows, p.columns, data));
         }
         Ok(Self { config, step, map })
+    }
+
+    /// The arithmetic that the model is trained in.
+    pub(crate) fn backend(&self) -> CpuBackend {
+        CpuBackend::new(self.config.spec.precision)
     }
 
     pub(crate) fn model(&self) -> Arc<ModelConfig> {

@@ -1,0 +1,121 @@
+//! Products by AVX-512-BF16: one chain for each element over all of `K`, each step adding a pair's second
+//! product and then its first, both fused. Another order than the tiles': a device class of its own.
+
+use super::Part;
+
+#[cfg(not(target_arch = "x86_64"))]
+mod without {
+    pub(crate) fn available() -> bool {
+        false
+    }
+
+    pub(crate) fn part(_: &[u16], _: usize, _: [&[u32]; 2], _: usize, _: usize, _: &mut super::Part) {
+        unreachable!("the path was not detected");
+    }
+}
+#[cfg(not(target_arch = "x86_64"))]
+pub(super) use without::{available, part};
+
+#[cfg(target_arch = "x86_64")]
+pub(super) use with::{available, exchange, has_shuffles, part};
+
+#[cfg(target_arch = "x86_64")]
+mod with {
+    use super::Part;
+    use crate::low::{Columns, K_BLOCK};
+    use std::arch::x86_64::*;
+
+    /// Whether the CPU has the instructions.
+    pub(crate) fn available() -> bool {
+        is_x86_feature_detected!("avx512bf16") && is_x86_feature_detected!("avx512f")
+    }
+
+    /// Whether [`exchange`] can be used.
+    #[inline(always)]
+    pub(crate) fn has_shuffles() -> bool {
+        is_x86_feature_detected!("avx512f")
+    }
+
+    /// See [`super::super::Path::part`].
+    pub(crate) fn part(a: &[u16], stride: usize, b: [&[u32]; 2], from: usize, to: usize, out: &mut Part) {
+        debug_assert!(available());
+        for m in (0..out.len()).step_by(8) {
+            // SAFETY: the instructions are there, and the caller has checked that the operands reach to block `to`.
+            unsafe { rows(&a[m * stride..], stride, b, from, to, &mut out[m..m + 8]) };
+        }
+    }
+
+    /// Eight rows: sixteen sums of sixteen columns in registers.
+    #[target_feature(enable = "avx512f,avx512bf16")]
+    unsafe fn rows(a: &[u16], stride: usize, b: [&[u32]; 2], from: usize, to: usize, out: &mut [[f32; 32]]) {
+        let mut sums = [[_mm512_setzero_ps(); 2]; 8];
+        for pair in from * K_BLOCK / 2..to * K_BLOCK / 2 {
+            // Tiles follow each other: pair p of the whole panel is its p-th row of 16 words.
+            const { assert!(Columns::TILE == 16 * 16) };
+            // SAFETY: both panels have at least `to * 16` rows of 16 words.
+            let columns = unsafe {
+                [
+                    _mm512_loadu_si512(b[0].as_ptr().add(16 * pair).cast()),
+                    _mm512_loadu_si512(b[1].as_ptr().add(16 * pair).cast()),
+                ]
+            };
+            for (m, sums) in sums.iter_mut().enumerate() {
+                // SAFETY: rows are `stride` apart and have at least `to * 32` terms.
+                let two = unsafe { a.as_ptr().add(m * stride + 2 * pair).cast::<i32>().read_unaligned() };
+                // SAFETY: 512 bits are 512 bits.
+                let two: __m512bh = unsafe { std::mem::transmute(_mm512_set1_epi32(two)) };
+                for (sum, column) in sums.iter_mut().zip(columns) {
+                    // SAFETY: as above.
+                    *sum = _mm512_dpbf16_ps(*sum, two, unsafe { std::mem::transmute::<__m512i, __m512bh>(column) });
+                }
+            }
+        }
+        for (out, sums) in out.iter_mut().zip(sums) {
+            // SAFETY: a row has 32 elements.
+            unsafe {
+                _mm512_storeu_ps(out.as_mut_ptr(), sums[0]);
+                _mm512_storeu_ps(out.as_mut_ptr().add(16), sums[1]);
+            }
+        }
+    }
+
+    /// Rows and columns of 16 x 16 words exchanged.
+    #[target_feature(enable = "avx512f")]
+    pub(crate) unsafe fn exchange(words: &[[u32; 16]; 16]) -> [[u32; 16]; 16] {
+        let load = |i: usize| -> __m512i {
+            // SAFETY: a row has 16 words.
+            unsafe { _mm512_loadu_si512(words[i].as_ptr().cast()) }
+        };
+        let mut r: [__m512i; 16] = std::array::from_fn(load);
+        let mut t = r;
+        // Words of neighbouring rows, then pairs of words, then quarters of rows, then halves.
+        for i in 0..8 {
+            t[2 * i] = _mm512_unpacklo_epi32(r[2 * i], r[2 * i + 1]);
+            t[2 * i + 1] = _mm512_unpackhi_epi32(r[2 * i], r[2 * i + 1]);
+        }
+        for i in 0..4 {
+            r[4 * i] = _mm512_unpacklo_epi64(t[4 * i], t[4 * i + 2]);
+            r[4 * i + 1] = _mm512_unpackhi_epi64(t[4 * i], t[4 * i + 2]);
+            r[4 * i + 2] = _mm512_unpacklo_epi64(t[4 * i + 1], t[4 * i + 3]);
+            r[4 * i + 3] = _mm512_unpackhi_epi64(t[4 * i + 1], t[4 * i + 3]);
+        }
+        for i in 0..4 {
+            t[i] = _mm512_shuffle_i32x4::<0x88>(r[i], r[4 + i]);
+            t[4 + i] = _mm512_shuffle_i32x4::<0xdd>(r[i], r[4 + i]);
+            t[8 + i] = _mm512_shuffle_i32x4::<0x88>(r[8 + i], r[12 + i]);
+            t[12 + i] = _mm512_shuffle_i32x4::<0xdd>(r[8 + i], r[12 + i]);
+        }
+        let mut out = [[0u32; 16]; 16];
+        let mut store = |i: usize, v: __m512i| {
+            // SAFETY: a row has 16 words.
+            unsafe { _mm512_storeu_si512(out[i].as_mut_ptr().cast(), v) };
+        };
+        for i in 0..4 {
+            store(i, _mm512_shuffle_i32x4::<0x88>(t[i], t[8 + i]));
+            store(4 + i, _mm512_shuffle_i32x4::<0x88>(t[4 + i], t[12 + i]));
+            store(8 + i, _mm512_shuffle_i32x4::<0xdd>(t[i], t[8 + i]));
+            store(12 + i, _mm512_shuffle_i32x4::<0xdd>(t[4 + i], t[12 + i]));
+        }
+        out
+    }
+}

@@ -1,0 +1,127 @@
+//! Linear layers in low precision, on tensors that keep the forms that products read.
+
+use super::{Columns, Matrix, Path, Quantised, Scaling, product, scaled_product};
+use crate::backend::{Precision, Role};
+use crate::math::{bf16_bits, bf16_value};
+use crate::tensor::Tensor;
+
+/// How a role's products are made in a precision; none: in f32.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub(crate) enum Form {
+    /// BF16 operands.
+    Rounded,
+    /// E4M3 operands, with the scaling of the activation and of its gradient.
+    Quantised { x: Scaling, dy: Scaling },
+}
+
+impl Form {
+    /// The recipe of the technical report, section 3.3.
+    pub(crate) fn of(precision: Precision, role: Role) -> Option<Self> {
+        use Scaling::{Exact, PowerOfTwo};
+        match (precision, role) {
+            (Precision::Fp32, _) | (_, Role::Gate) => None,
+            (Precision::Bf16, _) | (Precision::Fp8, Role::Head) => Some(Self::Rounded),
+            (Precision::Fp8, Role::Projection) => Some(Self::Quantised { x: Exact, dy: Exact }),
+            (Precision::Fp8, Role::Output | Role::ExpertIn) => Some(Self::Quantised { x: PowerOfTwo, dy: Exact }),
+            (Precision::Fp8, Role::ExpertOut) => Some(Self::Quantised { x: Exact, dy: PowerOfTwo }),
+        }
+    }
+}
+
+/// BF16 form of a tensor.
+fn rounded(x: &Tensor) -> &Matrix {
+    x.forms().rounded.get_or_init(|| Matrix::round(x.f32s(), x.rows(), x.columns(), x.columns()))
+}
+
+fn along_rows(x: &Tensor, scaling: Scaling) -> &Quantised {
+    x.forms().along_rows[scaling as usize].get_or_init(|| Quantised::rows(x.f32s(), x.columns(), scaling))
+}
+
+fn along_columns(x: &Tensor, scaling: Scaling) -> &Quantised {
+    x.forms().along_columns[scaling as usize].get_or_init(|| Quantised::columns(x.f32s(), x.columns(), scaling))
+}
+
+/// An activation is kept in tiles along its rows: for a weight gradient those are quantised once more.
+fn again_along_columns(x: &Tensor, scaling: Scaling) -> &Quantised {
+    x.forms().again[scaling as usize]
+        .get_or_init(|| Quantised::columns(&along_rows(x, scaling).dequantised_rows(), x.columns(), scaling))
+}
+
+/// A weight as columns of the forward product, with scales in FP8.
+fn by_rows(w: &Tensor, form: Form) -> &(Columns, Vec<f32>) {
+    w.forms().by_rows.get_or_init(|| match form {
+        Form::Rounded => (Columns::of_rows(rounded(w)), Vec::new()),
+        Form::Quantised { .. } => {
+            let q = Quantised::blocks(w.f32s(), w.rows(), w.columns());
+            (Columns::of_rows(&q.values), q.scales)
+        }
+    })
+}
+
+/// A weight as columns of the backward product.
+fn by_columns(w: &Tensor, form: Form) -> &(Columns, Vec<f32>) {
+    w.forms().by_columns.get_or_init(|| match form {
+        Form::Rounded => (Columns::of_columns(rounded(w)), Vec::new()),
+        Form::Quantised { .. } => {
+            let q = Quantised::blocks(w.f32s(), w.rows(), w.columns());
+            let (rows, columns) = (w.rows().div_ceil(super::TILE), w.columns().div_ceil(super::TILE));
+            let scale = |at: usize| q.scales[at % rows * columns + at / rows];
+            (Columns::of_columns(&q.values), (0..rows * columns).map(scale).collect())
+        }
+    })
+}
+
+/// A matrix of results, rounded to BF16.
+fn results(rows: usize, columns: usize, fill: impl FnOnce(&mut dyn FnMut(usize, usize, &[f32]))) -> Vec<f32> {
+    let mut y = vec![0.0; rows * columns];
+    fill(&mut |row, column, sums| {
+        for (y, sum) in y[row * columns + column..].iter_mut().zip(sums) {
+            *y = bf16_value(bf16_bits(*sum));
+        }
+    });
+    y
+}
+
+/// `x_TI w_OI^T -> y_TO`.
+pub(crate) fn forward(path: Path, form: Form, x: &Tensor, w: &Tensor) -> Vec<f32> {
+    let (b, scales) = by_rows(w, form);
+    results(x.rows(), w.rows(), |put| match form {
+        Form::Rounded => product(path, rounded(x), b, super::Causal::No, put),
+        Form::Quantised { x: scaling, .. } => {
+            let x = along_rows(x, scaling);
+            scaled_product(path, (&x.values, &x.scales), (b, scales, super::TILE), put);
+        }
+    })
+}
+
+/// `dy_TO w_OI -> dx_TI`.
+pub(crate) fn backward_input(path: Path, form: Form, dy: &Tensor, w: &Tensor) -> Vec<f32> {
+    let (b, scales) = by_columns(w, form);
+    results(dy.rows(), w.columns(), |put| match form {
+        Form::Rounded => product(path, rounded(dy), b, super::Causal::No, put),
+        Form::Quantised { dy: scaling, .. } => {
+            let dy = along_rows(dy, scaling);
+            scaled_product(path, (&dy.values, &dy.scales), (b, scales, super::TILE), put);
+        }
+    })
+}
+
+/// `dy_TO^T x_TI -> dw_OI`, in f32.
+pub(crate) fn backward_weight(path: Path, form: Form, dy: &Tensor, x: &Tensor) -> Vec<f32> {
+    let columns = x.columns();
+    let mut dw = vec![0.0; dy.columns() * columns];
+    let put = |row: usize, column: usize, sums: &[f32]| {
+        dw[row * columns + column..][..sums.len()].copy_from_slice(sums);
+    };
+    match form {
+        Form::Rounded => {
+            let (a, b) = (rounded(dy).transposed(), Columns::of_columns(rounded(x)));
+            product(path, &a, &b, super::Causal::No, put);
+        }
+        Form::Quantised { x: x_scaling, dy: dy_scaling } => {
+            let (a, x) = (along_columns(dy, dy_scaling), again_along_columns(x, x_scaling));
+            scaled_product(path, (&a.values, &a.scales), (&Columns::of_rows(&x.values), &x.scales, 1), put);
+        }
+    }
+    dw
+}

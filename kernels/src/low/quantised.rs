@@ -1,0 +1,122 @@
+//! E4M3 matrices as BF16 values with scales along `K` (technical report 3.3).
+
+use super::{Matrix, TILE};
+use crate::ops::quantise::{MAX, nearest, power_of_two};
+
+/// How a scale follows from a tile's largest magnitude.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub(crate) enum Scaling {
+    /// The largest becomes the largest E4M3 value.
+    Exact,
+    /// The same, rounded up to a power of two.
+    PowerOfTwo,
+}
+
+impl Scaling {
+    #[inline(always)]
+    fn of(self, largest: f32) -> f32 {
+        let scale = if largest > 0.0 { largest / MAX } else { 1.0 };
+        if self == Self::PowerOfTwo { power_of_two(scale) } else { scale }
+    }
+}
+
+/// Values and scales.
+#[derive(Debug, Clone)]
+pub(crate) struct Quantised {
+    pub(crate) values: Matrix,
+    /// By row and tile, or by block of 128 rows and tile.
+    pub(crate) scales: Vec<f32>,
+}
+
+impl Quantised {
+    /// `x_TK` in tiles of 1 x 128.
+    pub(crate) fn rows(x: &[f32], columns: usize, scaling: Scaling) -> Self {
+        let rows = x.len() / columns.max(1);
+        let mut values = Matrix::zeros(rows, columns);
+        let mut scales = Vec::with_capacity(rows * columns.div_ceil(TILE));
+        crate::wide::run(|| {
+            for (row, to) in x.chunks_exact(columns).zip(values.data.chunks_exact_mut(values.stride)) {
+                for (tile, to) in row.chunks(TILE).zip(to.chunks_mut(TILE)) {
+                    let scale = scaling.of(largest(tile));
+                    scales.push(scale);
+                    for (to, x) in to.iter_mut().zip(tile) {
+                        *to = bits(nearest(x / scale));
+                    }
+                }
+            }
+        });
+        Self { values, scales }
+    }
+
+    /// `w_OK` in blocks of 128 x 128.
+    pub(crate) fn blocks(w: &[f32], rows: usize, columns: usize) -> Self {
+        let tiles = columns.div_ceil(TILE);
+        let mut greatest = vec![0.0f32; rows.div_ceil(TILE) * tiles];
+        let mut values = Matrix::zeros(rows, columns);
+        crate::wide::run(|| {
+            for (r, row) in w.chunks_exact(columns).enumerate() {
+                for (tile, greatest) in row.chunks(TILE).zip(&mut greatest[r / TILE * tiles..]) {
+                    *greatest = greatest.max(largest(tile));
+                }
+            }
+        });
+        let scales: Vec<f32> = greatest.into_iter().map(|x| Scaling::Exact.of(x)).collect();
+        crate::wide::run(|| {
+            for (r, (row, to)) in w.chunks_exact(columns).zip(values.data.chunks_exact_mut(values.stride)).enumerate() {
+                for ((tile, to), scale) in row.chunks(TILE).zip(to.chunks_mut(TILE)).zip(&scales[r / TILE * tiles..]) {
+                    for (to, x) in to.iter_mut().zip(tile) {
+                        *to = bits(nearest(x / scale));
+                    }
+                }
+            }
+        });
+        Self { values, scales }
+    }
+
+    /// `x_TN`, in tiles of 128 x 1 along the tokens: rows and columns are exchanged.
+    pub(crate) fn columns(x: &[f32], columns: usize, scaling: Scaling) -> Self {
+        let rows = x.len() / columns.max(1);
+        let mut turned = vec![0.0f32; x.len()];
+        crate::wide::run(|| {
+            for r in (0..rows).step_by(16) {
+                for c in (0..columns).step_by(16) {
+                    for i in r..rows.min(r + 16) {
+                        for j in c..columns.min(c + 16) {
+                            turned[j * rows + i] = x[i * columns + j];
+                        }
+                    }
+                }
+            }
+        });
+        Self::rows(&turned, rows, scaling)
+    }
+
+    /// The values, rounded to f32.
+    pub(crate) fn dequantised_rows(&self) -> Vec<f32> {
+        let Matrix { rows, columns, stride, data } = &self.values;
+        let mut out = vec![0.0; rows * columns];
+        let tiles = columns.div_ceil(TILE);
+        crate::wide::run(|| {
+            for (r, (to, from)) in out.chunks_exact_mut(*columns).zip(data.chunks_exact(*stride)).enumerate() {
+                for (t, (to, from)) in to.chunks_mut(TILE).zip(from.chunks(TILE)).enumerate() {
+                    let scale = self.scales[r * tiles + t];
+                    for (to, from) in to.iter_mut().zip(from) {
+                        *to = crate::math::bf16_value(*from) * scale;
+                    }
+                }
+            }
+        });
+        out
+    }
+}
+
+/// E4M3 values are exact in BF16.
+#[inline(always)]
+fn bits(value: f32) -> u16 {
+    (value.to_bits() >> 16) as u16
+}
+
+#[inline(always)]
+fn largest(x: &[f32]) -> f32 {
+    x.iter().fold(0.0f32, |m, x| if x.abs() > m { x.abs() } else { m })
+}

@@ -1,0 +1,174 @@
+//! Every path against scalar code, bit for bit; the layers against f64.
+
+use super::linear::{Form, backward_input, backward_weight, forward};
+use super::*;
+use crate::backend::{Precision, Role};
+use crate::math::bf16_value;
+use crate::ops::testing::*;
+use crate::tensor::Tensor;
+
+/// The order of the tiles, in scalar code.
+fn tiles(a: &[f32], b: &[f32]) -> f32 {
+    let flush = |x: f32| if x.abs() < f32::MIN_POSITIVE { x * 0.0 } else { x };
+    let mut total = 0.0f32;
+    for (a, b) in a.chunks(K_BLOCK).zip(b.chunks(K_BLOCK)) {
+        let (mut even, mut odd) = (0.0f32, 0.0f32);
+        for (i, (a, b)) in a.iter().zip(b).enumerate() {
+            let sum = if i % 2 == 0 { &mut even } else { &mut odd };
+            *sum = flush(a.mul_add(*b, *sum));
+        }
+        total = flush(total + flush(even + odd));
+    }
+    total
+}
+
+/// The order of AVX-512-BF16: the second of a pair first.
+fn pairs(a: &[f32], b: &[f32]) -> f32 {
+    let flush = |x: f32| if x.abs() < f32::MIN_POSITIVE { x * 0.0 } else { x };
+    let mut total = 0.0f32;
+    let at = |x: &[f32], i: usize| x.get(i).copied().unwrap_or(0.0);
+    // Zeros up to whole blocks are added too: they make -0 a 0.
+    for i in (0..a.len().next_multiple_of(K_BLOCK)).step_by(2) {
+        total = flush(at(a, i + 1).mul_add(at(b, i + 1), total));
+        total = flush(at(a, i).mul_add(at(b, i), total));
+    }
+    total
+}
+
+fn values(m: &Matrix) -> Vec<Vec<f32>> {
+    m.data
+        .chunks_exact(m.stride)
+        .take(m.rows)
+        .map(|r| r[..m.columns].iter().map(|x| bf16_value(*x)).collect())
+        .collect()
+}
+
+/// Numbers of very different sizes: some products are subnormal, some large.
+fn ragged(rows: usize, columns: usize, name: u32) -> Matrix {
+    let x: Vec<f32> = random(rows * columns, name)
+        .iter()
+        .enumerate()
+        .map(|(i, x)| match i % 11 {
+            0 => x * 1e-20,
+            1 => x * 1e-38,
+            2 => x * 1e12,
+            _ => *x,
+        })
+        .collect();
+    Matrix::round(&x, rows, columns, columns)
+}
+
+#[test]
+fn every_path_follows_its_order_bit_for_bit() {
+    println!("paths of this CPU: {:?}", Path::available());
+    for (m, n, k) in [(1, 1, 1), (3, 5, 31), (32, 32, 32), (33, 70, 97), (64, 17, 256), (5, 40, 700)] {
+        let (a, b) = (ragged(m, k, 1), ragged(n, k, 2));
+        let (rows, columns) = (values(&a), values(&b));
+        for path in Path::available() {
+            let order = if path == Path::Avx512 { pairs } else { tiles };
+            let mut seen = 0;
+            let mut check = |row: usize, column: usize, sums: &[f32]| {
+                for (i, sum) in sums.iter().enumerate() {
+                    let want = order(&rows[row], &columns[column + i]);
+                    assert_eq!(
+                        sum.to_bits(),
+                        want.to_bits(),
+                        "{path:?} {m}x{n}x{k} ({row}, {}): {sum} {want}",
+                        column + i
+                    );
+                    seen += 1;
+                }
+            };
+            product(path, &a, &Columns::of_rows(&b), Causal::No, &mut check);
+            product(path, &a, &Columns::of_columns(&b.transposed()), Causal::No, &mut check);
+            assert_eq!(seen, 2 * m * n);
+        }
+    }
+}
+
+#[test]
+fn a_matrix_turned_twice_is_itself() {
+    for (r, c) in [(1, 1), (33, 70), (64, 31)] {
+        let m = ragged(r, c, 3);
+        let turned = m.transposed();
+        assert_eq!((turned.rows, turned.columns), (c, r));
+        assert_eq!(turned.transposed().data, m.data);
+        let (m, t) = (values(&m), values(&turned));
+        assert!((0..r).all(|i| (0..c).all(|j| m[i][j].to_bits() == t[j][i].to_bits())));
+    }
+}
+
+/// Scaled products: each tile's sum from zero, then times the scales.
+#[test]
+fn scales_are_applied_after_every_tile() {
+    let (m, n, k) = (35, 40, 300);
+    let (x, w) = (random(m * k, 1), random(n * k, 2));
+    for scaling in [Scaling::Exact, Scaling::PowerOfTwo] {
+        let (a, b) = (Quantised::rows(&x, k, scaling), Quantised::blocks(&w, n, k));
+        let (rows, columns) = (values(&a.values), values(&b.values));
+        for path in Path::available() {
+            let order = if path == Path::Avx512 { pairs } else { tiles };
+            let put = |row: usize, column: usize, sums: &[f32]| {
+                for (i, sum) in sums.iter().enumerate() {
+                    let (r, c) = (&rows[row], &columns[column + i]);
+                    let mut want = 0.0f32;
+                    for t in 0..k.div_ceil(TILE) {
+                        let at = t * TILE..k.min((t + 1) * TILE);
+                        want += order(&r[at.clone()], &c[at]) * (a.scales[row * 3 + t] * b.scales[t]);
+                    }
+                    assert_eq!(sum.to_bits(), want.to_bits(), "{path:?} {scaling:?}");
+                }
+            };
+            scaled_product(path, (&a.values, &a.scales), (&Columns::of_rows(&b.values), &b.scales, TILE), put);
+        }
+        if scaling == Scaling::PowerOfTwo {
+            assert!(a.scales.iter().all(|s| s.to_bits() & 0x7f_ffff == 0));
+        }
+    }
+}
+
+/// Relative error of the whole result.
+fn error(got: &[f32], want: &[f64]) -> f64 {
+    let squares = |x: &mut dyn Iterator<Item = f64>| x.map(|x| x * x).sum::<f64>();
+    let difference = squares(&mut got.iter().zip(want).map(|(g, w)| f64::from(*g) - w));
+    (difference / squares(&mut want.iter().copied())).sqrt()
+}
+
+/// All three products of all roles against f64. BF16 rounds operands and results by 2^-9 at most, some
+/// 0.3% together; E4M3 has 3 bits, some 2.6% for normal numbers on each side, so 3.7% for both.
+#[test]
+fn layers_are_as_close_as_their_precision() {
+    let (t, o, i) = (70, 200, 150);
+    let (x, w, dy) = (random(t * i, 1), random(o * i, 2), random(t * o, 3));
+    let f =
+        |n: usize, m: usize, k: usize, a: &dyn Fn(usize, usize) -> f32, b: &dyn Fn(usize, usize) -> f32| -> Vec<f64> {
+            let sum = |r, c| (0..k).map(|p| f64::from(a(r, p)) * f64::from(b(p, c))).sum();
+            (0..n * m).map(|at| sum(at / m, at % m)).collect()
+        };
+    let want = [
+        f(t, o, i, &|r, p| x[r * i + p], &|p, c| w[c * i + p]),
+        f(t, i, o, &|r, p| dy[r * o + p], &|p, c| w[p * i + c]),
+        f(o, i, t, &|r, p| dy[p * o + r], &|p, c| x[p * i + c]),
+    ];
+    let tensor = |rows, columns, data: &[f32]| Tensor::from_vec(rows, columns, data.to_vec());
+    for role in [Role::Projection, Role::Output, Role::ExpertIn, Role::ExpertOut, Role::Head] {
+        for precision in [Precision::Bf16, Precision::Fp8] {
+            let form = Form::of(precision, role).unwrap();
+            let limit = if form == Form::Rounded { 4e-3 } else { 5e-2 };
+            for path in Path::available() {
+                let (x, w, dy) = (tensor(t, i, &x), tensor(o, i, &w), tensor(t, o, &dy));
+                let got = [
+                    forward(path, form, &x, &w),
+                    backward_input(path, form, &dy, &w),
+                    backward_weight(path, form, &dy, &x),
+                ];
+                for (n, (got, want)) in got.iter().zip(&want).enumerate() {
+                    let error = error(got, want);
+                    assert!(error < limit, "{role:?} {precision} {path:?} product {n}: {error}");
+                    assert!(form == Form::Rounded || error > limit / 10.0, "E4M3 is used");
+                }
+            }
+        }
+    }
+    assert_eq!(Form::of(Precision::Fp8, Role::Gate), None);
+}

@@ -1,0 +1,205 @@
+//! The attention of [`super::attention`] with BF16 operands and FP32 sums: scores from rounded queries and
+//! keys, softmax in f32, probabilities and their gradients rounded before they are multiplied.
+//!
+//! A score is one product over a head's `N + R` columns. Parts that the causal mask makes zero are left
+//! out; they would add nothing. Gradients of the shared `k_rope` add heads in ascending order in FP32.
+
+use super::attention::{AttentionShape, Saved};
+use crate::low::{Causal, Columns, Matrix, Path, product};
+use crate::math::{exp, sum_by};
+
+/// One head of one sequence, from its first token on.
+struct Head<'a> {
+    s: &'a AttentionShape,
+    first: usize,
+    head: usize,
+}
+
+impl Head<'_> {
+    fn q_at(&self) -> usize {
+        self.first * self.s.q_row() + self.head * (self.s.nope + self.s.rope)
+    }
+
+    fn kv_at(&self) -> usize {
+        self.first * self.s.kv_row() + self.head * (self.s.nope + self.s.value)
+    }
+
+    fn o_at(&self) -> usize {
+        self.first * self.s.o_row() + self.head * self.s.value
+    }
+
+    fn queries(&self, q: &[f32]) -> Matrix {
+        Matrix::round(&q[self.q_at()..], self.s.sequence, self.s.nope + self.s.rope, self.s.q_row())
+    }
+
+    /// Keys with and without rotation side by side.
+    fn keys(&self, kv: &[f32], k_rope: &[f32]) -> Matrix {
+        let (n, nope, rope) = (self.s.sequence, self.s.nope, self.s.rope);
+        let mut keys = vec![0.0; n * (nope + rope)];
+        for (i, key) in keys.chunks_exact_mut(nope + rope).enumerate() {
+            key[..nope].copy_from_slice(&kv[self.kv_at() + i * self.s.kv_row()..][..nope]);
+            key[nope..].copy_from_slice(&k_rope[(self.first + i) * rope..][..rope]);
+        }
+        Matrix::round(&keys, n, nope + rope, nope + rope)
+    }
+
+    fn values(&self, kv: &[f32]) -> Matrix {
+        Matrix::round(&kv[self.kv_at() + self.s.nope..], self.s.sequence, self.s.value, self.s.kv_row())
+    }
+
+    fn outputs(&self, o: &[f32]) -> Matrix {
+        Matrix::round(&o[self.o_at()..], self.s.sequence, self.s.value, self.s.o_row())
+    }
+}
+
+fn heads<'a>(s: &'a AttentionShape, tokens: usize) -> impl Iterator<Item = Head<'a>> {
+    (0..tokens / s.sequence).flat_map(move |b| (0..s.heads).map(move |head| Head { s, first: b * s.sequence, head }))
+}
+
+/// Columns of a row up to which the mask lets products be made: whole parts.
+fn reach(i: usize, n: usize) -> usize {
+    (i / 32 * 32 + 32).min(n)
+}
+
+/// Scores, of which those after the row's part are left as they are.
+fn scores(path: Path, q: &Matrix, keys: &Matrix, out: &mut [f32]) {
+    let n = q.rows;
+    product(path, q, &Columns::of_rows(keys), Causal::Columns, |row, column, sums| {
+        out[row * n + column..][..sums.len()].copy_from_slice(sums);
+    });
+}
+
+/// `q, kv, k_rope -> (o, lse)`.
+pub(crate) fn forward(path: Path, q: &[f32], kv: &[f32], k_rope: &[f32], s: &AttentionShape) -> (Vec<f32>, Vec<f32>) {
+    let (tokens, n) = (q.len() / s.q_row(), s.sequence);
+    let (mut o, mut lse) = (vec![0.0; tokens * s.o_row()], vec![0.0; tokens * s.heads]);
+    let mut p = vec![0.0; n * n];
+    for at in heads(s, tokens) {
+        scores(path, &at.queries(q), &at.keys(kv, k_rope), &mut p);
+        crate::wide::run(|| {
+            for (i, row) in p.chunks_exact_mut(n).enumerate() {
+                let row = &mut row[..reach(i, n)];
+                let (past, future) = row.split_at_mut(i + 1);
+                let max = past.iter().fold(f32::NEG_INFINITY, |m, x| if *x > m { *x } else { m }) * s.scale;
+                for x in past.iter_mut() {
+                    *x = exp(*x * s.scale - max);
+                }
+                future.fill(0.0);
+                let sum = sum_by(row.len(), |j| row[j]);
+                for x in row.iter_mut() {
+                    *x /= sum;
+                }
+                lse[(at.first + i) * s.heads + at.head] = max + libm::log(f64::from(sum)) as f32;
+            }
+        });
+        // Stale scores lie in parts that are not read.
+        let p = Matrix::round(&p, n, n, n);
+        product(path, &p, &Columns::of_columns(&at.values(kv)), Causal::TermsUpTo, |row, column, sums| {
+            o[at.o_at() + row * s.o_row() + column..][..sums.len()].copy_from_slice(sums);
+        });
+    }
+    (o, lse)
+}
+
+/// `dO -> (dq, dkv, dk_rope)`; the probabilities are made again from the scores.
+pub(crate) fn backward(
+    path: Path,
+    saved: &Saved<'_>,
+    d_o: &[f32],
+    s: &AttentionShape,
+) -> (Vec<f32>, Vec<f32>, Vec<f32>) {
+    let Saved { q, kv, k_rope, o, lse } = saved;
+    let (tokens, n, width) = (q.len() / s.q_row(), s.sequence, s.nope + s.rope);
+    let (mut dq, mut dkv, mut dk_rope) = (vec![0.0; q.len()], vec![0.0; kv.len()], vec![0.0; k_rope.len()]);
+    let (mut p, mut ds) = (vec![0.0; n * n], vec![0.0; n * n]);
+    for at in heads(s, tokens) {
+        let (queries, keys, outputs) = (at.queries(q), at.keys(kv, k_rope), at.outputs(d_o));
+        scores(path, &queries, &keys, &mut p);
+        product(path, &outputs, &Columns::of_rows(&at.values(kv)), Causal::Columns, |row, column, sums| {
+            ds[row * n + column..][..sums.len()].copy_from_slice(sums);
+        });
+        crate::wide::run(|| {
+            for (i, (p, ds)) in p.chunks_exact_mut(n).zip(ds.chunks_exact_mut(n)).enumerate() {
+                let (p, ds) = (&mut p[..reach(i, n)], &mut ds[..reach(i, n)]);
+                let lse = lse[(at.first + i) * s.heads + at.head];
+                for x in &mut p[..=i] {
+                    *x = exp(*x * s.scale - lse);
+                }
+                p[i + 1..].fill(0.0);
+                let from = at.o_at() + i * s.o_row();
+                let inner = sum_by(s.value, |c| d_o[from + c] * o[from + c]);
+                for (ds, p) in ds.iter_mut().zip(p) {
+                    *ds = (*p * (*ds - inner)) * s.scale;
+                }
+                ds[i + 1..].fill(0.0);
+            }
+        });
+        let (p, ds) = (Matrix::round(&p, n, n, n), Matrix::round(&ds, n, n, n));
+        product(path, &p.transposed(), &Columns::of_columns(&outputs), Causal::TermsFrom, |row, column, sums| {
+            dkv[at.kv_at() + s.nope + row * s.kv_row() + column..][..sums.len()].copy_from_slice(sums);
+        });
+        product(path, &ds, &Columns::of_columns(&keys), Causal::TermsUpTo, |row, column, sums| {
+            dq[at.q_at() + row * s.q_row() + column..][..sums.len()].copy_from_slice(sums);
+        });
+        let mut dkeys = vec![0.0; n * width];
+        product(path, &ds.transposed(), &Columns::of_columns(&queries), Causal::TermsFrom, |row, column, sums| {
+            dkeys[row * width + column..][..sums.len()].copy_from_slice(sums);
+        });
+        for (row, dkey) in dkeys.chunks_exact(width).enumerate() {
+            dkv[at.kv_at() + row * s.kv_row()..][..s.nope].copy_from_slice(&dkey[..s.nope]);
+            let shared = &mut dk_rope[(at.first + row) * s.rope..][..s.rope];
+            shared.iter_mut().zip(&dkey[s.nope..]).for_each(|(sum, x)| *sum += x);
+        }
+    }
+    (dq, dkv, dk_rope)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::math::round_to_bf16;
+    use crate::ops::attention;
+    use crate::ops::testing::*;
+
+    /// Against f32 on rounded operands: what differs is the rounding of probabilities and their gradients,
+    /// some 2^-9 of each, so 1e-2 of the largest result is generous and a wrong mask is far outside.
+    #[test]
+    fn agrees_with_f32_within_the_rounding_of_operands() {
+        for (sequence, sequences) in [(1, 2), (5, 2), (70, 1), (64, 2)] {
+            let s = AttentionShape { heads: 3, nope: 8, rope: 4, value: 6, sequence, scale: 12.0f32.powf(-0.5) };
+            let t = sequence * sequences;
+            let low = |n, name| {
+                let mut x = random(n, name);
+                round_to_bf16(&mut x);
+                x
+            };
+            let (q, kv, kr, d_o) =
+                (low(t * s.q_row(), 1), low(t * s.kv_row(), 2), low(t * s.rope, 3), low(t * s.o_row(), 4));
+            let (o, lse) = attention::forward(&q, &kv, &kr, &s);
+            let saved = Saved { q: &q, kv: &kv, k_rope: &kr, o: &o, lse: &lse };
+            let (dq, dkv, dkr) = attention::backward(&saved, &d_o, &s);
+            for path in Path::available() {
+                let (lo, llse) = forward(path, &q, &kv, &kr, &s);
+                assert_close(&lo, &wide(&o), 1e-2, "o");
+                assert_close(&llse, &wide(&lse), 1e-5, "lse");
+                let (ldq, ldkv, ldkr) = backward(path, &saved, &d_o, &s);
+                if sequence > 1 {
+                    assert_close(&ldq, &wide(&dq), 1e-2, "dq");
+                    assert_close(&ldkr, &wide(&dkr), 1e-2, "dk_rope");
+                }
+                assert_close(&ldkv, &wide(&dkv), 1e-2, "dkv");
+            }
+        }
+    }
+
+    #[test]
+    fn a_sequence_does_not_depend_on_the_others() {
+        let s = AttentionShape { heads: 2, nope: 8, rope: 4, value: 6, sequence: 40, scale: 0.3 };
+        let (q, kv, kr) = (random(80 * s.q_row(), 1), random(80 * s.kv_row(), 2), random(80 * s.rope, 3));
+        for path in Path::available() {
+            let whole = forward(path, &q, &kv, &kr, &s).0;
+            let half = forward(path, &q[40 * s.q_row()..], &kv[40 * s.kv_row()..], &kr[40 * s.rope..], &s).0;
+            assert!(same_bits(&half, &whole[40 * s.o_row()..]));
+        }
+    }
+}
