@@ -4,7 +4,7 @@
 use crate::backend::{AttentionState, Backend, BackendError, DeviceClass, Precision, Role};
 use crate::low::linear::Form;
 use crate::low::{self, Path};
-use crate::math::round_to_bf16;
+use crate::math::{bf16_bits, bf16_value, round_to_bf16};
 use crate::ops::attention::{self, AttentionShape};
 use crate::ops::combine::{self, Dispatch};
 use crate::ops::gate::{self, GateShape};
@@ -12,6 +12,7 @@ use crate::ops::rope::{self, RopeShape};
 use crate::ops::{attention_low, cross_entropy, embedding, latent_attention, linear, quantise, rms_norm, swiglu};
 use crate::philox::Philox;
 use crate::tensor::Tensor;
+use crate::wide;
 use std::sync::{Arc, OnceLock};
 
 const PURPOSE_CLASS: u32 = 5;
@@ -87,7 +88,7 @@ fn by_group(
     for (count, w) in counts.u32s().iter().zip(w) {
         let rows = *count as usize;
         let part = x.f32s()[from * x.columns()..][..rows * x.columns()].to_vec();
-        out.extend(product(&Tensor::from_vec(rows, x.columns(), part), w).f32s());
+        out.extend_from_slice(product(&Tensor::from_vec(rows, x.columns(), part), w).f32s());
         from += rows;
     }
     assert_eq!(from, x.rows(), "rows of all groups");
@@ -175,20 +176,32 @@ impl Backend for CpuBackend {
 
     fn add(&self, a: &Tensor, b: &Tensor) -> Tensor {
         assert_eq!((a.rows(), a.columns()), (b.rows(), b.columns()), "shapes of a sum");
-        let sum = a.f32s().iter().zip(b.f32s()).map(|(a, b)| a + b).collect();
-        self.stored(a.rows(), a.columns(), sum)
+        let mut sum = vec![0.0; a.f32s().len()];
+        let low = self.precision.is_low();
+        wide::run(|| {
+            for ((sum, a), b) in sum.iter_mut().zip(a.f32s()).zip(b.f32s()) {
+                *sum = if low { bf16_value(bf16_bits(a + b)) } else { a + b };
+            }
+        });
+        Tensor::from_vec(a.rows(), a.columns(), sum)
     }
 
     fn split(&self, x: &Tensor, at: usize) -> (Tensor, Tensor) {
-        let rows = || x.f32s().chunks_exact(x.columns());
-        let left = rows().flat_map(|r| &r[..at]).copied().collect();
-        let right = rows().flat_map(|r| &r[at..]).copied().collect();
+        let (mut left, mut right) = (Vec::with_capacity(x.rows() * at), Vec::new());
+        right.reserve(x.rows() * (x.columns() - at));
+        for row in x.f32s().chunks_exact(x.columns()) {
+            left.extend_from_slice(&row[..at]);
+            right.extend_from_slice(&row[at..]);
+        }
         (Tensor::from_vec(x.rows(), at, left), Tensor::from_vec(x.rows(), x.columns() - at, right))
     }
 
     fn join(&self, a: &Tensor, b: &Tensor) -> Tensor {
-        let rows = a.f32s().chunks_exact(a.columns()).zip(b.f32s().chunks_exact(b.columns()));
-        let joined = rows.flat_map(|(a, b)| a.iter().chain(b)).copied().collect();
+        let mut joined = Vec::with_capacity(a.rows() * (a.columns() + b.columns()));
+        for (a, b) in a.f32s().chunks_exact(a.columns()).zip(b.f32s().chunks_exact(b.columns())) {
+            joined.extend_from_slice(a);
+            joined.extend_from_slice(b);
+        }
         Tensor::from_vec(a.rows(), a.columns() + b.columns(), joined)
     }
 
@@ -197,7 +210,8 @@ impl Backend for CpuBackend {
             return only.clone();
         }
         let columns = parts.first().expect("at least one part").columns();
-        let data: Vec<f32> = parts.iter().flat_map(|p| p.f32s()).copied().collect();
+        let mut data = Vec::with_capacity(parts.iter().map(|p| p.f32s().len()).sum());
+        parts.iter().for_each(|p| data.extend_from_slice(p.f32s()));
         Tensor::from_vec(parts.iter().map(Tensor::rows).sum(), columns, data)
     }
 

@@ -38,3 +38,4 @@ pub use ops::quantise::{dequantise_blocks, quantise_blocks};
 pub use ops::rope::{RopeShape, Yarn};
 pub use philox::Philox;
 pub use tensor::{DeviceBuffer, Tensor};
+pub use wide::{add_to, sum};

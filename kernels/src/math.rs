@@ -16,8 +16,10 @@ pub(crate) fn exp(x: f32) -> f32 {
     // Adding and taking away 1.5 * 2^23 rounds to the nearest integer.
     const ROUND: f32 = 12_582_912.0;
     let nan = x.is_nan();
-    let x = x.clamp(-87.0, 88.0);
-    let n = (x * LOG2_E + ROUND) - ROUND;
+    let x = if x < -87.0 { -87.0 } else { x };
+    let x = if x > 88.0 { 88.0 } else { x };
+    let shifted = x * LOG2_E + ROUND;
+    let n = shifted - ROUND;
     let r = (x - n * LN2_HIGH) - n * LN2_LOW;
     // Taylor coefficients 1/k!, enough for |r| <= ln(2)/2.
     let mut p = 1.388_888_9e-3;
@@ -27,7 +29,8 @@ pub(crate) fn exp(x: f32) -> f32 {
     p = p * r + 0.5;
     p = p * r + 1.0;
     p = p * r + 1.0;
-    let scale = f32::from_bits((((n as i32) + 127) << 23) as u32);
+    // The integer stands in the lowest bits of the shifted number; -87 to 88 keep the exponent in range.
+    let scale = f32::from_bits(shifted.to_bits().wrapping_add(127) << 23);
     if nan { f32::NAN } else { p * scale }
 }
 
@@ -87,6 +90,17 @@ pub(crate) fn round_to_bf16(x: &mut [f32]) {
 #[inline(always)]
 pub fn bf16_value(bits: u16) -> f32 {
     f32::from_bits(u32::from(bits) << 16)
+}
+
+/// The largest of some numbers; negative infinity of none. It has no order that could show.
+#[inline(always)]
+pub(crate) fn largest(x: &[f32]) -> f32 {
+    let mut lanes = [f32::NEG_INFINITY; LANES];
+    let (whole, rest) = x.as_chunks::<LANES>();
+    for chunk in whole {
+        lanes.iter_mut().zip(chunk).for_each(|(m, x)| *m = if *x > *m { *x } else { *m });
+    }
+    lanes.iter().chain(rest).fold(f32::NEG_INFINITY, |m, x| if *x > m { *x } else { m })
 }
 
 /// The cosine by a portable libm: a system's own may differ in the last bit.

@@ -29,9 +29,9 @@ pub(crate) enum Data {
 pub(crate) struct Forms {
     /// In BF16.
     pub(crate) rounded: OnceLock<Matrix>,
-    /// As the columns of a product with its rows, and with its columns; with scales in FP8.
-    pub(crate) by_rows: OnceLock<(Columns, Vec<f32>)>,
-    pub(crate) by_columns: OnceLock<(Columns, Vec<f32>)>,
+    /// As the columns of a product with its rows, and with its columns: in BF16, and in FP8 with scales.
+    pub(crate) by_rows: [OnceLock<(Columns, Vec<f32>)>; 2],
+    pub(crate) by_columns: [OnceLock<(Columns, Vec<f32>)>; 2],
     /// In E4M3 along its rows, by scaling.
     pub(crate) along_rows: [OnceLock<Quantised>; 2],
     /// In E4M3 along its columns, by scaling, straight and by way of its rows' form.

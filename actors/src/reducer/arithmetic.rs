@@ -5,7 +5,9 @@ use super::ledger::Receipt;
 use crate::ids::{ActorId, Step};
 use crate::message::Commit;
 use crate::spec::{JobSpec, Layout};
-use everstep_kernels::{AdamW, Group, Parameter, Tensor, Update, adamw_step, power, square_sums, state_sums};
+use everstep_kernels::{
+    AdamW, Group, Parameter, Tensor, Update, adamw_step, add_to, power, square_sums, state_sums, sum,
+};
 use std::sync::Arc;
 
 /// Weight and moments of one parameter.
@@ -97,10 +99,10 @@ impl GroupSums {
     }
 
     /// A parameter's gradient: lanes added for each use, uses added last (DESIGN 3.1).
-    fn gradient(&self, uses: &[Use]) -> Vec<f32> {
+    fn gradient(&self, uses: &[Use]) -> Arc<Vec<f32>> {
         let of_use = |parts: &Use| {
             let host = |(r, at): &(usize, usize)| {
-                self.receipts[*r].gradients[*at].as_host().expect("sums travel through host memory").to_vec()
+                Arc::clone(self.receipts[*r].gradients[*at].as_host().expect("sums travel through host memory"))
             };
             tree(&parts.iter().map(host).collect::<Vec<_>>(), &add_vectors)
         };
@@ -125,7 +127,7 @@ pub struct Reduced {
     /// The step.
     pub step: Step,
     /// Gradients by number of the parameter.
-    pub gradients: Vec<(u32, Vec<f32>)>,
+    pub gradients: Vec<(u32, Arc<Vec<f32>>)>,
     /// Rows by expert, with the groups in the shard's order.
     pub loads: Vec<Vec<u64>>,
     /// Squared sums of chunks by number.
@@ -151,9 +153,15 @@ where
     }
 }
 
-fn add_vectors(mut a: Vec<f32>, b: Vec<f32>) -> Vec<f32> {
-    a.iter_mut().zip(b).for_each(|(a, b)| *a += b);
-    a
+fn add_vectors(a: Arc<Vec<f32>>, b: Arc<Vec<f32>>) -> Arc<Vec<f32>> {
+    // A sum that nobody else has is added to in place.
+    match Arc::try_unwrap(a) {
+        Ok(mut a) => {
+            add_to(&mut a, &b);
+            Arc::new(a)
+        }
+        Err(a) => Arc::new(sum(&a, &b)),
+    }
 }
 
 impl Reduce {
@@ -192,7 +200,7 @@ impl Reduce {
 #[derive(Debug)]
 struct ParameterWork {
     data: ParameterData,
-    gradient: Option<Vec<f32>>,
+    gradient: Option<Arc<Vec<f32>>>,
     /// Rows by expert, for a gate's bias.
     loads: Vec<u64>,
     update: Update,
@@ -241,7 +249,7 @@ impl Apply {
             correction2: (1.0 / (1.0 - power(o.beta2, commit.step))) as f32,
             low_moments: spec.precision.is_low(),
         };
-        let mut gradients: std::collections::BTreeMap<u32, Vec<f32>> = reduced.gradients.into_iter().collect();
+        let mut gradients: std::collections::BTreeMap<u32, Arc<Vec<f32>>> = reduced.gradients.into_iter().collect();
         let loads: std::collections::BTreeMap<Group, Vec<u64>> = {
             let mut groups: Vec<Group> = numbers.iter().map(|n| layout.parameters[*n as usize].group).collect();
             groups.dedup();
@@ -274,10 +282,11 @@ impl Apply {
                     }
                     (Update::Decayed | Update::Plain, Some(gradient)) => {
                         let decay = if update == Update::Decayed { self.decay } else { 0.0 };
-                        let [w, m, v] = &mut p.data;
-                        // Shared data (a snapshot, a copy on its way) is copied first.
-                        let (w, m, v) = (Arc::make_mut(w), Arc::make_mut(m), Arc::make_mut(v));
-                        adamw_step(w, m, v, &gradient, &AdamW { decay, ..self.adamw }).0
+                        let [w, m, v] = &p.data;
+                        // Not in place: the state before may be on its way to a snapshot or a copy.
+                        let (stepped, sums) = adamw_step(w, m, v, &gradient, &AdamW { decay, ..self.adamw });
+                        p.data = stepped.map(Arc::new);
+                        sums.0
                     }
                     (Update::Decayed | Update::Plain, None) => {
                         unreachable!("a balanced ledger has a gradient of every parameter")

@@ -17,7 +17,7 @@ mod without {
 pub(super) use without::{available, part};
 
 #[cfg(target_arch = "x86_64")]
-pub(super) use with::{available, exchange, has_shuffles, part};
+pub(super) use with::{available, has_shuffles, part, turn_halves, turn_words};
 
 #[cfg(target_arch = "x86_64")]
 mod with {
@@ -30,7 +30,7 @@ mod with {
         is_x86_feature_detected!("avx512bf16") && is_x86_feature_detected!("avx512f")
     }
 
-    /// Whether [`exchange`] can be used.
+    /// Whether [`turn_words`] and [`turn_halves`] can be used.
     #[inline(always)]
     pub(crate) fn has_shuffles() -> bool {
         is_x86_feature_detected!("avx512f")
@@ -79,14 +79,9 @@ mod with {
         }
     }
 
-    /// Rows and columns of 16 x 16 words exchanged.
+    /// Rows and columns of 16 x 16 words exchanged, in registers.
     #[target_feature(enable = "avx512f")]
-    pub(crate) unsafe fn exchange(words: &[[u32; 16]; 16]) -> [[u32; 16]; 16] {
-        let load = |i: usize| -> __m512i {
-            // SAFETY: a row has 16 words.
-            unsafe { _mm512_loadu_si512(words[i].as_ptr().cast()) }
-        };
-        let mut r: [__m512i; 16] = std::array::from_fn(load);
+    fn exchange(mut r: [__m512i; 16]) -> [__m512i; 16] {
         let mut t = r;
         // Words of neighbouring rows, then pairs of words, then quarters of rows, then halves.
         for i in 0..8 {
@@ -105,17 +100,45 @@ mod with {
             t[8 + i] = _mm512_shuffle_i32x4::<0x88>(r[8 + i], r[12 + i]);
             t[12 + i] = _mm512_shuffle_i32x4::<0xdd>(r[8 + i], r[12 + i]);
         }
-        let mut out = [[0u32; 16]; 16];
-        let mut store = |i: usize, v: __m512i| {
-            // SAFETY: a row has 16 words.
-            unsafe { _mm512_storeu_si512(out[i].as_mut_ptr().cast(), v) };
-        };
         for i in 0..4 {
-            store(i, _mm512_shuffle_i32x4::<0x88>(t[i], t[8 + i]));
-            store(4 + i, _mm512_shuffle_i32x4::<0x88>(t[4 + i], t[12 + i]));
-            store(8 + i, _mm512_shuffle_i32x4::<0xdd>(t[i], t[8 + i]));
-            store(12 + i, _mm512_shuffle_i32x4::<0xdd>(t[4 + i], t[12 + i]));
+            r[i] = _mm512_shuffle_i32x4::<0x88>(t[i], t[8 + i]);
+            r[4 + i] = _mm512_shuffle_i32x4::<0x88>(t[4 + i], t[12 + i]);
+            r[8 + i] = _mm512_shuffle_i32x4::<0xdd>(t[i], t[8 + i]);
+            r[12 + i] = _mm512_shuffle_i32x4::<0xdd>(t[4 + i], t[12 + i]);
         }
-        out
+        r
+    }
+
+    /// 16 rows of 32 halves, `stride` apart, to 16 rows of 16 words: words are turned.
+    #[target_feature(enable = "avx512f")]
+    pub(crate) fn turn_words(from: &[u16], stride: usize, to: &mut [u32]) {
+        assert!(from.len() >= 15 * stride + 32 && to.len() >= 256, "a square of words");
+        // SAFETY: the lengths were checked.
+        let rows = std::array::from_fn(|i| unsafe { _mm512_loadu_si512(from.as_ptr().add(i * stride).cast()) });
+        for (i, row) in exchange(rows).into_iter().enumerate() {
+            // SAFETY: as above.
+            unsafe { _mm512_storeu_si512(to.as_mut_ptr().add(16 * i).cast(), row) };
+        }
+    }
+
+    /// A square of 32 x 32 halves, turned.
+    #[target_feature(enable = "avx512f")]
+    pub(crate) fn turn_halves(from: &[u16], stride: usize, to: &mut [u16], to_stride: usize) {
+        assert!(from.len() >= 31 * stride + 32 && to.len() >= 31 * to_stride + 32, "a square of halves");
+        for half in 0..2 {
+            let pair = |i: usize| {
+                // SAFETY: the lengths were checked; 16 halves from column 0 or 16 of rows up to 31.
+                let (low, high) = unsafe {
+                    let at = from.as_ptr().add(2 * i * stride + 16 * half);
+                    (_mm256_loadu_si256(at.cast()), _mm256_loadu_si256(at.add(stride).cast()))
+                };
+                let high = _mm512_slli_epi32::<16>(_mm512_cvtepu16_epi32(high));
+                _mm512_or_si512(_mm512_cvtepu16_epi32(low), high)
+            };
+            for (i, row) in exchange(std::array::from_fn(pair)).into_iter().enumerate() {
+                // SAFETY: as above.
+                unsafe { _mm512_storeu_si512(to.as_mut_ptr().add((16 * half + i) * to_stride).cast(), row) };
+            }
+        }
     }
 }

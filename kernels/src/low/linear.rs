@@ -1,8 +1,7 @@
 //! Linear layers in low precision, on tensors that keep the forms that products read.
 
-use super::{Columns, Matrix, Path, Quantised, Scaling, product, scaled_product};
+use super::{Causal, Columns, Matrix, Path, Quantised, Scaling, Target, product, scaled_product};
 use crate::backend::{Precision, Role};
-use crate::math::{bf16_bits, bf16_value};
 use crate::tensor::Tensor;
 
 /// How a role's products are made in a precision; none: in f32.
@@ -15,6 +14,10 @@ pub(crate) enum Form {
 }
 
 impl Form {
+    fn index(self) -> usize {
+        usize::from(self != Self::Rounded)
+    }
+
     /// The recipe of the technical report, section 3.3.
     pub(crate) fn of(precision: Precision, role: Role) -> Option<Self> {
         use Scaling::{Exact, PowerOfTwo};
@@ -49,7 +52,7 @@ fn again_along_columns(x: &Tensor, scaling: Scaling) -> &Quantised {
 
 /// A weight as columns of the forward product, with scales in FP8.
 fn by_rows(w: &Tensor, form: Form) -> &(Columns, Vec<f32>) {
-    w.forms().by_rows.get_or_init(|| match form {
+    w.forms().by_rows[form.index()].get_or_init(|| match form {
         Form::Rounded => (Columns::of_rows(rounded(w)), Vec::new()),
         Form::Quantised { .. } => {
             let q = Quantised::blocks(w.f32s(), w.rows(), w.columns());
@@ -60,7 +63,7 @@ fn by_rows(w: &Tensor, form: Form) -> &(Columns, Vec<f32>) {
 
 /// A weight as columns of the backward product.
 fn by_columns(w: &Tensor, form: Form) -> &(Columns, Vec<f32>) {
-    w.forms().by_columns.get_or_init(|| match form {
+    w.forms().by_columns[form.index()].get_or_init(|| match form {
         Form::Rounded => (Columns::of_columns(rounded(w)), Vec::new()),
         Form::Quantised { .. } => {
             let q = Quantised::blocks(w.f32s(), w.rows(), w.columns());
@@ -71,25 +74,21 @@ fn by_columns(w: &Tensor, form: Form) -> &(Columns, Vec<f32>) {
     })
 }
 
-/// A matrix of results, rounded to BF16.
-fn results(rows: usize, columns: usize, fill: impl FnOnce(&mut dyn FnMut(usize, usize, &[f32]))) -> Vec<f32> {
-    let mut y = vec![0.0; rows * columns];
-    fill(&mut |row, column, sums| {
-        for (y, sum) in y[row * columns + column..].iter_mut().zip(sums) {
-            *y = bf16_value(bf16_bits(*sum));
-        }
-    });
-    y
+/// A matrix of results that `fill` makes.
+fn results(rows: usize, columns: usize, round: bool, fill: impl FnOnce(&mut Target<'_>)) -> Vec<f32> {
+    let mut data = vec![0.0; rows * columns];
+    fill(&mut Target { data: &mut data, stride: columns, round });
+    data
 }
 
 /// `x_TI w_OI^T -> y_TO`.
 pub(crate) fn forward(path: Path, form: Form, x: &Tensor, w: &Tensor) -> Vec<f32> {
     let (b, scales) = by_rows(w, form);
-    results(x.rows(), w.rows(), |put| match form {
-        Form::Rounded => product(path, rounded(x), b, super::Causal::No, put),
+    results(x.rows(), w.rows(), true, |to| match form {
+        Form::Rounded => product(path, rounded(x), b, Causal::No, to),
         Form::Quantised { x: scaling, .. } => {
             let x = along_rows(x, scaling);
-            scaled_product(path, (&x.values, &x.scales), (b, scales, super::TILE), put);
+            scaled_product(path, (&x.values, &x.scales), (b, scales, super::TILE), to);
         }
     })
 }
@@ -97,31 +96,25 @@ pub(crate) fn forward(path: Path, form: Form, x: &Tensor, w: &Tensor) -> Vec<f32
 /// `dy_TO w_OI -> dx_TI`.
 pub(crate) fn backward_input(path: Path, form: Form, dy: &Tensor, w: &Tensor) -> Vec<f32> {
     let (b, scales) = by_columns(w, form);
-    results(dy.rows(), w.columns(), |put| match form {
-        Form::Rounded => product(path, rounded(dy), b, super::Causal::No, put),
+    results(dy.rows(), w.columns(), true, |to| match form {
+        Form::Rounded => product(path, rounded(dy), b, Causal::No, to),
         Form::Quantised { dy: scaling, .. } => {
             let dy = along_rows(dy, scaling);
-            scaled_product(path, (&dy.values, &dy.scales), (b, scales, super::TILE), put);
+            scaled_product(path, (&dy.values, &dy.scales), (b, scales, super::TILE), to);
         }
     })
 }
 
 /// `dy_TO^T x_TI -> dw_OI`, in f32.
 pub(crate) fn backward_weight(path: Path, form: Form, dy: &Tensor, x: &Tensor) -> Vec<f32> {
-    let columns = x.columns();
-    let mut dw = vec![0.0; dy.columns() * columns];
-    let put = |row: usize, column: usize, sums: &[f32]| {
-        dw[row * columns + column..][..sums.len()].copy_from_slice(sums);
-    };
-    match form {
+    results(dy.columns(), x.columns(), false, |to| match form {
         Form::Rounded => {
             let (a, b) = (rounded(dy).transposed(), Columns::of_columns(rounded(x)));
-            product(path, &a, &b, super::Causal::No, put);
+            product(path, &a, &b, Causal::No, to);
         }
         Form::Quantised { x: x_scaling, dy: dy_scaling } => {
             let (a, x) = (along_columns(dy, dy_scaling), again_along_columns(x, x_scaling));
-            scaled_product(path, (&a.values, &a.scales), (&Columns::of_rows(&x.values), &x.scales, 1), put);
+            scaled_product(path, (&a.values, &a.scales), (&Columns::of_rows(&x.values), &x.scales, 1), to);
         }
-    }
-    dw
+    })
 }

@@ -2,7 +2,7 @@
 
 use super::{BLOCK, K_BLOCK};
 
-/// Rows one after another, zeros up to a multiple of 32 in both directions.
+/// Rows one after another, zeros up to a multiple of 32 in both directions; there is room for one column.
 #[derive(Debug, Clone)]
 pub(crate) struct Matrix {
     pub(crate) rows: usize,
@@ -24,7 +24,7 @@ fn rounded(x: f32) -> u16 {
 impl Matrix {
     /// A matrix of zeros.
     pub(crate) fn zeros(rows: usize, columns: usize) -> Self {
-        let stride = columns.next_multiple_of(BLOCK);
+        let stride = columns.max(1).next_multiple_of(BLOCK);
         Self { rows, columns, stride, data: vec![0; rows.next_multiple_of(BLOCK) * stride] }
     }
 
@@ -44,52 +44,44 @@ impl Matrix {
     /// Rows and columns exchanged.
     pub(crate) fn transposed(&self) -> Self {
         let mut out = Self::zeros(self.columns, self.rows);
-        crate::wide::run(|| {
-            // Squares of 32 stay in the nearest cache.
-            for r in (0..self.rows).step_by(BLOCK) {
-                for c in (0..self.columns).step_by(BLOCK) {
-                    transpose(
-                        &self.data[r * self.stride + c..],
-                        self.stride,
-                        &mut out.data[c * out.stride + r..],
-                        out.stride,
-                    );
-                }
+        // Squares of 32 stay in the nearest cache.
+        for r in (0..self.rows).step_by(BLOCK) {
+            for c in (0..self.columns).step_by(BLOCK) {
+                let to = &mut out.data[c * out.stride + r..];
+                turn_halves(&self.data[r * self.stride + c..], self.stride, to, out.stride);
             }
-        });
+        }
         out
     }
 }
 
-/// Transposes a square of 32 x 32, as pairs: 16 x 16 words twice over two rows each.
-#[inline(always)]
-fn transpose(from: &[u16], from_stride: usize, to: &mut [u16], to_stride: usize) {
-    for half in 0..2 {
-        let mut words = [[0u32; 16]; 16];
-        for (pair, words) in words.iter_mut().enumerate() {
-            let low = &from[2 * pair * from_stride + 16 * half..][..16];
-            let high = &from[(2 * pair + 1) * from_stride + 16 * half..][..16];
-            for i in 0..16 {
-                words[i] = u32::from(low[i]) | u32::from(high[i]) << 16;
-            }
-        }
-        let words = exchange(&words);
-        for (i, words) in words.iter().enumerate() {
-            let to: &mut [u16] = &mut to[(16 * half + i) * to_stride..][..32];
-            to.copy_from_slice(bytemuck::cast_slice(words));
+/// A square of 32 x 32 halves, turned.
+fn turn_halves(from: &[u16], stride: usize, to: &mut [u16], to_stride: usize) {
+    #[cfg(target_arch = "x86_64")]
+    if super::avx512::has_shuffles() {
+        // SAFETY: the instructions are there.
+        return unsafe { super::avx512::turn_halves(from, stride, to, to_stride) };
+    }
+    for i in 0..BLOCK {
+        for j in 0..BLOCK {
+            to[j * to_stride + i] = from[i * stride + j];
         }
     }
 }
 
-/// Rows and columns of 16 x 16 words exchanged.
-#[inline(always)]
-fn exchange(words: &[[u32; 16]; 16]) -> [[u32; 16]; 16] {
+/// 16 rows of 32 halves to 16 rows of 16 words, each a pair of halves: words turned.
+fn turn_words(from: &[u16], stride: usize, to: &mut [u32]) {
     #[cfg(target_arch = "x86_64")]
     if super::avx512::has_shuffles() {
         // SAFETY: the instructions are there.
-        return unsafe { super::avx512::exchange(words) };
+        return unsafe { super::avx512::turn_words(from, stride, to) };
     }
-    std::array::from_fn(|i| std::array::from_fn(|j| words[j][i]))
+    for i in 0..16 {
+        for j in 0..16 {
+            let pair = &from[i * stride + 2 * j..][..2];
+            to[16 * j + i] = u32::from(pair[0]) | u32::from(pair[1]) << 16;
+        }
+    }
 }
 
 /// Columns in tiles of 16 pairs of terms by 16 columns, the pairs' two terms side by side; the tiles of
@@ -108,34 +100,30 @@ impl Columns {
     pub(crate) const TILE: usize = 256;
 
     fn zeros(columns: usize, terms: usize) -> Self {
-        let panel = terms.next_multiple_of(K_BLOCK) / K_BLOCK * Self::TILE;
+        let panel = terms.max(1).next_multiple_of(K_BLOCK) / K_BLOCK * Self::TILE;
         Self { columns, terms, panel, data: vec![0; columns.next_multiple_of(BLOCK) / 16 * panel] }
     }
 
     /// The columns of a product with the matrix whose *rows* they are: `m_NK`.
     pub(crate) fn of_rows(m: &Matrix) -> Self {
         let mut out = Self::zeros(m.rows, m.columns);
-        let blocks = m.stride / K_BLOCK;
-        crate::wide::run(|| {
-            for (panel, to) in out.data.chunks_exact_mut(out.panel).enumerate() {
-                for (block, tile) in (0..blocks).zip(to.chunks_exact_mut(Self::TILE)) {
-                    let mut words = [[0u32; 16]; 16];
-                    for (n, words) in words.iter_mut().enumerate() {
-                        let row = &m.data[(16 * panel + n) * m.stride + K_BLOCK * block..][..K_BLOCK];
-                        words.copy_from_slice(bytemuck::cast_slice(row));
-                    }
-                    for (to, from) in tile.chunks_exact_mut(16).zip(exchange(&words)) {
-                        to.copy_from_slice(&from);
-                    }
-                }
+        if m.rows == 0 {
+            return out;
+        }
+        for (panel, to) in out.data.chunks_exact_mut(out.panel).enumerate() {
+            for (block, tile) in to.chunks_exact_mut(Self::TILE).enumerate() {
+                turn_words(&m.data[16 * panel * m.stride + K_BLOCK * block..], m.stride, tile);
             }
-        });
+        }
         out
     }
 
     /// The columns of `m_KN`.
     pub(crate) fn of_columns(m: &Matrix) -> Self {
         let mut out = Self::zeros(m.columns, m.rows);
+        if m.rows == 0 {
+            return out;
+        }
         crate::wide::run(|| {
             for (panel, to) in out.data.chunks_exact_mut(out.panel).enumerate() {
                 for (pair, to) in to.chunks_exact_mut(16).enumerate() {

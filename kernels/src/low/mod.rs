@@ -22,7 +22,7 @@ mod quantised;
 mod tests;
 
 pub(crate) use matrix::{Columns, Matrix};
-pub(crate) use product::{Causal, product, scaled_product};
+pub(crate) use product::{Causal, Target, product, scaled_product};
 pub(crate) use quantised::{Quantised, Scaling};
 
 use std::sync::OnceLock;

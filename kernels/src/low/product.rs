@@ -1,6 +1,7 @@
 //! Whole products, part by part.
 
 use super::{BLOCK, Columns, K_BLOCK, Matrix, Part, Path, TILE};
+use crate::math::{bf16_bits, bf16_value};
 use std::ops::Range;
 
 /// Which parts of a product of one sequence with itself are needed or not zero.
@@ -32,27 +33,50 @@ impl Causal {
     }
 }
 
-/// `a_MK b_KN`; each sum goes to `put(row, first column, sums of up to 32 columns)`.
-pub(crate) fn product(path: Path, a: &Matrix, b: &Columns, causal: Causal, mut put: impl FnMut(usize, usize, &[f32])) {
+/// Where a product goes: rows `stride` apart, perhaps rounded to BF16.
+#[derive(Debug)]
+pub(crate) struct Target<'a> {
+    pub(crate) data: &'a mut [f32],
+    pub(crate) stride: usize,
+    pub(crate) round: bool,
+}
+
+impl Target<'_> {
+    /// Takes the part at `(32 m, 32 n)` of a matrix of `rows x columns`.
+    fn put(&mut self, part: &Part, rows: usize, columns: usize, m: usize, n: usize) {
+        let (width, round, stride) = (BLOCK.min(columns - n * BLOCK), self.round, self.stride);
+        let at = &mut self.data[m * BLOCK * stride + n * BLOCK..];
+        crate::wide::run(|| {
+            for (row, sums) in (0..rows - m * BLOCK).zip(part) {
+                let to = &mut at[row * stride..][..width];
+                if round {
+                    for (to, sum) in to.iter_mut().zip(sums) {
+                        *to = bf16_value(bf16_bits(*sum));
+                    }
+                } else {
+                    to.copy_from_slice(&sums[..width]);
+                }
+            }
+        });
+    }
+}
+
+/// `a_MK b_KN`.
+pub(crate) fn product(path: Path, a: &Matrix, b: &Columns, causal: Causal, to: &mut Target<'_>) {
     let terms = check(a, b);
     let mut part: Part = [[0.0; BLOCK]; BLOCK];
     for n in 0..b.columns.div_ceil(BLOCK) {
         for m in (0..a.rows.div_ceil(BLOCK)).filter(|m| causal.wants(*m, n)) {
             let blocks = causal.blocks(m, terms);
             path.part(&a.data[m * BLOCK * a.stride..], a.stride, b.pair(n), blocks.start, blocks.end, &mut part);
-            hand_out(&part, a.rows, b.columns, m, n, &mut put);
+            to.put(&part, a.rows, b.columns, m, n);
         }
     }
 }
 
 /// The same with scales of every [`TILE`] terms: `scales_a_M,K/128`, and those of `b` by
 /// `scale_b(column, tile)`.
-pub(crate) fn scaled_product(
-    path: Path,
-    a: (&Matrix, &[f32]),
-    b: (&Columns, &[f32], usize),
-    mut put: impl FnMut(usize, usize, &[f32]),
-) {
+pub(crate) fn scaled_product(path: Path, a: (&Matrix, &[f32]), b: (&Columns, &[f32], usize), out: &mut Target<'_>) {
     let ((a, scales_a), (b, scales_b, columns_per_scale)) = (a, b);
     let terms = check(a, b);
     let tiles = a.columns.div_ceil(TILE);
@@ -78,7 +102,7 @@ pub(crate) fn scaled_product(
                     }
                 });
             }
-            hand_out(&total, a.rows, b.columns, m, n, &mut put);
+            out.put(&total, a.rows, b.columns, m, n);
         }
     }
 }
@@ -87,11 +111,4 @@ pub(crate) fn scaled_product(
 fn check(a: &Matrix, b: &Columns) -> usize {
     assert_eq!(a.columns, b.terms, "inner dimensions of a product");
     a.columns.div_ceil(K_BLOCK)
-}
-
-fn hand_out(part: &Part, rows: usize, columns: usize, m: usize, n: usize, put: &mut impl FnMut(usize, usize, &[f32])) {
-    let width = BLOCK.min(columns - n * BLOCK);
-    for (row, sums) in (m * BLOCK..rows).zip(part) {
-        put(row, n * BLOCK, &sums[..width]);
-    }
 }

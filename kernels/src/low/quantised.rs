@@ -35,7 +35,7 @@ impl Quantised {
         let mut values = Matrix::zeros(rows, columns);
         let mut scales = Vec::with_capacity(rows * columns.div_ceil(TILE));
         crate::wide::run(|| {
-            for (row, to) in x.chunks_exact(columns).zip(values.data.chunks_exact_mut(values.stride)) {
+            for (row, to) in x.chunks_exact(columns.max(1)).zip(values.data.chunks_exact_mut(values.stride)) {
                 for (tile, to) in row.chunks(TILE).zip(to.chunks_mut(TILE)) {
                     let scale = scaling.of(largest(tile));
                     scales.push(scale);
@@ -97,7 +97,7 @@ impl Quantised {
         let mut out = vec![0.0; rows * columns];
         let tiles = columns.div_ceil(TILE);
         crate::wide::run(|| {
-            for (r, (to, from)) in out.chunks_exact_mut(*columns).zip(data.chunks_exact(*stride)).enumerate() {
+            for (r, (to, from)) in out.chunks_exact_mut((*columns).max(1)).zip(data.chunks_exact(*stride)).enumerate() {
                 for (t, (to, from)) in to.chunks_mut(TILE).zip(from.chunks(TILE)).enumerate() {
                     let scale = self.scales[r * tiles + t];
                     for (to, from) in to.iter_mut().zip(from) {

@@ -66,22 +66,17 @@ fn every_path_follows_its_order_bit_for_bit() {
         let (rows, columns) = (values(&a), values(&b));
         for path in Path::available() {
             let order = if path == Path::Avx512 { pairs } else { tiles };
-            let mut seen = 0;
-            let mut check = |row: usize, column: usize, sums: &[f32]| {
-                for (i, sum) in sums.iter().enumerate() {
-                    let want = order(&rows[row], &columns[column + i]);
-                    assert_eq!(
-                        sum.to_bits(),
-                        want.to_bits(),
-                        "{path:?} {m}x{n}x{k} ({row}, {}): {sum} {want}",
-                        column + i
-                    );
-                    seen += 1;
+            let check = |make: &dyn Fn(&mut Target<'_>)| {
+                let mut out = vec![f32::NAN; m * n];
+                make(&mut Target { data: &mut out, stride: n, round: false });
+                for (at, sum) in out.iter().enumerate() {
+                    let (row, column) = (at / n, at % n);
+                    let want = order(&rows[row], &columns[column]);
+                    assert_eq!(sum.to_bits(), want.to_bits(), "{path:?} {m}x{n}x{k} ({row}, {column}): {sum} {want}");
                 }
             };
-            product(path, &a, &Columns::of_rows(&b), Causal::No, &mut check);
-            product(path, &a, &Columns::of_columns(&b.transposed()), Causal::No, &mut check);
-            assert_eq!(seen, 2 * m * n);
+            check(&|to| product(path, &a, &Columns::of_rows(&b), Causal::No, to));
+            check(&|to| product(path, &a, &Columns::of_columns(&b.transposed()), Causal::No, to));
         }
     }
 }
@@ -108,9 +103,13 @@ fn scales_are_applied_after_every_tile() {
         let (rows, columns) = (values(&a.values), values(&b.values));
         for path in Path::available() {
             let order = if path == Path::Avx512 { pairs } else { tiles };
-            let put = |row: usize, column: usize, sums: &[f32]| {
-                for (i, sum) in sums.iter().enumerate() {
-                    let (r, c) = (&rows[row], &columns[column + i]);
+            let mut out = vec![f32::NAN; m * n];
+            let to = &mut Target { data: &mut out, stride: n, round: false };
+            scaled_product(path, (&a.values, &a.scales), (&Columns::of_rows(&b.values), &b.scales, TILE), to);
+            {
+                for (at, sum) in out.iter().enumerate() {
+                    let (row, column) = (at / n, at % n);
+                    let (r, c) = (&rows[row], &columns[column]);
                     let mut want = 0.0f32;
                     for t in 0..k.div_ceil(TILE) {
                         let at = t * TILE..k.min((t + 1) * TILE);
@@ -118,8 +117,7 @@ fn scales_are_applied_after_every_tile() {
                     }
                     assert_eq!(sum.to_bits(), want.to_bits(), "{path:?} {scaling:?}");
                 }
-            };
-            scaled_product(path, (&a.values, &a.scales), (&Columns::of_rows(&b.values), &b.scales, TILE), put);
+            }
         }
         if scaling == Scaling::PowerOfTwo {
             assert!(a.scales.iter().all(|s| s.to_bits() & 0x7f_ffff == 0));
@@ -171,4 +169,31 @@ fn layers_are_as_close_as_their_precision() {
         }
     }
     assert_eq!(Form::of(Precision::Fp8, Role::Gate), None);
+}
+
+/// A class is named by its bits: precisions differ, and so do paths with other bits.
+#[test]
+fn classes_are_told_apart() {
+    use crate::backend::Backend;
+    let classes = [Precision::Fp32, Precision::Bf16, Precision::Fp8].map(|p| crate::cpu::CpuBackend::new(p).class().0);
+    assert!(classes[0].starts_with("cpu fp32 ") && classes[2].starts_with("cpu fp8 "), "{classes:?}");
+    assert_ne!(classes[1][9..], classes[2][8..]);
+}
+
+/// An expert that got no token has no rows, and gradients of zero.
+#[test]
+fn no_rows_are_no_trouble() {
+    for precision in [Precision::Bf16, Precision::Fp8] {
+        let form = Form::of(precision, Role::ExpertIn).unwrap();
+        for path in Path::available() {
+            let (x, w, dy) = (
+                Tensor::from_vec(0, 40, vec![]),
+                Tensor::from_vec(50, 40, random(2000, 1)),
+                Tensor::from_vec(0, 50, vec![]),
+            );
+            assert!(forward(path, form, &x, &w).is_empty());
+            assert!(backward_input(path, form, &dy, &w).is_empty());
+            assert_eq!(backward_weight(path, form, &dy, &x), vec![0.0; 2000]);
+        }
+    }
 }

@@ -10,7 +10,8 @@
 //! row depends on its own sequence alone.
 
 use crate::gemm::{Target, View, gemm};
-use crate::math::{exp, sum_by};
+use crate::math::{exp, largest, sum_by};
+use crate::wide;
 
 /// Sizes of an attention.
 #[derive(Debug, Clone, Copy, PartialEq)]
@@ -92,9 +93,7 @@ impl Head<'_> {
         let target = &mut Target { data: &mut scores, row_stride: n };
         gemm(target, self.q_nope(q), self.k_nope(kv).transposed(), false);
         gemm(target, self.q_rope(q), self.k_rope(k_rope).transposed(), true);
-        for x in &mut scores {
-            *x *= self.s.scale;
-        }
+        wide::run(|| scores.iter_mut().for_each(|x| *x *= self.s.scale));
         scores
     }
 }
@@ -112,19 +111,17 @@ pub(crate) fn forward(q: &[f32], kv: &[f32], k_rope: &[f32], s: &AttentionShape)
     for (first, head) in heads(s, tokens) {
         let at = Head { s, first, head };
         let mut p = at.scores(q, kv, k_rope);
-        for (i, row) in p.chunks_exact_mut(n).enumerate() {
-            let (past, future) = row.split_at_mut(i + 1);
-            let max = past.iter().fold(f32::NEG_INFINITY, |m, x| m.max(*x));
-            for x in past.iter_mut() {
-                *x = exp(*x - max);
+        wide::run(|| {
+            for (i, row) in p.chunks_exact_mut(n).enumerate() {
+                let (past, future) = row.split_at_mut(i + 1);
+                let max = largest(past);
+                past.iter_mut().for_each(|x| *x = exp(*x - max));
+                future.fill(0.0);
+                let sum = sum_by(n, |j| row[j]);
+                row.iter_mut().for_each(|x| *x /= sum);
+                lse[(first + i) * s.heads + head] = max + libm::log(f64::from(sum)) as f32;
             }
-            future.fill(0.0);
-            let sum = sum_by(n, |j| row[j]);
-            for x in row.iter_mut() {
-                *x /= sum;
-            }
-            lse[(first + i) * s.heads + head] = max + libm::log(f64::from(sum)) as f32;
-        }
+        });
         let to = first * s.o_row() + head * s.value;
         let target = &mut Target { data: &mut o[to..], row_stride: s.o_row() };
         gemm(target, View::new(&p, n, n), at.values(kv), false);
@@ -152,13 +149,13 @@ pub(crate) fn backward(saved: &Saved<'_>, d_o: &[f32], s: &AttentionShape) -> (V
     for (first, head) in heads(s, tokens) {
         let at = Head { s, first, head };
         let mut p = at.scores(q, kv, k_rope);
-        for (i, row) in p.chunks_exact_mut(n).enumerate() {
-            let lse = lse[(first + i) * s.heads + head];
-            for x in &mut row[..=i] {
-                *x = exp(*x - lse);
+        wide::run(|| {
+            for (i, row) in p.chunks_exact_mut(n).enumerate() {
+                let lse = lse[(first + i) * s.heads + head];
+                row[..=i].iter_mut().for_each(|x| *x = exp(*x - lse));
+                row[i + 1..].fill(0.0);
             }
-            row[i + 1..].fill(0.0);
-        }
+        });
         let mut ds = vec![0.0; n * n];
         gemm(&mut Target { data: &mut ds, row_stride: n }, at.output(d_o), at.values(kv).transposed(), false);
         let values = &mut dkv[at.kv_at() + s.nope..];
@@ -168,13 +165,13 @@ pub(crate) fn backward(saved: &Saved<'_>, d_o: &[f32], s: &AttentionShape) -> (V
             at.output(d_o),
             false,
         );
-        for (i, (ds, p)) in ds.chunks_exact_mut(n).zip(p.chunks_exact(n)).enumerate() {
-            let from = (first + i) * s.o_row() + head * s.value;
-            let inner = sum_by(s.value, |c| d_o[from + c] * o[from + c]);
-            for (ds, p) in ds.iter_mut().zip(p) {
-                *ds = (p * (*ds - inner)) * s.scale;
+        wide::run(|| {
+            for (i, (ds, p)) in ds.chunks_exact_mut(n).zip(p.chunks_exact(n)).enumerate() {
+                let from = (first + i) * s.o_row() + head * s.value;
+                let inner = sum_by(s.value, |c| d_o[from + c] * o[from + c]);
+                ds.iter_mut().zip(p).for_each(|(ds, p)| *ds = (p * (*ds - inner)) * s.scale);
             }
-        }
+        });
         let ds = View::new(&ds, n, n);
         let (q_at, row) = (at.q_at(), s.q_row());
         gemm(&mut Target { data: &mut dq[q_at..], row_stride: row }, ds, at.k_nope(kv), false);

@@ -5,8 +5,8 @@
 //! out; they would add nothing. Gradients of the shared `k_rope` add heads in ascending order in FP32.
 
 use super::attention::{AttentionShape, Saved};
-use crate::low::{Causal, Columns, Matrix, Path, product};
-use crate::math::{exp, sum_by};
+use crate::low::{Causal, Columns, Matrix, Path, Target, product};
+use crate::math::{exp, largest, sum_by};
 
 /// One head of one sequence, from its first token on.
 struct Head<'a> {
@@ -56,6 +56,11 @@ fn heads<'a>(s: &'a AttentionShape, tokens: usize) -> impl Iterator<Item = Head<
     (0..tokens / s.sequence).flat_map(move |b| (0..s.heads).map(move |head| Head { s, first: b * s.sequence, head }))
 }
 
+/// Rows `stride` apart, not rounded.
+fn plain(data: &mut [f32], stride: usize) -> Target<'_> {
+    Target { data, stride, round: false }
+}
+
 /// Columns of a row up to which the mask lets products be made: whole parts.
 fn reach(i: usize, n: usize) -> usize {
     (i / 32 * 32 + 32).min(n)
@@ -64,9 +69,7 @@ fn reach(i: usize, n: usize) -> usize {
 /// Scores, of which those after the row's part are left as they are.
 fn scores(path: Path, q: &Matrix, keys: &Matrix, out: &mut [f32]) {
     let n = q.rows;
-    product(path, q, &Columns::of_rows(keys), Causal::Columns, |row, column, sums| {
-        out[row * n + column..][..sums.len()].copy_from_slice(sums);
-    });
+    product(path, q, &Columns::of_rows(keys), Causal::Columns, &mut plain(out, n));
 }
 
 /// `q, kv, k_rope -> (o, lse)`.
@@ -80,7 +83,7 @@ pub(crate) fn forward(path: Path, q: &[f32], kv: &[f32], k_rope: &[f32], s: &Att
             for (i, row) in p.chunks_exact_mut(n).enumerate() {
                 let row = &mut row[..reach(i, n)];
                 let (past, future) = row.split_at_mut(i + 1);
-                let max = past.iter().fold(f32::NEG_INFINITY, |m, x| if *x > m { *x } else { m }) * s.scale;
+                let max = largest(past) * s.scale;
                 for x in past.iter_mut() {
                     *x = exp(*x * s.scale - max);
                 }
@@ -94,9 +97,8 @@ pub(crate) fn forward(path: Path, q: &[f32], kv: &[f32], k_rope: &[f32], s: &Att
         });
         // Stale scores lie in parts that are not read.
         let p = Matrix::round(&p, n, n, n);
-        product(path, &p, &Columns::of_columns(&at.values(kv)), Causal::TermsUpTo, |row, column, sums| {
-            o[at.o_at() + row * s.o_row() + column..][..sums.len()].copy_from_slice(sums);
-        });
+        let to = &mut plain(&mut o[at.o_at()..], s.o_row());
+        product(path, &p, &Columns::of_columns(&at.values(kv)), Causal::TermsUpTo, to);
     }
     (o, lse)
 }
@@ -115,9 +117,7 @@ pub(crate) fn backward(
     for at in heads(s, tokens) {
         let (queries, keys, outputs) = (at.queries(q), at.keys(kv, k_rope), at.outputs(d_o));
         scores(path, &queries, &keys, &mut p);
-        product(path, &outputs, &Columns::of_rows(&at.values(kv)), Causal::Columns, |row, column, sums| {
-            ds[row * n + column..][..sums.len()].copy_from_slice(sums);
-        });
+        product(path, &outputs, &Columns::of_rows(&at.values(kv)), Causal::Columns, &mut plain(&mut ds, n));
         crate::wide::run(|| {
             for (i, (p, ds)) in p.chunks_exact_mut(n).zip(ds.chunks_exact_mut(n)).enumerate() {
                 let (p, ds) = (&mut p[..reach(i, n)], &mut ds[..reach(i, n)]);
@@ -135,16 +135,13 @@ pub(crate) fn backward(
             }
         });
         let (p, ds) = (Matrix::round(&p, n, n, n), Matrix::round(&ds, n, n, n));
-        product(path, &p.transposed(), &Columns::of_columns(&outputs), Causal::TermsFrom, |row, column, sums| {
-            dkv[at.kv_at() + s.nope + row * s.kv_row() + column..][..sums.len()].copy_from_slice(sums);
-        });
-        product(path, &ds, &Columns::of_columns(&keys), Causal::TermsUpTo, |row, column, sums| {
-            dq[at.q_at() + row * s.q_row() + column..][..sums.len()].copy_from_slice(sums);
-        });
+        let to = &mut plain(&mut dkv[at.kv_at() + s.nope..], s.kv_row());
+        product(path, &p.transposed(), &Columns::of_columns(&outputs), Causal::TermsFrom, to);
+        let to = &mut plain(&mut dq[at.q_at()..], s.q_row());
+        product(path, &ds, &Columns::of_columns(&keys), Causal::TermsUpTo, to);
         let mut dkeys = vec![0.0; n * width];
-        product(path, &ds.transposed(), &Columns::of_columns(&queries), Causal::TermsFrom, |row, column, sums| {
-            dkeys[row * width + column..][..sums.len()].copy_from_slice(sums);
-        });
+        let to = &mut plain(&mut dkeys, width);
+        product(path, &ds.transposed(), &Columns::of_columns(&queries), Causal::TermsFrom, to);
         for (row, dkey) in dkeys.chunks_exact(width).enumerate() {
             dkv[at.kv_at() + row * s.kv_row()..][..s.nope].copy_from_slice(&dkey[..s.nope]);
             let shared = &mut dk_rope[(at.first + row) * s.rope..][..s.rope];

@@ -48,7 +48,9 @@ impl Dispatch {
 
 /// Rows `tokens` of `x_TD`.
 pub(crate) fn gather(x: &[f32], tokens: &[u32], d: usize) -> Vec<f32> {
-    tokens.iter().flat_map(|t| &x[*t as usize * d..][..d]).copied().collect()
+    let mut rows = Vec::with_capacity(tokens.len() * d);
+    tokens.iter().for_each(|t| rows.extend_from_slice(&x[*t as usize * d..][..d]));
+    rows
 }
 
 /// Experts' rows, `weights_TK` (or ones) `-> y_TD`.
@@ -64,14 +66,10 @@ pub(crate) fn forward(rows: &[&[f32]], weights: Option<&[f32]>, plan: &Dispatch,
             while k < slots.len() && slots[k].expert as usize / plan.group_size == id {
                 let row = &rows[slots[k].expert as usize][slots[k].row as usize * d..][..d];
                 let w = weights.map_or(1.0, |w| w[t * plan.top_k + k]);
-                for (sum, x) in group.iter_mut().zip(row) {
-                    *sum += w * x;
-                }
+                crate::wide::run(|| group.iter_mut().zip(row).for_each(|(sum, x)| *sum += w * x));
                 k += 1;
             }
-            for (y, sum) in y.iter_mut().zip(&group) {
-                *y += sum;
-            }
+            crate::wide::run(|| y.iter_mut().zip(&group).for_each(|(y, sum)| *y += sum));
         }
     }
     y
@@ -91,10 +89,11 @@ pub(crate) fn backward(
         let dy = &dy[at / plan.top_k * d..][..d];
         let from = slot.row as usize * d;
         let row = &rows[slot.expert as usize][from..][..d];
-        dweights[at] = crate::math::sum_by(d, |i| dy[i] * row[i]);
-        for (out, dy) in drows[slot.expert as usize][from..][..d].iter_mut().zip(dy) {
-            *out = weights[at] * dy;
-        }
+        let out = &mut drows[slot.expert as usize][from..][..d];
+        crate::wide::run(|| {
+            dweights[at] = crate::math::sum_by(d, |i| dy[i] * row[i]);
+            out.iter_mut().zip(dy).for_each(|(out, dy)| *out = weights[at] * dy);
+        });
     }
     (drows, dweights)
 }

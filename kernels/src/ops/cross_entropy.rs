@@ -7,7 +7,7 @@
 /// The target of a position that has none.
 pub(crate) const IGNORED: u32 = u32::MAX;
 
-use crate::math::{exp, sum_by};
+use crate::math::{exp, largest, sum_by};
 
 /// `logits, targets, scale -> (loss_T, dlogits_TV)`; losses in nats, not scaled.
 pub(crate) fn forward_backward(logits: &[f32], targets: &[u32], v: usize, scale: f32) -> (Vec<f32>, Vec<f32>) {
@@ -19,15 +19,14 @@ pub(crate) fn forward_backward(logits: &[f32], targets: &[u32], v: usize, scale:
             continue;
         }
         let target = *target as usize;
-        let max = row.iter().fold(f32::NEG_INFINITY, |m, x| m.max(*x));
-        for (d, x) in d.iter_mut().zip(row) {
-            *d = exp(x - max);
-        }
-        let sum = sum_by(v, |i| d[i]);
+        let (max, sum) = crate::wide::run(|| {
+            let max = largest(row);
+            d.iter_mut().zip(row).for_each(|(d, x)| *d = exp(x - max));
+            let sum = sum_by(v, |i| d[i]);
+            d.iter_mut().for_each(|d| *d = (*d / sum) * scale);
+            (max, sum)
+        });
         losses.push((libm::log(f64::from(sum)) - f64::from(row[target] - max)) as f32);
-        for d in d.iter_mut() {
-            *d = (*d / sum) * scale;
-        }
         d[target] -= scale;
     }
     (losses, dlogits)
