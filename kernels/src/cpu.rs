@@ -75,20 +75,20 @@ fn products_hash(b: &CpuBackend) -> String {
     hasher.finalize().to_hex().to_string()
 }
 
-/// Runs `product` on each group of rows.
+/// Runs `product` on each group of rows; it writes the group's results.
 fn by_group(
     x: &Tensor,
     counts: &Tensor,
     w: &[Tensor],
     columns: usize,
-    product: impl Fn(&Tensor, &Tensor) -> Tensor,
+    product: impl Fn(&[f32], usize, &Tensor, &mut [f32]),
 ) -> Tensor {
-    let mut out = Vec::with_capacity(x.rows() * columns);
+    let mut out = wide::unwritten(x.rows() * columns);
     let mut from = 0;
     for (count, w) in counts.u32s().iter().zip(w) {
         let rows = *count as usize;
-        let part = x.f32s()[from * x.columns()..][..rows * x.columns()].to_vec();
-        out.extend_from_slice(product(&Tensor::from_vec(rows, x.columns(), part), w).f32s());
+        let part = &x.f32s()[from * x.columns()..][..rows * x.columns()];
+        product(part, rows, w, &mut out[from * columns..][..rows * columns]);
         from += rows;
     }
     assert_eq!(from, x.rows(), "rows of all groups");
@@ -156,12 +156,18 @@ impl Backend for CpuBackend {
 
     fn grouped_linear(&self, x: &Tensor, counts: &Tensor, w: &[Tensor], role: Role) -> Tensor {
         let out = w.first().map_or(0, Tensor::rows);
-        by_group(x, counts, w, out, |x, w| self.linear(x, w, role))
+        by_group(x, counts, w, out, |x, rows, w, y| match Form::of(self.precision, role) {
+            None => y.copy_from_slice(&linear::forward(x, w.f32s(), rows, w.rows(), w.columns())),
+            Some(form) => low::linear::forward_rows(self.path, form, x, rows, w, y),
+        })
     }
 
     fn grouped_linear_backward_input(&self, dy: &Tensor, counts: &Tensor, w: &[Tensor], role: Role) -> Tensor {
         let input = w.first().map_or(0, Tensor::columns);
-        by_group(dy, counts, w, input, |dy, w| self.linear_backward_input(dy, w, role))
+        by_group(dy, counts, w, input, |dy, rows, w, dx| match Form::of(self.precision, role) {
+            None => dx.copy_from_slice(&linear::backward_input(dy, w.f32s(), rows, w.rows(), w.columns())),
+            Some(form) => low::linear::backward_input_rows(self.path, form, dy, rows, w, dx),
+        })
     }
 
     fn quantise(&self, x: &Tensor) -> Tensor {
@@ -176,13 +182,16 @@ impl Backend for CpuBackend {
 
     fn add(&self, a: &Tensor, b: &Tensor) -> Tensor {
         assert_eq!((a.rows(), a.columns()), (b.rows(), b.columns()), "shapes of a sum");
-        let mut sum = vec![0.0; a.f32s().len()];
+        let mut sum = wide::unwritten(a.f32s().len());
         let low = self.precision.is_low();
-        wide::run(|| {
-            for ((sum, a), b) in sum.iter_mut().zip(a.f32s()).zip(b.f32s()) {
-                *sum = if low { bf16_value(bf16_bits(a + b)) } else { a + b };
-            }
-        });
+        wide::run(
+            #[inline(always)]
+            || {
+                for ((sum, a), b) in sum.iter_mut().zip(a.f32s()).zip(b.f32s()) {
+                    *sum = if low { bf16_value(bf16_bits(a + b)) } else { a + b };
+                }
+            },
+        );
         Tensor::from_vec(a.rows(), a.columns(), sum)
     }
 

@@ -77,13 +77,16 @@ pub fn bf16_bits(x: f32) -> u16 {
 
 /// Rounds all elements to bf16.
 pub(crate) fn round_to_bf16(x: &mut [f32]) {
-    crate::wide::run(|| {
-        for x in x.iter_mut() {
-            let bits = x.to_bits();
-            let near = bits.wrapping_add(0x7fff + (bits >> 16 & 1)) & 0xffff_0000;
-            *x = if x.is_nan() { *x } else { f32::from_bits(near) };
-        }
-    });
+    crate::wide::run(
+        #[inline(always)]
+        || {
+            for x in x.iter_mut() {
+                let bits = x.to_bits();
+                let near = bits.wrapping_add(0x7fff + (bits >> 16 & 1)) & 0xffff_0000;
+                *x = if x.is_nan() { *x } else { f32::from_bits(near) };
+            }
+        },
+    );
 }
 
 /// The value of a bf16; exact.

@@ -28,6 +28,7 @@ pub fn program() -> PathBuf {
 pub struct Place {
     folder: tempfile::TempDir,
     config: PathBuf,
+    data: String,
 }
 
 impl Place {
@@ -38,7 +39,20 @@ impl Place {
         let config = folder.path().join("tiny.toml");
         std::fs::write(&config, std::fs::read_to_string(source)?)?;
         std::fs::write(folder.path().join("text.txt"), text(40_000))?;
-        Ok(Self { folder, config })
+        Ok(Self { folder, config, data: "data.paths=[\"text.txt\"]".to_owned() })
+    }
+
+    /// Names other text, as an override of the configuration.
+    pub fn set_data(&mut self, data: &str) {
+        data.clone_into(&mut self.data);
+    }
+
+    /// Goes on with a run on so many nodes.
+    pub fn resume(&self, name: &str, nodes: usize) -> Result<Training> {
+        let run = self.run(name);
+        let mut command = Command::new(program());
+        command.current_dir(self.path()).arg("resume").arg(&run.0).args(["--nodes", &nodes.to_string()]);
+        Ok(Training { run, child: command.stdout(Stdio::null()).stderr(Stdio::piped()).spawn()? })
     }
 
     /// Where its files are.
@@ -58,7 +72,7 @@ impl Place {
 
     fn command(&self, name: &str, set: &[&str]) -> Command {
         let mut command = Command::new(program());
-        command.current_dir(self.path()).args(["train", "tiny.toml", "--set", "data.paths=[\"text.txt\"]"]);
+        command.current_dir(self.path()).args(["train", "tiny.toml", "--set", &self.data]);
         command.args(["--set", &format!("run.folder={}", self.run(name).0.display())]);
         set.iter().for_each(|s| {
             command.args(["--set", s]);

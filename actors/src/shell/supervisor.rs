@@ -110,10 +110,16 @@ fn milliseconds() -> u64 {
     SystemTime::now().duration_since(UNIX_EPOCH).map_or(0, |d| d.as_millis() as u64)
 }
 
-/// Runs the supervisor of a run folder until the job is over.
-pub async fn run_supervisor(run: RunFolder, listen: SocketAddr) -> Result<SupervisorEnd, AnyError> {
+/// Runs the supervisor of a run folder until the job is over. It waits for `nodes`, or as many as the
+/// configuration says.
+pub async fn run_supervisor(
+    run: RunFolder,
+    listen: SocketAddr,
+    nodes: Option<usize>,
+) -> Result<SupervisorEnd, AnyError> {
     let text = std::fs::read_to_string(run.config())?;
-    let config = Config::parse(&text, &run.config().display().to_string(), &[])?;
+    let mut config = Config::parse(&text, &run.config().display().to_string(), &[])?;
+    config.nodes = nodes.unwrap_or(config.nodes);
     let identity: RunIdentity = serde_json::from_str(&std::fs::read_to_string(run.identity())?)?;
     let tokens = open_tokens(&run, &identity.sources)?;
     let restored = restore(&run, &config, &identity)?;

@@ -37,17 +37,18 @@ fn rounded(x: &Tensor) -> &Matrix {
 }
 
 fn along_rows(x: &Tensor, scaling: Scaling) -> &Quantised {
-    x.forms().along_rows[scaling as usize].get_or_init(|| Quantised::rows(x.f32s(), x.columns(), scaling))
+    x.forms().along_rows[scaling as usize].get_or_init(|| Quantised::rows(x.f32s(), x.rows(), x.columns(), scaling))
 }
 
 fn along_columns(x: &Tensor, scaling: Scaling) -> &Quantised {
-    x.forms().along_columns[scaling as usize].get_or_init(|| Quantised::columns(x.f32s(), x.columns(), scaling))
+    x.forms().along_columns[scaling as usize]
+        .get_or_init(|| Quantised::columns(x.f32s(), x.rows(), x.columns(), scaling))
 }
 
 /// An activation is kept in tiles along its rows: for a weight gradient those are quantised once more.
 fn again_along_columns(x: &Tensor, scaling: Scaling) -> &Quantised {
     x.forms().again[scaling as usize]
-        .get_or_init(|| Quantised::columns(&along_rows(x, scaling).dequantised_rows(), x.columns(), scaling))
+        .get_or_init(|| Quantised::columns(&along_rows(x, scaling).dequantised_rows(), x.rows(), x.columns(), scaling))
 }
 
 /// A weight as columns of the forward product, with scales in FP8.
@@ -76,7 +77,7 @@ fn by_columns(w: &Tensor, form: Form) -> &(Columns, Vec<f32>) {
 
 /// A matrix of results that `fill` makes.
 fn results(rows: usize, columns: usize, round: bool, fill: impl FnOnce(&mut Target<'_>)) -> Vec<f32> {
-    let mut data = vec![0.0; rows * columns];
+    let mut data = crate::wide::unwritten(rows * columns);
     fill(&mut Target { data: &mut data, stride: columns, round });
     data
 }
@@ -91,6 +92,32 @@ pub(crate) fn forward(path: Path, form: Form, x: &Tensor, w: &Tensor) -> Vec<f32
             scaled_product(path, (&x.values, &x.scales), (b, scales, super::TILE), to);
         }
     })
+}
+
+/// The forward product of rows that are a part of a tensor, into a part of another.
+pub(crate) fn forward_rows(path: Path, form: Form, x: &[f32], rows: usize, w: &Tensor, y: &mut [f32]) {
+    let (b, scales) = by_rows(w, form);
+    let to = &mut Target { data: y, stride: w.rows(), round: true };
+    match form {
+        Form::Rounded => product(path, &Matrix::round(x, rows, w.columns(), w.columns()), b, Causal::No, to),
+        Form::Quantised { x: scaling, .. } => {
+            let x = Quantised::rows(x, rows, w.columns(), scaling);
+            scaled_product(path, (&x.values, &x.scales), (b, scales, super::TILE), to);
+        }
+    }
+}
+
+/// The same for the backward product.
+pub(crate) fn backward_input_rows(path: Path, form: Form, dy: &[f32], rows: usize, w: &Tensor, dx: &mut [f32]) {
+    let (b, scales) = by_columns(w, form);
+    let to = &mut Target { data: dx, stride: w.columns(), round: true };
+    match form {
+        Form::Rounded => product(path, &Matrix::round(dy, rows, w.rows(), w.rows()), b, Causal::No, to),
+        Form::Quantised { dy: scaling, .. } => {
+            let dy = Quantised::rows(dy, rows, w.rows(), scaling);
+            scaled_product(path, (&dy.values, &dy.scales), (b, scales, super::TILE), to);
+        }
+    }
 }
 
 /// `dy_TO w_OI -> dx_TI`.

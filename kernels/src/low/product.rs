@@ -46,18 +46,21 @@ impl Target<'_> {
     fn put(&mut self, part: &Part, rows: usize, columns: usize, m: usize, n: usize) {
         let (width, round, stride) = (BLOCK.min(columns - n * BLOCK), self.round, self.stride);
         let at = &mut self.data[m * BLOCK * stride + n * BLOCK..];
-        crate::wide::run(|| {
-            for (row, sums) in (0..rows - m * BLOCK).zip(part) {
-                let to = &mut at[row * stride..][..width];
-                if round {
-                    for (to, sum) in to.iter_mut().zip(sums) {
-                        *to = bf16_value(bf16_bits(*sum));
+        crate::wide::run(
+            #[inline(always)]
+            || {
+                for (row, sums) in (0..rows - m * BLOCK).zip(part) {
+                    let to = &mut at[row * stride..][..width];
+                    if round {
+                        for (to, sum) in to.iter_mut().zip(sums) {
+                            *to = bf16_value(bf16_bits(*sum));
+                        }
+                    } else {
+                        to.copy_from_slice(&sums[..width]);
                     }
-                } else {
-                    to.copy_from_slice(&sums[..width]);
                 }
-            }
-        });
+            },
+        );
     }
 }
 
@@ -93,14 +96,17 @@ pub(crate) fn scaled_product(path: Path, a: (&Matrix, &[f32]), b: (&Columns, &[f
                     *of = scales_b[c / columns_per_scale * tiles + tile];
                 }
                 let rows = m * BLOCK..a.rows.min((m + 1) * BLOCK);
-                crate::wide::run(|| {
-                    for ((row, total), part) in rows.zip(&mut total).zip(&part) {
-                        let scale = scales_a[row * tiles + tile];
-                        for i in 0..BLOCK {
-                            total[i] += part[i] * (scale * of_columns[i]);
+                crate::wide::run(
+                    #[inline(always)]
+                    || {
+                        for ((row, total), part) in rows.zip(&mut total).zip(&part) {
+                            let scale = scales_a[row * tiles + tile];
+                            for i in 0..BLOCK {
+                                total[i] += part[i] * (scale * of_columns[i]);
+                            }
                         }
-                    }
-                });
+                    },
+                );
             }
             out.put(&total, a.rows, b.columns, m, n);
         }

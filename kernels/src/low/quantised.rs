@@ -30,21 +30,23 @@ pub(crate) struct Quantised {
 
 impl Quantised {
     /// `x_TK` in tiles of 1 x 128.
-    pub(crate) fn rows(x: &[f32], columns: usize, scaling: Scaling) -> Self {
-        let rows = x.len() / columns.max(1);
-        let mut values = Matrix::zeros(rows, columns);
+    pub(crate) fn rows(x: &[f32], rows: usize, columns: usize, scaling: Scaling) -> Self {
+        let mut values = Matrix::padded(rows, columns);
         let mut scales = Vec::with_capacity(rows * columns.div_ceil(TILE));
-        crate::wide::run(|| {
-            for (row, to) in x.chunks_exact(columns.max(1)).zip(values.data.chunks_exact_mut(values.stride)) {
-                for (tile, to) in row.chunks(TILE).zip(to.chunks_mut(TILE)) {
-                    let scale = scaling.of(largest(tile));
-                    scales.push(scale);
-                    for (to, x) in to.iter_mut().zip(tile) {
-                        *to = bits(nearest(x / scale));
+        crate::wide::run(
+            #[inline(always)]
+            || {
+                for (row, to) in x.chunks_exact(columns.max(1)).zip(values.data.chunks_exact_mut(values.stride)) {
+                    for (tile, to) in row.chunks(TILE).zip(to.chunks_mut(TILE)) {
+                        let scale = scaling.of(largest(tile));
+                        scales.push(scale);
+                        for (to, x) in to.iter_mut().zip(tile) {
+                            *to = bits(nearest(x / scale));
+                        }
                     }
                 }
-            }
-        });
+            },
+        );
         Self { values, scales }
     }
 
@@ -52,60 +54,77 @@ impl Quantised {
     pub(crate) fn blocks(w: &[f32], rows: usize, columns: usize) -> Self {
         let tiles = columns.div_ceil(TILE);
         let mut greatest = vec![0.0f32; rows.div_ceil(TILE) * tiles];
-        let mut values = Matrix::zeros(rows, columns);
-        crate::wide::run(|| {
-            for (r, row) in w.chunks_exact(columns).enumerate() {
-                for (tile, greatest) in row.chunks(TILE).zip(&mut greatest[r / TILE * tiles..]) {
-                    *greatest = greatest.max(largest(tile));
-                }
-            }
-        });
-        let scales: Vec<f32> = greatest.into_iter().map(|x| Scaling::Exact.of(x)).collect();
-        crate::wide::run(|| {
-            for (r, (row, to)) in w.chunks_exact(columns).zip(values.data.chunks_exact_mut(values.stride)).enumerate() {
-                for ((tile, to), scale) in row.chunks(TILE).zip(to.chunks_mut(TILE)).zip(&scales[r / TILE * tiles..]) {
-                    for (to, x) in to.iter_mut().zip(tile) {
-                        *to = bits(nearest(x / scale));
+        let mut values = Matrix::padded(rows, columns);
+        crate::wide::run(
+            #[inline(always)]
+            || {
+                for (r, row) in w.chunks_exact(columns).enumerate() {
+                    for (tile, greatest) in row.chunks(TILE).zip(&mut greatest[r / TILE * tiles..]) {
+                        *greatest = greatest.max(largest(tile));
                     }
                 }
-            }
-        });
+            },
+        );
+        let scales: Vec<f32> = greatest.into_iter().map(|x| Scaling::Exact.of(x)).collect();
+        crate::wide::run(
+            #[inline(always)]
+            || {
+                for (r, (row, to)) in
+                    w.chunks_exact(columns).zip(values.data.chunks_exact_mut(values.stride)).enumerate()
+                {
+                    for ((tile, to), scale) in
+                        row.chunks(TILE).zip(to.chunks_mut(TILE)).zip(&scales[r / TILE * tiles..])
+                    {
+                        for (to, x) in to.iter_mut().zip(tile) {
+                            *to = bits(nearest(x / scale));
+                        }
+                    }
+                }
+            },
+        );
         Self { values, scales }
     }
 
     /// `x_TN`, in tiles of 128 x 1 along the tokens: rows and columns are exchanged.
-    pub(crate) fn columns(x: &[f32], columns: usize, scaling: Scaling) -> Self {
-        let rows = x.len() / columns.max(1);
-        let mut turned = vec![0.0f32; x.len()];
-        crate::wide::run(|| {
-            for r in (0..rows).step_by(16) {
-                for c in (0..columns).step_by(16) {
-                    for i in r..rows.min(r + 16) {
-                        for j in c..columns.min(c + 16) {
-                            turned[j * rows + i] = x[i * columns + j];
+    pub(crate) fn columns(x: &[f32], rows: usize, columns: usize, scaling: Scaling) -> Self {
+        let mut turned: Vec<f32> = crate::wide::unwritten(x.len());
+        crate::wide::run(
+            #[inline(always)]
+            || {
+                for r in (0..rows).step_by(16) {
+                    for c in (0..columns).step_by(16) {
+                        for i in r..rows.min(r + 16) {
+                            for j in c..columns.min(c + 16) {
+                                turned[j * rows + i] = x[i * columns + j];
+                            }
                         }
                     }
                 }
-            }
-        });
-        Self::rows(&turned, rows, scaling)
+            },
+        );
+        Self::rows(&turned, columns, rows, scaling)
     }
 
     /// The values, rounded to f32.
     pub(crate) fn dequantised_rows(&self) -> Vec<f32> {
         let Matrix { rows, columns, stride, data } = &self.values;
-        let mut out = vec![0.0; rows * columns];
+        let mut out = crate::wide::unwritten(rows * columns);
         let tiles = columns.div_ceil(TILE);
-        crate::wide::run(|| {
-            for (r, (to, from)) in out.chunks_exact_mut((*columns).max(1)).zip(data.chunks_exact(*stride)).enumerate() {
-                for (t, (to, from)) in to.chunks_mut(TILE).zip(from.chunks(TILE)).enumerate() {
-                    let scale = self.scales[r * tiles + t];
-                    for (to, from) in to.iter_mut().zip(from) {
-                        *to = crate::math::bf16_value(*from) * scale;
+        crate::wide::run(
+            #[inline(always)]
+            || {
+                for (r, (to, from)) in
+                    out.chunks_exact_mut((*columns).max(1)).zip(data.chunks_exact(*stride)).enumerate()
+                {
+                    for (t, (to, from)) in to.chunks_mut(TILE).zip(from.chunks(TILE)).enumerate() {
+                        let scale = self.scales[r * tiles + t];
+                        for (to, from) in to.iter_mut().zip(from) {
+                            *to = crate::math::bf16_value(*from) * scale;
+                        }
                     }
                 }
-            }
-        });
+            },
+        );
         out
     }
 }

@@ -99,7 +99,7 @@ fn scales_are_applied_after_every_tile() {
     let (m, n, k) = (35, 40, 300);
     let (x, w) = (random(m * k, 1), random(n * k, 2));
     for scaling in [Scaling::Exact, Scaling::PowerOfTwo] {
-        let (a, b) = (Quantised::rows(&x, k, scaling), Quantised::blocks(&w, n, k));
+        let (a, b) = (Quantised::rows(&x, m, k, scaling), Quantised::blocks(&w, n, k));
         let (rows, columns) = (values(&a.values), values(&b.values));
         for path in Path::available() {
             let order = if path == Path::Avx512 { pairs } else { tiles };
@@ -193,7 +193,7 @@ fn no_rows_are_no_trouble() {
             );
             assert!(forward(path, form, &x, &w).is_empty());
             assert!(backward_input(path, form, &dy, &w).is_empty());
-            assert_eq!(backward_weight(path, form, &dy, &x), vec![0.0; 2000]);
+            assert!(backward_weight(path, form, &dy, &x) == vec![0.0; 2000], "{path:?} {precision}");
         }
     }
 }

@@ -80,10 +80,13 @@ fn block_sum(x: &[f32], first: usize) -> u128 {
 
 /// The sum of one tensor.
 pub fn state_sum(x: &[f32]) -> u128 {
-    wide::run(|| {
-        let blocks = x.chunks(BLOCK).enumerate();
-        blocks.fold(0, |sum: u128, (n, block)| sum.wrapping_add(block_sum(block, n * BLOCK)))
-    })
+    wide::run(
+        #[inline(always)]
+        || {
+            let blocks = x.chunks(BLOCK).enumerate();
+            blocks.fold(0, |sum: u128, (n, block)| sum.wrapping_add(block_sum(block, n * BLOCK)))
+        },
+    )
 }
 
 /// The sums of a parameter's whole state.
@@ -92,57 +95,63 @@ pub fn state_sums(w: &[f32], m: &[f32], v: &[f32]) -> StateSums {
 }
 
 /// A parameter's weight and moments after a step.
-pub type Stepped = [Vec<f32>; 3];
+type Stepped = [Vec<f32>; 3];
 
 /// One step, from `w`, `m` and `v` and the gradient; with the sums of what was written.
 pub fn step(w: &[f32], m: &[f32], v: &[f32], g: &[f32], a: &AdamW) -> (Stepped, StateSums) {
     let n = w.len();
-    let mut out: Stepped = [vec![0.0; n], vec![0.0; n], vec![0.0; n]];
+    let mut out: Stepped = [wide::unwritten(n), wide::unwritten(n), wide::unwritten(n)];
     let mut sums = [0u128; 3];
-    wide::run(|| {
-        for from in (0..n).step_by(BLOCK) {
-            let at = from..n.min(from + BLOCK);
-            let [new_w, new_m, new_v] = &mut out;
-            let (new_w, new_m, new_v) = (&mut new_w[at.clone()], &mut new_m[at.clone()], &mut new_v[at.clone()]);
-            let (w, m, v, g) = (&w[at.clone()], &m[at.clone()], &v[at.clone()], &g[at.clone()]);
-            for i in 0..w.len() {
-                let g = g[i] * a.clip;
-                let mut first = a.beta1 * m[i] + (1.0 - a.beta1) * g;
-                let mut second = a.beta2 * v[i] + (1.0 - a.beta2) * (g * g);
-                if a.low_moments {
-                    (first, second) = (bf16_value(bf16_bits(first)), bf16_value(bf16_bits(second)));
+    wide::run(
+        #[inline(always)]
+        || {
+            for from in (0..n).step_by(BLOCK) {
+                let at = from..n.min(from + BLOCK);
+                let [new_w, new_m, new_v] = &mut out;
+                let (new_w, new_m, new_v) = (&mut new_w[at.clone()], &mut new_m[at.clone()], &mut new_v[at.clone()]);
+                let (w, m, v, g) = (&w[at.clone()], &m[at.clone()], &v[at.clone()], &g[at.clone()]);
+                for i in 0..w.len() {
+                    let g = g[i] * a.clip;
+                    let mut first = a.beta1 * m[i] + (1.0 - a.beta1) * g;
+                    let mut second = a.beta2 * v[i] + (1.0 - a.beta2) * (g * g);
+                    if a.low_moments {
+                        (first, second) = (bf16_value(bf16_bits(first)), bf16_value(bf16_bits(second)));
+                    }
+                    let update = (first * a.correction1) / ((second * a.correction2).sqrt() + a.eps);
+                    new_w[i] = w[i] - a.lr * (update + a.decay * w[i]);
+                    (new_m[i], new_v[i]) = (first, second);
                 }
-                let update = (first * a.correction1) / ((second * a.correction2).sqrt() + a.eps);
-                new_w[i] = w[i] - a.lr * (update + a.decay * w[i]);
-                (new_m[i], new_v[i]) = (first, second);
+                for (sum, x) in sums.iter_mut().zip([&*new_w, &*new_m, &*new_v]) {
+                    *sum = sum.wrapping_add(block_sum(x, from));
+                }
             }
-            for (sum, x) in sums.iter_mut().zip([&*new_w, &*new_m, &*new_v]) {
-                *sum = sum.wrapping_add(block_sum(x, from));
-            }
-        }
-    });
+        },
+    );
     (out, StateSums(sums))
 }
 
 /// Squared sums of a gradient, one for each [`NORM_CHUNK`] elements, in f64 by eight fixed lanes.
 pub fn square_sums(g: &[f32]) -> Vec<f64> {
-    wide::run(|| {
-        let of_chunk = |chunk: &[f32]| {
-            let mut lanes = [0.0f64; 8];
-            let (whole, rest) = chunk.as_chunks::<8>();
-            for eight in whole {
-                for (lane, x) in lanes.iter_mut().zip(eight) {
+    wide::run(
+        #[inline(always)]
+        || {
+            let of_chunk = |chunk: &[f32]| {
+                let mut lanes = [0.0f64; 8];
+                let (whole, rest) = chunk.as_chunks::<8>();
+                for eight in whole {
+                    for (lane, x) in lanes.iter_mut().zip(eight) {
+                        *lane += f64::from(*x) * f64::from(*x);
+                    }
+                }
+                for (lane, x) in lanes.iter_mut().zip(rest) {
                     *lane += f64::from(*x) * f64::from(*x);
                 }
-            }
-            for (lane, x) in lanes.iter_mut().zip(rest) {
-                *lane += f64::from(*x) * f64::from(*x);
-            }
-            let pairs = [lanes[0] + lanes[4], lanes[1] + lanes[5], lanes[2] + lanes[6], lanes[3] + lanes[7]];
-            (pairs[0] + pairs[2]) + (pairs[1] + pairs[3])
-        };
-        g.chunks(NORM_CHUNK).map(of_chunk).collect()
-    })
+                let pairs = [lanes[0] + lanes[4], lanes[1] + lanes[5], lanes[2] + lanes[6], lanes[3] + lanes[7]];
+                (pairs[0] + pairs[2]) + (pairs[1] + pairs[3])
+            };
+            g.chunks(NORM_CHUNK).map(of_chunk).collect()
+        },
+    )
 }
 
 #[cfg(test)]

@@ -89,11 +89,14 @@ impl Head<'_> {
     /// Scaled scores `[S, S]`; the future is not masked yet.
     fn scores(&self, q: &[f32], kv: &[f32], k_rope: &[f32]) -> Vec<f32> {
         let n = self.s.sequence;
-        let mut scores = vec![0.0; n * n];
+        let mut scores = wide::unwritten(n * n);
         let target = &mut Target { data: &mut scores, row_stride: n };
         gemm(target, self.q_nope(q), self.k_nope(kv).transposed(), false);
         gemm(target, self.q_rope(q), self.k_rope(k_rope).transposed(), true);
-        wide::run(|| scores.iter_mut().for_each(|x| *x *= self.s.scale));
+        wide::run(
+            #[inline(always)]
+            || scores.iter_mut().for_each(|x| *x *= self.s.scale),
+        );
         scores
     }
 }
@@ -107,21 +110,24 @@ fn heads(s: &AttentionShape, tokens: usize) -> impl Iterator<Item = (usize, usiz
 pub(crate) fn forward(q: &[f32], kv: &[f32], k_rope: &[f32], s: &AttentionShape) -> (Vec<f32>, Vec<f32>) {
     let tokens = q.len() / s.q_row();
     let n = s.sequence;
-    let (mut o, mut lse) = (vec![0.0; tokens * s.o_row()], vec![0.0; tokens * s.heads]);
+    let (mut o, mut lse) = (wide::unwritten(tokens * s.o_row()), wide::unwritten(tokens * s.heads));
     for (first, head) in heads(s, tokens) {
         let at = Head { s, first, head };
         let mut p = at.scores(q, kv, k_rope);
-        wide::run(|| {
-            for (i, row) in p.chunks_exact_mut(n).enumerate() {
-                let (past, future) = row.split_at_mut(i + 1);
-                let max = largest(past);
-                past.iter_mut().for_each(|x| *x = exp(*x - max));
-                future.fill(0.0);
-                let sum = sum_by(n, |j| row[j]);
-                row.iter_mut().for_each(|x| *x /= sum);
-                lse[(first + i) * s.heads + head] = max + libm::log(f64::from(sum)) as f32;
-            }
-        });
+        wide::run(
+            #[inline(always)]
+            || {
+                for (i, row) in p.chunks_exact_mut(n).enumerate() {
+                    let (past, future) = row.split_at_mut(i + 1);
+                    let max = largest(past);
+                    past.iter_mut().for_each(|x| *x = exp(*x - max));
+                    future.fill(0.0);
+                    let sum = sum_by(n, |j| row[j]);
+                    row.iter_mut().for_each(|x| *x /= sum);
+                    lse[(first + i) * s.heads + head] = max + libm::log(f64::from(sum)) as f32;
+                }
+            },
+        );
         let to = first * s.o_row() + head * s.value;
         let target = &mut Target { data: &mut o[to..], row_stride: s.o_row() };
         gemm(target, View::new(&p, n, n), at.values(kv), false);
@@ -144,19 +150,22 @@ pub(crate) fn backward(saved: &Saved<'_>, d_o: &[f32], s: &AttentionShape) -> (V
     let Saved { q, kv, k_rope, o, lse } = saved;
     let tokens = q.len() / s.q_row();
     let n = s.sequence;
-    let (mut dq, mut dkv) = (vec![0.0; q.len()], vec![0.0; kv.len()]);
+    let (mut dq, mut dkv) = (wide::unwritten(q.len()), wide::unwritten(kv.len()));
     let mut dk_rope = vec![0.0; k_rope.len()];
     for (first, head) in heads(s, tokens) {
         let at = Head { s, first, head };
         let mut p = at.scores(q, kv, k_rope);
-        wide::run(|| {
-            for (i, row) in p.chunks_exact_mut(n).enumerate() {
-                let lse = lse[(first + i) * s.heads + head];
-                row[..=i].iter_mut().for_each(|x| *x = exp(*x - lse));
-                row[i + 1..].fill(0.0);
-            }
-        });
-        let mut ds = vec![0.0; n * n];
+        wide::run(
+            #[inline(always)]
+            || {
+                for (i, row) in p.chunks_exact_mut(n).enumerate() {
+                    let lse = lse[(first + i) * s.heads + head];
+                    row[..=i].iter_mut().for_each(|x| *x = exp(*x - lse));
+                    row[i + 1..].fill(0.0);
+                }
+            },
+        );
+        let mut ds = wide::unwritten(n * n);
         gemm(&mut Target { data: &mut ds, row_stride: n }, at.output(d_o), at.values(kv).transposed(), false);
         let values = &mut dkv[at.kv_at() + s.nope..];
         gemm(
@@ -165,13 +174,16 @@ pub(crate) fn backward(saved: &Saved<'_>, d_o: &[f32], s: &AttentionShape) -> (V
             at.output(d_o),
             false,
         );
-        wide::run(|| {
-            for (i, (ds, p)) in ds.chunks_exact_mut(n).zip(p.chunks_exact(n)).enumerate() {
-                let from = (first + i) * s.o_row() + head * s.value;
-                let inner = sum_by(s.value, |c| d_o[from + c] * o[from + c]);
-                ds.iter_mut().zip(p).for_each(|(ds, p)| *ds = (p * (*ds - inner)) * s.scale);
-            }
-        });
+        wide::run(
+            #[inline(always)]
+            || {
+                for (i, (ds, p)) in ds.chunks_exact_mut(n).zip(p.chunks_exact(n)).enumerate() {
+                    let from = (first + i) * s.o_row() + head * s.value;
+                    let inner = sum_by(s.value, |c| d_o[from + c] * o[from + c]);
+                    ds.iter_mut().zip(p).for_each(|(ds, p)| *ds = (p * (*ds - inner)) * s.scale);
+                }
+            },
+        );
         let ds = View::new(&ds, n, n);
         let (q_at, row) = (at.q_at(), s.q_row());
         gemm(&mut Target { data: &mut dq[q_at..], row_stride: row }, ds, at.k_nope(kv), false);

@@ -7,6 +7,7 @@
 use super::attention::{AttentionShape, Saved};
 use crate::low::{Causal, Columns, Matrix, Path, Target, product};
 use crate::math::{exp, largest, sum_by};
+use crate::wide::unwritten;
 
 /// One head of one sequence, from its first token on.
 struct Head<'a> {
@@ -35,7 +36,7 @@ impl Head<'_> {
     /// Keys with and without rotation side by side.
     fn keys(&self, kv: &[f32], k_rope: &[f32]) -> Matrix {
         let (n, nope, rope) = (self.s.sequence, self.s.nope, self.s.rope);
-        let mut keys = vec![0.0; n * (nope + rope)];
+        let mut keys = unwritten(n * (nope + rope));
         for (i, key) in keys.chunks_exact_mut(nope + rope).enumerate() {
             key[..nope].copy_from_slice(&kv[self.kv_at() + i * self.s.kv_row()..][..nope]);
             key[nope..].copy_from_slice(&k_rope[(self.first + i) * rope..][..rope]);
@@ -75,26 +76,29 @@ fn scores(path: Path, q: &Matrix, keys: &Matrix, out: &mut [f32]) {
 /// `q, kv, k_rope -> (o, lse)`.
 pub(crate) fn forward(path: Path, q: &[f32], kv: &[f32], k_rope: &[f32], s: &AttentionShape) -> (Vec<f32>, Vec<f32>) {
     let (tokens, n) = (q.len() / s.q_row(), s.sequence);
-    let (mut o, mut lse) = (vec![0.0; tokens * s.o_row()], vec![0.0; tokens * s.heads]);
+    let (mut o, mut lse) = (unwritten(tokens * s.o_row()), unwritten(tokens * s.heads));
     let mut p = vec![0.0; n * n];
     for at in heads(s, tokens) {
         scores(path, &at.queries(q), &at.keys(kv, k_rope), &mut p);
-        crate::wide::run(|| {
-            for (i, row) in p.chunks_exact_mut(n).enumerate() {
-                let row = &mut row[..reach(i, n)];
-                let (past, future) = row.split_at_mut(i + 1);
-                let max = largest(past) * s.scale;
-                for x in past.iter_mut() {
-                    *x = exp(*x * s.scale - max);
+        crate::wide::run(
+            #[inline(always)]
+            || {
+                for (i, row) in p.chunks_exact_mut(n).enumerate() {
+                    let row = &mut row[..reach(i, n)];
+                    let (past, future) = row.split_at_mut(i + 1);
+                    let max = largest(past) * s.scale;
+                    for x in past.iter_mut() {
+                        *x = exp(*x * s.scale - max);
+                    }
+                    future.fill(0.0);
+                    let sum = sum_by(row.len(), |j| row[j]);
+                    for x in row.iter_mut() {
+                        *x /= sum;
+                    }
+                    lse[(at.first + i) * s.heads + at.head] = max + libm::log(f64::from(sum)) as f32;
                 }
-                future.fill(0.0);
-                let sum = sum_by(row.len(), |j| row[j]);
-                for x in row.iter_mut() {
-                    *x /= sum;
-                }
-                lse[(at.first + i) * s.heads + at.head] = max + libm::log(f64::from(sum)) as f32;
-            }
-        });
+            },
+        );
         // Stale scores lie in parts that are not read.
         let p = Matrix::round(&p, n, n, n);
         let to = &mut plain(&mut o[at.o_at()..], s.o_row());
@@ -112,34 +116,37 @@ pub(crate) fn backward(
 ) -> (Vec<f32>, Vec<f32>, Vec<f32>) {
     let Saved { q, kv, k_rope, o, lse } = saved;
     let (tokens, n, width) = (q.len() / s.q_row(), s.sequence, s.nope + s.rope);
-    let (mut dq, mut dkv, mut dk_rope) = (vec![0.0; q.len()], vec![0.0; kv.len()], vec![0.0; k_rope.len()]);
+    let (mut dq, mut dkv, mut dk_rope) = (unwritten(q.len()), unwritten(kv.len()), vec![0.0; k_rope.len()]);
     let (mut p, mut ds) = (vec![0.0; n * n], vec![0.0; n * n]);
     for at in heads(s, tokens) {
         let (queries, keys, outputs) = (at.queries(q), at.keys(kv, k_rope), at.outputs(d_o));
         scores(path, &queries, &keys, &mut p);
         product(path, &outputs, &Columns::of_rows(&at.values(kv)), Causal::Columns, &mut plain(&mut ds, n));
-        crate::wide::run(|| {
-            for (i, (p, ds)) in p.chunks_exact_mut(n).zip(ds.chunks_exact_mut(n)).enumerate() {
-                let (p, ds) = (&mut p[..reach(i, n)], &mut ds[..reach(i, n)]);
-                let lse = lse[(at.first + i) * s.heads + at.head];
-                for x in &mut p[..=i] {
-                    *x = exp(*x * s.scale - lse);
+        crate::wide::run(
+            #[inline(always)]
+            || {
+                for (i, (p, ds)) in p.chunks_exact_mut(n).zip(ds.chunks_exact_mut(n)).enumerate() {
+                    let (p, ds) = (&mut p[..reach(i, n)], &mut ds[..reach(i, n)]);
+                    let lse = lse[(at.first + i) * s.heads + at.head];
+                    for x in &mut p[..=i] {
+                        *x = exp(*x * s.scale - lse);
+                    }
+                    p[i + 1..].fill(0.0);
+                    let from = at.o_at() + i * s.o_row();
+                    let inner = sum_by(s.value, |c| d_o[from + c] * o[from + c]);
+                    for (ds, p) in ds.iter_mut().zip(p) {
+                        *ds = (*p * (*ds - inner)) * s.scale;
+                    }
+                    ds[i + 1..].fill(0.0);
                 }
-                p[i + 1..].fill(0.0);
-                let from = at.o_at() + i * s.o_row();
-                let inner = sum_by(s.value, |c| d_o[from + c] * o[from + c]);
-                for (ds, p) in ds.iter_mut().zip(p) {
-                    *ds = (*p * (*ds - inner)) * s.scale;
-                }
-                ds[i + 1..].fill(0.0);
-            }
-        });
+            },
+        );
         let (p, ds) = (Matrix::round(&p, n, n, n), Matrix::round(&ds, n, n, n));
         let to = &mut plain(&mut dkv[at.kv_at() + s.nope..], s.kv_row());
         product(path, &p.transposed(), &Columns::of_columns(&outputs), Causal::TermsFrom, to);
         let to = &mut plain(&mut dq[at.q_at()..], s.q_row());
         product(path, &ds, &Columns::of_columns(&keys), Causal::TermsUpTo, to);
-        let mut dkeys = vec![0.0; n * width];
+        let mut dkeys = unwritten(n * width);
         let to = &mut plain(&mut dkeys, width);
         product(path, &ds.transposed(), &Columns::of_columns(&queries), Causal::TermsFrom, to);
         for (row, dkey) in dkeys.chunks_exact(width).enumerate() {

@@ -66,10 +66,16 @@ pub(crate) fn forward(rows: &[&[f32]], weights: Option<&[f32]>, plan: &Dispatch,
             while k < slots.len() && slots[k].expert as usize / plan.group_size == id {
                 let row = &rows[slots[k].expert as usize][slots[k].row as usize * d..][..d];
                 let w = weights.map_or(1.0, |w| w[t * plan.top_k + k]);
-                crate::wide::run(|| group.iter_mut().zip(row).for_each(|(sum, x)| *sum += w * x));
+                crate::wide::run(
+                    #[inline(always)]
+                    || group.iter_mut().zip(row).for_each(|(sum, x)| *sum += w * x),
+                );
                 k += 1;
             }
-            crate::wide::run(|| y.iter_mut().zip(&group).for_each(|(y, sum)| *y += sum));
+            crate::wide::run(
+                #[inline(always)]
+                || y.iter_mut().zip(&group).for_each(|(y, sum)| *y += sum),
+            );
         }
     }
     y
@@ -83,17 +89,20 @@ pub(crate) fn backward(
     plan: &Dispatch,
     d: usize,
 ) -> (Vec<Vec<f32>>, Vec<f32>) {
-    let mut drows: Vec<Vec<f32>> = rows.iter().map(|r| vec![0.0; r.len()]).collect();
-    let mut dweights = vec![0.0; weights.len()];
+    let mut drows: Vec<Vec<f32>> = rows.iter().map(|r| crate::wide::unwritten(r.len())).collect();
+    let mut dweights = crate::wide::unwritten(weights.len());
     for (at, slot) in plan.slots.iter().enumerate() {
         let dy = &dy[at / plan.top_k * d..][..d];
         let from = slot.row as usize * d;
         let row = &rows[slot.expert as usize][from..][..d];
         let out = &mut drows[slot.expert as usize][from..][..d];
-        crate::wide::run(|| {
-            dweights[at] = crate::math::sum_by(d, |i| dy[i] * row[i]);
-            out.iter_mut().zip(dy).for_each(|(out, dy)| *out = weights[at] * dy);
-        });
+        crate::wide::run(
+            #[inline(always)]
+            || {
+                dweights[at] = crate::math::sum_by(d, |i| dy[i] * row[i]);
+                out.iter_mut().zip(dy).for_each(|(out, dy)| *out = weights[at] * dy);
+            },
+        );
     }
     (drows, dweights)
 }

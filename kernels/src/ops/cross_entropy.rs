@@ -19,13 +19,16 @@ pub(crate) fn forward_backward(logits: &[f32], targets: &[u32], v: usize, scale:
             continue;
         }
         let target = *target as usize;
-        let (max, sum) = crate::wide::run(|| {
-            let max = largest(row);
-            d.iter_mut().zip(row).for_each(|(d, x)| *d = exp(x - max));
-            let sum = sum_by(v, |i| d[i]);
-            d.iter_mut().for_each(|d| *d = (*d / sum) * scale);
-            (max, sum)
-        });
+        let (max, sum) = crate::wide::run(
+            #[inline(always)]
+            || {
+                let max = largest(row);
+                d.iter_mut().zip(row).for_each(|(d, x)| *d = exp(x - max));
+                let sum = sum_by(v, |i| d[i]);
+                d.iter_mut().for_each(|d| *d = (*d / sum) * scale);
+                (max, sum)
+            },
+        );
         losses.push((libm::log(f64::from(sum)) - f64::from(row[target] - max)) as f32);
         d[target] -= scale;
     }

@@ -8,7 +8,7 @@ use crate::gemm::{Target, View, gemm};
 
 /// `x_TI w_OI^T -> y_TO`.
 pub(crate) fn forward(x: &[f32], w: &[f32], rows: usize, out: usize, input: usize) -> Vec<f32> {
-    let mut y = vec![0.0; rows * out];
+    let mut y = crate::wide::unwritten(rows * out);
     let target = &mut Target { data: &mut y, row_stride: out };
     gemm(target, View::new(x, rows, input), View::new(w, out, input).transposed(), false);
     y
@@ -16,7 +16,7 @@ pub(crate) fn forward(x: &[f32], w: &[f32], rows: usize, out: usize, input: usiz
 
 /// `dy_TO w_OI -> dx_TI`.
 pub(crate) fn backward_input(dy: &[f32], w: &[f32], rows: usize, out: usize, input: usize) -> Vec<f32> {
-    let mut dx = vec![0.0; rows * input];
+    let mut dx = crate::wide::unwritten(rows * input);
     let target = &mut Target { data: &mut dx, row_stride: input };
     gemm(target, View::new(dy, rows, out), View::new(w, out, input), false);
     dx
@@ -24,7 +24,7 @@ pub(crate) fn backward_input(dy: &[f32], w: &[f32], rows: usize, out: usize, inp
 
 /// `dy_TO^T x_TI -> dw_OI`.
 pub(crate) fn backward_weight(dy: &[f32], x: &[f32], rows: usize, out: usize, input: usize) -> Vec<f32> {
-    let mut dw = vec![0.0; out * input];
+    let mut dw = crate::wide::unwritten(out * input);
     let target = &mut Target { data: &mut dw, row_stride: input };
     gemm(target, View::new(dy, rows, out).transposed(), View::new(x, rows, input), false);
     dw

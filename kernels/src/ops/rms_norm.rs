@@ -14,45 +14,54 @@ fn scale(x: &[f32], eps: f32) -> f32 {
 
 /// `x_TD, w_D -> y_TD`.
 pub(crate) fn forward(x: &[f32], w: &[f32], eps: f32) -> Vec<f32> {
-    let mut y = vec![0.0; x.len()];
-    wide::run(|| {
-        for (x, y) in x.chunks_exact(w.len()).zip(y.chunks_exact_mut(w.len())) {
-            let r = scale(x, eps);
-            for ((y, x), w) in y.iter_mut().zip(x).zip(w) {
-                *y = (x * r) * w;
+    let mut y = wide::unwritten(x.len());
+    wide::run(
+        #[inline(always)]
+        || {
+            for (x, y) in x.chunks_exact(w.len()).zip(y.chunks_exact_mut(w.len())) {
+                let r = scale(x, eps);
+                for ((y, x), w) in y.iter_mut().zip(x).zip(w) {
+                    *y = (x * r) * w;
+                }
             }
-        }
-    });
+        },
+    );
     y
 }
 
 /// `x_TD, w_D, dy_TD -> dx_TD`.
 pub(crate) fn backward_input(x: &[f32], w: &[f32], dy: &[f32], eps: f32) -> Vec<f32> {
     let d = w.len();
-    let mut dx = vec![0.0; x.len()];
-    wide::run(|| {
-        for ((x, dy), dx) in x.chunks_exact(d).zip(dy.chunks_exact(d)).zip(dx.chunks_exact_mut(d)) {
-            let r = scale(x, eps);
-            let mean = sum_by(d, |i| (dy[i] * w[i]) * (x[i] * r)) / d as f32;
-            for (((dx, x), dy), w) in dx.iter_mut().zip(x).zip(dy).zip(w) {
-                *dx = r * (dy * w - (x * r) * mean);
+    let mut dx = wide::unwritten(x.len());
+    wide::run(
+        #[inline(always)]
+        || {
+            for ((x, dy), dx) in x.chunks_exact(d).zip(dy.chunks_exact(d)).zip(dx.chunks_exact_mut(d)) {
+                let r = scale(x, eps);
+                let mean = sum_by(d, |i| (dy[i] * w[i]) * (x[i] * r)) / d as f32;
+                for (((dx, x), dy), w) in dx.iter_mut().zip(x).zip(dy).zip(w) {
+                    *dx = r * (dy * w - (x * r) * mean);
+                }
             }
-        }
-    });
+        },
+    );
     dx
 }
 
 /// `x_TD, dy_TD -> dw_D`.
 pub(crate) fn backward_weight(x: &[f32], dy: &[f32], d: usize, eps: f32) -> Vec<f32> {
     let mut dw = vec![0.0; d];
-    wide::run(|| {
-        for (x, dy) in x.chunks_exact(d).zip(dy.chunks_exact(d)) {
-            let r = scale(x, eps);
-            for ((dw, x), dy) in dw.iter_mut().zip(x).zip(dy) {
-                *dw += dy * (x * r);
+    wide::run(
+        #[inline(always)]
+        || {
+            for (x, dy) in x.chunks_exact(d).zip(dy.chunks_exact(d)) {
+                let r = scale(x, eps);
+                for ((dw, x), dy) in dw.iter_mut().zip(x).zip(dy) {
+                    *dw += dy * (x * r);
+                }
             }
-        }
-    });
+        },
+    );
     dw
 }
 

@@ -5,27 +5,33 @@ use crate::wide;
 
 /// `gate, up -> h`.
 pub(crate) fn forward(gate: &[f32], up: &[f32]) -> Vec<f32> {
-    let mut h = vec![0.0; gate.len()];
-    wide::run(|| {
-        for ((h, g), u) in h.iter_mut().zip(gate).zip(up) {
-            *h = (g * sigmoid(*g)) * u;
-        }
-    });
+    let mut h = wide::unwritten(gate.len());
+    wide::run(
+        #[inline(always)]
+        || {
+            for ((h, g), u) in h.iter_mut().zip(gate).zip(up) {
+                *h = (g * sigmoid(*g)) * u;
+            }
+        },
+    );
     h
 }
 
 /// `gate, up, dh -> (dgate, dup)`.
 pub(crate) fn backward(gate: &[f32], up: &[f32], dh: &[f32]) -> (Vec<f32>, Vec<f32>) {
-    let mut dgate = vec![0.0; gate.len()];
-    let mut dup = vec![0.0; gate.len()];
-    wide::run(|| {
-        let out = dgate.iter_mut().zip(dup.iter_mut());
-        for (((g, u), dh), (dgate, dup)) in gate.iter().zip(up).zip(dh).zip(out) {
-            let s = sigmoid(*g);
-            *dup = dh * (g * s);
-            *dgate = (dh * u) * (s * (1.0 + g * (1.0 - s)));
-        }
-    });
+    let mut dgate = wide::unwritten(gate.len());
+    let mut dup = wide::unwritten(gate.len());
+    wide::run(
+        #[inline(always)]
+        || {
+            let out = dgate.iter_mut().zip(dup.iter_mut());
+            for (((g, u), dh), (dgate, dup)) in gate.iter().zip(up).zip(dh).zip(out) {
+                let s = sigmoid(*g);
+                *dup = dh * (g * s);
+                *dgate = (dh * u) * (s * (1.0 + g * (1.0 - s)));
+            }
+        },
+    );
     (dgate, dup)
 }
 

@@ -142,7 +142,7 @@ impl Launcher {
         fs::create_dir_all(run.logs())?;
         let _ = fs::remove_file(run.address());
         let mut supervisor = Slot {
-            child: spawn_supervisor(&run, &config.listen)?,
+            child: spawn_supervisor(&run, &config.listen, nodes)?,
             name: "supervisor".to_owned(),
             restarts: Vec::new(),
         };
@@ -231,7 +231,7 @@ impl Launcher {
             let words = last_words(&self.run, "supervisor", &mut self.supervisor.child, status);
             return Ok(Some(End::Failed(words)));
         }
-        self.supervisor.child = spawn_supervisor(&self.run, &self.address)?;
+        self.supervisor.child = spawn_supervisor(&self.run, &self.address, self.nodes.len())?;
         Ok(None)
     }
 
@@ -309,9 +309,13 @@ fn this_program(run: &RunFolder, name: &str) -> Result<Command> {
     Ok(command)
 }
 
-fn spawn_supervisor(run: &RunFolder, listen: &str) -> Result<Child> {
+/// With local nodes, the job waits for as many as there are of them.
+fn spawn_supervisor(run: &RunFolder, listen: &str, nodes: usize) -> Result<Child> {
     let mut command = this_program(run, "supervisor")?;
     command.arg("supervisor").arg(&run.0).args(["--listen", listen, "--parent", &std::process::id().to_string()]);
+    if nodes > 0 {
+        command.args(["--nodes", &nodes.to_string()]);
+    }
     Ok(command.spawn()?)
 }
 

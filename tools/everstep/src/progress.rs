@@ -1,6 +1,8 @@
 //! Shows how a run is going, from its own files: a bar on a terminal, a line now and then elsewhere.
 
+use crate::eval::{self, Evaluation};
 use crate::launcher::End;
+use crate::tensorboard::Events;
 use anyhow::Result;
 use everstep_actors::{Config, MetricsLine, RunFolder};
 use indicatif::{ProgressBar, ProgressDrawTarget, ProgressStyle};
@@ -39,6 +41,12 @@ impl Tail {
 pub(crate) struct Progress {
     metrics: Tail,
     events: Tail,
+    evaluations: Tail,
+    /// For TensorBoard: begun with the first step that is new.
+    board: Option<Events>,
+    board_folder: PathBuf,
+    /// Steps and evaluations that an earlier part of the run has written.
+    known: (u64, u64),
     bar: ProgressBar,
     plain: bool,
     steps: u64,
@@ -53,10 +61,15 @@ impl Progress {
         let target = if terminal { ProgressDrawTarget::stderr() } else { ProgressDrawTarget::hidden() };
         let bar = ProgressBar::with_draw_target(Some(config.spec.steps), target);
         bar.set_style(ProgressStyle::with_template("{bar:30} {pos}/{len}  {msg}  eta {eta}")?);
+        let last = MetricsLine::read_all(&run.metrics())?.0.last().map_or(0, |l| l.step);
         let tail = |path| Tail { path, at: 0, rest: String::new() };
         Ok(Self {
             metrics: tail(run.metrics()),
             events: tail(run.events()),
+            evaluations: tail(run.evals()),
+            board: None,
+            board_folder: run.0.join("tensorboard"),
+            known: (last, eval::read_all(run).last().map_or(0, |e| e.step)),
             bar,
             plain: show && !terminal,
             steps: config.spec.steps,
@@ -75,6 +88,7 @@ impl Progress {
         self.recoveries += self.events.lines()?.iter().filter(|l| l.contains("\"recovered\"")).count() as u64;
         for line in self.metrics.lines()? {
             let Ok(line) = serde_json::from_str::<MetricsLine>(&line) else { continue };
+            self.show(&line)?;
             self.done = line.step;
             self.bar.set_position(line.step);
             let text = format!(
@@ -88,6 +102,25 @@ impl Progress {
             self.bar.set_message(text);
         }
         Ok(self.done)
+    }
+
+    /// Adds a step, and evaluations that came meanwhile, to TensorBoard's file.
+    fn show(&mut self, line: &MetricsLine) -> Result<()> {
+        if line.step <= self.known.0 {
+            return Ok(());
+        }
+        if self.board.is_none() {
+            self.board = Some(Events::begin(&self.board_folder, line.time)?);
+        }
+        let Some(board) = &mut self.board else { return Ok(()) };
+        board.step(line)?;
+        for text in self.evaluations.lines()? {
+            let Ok(evaluation) = serde_json::from_str::<Evaluation>(&text) else { continue };
+            if evaluation.step > self.known.1 {
+                board.evaluation(line.time, &evaluation)?;
+            }
+        }
+        Ok(())
     }
 
     pub(crate) fn finish(&mut self, end: &End) -> Result<()> {
