@@ -28,7 +28,7 @@ pub(crate) struct Sent {
 
 #[derive(Debug, Clone)]
 pub(crate) enum FeedForwardSaved {
-    Dense { h: Tensor, mlp: MlpSaved },
+    Dense { h: Tensor, mlp: Box<MlpSaved> },
     Mixture { sent: Box<Sent>, rows: Vec<Tensor> },
 }
 
@@ -79,7 +79,7 @@ impl Mixture {
         match &self.ffn {
             FeedForward::Dense(mlp) => {
                 let (y, mlp) = mlp.forward(b, x);
-                Half::Done((b.add(&h, &y), FeedForwardSaved::Dense { h, mlp }))
+                Half::Done((b.add(&h, &y), FeedForwardSaved::Dense { h, mlp: Box::new(mlp) }))
             }
             FeedForward::Mixture { gate, bias, shared } => {
                 let logits = b.linear(&x, &gate.value, gate.role);
@@ -115,7 +115,7 @@ impl Mixture {
     ) -> Half<Tensor, SentBack> {
         match (&self.ffn, saved) {
             (FeedForward::Dense(mlp), FeedForwardSaved::Dense { h, mlp: saved }) => {
-                let dx = mlp.backward_input(b, saved, &dh, products);
+                let dx = mlp.backward_input(b, *saved, &dh, products);
                 Half::Done(self.through_norm(b, &h, dx, &dh, products))
             }
             (FeedForward::Mixture { gate, shared, .. }, FeedForwardSaved::Mixture { sent, rows }) => {

@@ -8,15 +8,24 @@ mod without {
         false
     }
 
+    #[derive(Debug)]
+    pub(crate) struct Tiles(());
+
+    impl Tiles {
+        pub(crate) fn take() -> Self {
+            unreachable!("the path was not detected")
+        }
+    }
+
     pub(crate) fn part(_: &[u16], _: usize, _: [&[u32]; 2], _: usize, _: usize, _: &mut super::Part) {
         unreachable!("the path was not detected");
     }
 }
 #[cfg(not(target_arch = "x86_64"))]
-pub(super) use without::{available, part};
+pub(super) use without::{Tiles, available, part};
 
 #[cfg(target_arch = "x86_64")]
-pub(super) use with::{available, part};
+pub(super) use with::{Tiles, available, part};
 
 #[cfg(target_arch = "x86_64")]
 mod with {
@@ -79,14 +88,34 @@ mod with {
         false
     }
 
-    /// See [`super::super::Path::part`].
+    /// Tiles in use by this thread, given back at the end.
+    #[derive(Debug)]
+    pub(crate) struct Tiles(());
+
+    impl Tiles {
+        /// Takes them.
+        pub(crate) fn take() -> Self {
+            assert!(available(), "the path was detected");
+            // SAFETY: the CPU has tiles and the kernel lets this process use them.
+            unsafe { asm!("ldtilecfg [{}]", in(reg) &raw const SHAPES, options(nostack, readonly)) };
+            Self(())
+        }
+    }
+
+    impl Drop for Tiles {
+        fn drop(&mut self) {
+            // SAFETY: as above.
+            unsafe { asm!("tilerelease", options(nostack, nomem)) };
+        }
+    }
+
+    /// See [`super::super::Path::part`]. Whoever calls it holds [`Tiles`].
     pub(crate) fn part(a: &[u16], stride: usize, b: [&[u32]; 2], from: usize, to: usize, out: &mut Part) {
         debug_assert!(available());
         // SAFETY: the caller has checked that 32 rows of `a` and both panels of `b` reach to block `to`; the
-        // tiles are there (`available`), and are given back before anything else can see them.
+        // tiles are there and have their shapes, and nothing else uses them.
         unsafe {
             asm!(
-                "ldtilecfg [{shapes}]",
                 "tilezero tmm0",
                 "tilezero tmm1",
                 "tilezero tmm2",
@@ -114,8 +143,6 @@ mod with {
                 "add {out}, 2048",
                 "tilestored [{out} + {out_row}], tmm2",
                 "tilestored [{out} + {out_row} + 64], tmm3",
-                "tilerelease",
-                shapes = in(reg) &raw const SHAPES,
                 a0 = inout(reg) a.as_ptr().add(from * K_BLOCK) => _,
                 a1 = inout(reg) a.as_ptr().add(16 * stride + from * K_BLOCK) => _,
                 stride = in(reg) 2 * stride,

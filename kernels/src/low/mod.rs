@@ -60,6 +60,11 @@ impl Path {
         all.into_iter().filter_map(|(has, path)| has.then_some(path)).collect()
     }
 
+    /// What a thread needs while it makes parts.
+    fn begin(self) -> Option<amx::Tiles> {
+        (self == Self::Amx).then(amx::Tiles::take)
+    }
+
     /// `sum a b` of 32 rows and 32 columns over blocks `from..to` of `K`.
     fn part(self, a: &[u16], stride: usize, b: [&[u32]; 2], from: usize, to: usize, out: &mut Part) {
         assert!(a.len() >= (BLOCK - 1) * stride + to * K_BLOCK, "rows of a part");

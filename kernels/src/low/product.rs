@@ -67,6 +67,7 @@ impl Target<'_> {
 /// `a_MK b_KN`.
 pub(crate) fn product(path: Path, a: &Matrix, b: &Columns, causal: Causal, to: &mut Target<'_>) {
     let terms = check(a, b);
+    let _held = path.begin();
     let mut part: Part = [[0.0; BLOCK]; BLOCK];
     for n in 0..b.columns.div_ceil(BLOCK) {
         for m in (0..a.rows.div_ceil(BLOCK)).filter(|m| causal.wants(*m, n)) {
@@ -82,6 +83,7 @@ pub(crate) fn product(path: Path, a: &Matrix, b: &Columns, causal: Causal, to: &
 pub(crate) fn scaled_product(path: Path, a: (&Matrix, &[f32]), b: (&Columns, &[f32], usize), out: &mut Target<'_>) {
     let ((a, scales_a), (b, scales_b, columns_per_scale)) = (a, b);
     let terms = check(a, b);
+    let _held = path.begin();
     let tiles = a.columns.div_ceil(TILE);
     let mut part: Part = [[0.0; BLOCK]; BLOCK];
     for n in 0..b.columns.div_ceil(BLOCK) {

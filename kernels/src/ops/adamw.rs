@@ -67,8 +67,8 @@ fn block_sum(x: &[f32], first: usize) -> u128 {
     };
     let (whole, rest) = x.as_chunks::<8>();
     for (n, chunk) in whole.iter().enumerate() {
-        for lane in 0..8 {
-            add(lane, first + 8 * n + lane, chunk[lane]);
+        for (lane, x) in chunk.iter().enumerate() {
+            add(lane, first + 8 * n + lane, *x);
         }
     }
     for (lane, x) in rest.iter().enumerate() {
