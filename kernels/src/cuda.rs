@@ -19,7 +19,7 @@ use cudarc::driver::{CudaContext, CudaFunction, CudaSlice, CudaStream, LaunchCon
 use std::any::Any;
 use std::sync::{Arc, Mutex, PoisonError};
 
-/// Sixteen lanes sum a row as `math::sum_by` does; eight rows share a block.
+/// Sixteen lanes sum a row as `math::sum_of` does; eight rows share a block.
 const RMS_NORM: &str = r#"
 extern "C" __global__ void rms_norm(const float* x, const float* w, float* y, int rows, int columns, float eps) {
     int row = blockIdx.x * 8 + threadIdx.x / 16;

@@ -40,21 +40,28 @@ pub(crate) fn sigmoid(x: f32) -> f32 {
     1.0 / (1.0 + exp(-x))
 }
 
-/// Sum in a fixed order: lane `i % LANES` ascending, then the lanes as a binary tree.
+/// The sum of `term` over the elements of slices of one length, in a fixed order: lane `i % LANES`
+/// ascending, then the lanes as a binary tree.
 #[inline(always)]
-pub(crate) fn sum_by(n: usize, term: impl Fn(usize) -> f32) -> f32 {
+pub(crate) fn sum_of<const N: usize>(slices: [&[f32]; N], term: impl Fn([f32; N]) -> f32) -> f32 {
+    let n = slices[0].len();
+    let parts = slices.map(|s| s[..n].as_chunks::<LANES>());
     let mut lanes = [0.0f32; LANES];
-    let whole = n / LANES * LANES;
-    let mut base = 0;
-    while base < whole {
+    for chunk in 0..n / LANES {
+        let of = parts.map(|(whole, _)| whole[chunk]);
         for (lane, sum) in lanes.iter_mut().enumerate() {
-            *sum += term(base + lane);
+            *sum += term(of.map(|x| x[lane]));
         }
-        base += LANES;
     }
-    for i in whole..n {
-        lanes[i - whole] += term(i);
+    for i in 0..n % LANES {
+        lanes[i] += term(parts.map(|(_, rest)| rest[i]));
     }
+    tree(lanes)
+}
+
+/// The lanes as a binary tree.
+#[inline(always)]
+fn tree(mut lanes: [f32; LANES]) -> f32 {
     let mut width = LANES / 2;
     while width > 0 {
         for i in 0..width {
@@ -165,8 +172,12 @@ mod tests {
     fn sum_is_close_to_f64_for_ragged_lengths() {
         for n in [0, 1, 15, 16, 17, 100, 1000] {
             let exact: f64 = (0..n).map(|i| 1.0 / (i as f64 + 1.0)).sum();
-            let got = sum_by(n, |i| (1.0 / (i as f64 + 1.0)) as f32);
+            let x: Vec<f32> = (0..n).map(|i| (1.0 / (i as f64 + 1.0)) as f32).collect();
+            let got = sum_of([&x], |[x]| x);
             assert!((f64::from(got) - exact).abs() < 1e-5, "{n}: {got} against {exact}");
+            let mut lanes = [0.0f32; LANES];
+            x.iter().enumerate().for_each(|(i, x)| lanes[i % LANES] += x * x);
+            assert_eq!(sum_of([&x, &x], |[a, b]| a * b).to_bits(), tree(lanes).to_bits());
         }
     }
 

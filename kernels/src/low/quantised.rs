@@ -135,7 +135,12 @@ fn bits(value: f32) -> u16 {
     (value.to_bits() >> 16) as u16
 }
 
+/// The largest magnitude, by lanes: a maximum has no order that could show.
 #[inline(always)]
 fn largest(x: &[f32]) -> f32 {
-    x.iter().fold(0.0f32, |m, x| if x.abs() > m { x.abs() } else { m })
+    let (mut lanes, (whole, rest)) = ([0.0f32; 16], x.as_chunks::<16>());
+    for chunk in whole {
+        lanes.iter_mut().zip(chunk).for_each(|(m, x)| *m = if x.abs() > *m { x.abs() } else { *m });
+    }
+    lanes.iter().chain(rest).fold(0.0, |m, x| if x.abs() > m { x.abs() } else { m })
 }

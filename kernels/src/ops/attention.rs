@@ -5,12 +5,12 @@
 //! the heads), `o_T,HV`, `lse_T,H` (logarithm of the softmax's denominator, with the maximum).
 //!
 //! A score is the product over `N` plus the product over `R`, in that order, then scaled. A softmax
-//! row sums in the fixed order of [`crate::math::sum_by`] over all `S` columns, of which those in the
+//! row sums in the fixed order of [`crate::math::sum_of`] over all `S` columns, of which those in the
 //! future are zero. The gradient of `k_rope` adds heads in ascending order. Sequences do not mix, so a
 //! row depends on its own sequence alone.
 
 use crate::gemm::{Target, View, gemm};
-use crate::math::{exp, largest, sum_by};
+use crate::math::{exp, largest, sum_of};
 use crate::wide;
 
 /// Sizes of an attention.
@@ -122,7 +122,7 @@ pub(crate) fn forward(q: &[f32], kv: &[f32], k_rope: &[f32], s: &AttentionShape)
                     let max = largest(past);
                     past.iter_mut().for_each(|x| *x = exp(*x - max));
                     future.fill(0.0);
-                    let sum = sum_by(n, |j| row[j]);
+                    let sum = sum_of([row], |[p]| p);
                     row.iter_mut().for_each(|x| *x /= sum);
                     lse[(first + i) * s.heads + head] = max + libm::log(f64::from(sum)) as f32;
                 }
@@ -179,7 +179,8 @@ pub(crate) fn backward(saved: &Saved<'_>, d_o: &[f32], s: &AttentionShape) -> (V
             || {
                 for (i, (ds, p)) in ds.chunks_exact_mut(n).zip(p.chunks_exact(n)).enumerate() {
                     let from = (first + i) * s.o_row() + head * s.value;
-                    let inner = sum_by(s.value, |c| d_o[from + c] * o[from + c]);
+                    let at = from..from + s.value;
+                    let inner = sum_of([&d_o[at.clone()], &o[at]], |[d_o, o]| d_o * o);
                     ds.iter_mut().zip(p).for_each(|(ds, p)| *ds = (p * (*ds - inner)) * s.scale);
                 }
             },

@@ -6,7 +6,7 @@
 
 use super::attention::{AttentionShape, Saved};
 use crate::low::{Causal, Columns, Matrix, Path, Target, product};
-use crate::math::{exp, largest, sum_by};
+use crate::math::{exp, largest, sum_of};
 use crate::wide::unwritten;
 
 /// One head of one sequence, from its first token on.
@@ -91,7 +91,7 @@ pub(crate) fn forward(path: Path, q: &[f32], kv: &[f32], k_rope: &[f32], s: &Att
                         *x = exp(*x * s.scale - max);
                     }
                     future.fill(0.0);
-                    let sum = sum_by(row.len(), |j| row[j]);
+                    let sum = sum_of([row], |[p]| p);
                     for x in row.iter_mut() {
                         *x /= sum;
                     }
@@ -133,7 +133,8 @@ pub(crate) fn backward(
                     }
                     p[i + 1..].fill(0.0);
                     let from = at.o_at() + i * s.o_row();
-                    let inner = sum_by(s.value, |c| d_o[from + c] * o[from + c]);
+                    let at = from..from + s.value;
+                    let inner = sum_of([&d_o[at.clone()], &o[at]], |[d_o, o]| d_o * o);
                     for (ds, p) in ds.iter_mut().zip(p) {
                         *ds = (*p * (*ds - inner)) * s.scale;
                     }

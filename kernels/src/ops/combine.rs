@@ -99,7 +99,7 @@ pub(crate) fn backward(
         crate::wide::run(
             #[inline(always)]
             || {
-                dweights[at] = crate::math::sum_by(d, |i| dy[i] * row[i]);
+                dweights[at] = crate::math::sum_of([dy, row], |[dy, row]| dy * row);
                 out.iter_mut().zip(dy).for_each(|(out, dy)| *out = weights[at] * dy);
             },
         );

@@ -7,7 +7,7 @@
 /// The target of a position that has none.
 pub(crate) const IGNORED: u32 = u32::MAX;
 
-use crate::math::{exp, largest, sum_by};
+use crate::math::{exp, largest, sum_of};
 
 /// `logits, targets, scale -> (loss_T, dlogits_TV)`; losses in nats, not scaled.
 pub(crate) fn forward_backward(logits: &[f32], targets: &[u32], v: usize, scale: f32) -> (Vec<f32>, Vec<f32>) {
@@ -24,7 +24,7 @@ pub(crate) fn forward_backward(logits: &[f32], targets: &[u32], v: usize, scale:
             || {
                 let max = largest(row);
                 d.iter_mut().zip(row).for_each(|(d, x)| *d = exp(x - max));
-                let sum = sum_by(v, |i| d[i]);
+                let sum = sum_of([d], |[d]| d);
                 d.iter_mut().for_each(|d| *d = (*d / sum) * scale);
                 (max, sum)
             },

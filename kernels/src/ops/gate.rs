@@ -9,7 +9,7 @@
 //! `E / (K T)` times the tokens whose `K` highest *unbiased* scores, over all groups, contain expert
 //! `i`, and `P_i` the mean of the scores' share of their row. Perfect balance gives `alpha`.
 
-use crate::math::{sigmoid, sum_by};
+use crate::math::{sigmoid, sum_of};
 
 /// Experts, and how many of them a token is sent to.
 #[derive(Debug, Clone, Copy, PartialEq)]
@@ -94,8 +94,8 @@ pub(crate) fn balance_backward(logits: &[f32], shape: &GateShape, factor: f32) -
         let f: Vec<f32> = counts.iter().map(|c| *c as f32 * per_count).collect();
         for (row, d) in rows.chunks_exact(e).zip(d.chunks_exact_mut(e)) {
             let scores: Vec<f32> = row.iter().map(|x| sigmoid(*x)).collect();
-            let total = sum_by(e, |i| scores[i]);
-            let mean = sum_by(e, |i| f[i] * scores[i]) / total;
+            let total = sum_of([&scores], |[s]| s);
+            let mean = sum_of([&f, &scores], |[f, s]| f * s) / total;
             for i in 0..e {
                 let ds = factor * (f[i] - mean) / total;
                 d[i] = ds * (scores[i] * (1.0 - scores[i]));

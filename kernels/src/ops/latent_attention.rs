@@ -6,7 +6,7 @@
 
 use super::attention::AttentionShape;
 use crate::gemm::{Target, View, gemm};
-use crate::math::{exp, sum_by};
+use crate::math::{exp, sum_of};
 
 /// What is remembered of one text.
 #[derive(Debug)]
@@ -42,7 +42,7 @@ pub(crate) fn forward(q: &[f32], cache: &Cache<'_>, kv_b: &[f32], s: &AttentionS
                 *x = exp(*x * s.scale - max);
             }
             future.fill(0.0);
-            let sum = sum_by(n, |j| row[j]);
+            let sum = sum_of([row], |[p]| p);
             for x in row.iter_mut() {
                 *x /= sum;
             }

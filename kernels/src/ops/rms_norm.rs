@@ -1,14 +1,14 @@
 //! RMSNorm: `y = w * x / sqrt(mean(x^2) + eps)` for each row.
 //!
-//! `x_TD`, `w_D`. Sums over a row run in the fixed order of [`crate::math::sum_by`]; the weight
+//! `x_TD`, `w_D`. Sums over a row run in the fixed order of [`crate::math::sum_of`]; the weight
 //! gradient sums over rows in ascending order.
 
-use crate::math::sum_by;
+use crate::math::sum_of;
 use crate::wide;
 
 #[inline(always)]
 fn scale(x: &[f32], eps: f32) -> f32 {
-    let squares = sum_by(x.len(), |i| x[i] * x[i]);
+    let squares = sum_of([x], |[x]| x * x);
     1.0 / (squares / x.len() as f32 + eps).sqrt()
 }
 
@@ -38,7 +38,7 @@ pub(crate) fn backward_input(x: &[f32], w: &[f32], dy: &[f32], eps: f32) -> Vec<
         || {
             for ((x, dy), dx) in x.chunks_exact(d).zip(dy.chunks_exact(d)).zip(dx.chunks_exact_mut(d)) {
                 let r = scale(x, eps);
-                let mean = sum_by(d, |i| (dy[i] * w[i]) * (x[i] * r)) / d as f32;
+                let mean = sum_of([x, w, dy], |[x, w, dy]| (dy * w) * (x * r)) / d as f32;
                 for (((dx, x), dy), w) in dx.iter_mut().zip(x).zip(dy).zip(w) {
                     *dx = r * (dy * w - (x * r) * mean);
                 }
