@@ -1,0 +1,275 @@
+// Block-scaled FP8 matrix product for Hopper: D[M,N] = A[M,K] * B[N,K]^T, BF16 out.
+//   A: E4M3, row-major, one FP32 scale per row and 128 of K, stored [K/128][M], its rows padded to a multiple of 4 so
+//      that the copy engine can fetch them.
+//   B: E4M3, row-major, one FP32 scale per 128 x 128, stored [ceil(N/128)][K/128].
+// Grouped by expert: `offsets` holds groups + 1 row numbers on the device; rows offsets[g] .. offsets[g+1] of A (any
+// number of them) meet B's matrix g of [groups][N][K], with scales [groups][ceil(N/128)][K/128].
+// Any M; N a multiple of 8, K of 128.
+//
+// Chosen by -D:
+//   MATH     math warpgroups (2 or 3)
+//   BM, BN   rows (MATH times 64 or 128) and columns (a multiple of 16) of a tile
+//   STAGES   depth of the ring
+//   SHARE    0: no cluster; 1: a pair of CTAs shares A's rows; 2: B's (not grouped)
+//   BAND     rows of tiles in a band, a power of two
+//   GROUPED  0 or 1
+//
+// One persistent CTA per SM. One warp fills a ring of stages; MATH warpgroups, each with its part of the tile's rows,
+// multiply 128 of K at a time on the tensor cores and add the scaled partial products in FP32 registers; one warp stores.
+
+#include "hopper.cuh"
+
+constexpr int BK = 128;                       // one scale covers 128 of K, and 128 bytes are one swizzle row
+constexpr int WROWS = BM / MATH;              // rows of one math warpgroup
+constexpr int WAVES = WROWS / 64;             // wgmma is 64 rows high
+constexpr int FRAG = BN / 2;                  // accumulators of one thread in a 64 x BN product
+constexpr int CTAS = SHARE ? 2 : 1;
+constexpr int TALL = SHARE == 2 ? 2 : 1, WIDE = SHARE == 1 ? 2 : 1; // a cluster's tile in tiles
+constexpr int A_BYTES = BM * BK, B_BYTES = BN * BK, D_BYTES = BM * BN * 2;
+// A's scales. A group may begin at any row, but the copy engine only at a multiple of 4 scales; hence a little more.
+constexpr int S_BOX = GROUPED ? 132 : BM, S_LOADS = GROUPED ? (BM + 127) / 128 : 1;
+constexpr int S_LOADED = S_LOADS * S_BOX * 4, S_BYTES = GROUPED ? S_LOADS * 512 + 128 : BM * 4;
+constexpr int BOX = BN % 64 ? BN : 64;        // columns of a store: 128 swizzled bytes, or a whole unswizzled row
+constexpr int BOX_ROWS = 32;
+constexpr int BOXES = MATH * (BN / BOX) * (WROWS / BOX_ROWS);
+constexpr int PACE = BM * BN / 47;            // about 0.7 of a block's cycles
+
+// A tile whose width does not divide 128 meets up to three blocks of B's scales. START is where it begins in a block,
+// so that the borders are constants of the unrolled loop.
+constexpr int ALIGN = BN % 128 == 0 ? 128 : BN & -BN;
+constexpr int BLOCKS = BN % 128 == 0 ? BN / 128 : (BN - ALIGN + 127) / 128 + 1;
+
+struct Walk : Tiles<BAND> {
+    const int* offsets;
+    int group, groups, rank, m, n, end; // rows m .. end are this tile's and its group's
+    __device__ __forceinline__ Walk(const int* offsets, int groups, int M, int N) : offsets(offsets), groups(groups) {
+        rank = CTAS > 1 ? cluster_rank() : 0;
+        cols = (N + BN * WIDE - 1) / (BN * WIDE);
+        stride = gridDim.x / CTAS;
+        tile = blockIdx.x / CTAS;
+        band = group = 0;
+        enter(M);
+        locate();
+    }
+    __device__ __forceinline__ void enter(int M) {
+        m = GROUPED ? __ldg(offsets + group) : 0;
+        end = GROUPED ? __ldg(offsets + group + 1) : M;
+        first = m;
+        rows = (end - m + BM * TALL - 1) / (BM * TALL);
+    }
+    __device__ __forceinline__ void locate() {
+        while (!find()) {
+            if (++group >= groups) return;
+            enter(0);
+        }
+        m = first + (TALL * row + (SHARE == 2 ? rank : 0)) * BM;
+        n = (WIDE * col + (SHARE == 1 ? rank : 0)) * BN;
+    }
+    __device__ __forceinline__ bool done() const { return group >= groups; }
+    __device__ __forceinline__ void next() { tile += stride; locate(); }
+private:
+    int first;
+};
+
+// B's scales for a tile. A lane keeps those of one block of K in 32; a shuffle hands them out.
+struct ScaleB {
+    const float* at[BLOCKS];
+    float lane[BLOCKS];
+    __device__ __forceinline__ void start(const float* scale, const Walk& tile, int N, int kblocks) {
+        const int nblocks = (N + 127) / 128;
+#pragma unroll
+        for (int i = 0; i < BLOCKS; i++)
+            at[i] = scale + (long long)(tile.group * nblocks + min(tile.n / 128 + i, nblocks - 1)) * kblocks;
+        load(0, kblocks);
+    }
+    __device__ __forceinline__ void load(int kb, int kblocks) {
+#pragma unroll
+        for (int i = 0; i < BLOCKS; i++) lane[i] = __ldg(at[i] + min(kb + (int)(threadIdx.x % 32), kblocks - 1));
+    }
+};
+
+struct Place { u32 a, b, scale, full, empty; int lane; };
+
+// One block of K. The loop over it has no jumps: even untaken paths cost more than they save.
+template <int START, bool FIRST> __device__ __forceinline__
+void block(float (&acc)[WAVES][FRAG], float (&part)[FRAG], Ring<STAGES>& ring, const Place& at, u32 scale_a, ScaleB& scale_b, int kb, int kblocks) {
+    float sa[WAVES][2], sb[BLOCKS];
+    if (kb % 32 == 0 && !FIRST) scale_b.load(kb, kblocks);
+    barrier_wait(at.full + 8 * ring.stage, ring.phase);
+#pragma unroll
+    for (int w = 0; w < WAVES; w++) {
+        multiply(part, at.a + ring.stage * (A_BYTES / 16) + w * (64 * BK / 16), at.b + ring.stage * (B_BYTES / 16));
+        if (w == 0) {
+#pragma unroll
+            for (int v = 0; v < WAVES; v++)
+                for (int h = 0; h < 2; h++) sa[v][h] = load_shared(scale_a + ring.stage * S_BYTES + v * 256 + h * 32);
+#pragma unroll
+            for (int i = 0; i < BLOCKS; i++) sb[i] = __shfl_sync(~0u, scale_b.lane[i], kb % 32);
+        }
+        multiply_wait();
+        // Each warp has waited for its own products only, so each gives the stage back, to each CTA.
+        if (w == WAVES - 1 && at.lane < CTAS) {
+            if (CTAS > 1) barrier_arrive_remote(at.empty + 8 * ring.stage);
+            else barrier_arrive(at.empty + 8 * ring.stage);
+        }
+        float s[BLOCKS][2];
+#pragma unroll
+        for (int i = 0; i < BLOCKS; i++) { s[i][0] = sa[w][0] * sb[i]; s[i][1] = sa[w][1] * sb[i]; }
+#pragma unroll
+        for (int i = 0; i < FRAG; i++) {
+            const int b = (START + i / 4 * 8) / 128;
+            const float scale = s[b < BLOCKS ? b : 0][i / 2 % 2];
+            acc[w][i] = FIRST ? part[i] * scale : acc[w][i] + part[i] * scale;
+        }
+    }
+    ring.next();
+}
+template <int START> __device__ __forceinline__
+void accumulate(float (&acc)[WAVES][FRAG], Ring<STAGES>& ring, const Place& at, u32 scale_a, ScaleB& scale_b, int kblocks) {
+    float part[FRAG];
+    block<START, true>(acc, part, ring, at, scale_a, scale_b, 0, kblocks);
+#pragma unroll 1
+    for (int kb = 1; kb < kblocks; kb++) block<START, false>(acc, part, ring, at, scale_a, scale_b, kb, kblocks);
+}
+
+extern "C" __global__ void __launch_bounds__(128 * (MATH + 1), 1)
+#if SHARE
+__cluster_dims__(2, 1, 1)
+#endif
+fp8_gemm(const __grid_constant__ TensorMap map_a, const __grid_constant__ TensorMap map_b,
+         const __grid_constant__ TensorMap map_d, const __grid_constant__ TensorMap map_sa,
+         unsigned short* __restrict__ d, const float* __restrict__ scale_b,
+         const int* __restrict__ offsets, int groups, int M, int N, int K) {
+    extern __shared__ __align__(1024) char memory[];
+    const u32 a_ring = shared_address(memory), b_ring = a_ring + STAGES * A_BYTES;
+    const u32 d_tile = b_ring + STAGES * B_BYTES, s_ring = d_tile + D_BYTES;
+    const u32 full = s_ring + STAGES * S_BYTES, empty = full + 8 * STAGES;
+    const u32 laid = empty + 8 * STAGES, free = laid + 8 * MATH; // the output in shared memory, by warpgroup
+    const int group = __shfl_sync(~0u, threadIdx.x / 128, 0), kblocks = K / BK;
+
+    if (threadIdx.x == 0) {
+        prefetch_map(map_a); prefetch_map(map_b); prefetch_map(map_sa); prefetch_map(map_d);
+        for (int i = 0; i < STAGES; i++) {
+            barrier_init(full + 8 * i, 1);
+            barrier_init(empty + 8 * i, CTAS * 4 * MATH);
+        }
+        for (int g = 0; g < MATH; g++) {
+            barrier_init(laid + 8 * g, 4);
+            barrier_init(free + 8 * g, 1);
+        }
+        asm volatile("fence.mbarrier_init.release.cluster;" ::: "memory");
+    }
+    if (CTAS > 1) cluster_sync(); else __syncthreads();
+
+    Ring<STAGES> ring;
+    Walk tile(offsets, groups, M, N);
+    if (group == MATH) {
+        asm volatile("setmaxnreg.dec.sync.aligned.u32 %0;" :: "n"(MATH == 2 ? 56 : 32));
+        if (threadIdx.x == 128 * MATH) {
+#pragma unroll 1
+            for (; !tile.done(); tile.next()) {
+#pragma unroll 1
+                for (int kb = 0; kb < kblocks; kb++, ring.next()) {
+                    const u32 a = a_ring + ring.stage * A_BYTES, b = b_ring + ring.stage * B_BYTES;
+                    const u32 bar = full + 8 * ring.stage;
+                    const int x = kb * BK, bn = GROUPED ? tile.group * N + tile.n : tile.n;
+                    barrier_wait(empty + 8 * ring.stage, ring.phase ^ 1);
+                    barrier_expect(bar, A_BYTES + B_BYTES + S_LOADED);
+                    // Of a shared operand each CTA fetches a half, for both.
+                    if (SHARE == 1) load_box_both(a + tile.rank * (A_BYTES / 2), map_a, x, tile.m + tile.rank * (BM / 2), bar);
+                    else load_box(a, map_a, x, tile.m, bar);
+                    if (SHARE == 2) load_box_both(b + tile.rank * (B_BYTES / 2), map_b, x, bn + tile.rank * (BN / 2), bar);
+                    else load_box(b, map_b, x, bn, bar);
+#pragma unroll
+                    for (int i = 0; i < S_LOADS; i++)
+                        load_box(s_ring + ring.stage * S_BYTES + i * 512, map_sa, (GROUPED ? tile.m & ~3 : tile.m) + i * 128, kb, bar);
+                }
+            }
+        } else if (threadIdx.x / 32 == 4 * MATH + 1) {
+            // The store of a tile is spread over the next tile's time: all at once, from all SMs, it holds up their loads.
+            const int lane = threadIdx.x % 32;
+            u32 start = clock32(), gap = kblocks * PACE / BOXES;
+#pragma unroll 1
+            for (int phase = 0; !tile.done(); phase ^= 1) {
+                const int m = tile.m, n = tile.n, end = tile.end;
+                tile.next();
+                if (tile.done()) gap = 0; // no loads follow the last
+#pragma unroll 1
+                for (int g = 0; g < MATH; g++) {
+                    barrier_wait(laid + 8 * g, phase);
+#pragma unroll 1
+                    for (int r = 0; r < WROWS; r += BOX_ROWS)
+#pragma unroll 1
+                        for (int c = 0; c < BN; c += BOX) {
+                            const u32 src = d_tile + g * (D_BYTES / MATH) + c * WROWS * 2 + r * BOX * 2;
+                            const int y = m + g * WROWS + r;
+                            if (!GROUPED || y + BOX_ROWS <= end) {
+                                if (lane == 0) store_box(map_d, n + c, y, src);
+                            } else {
+                                // The next rows are another group's.
+#pragma unroll 1
+                                for (int i = lane; i < (end - y) * (BOX / 8); i += 32) {
+                                    const int row = i / (BOX / 8), part = i % (BOX / 8), x = n + c + part * 8;
+                                    const uint4 v = load_shared4(src + row * (BOX * 2) + (BN % 64 ? part : part ^ row % 8) * 16);
+                                    if (x < N) *(uint4*)(d + (long long)(y + row) * N + x) = v;
+                                }
+                            }
+                            wait_until(start, gap);
+                            start = clock32();
+                        }
+                    if (lane == 0) { store_commit(); store_wait_read(); }
+                    __syncwarp();
+                    if (lane == 0) barrier_arrive(free + 8 * g);
+                }
+            }
+            if (lane == 0) store_wait();
+        }
+    } else {
+        asm volatile("setmaxnreg.inc.sync.aligned.u32 %0;" :: "n"(MATH == 2 ? 224 : 160));
+        const int lane = threadIdx.x % 32, warp = threadIdx.x / 32 % 4;
+        const Place at = {operand(a_ring + group * WROWS * BK), operand(b_ring),
+                          s_ring + (group * WROWS + warp * 16 + lane / 4) * 4, full,
+                          CTAS > 1 ? barrier_of(empty, lane % CTAS) : empty, lane};
+        const u32 out = d_tile + group * (D_BYTES / MATH);
+        float acc[WAVES][FRAG];
+        ScaleB sb;
+        if (!tile.done()) sb.start(scale_b, tile, N, kblocks);
+#pragma unroll 1
+        for (int phase = 1; !tile.done(); phase ^= 1) {
+            const u32 scale_a = at.scale + (GROUPED ? tile.m % 4 * 4 : 0); // see S_BOX
+#define START(s) case s: accumulate<s % ALIGN ? 0 : s>(acc, ring, at, scale_a, sb, kblocks); break;
+            switch (ALIGN == 128 ? 0 : tile.n % 128) {
+                START(0)
+#if BN % 128
+                START(64)
+#endif
+#if BN % 64
+                START(32) START(96)
+#endif
+#if BN % 32
+                START(16) START(48) START(80) START(112)
+#endif
+            }
+            tile.next();
+            if (!tile.done()) sb.start(scale_b, tile, N, kblocks); // comes while this tile is laid out
+
+            // Round and lay out in shared memory for the storing warp.
+            barrier_wait(free + 8 * group, phase);
+#pragma unroll
+            for (int w = 0; w < WAVES; w++) {
+                const int r = 64 * w + 16 * warp + lane % 16, half = lane / 16;
+#pragma unroll
+                for (int j = 0; j < BN / 8; j += 2) {
+                    const float* v = &acc[w][4 * j];
+                    const u32 to = BN % 64 ? r * (BN * 2) + (j + half) * 16
+                                           : j / 8 * (WROWS * 128) + r * 128 + (((half ^ (r % 8)) ^ (j % 8)) << 4);
+                    store_matrices(out + to, pack(v[0], v[1]), pack(v[2], v[3]), pack(v[4], v[5]), pack(v[6], v[7]));
+                }
+            }
+            copy_fence();
+            __syncwarp();
+            if (lane == 0) barrier_arrive(laid + 8 * group);
+        }
+    }
+    if (CTAS > 1) cluster_sync(); // a CTA must not leave while its neighbour may still write into it
+}
