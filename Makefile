@@ -5,7 +5,7 @@ CONFIG ?= configs/quickstart.toml
 PROGRAM := target/release/everstep
 PEERS := target/peers
 
-.PHONY: train test conformance verify bench chaos chaos-full simulate gpu-check setup setup-test setup-peers build
+.PHONY: train test conformance precision rate verify bench chaos chaos-full simulate gpu-check setup setup-test setup-peers build
 
 ## Build, then train the quickstart: a supervisor and three nodes on this machine.
 train: build
@@ -20,6 +20,20 @@ test: setup-test
 conformance: build setup-test setup-peers
 	cargo build
 	$(PEERS)/bin/python tests/peers/live.py $(PROGRAM)
+
+## Tokens a second beside Hugging Face transformers, on the same cores in one run.
+rate: build setup-peers
+	$(PEERS)/bin/python tests/peers/rate.py $(PROGRAM) small
+	$(PEERS)/bin/python tests/peers/rate.py $(PROGRAM) large 6
+
+## fp32, bf16 (in two orders of sums) and fp8 on the same samples for 1,000 steps, compared.
+precision: build
+	for run in fp32:fp32:2:1 bf16:bf16:2:1 bf16-order:bf16:1:2 fp8:fp8:2:1; do \
+		set -- $$(echo $$run | tr : ' '); \
+		$(PROGRAM) train configs/precision.toml --set run.folder=runs/precision-$(NOW)/$$1 --set train.precision=$$2 \
+			--set job.lanes=$$3 --set job.micro_batches=$$4 --set 'data.paths=["actors/src","kernels/src"]' || exit 1; done
+	$(PROGRAM) compare runs/precision-$(NOW)/fp32 runs/precision-$(NOW)/bf16 runs/precision-$(NOW)/bf16-order \
+		runs/precision-$(NOW)/fp8 --picture runs/precision-$(NOW)/precision.svg
 
 ## Formatting, lints, documentation and house rules; edits nothing.
 verify: setup

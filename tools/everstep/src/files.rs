@@ -1,6 +1,6 @@
 //! Commands that start no job: they work on run folders and files.
 
-use crate::{bench, data, eval, generate, hf, launcher, plan, range, read_config};
+use crate::{bench, compare, data, eval, generate, hf, launcher, plan, range, read_config};
 use anyhow::{Context, Result};
 use clap::Subcommand;
 use everstep_actors::RunFolder;
@@ -62,6 +62,15 @@ pub(crate) enum Command {
         /// One JSON object.
         #[arg(long)]
         json: bool,
+    },
+    /// How close the smoothed losses of runs are over their last half.
+    Compare {
+        /// Run folders; the first is what the picture compares with.
+        #[arg(required = true, num_args = 2..)]
+        runs: Vec<PathBuf>,
+        /// A picture to draw (SVG).
+        #[arg(long)]
+        picture: Option<PathBuf>,
     },
     /// The tokens that steps are trained on, one JSON object for each micro-batch of a lane.
     Samples {
@@ -138,6 +147,10 @@ pub(crate) fn run(command: Command) -> Result<ExitCode> {
                     found.step, found.loss, found.perplexity, found.tokens
                 );
             }
+            Ok(ExitCode::SUCCESS)
+        }
+        Command::Compare { runs, picture } => {
+            compare::run(&runs, picture.as_deref())?;
             Ok(ExitCode::SUCCESS)
         }
         Command::Logits { run, step, tokens, out } => {

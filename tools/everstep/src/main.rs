@@ -3,6 +3,7 @@
 mod admin;
 mod bench;
 mod chaos;
+mod compare;
 mod data;
 mod eval;
 mod files;

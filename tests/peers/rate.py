@@ -1,0 +1,93 @@
+"""Training rate beside Hugging Face transformers, on the same cores in one run.
+
+usage: rate.py PROGRAM small|large [STEPS]. Without a program: one variant of transformers (used by itself).
+The sizes are those of configs/peers/small.toml and large.toml; 8 sequences of 256 tokens a step, AdamW.
+Peers: every combination of eager or grouped experts, eager or compiled, fp32 or bf16 autocast.
+"""
+
+import json
+import os
+import statistics
+import subprocess
+import sys
+import tempfile
+import time
+import tomllib
+from pathlib import Path
+
+ROOT = Path(__file__).parents[2]
+BATCH = 8
+VARIANTS = [("eager", "fp32", 0), ("grouped_mm", "fp32", 0), ("grouped_mm", "fp32", 1), ("grouped_mm", "bf16", 0),
+            ("grouped_mm", "bf16", 1)]
+
+
+def peer(size, experts, precision, compiled, steps):
+    """One variant of transformers in this process; prints its median tokens a second."""
+    os.environ["HF_HUB_OFFLINE"] = "1"
+    import torch
+    from transformers import DeepseekV3Config, DeepseekV3ForCausalLM
+
+    m = tomllib.loads((ROOT / f"configs/peers/{size}.toml").read_text())["model"]
+    torch.set_num_threads(os.cpu_count())
+    torch.manual_seed(0)
+    config = DeepseekV3Config(
+        vocab_size=m["vocabulary"], hidden_size=m["hidden"], intermediate_size=m["dense_inner"],
+        moe_intermediate_size=m["expert_inner"], num_hidden_layers=m["layers"],
+        first_k_dense_replace=m["dense_layers"], num_attention_heads=m["heads"], num_key_value_heads=m["heads"],
+        qk_nope_head_dim=m["nope"], qk_rope_head_dim=m["rope"], v_head_dim=m["value"], kv_lora_rank=m["kv_rank"],
+        q_lora_rank=m["query_rank"], n_routed_experts=m["experts"], num_experts_per_tok=m["top_k"],
+        n_group=m["groups"], topk_group=m["groups_kept"], n_shared_experts=m["shared_experts"], norm_topk_prob=True,
+        routed_scaling_factor=m["routed_scale"], max_position_embeddings=m["sequence"], num_mtp_layers=0,
+        tie_word_embeddings=False, use_cache=False, bos_token_id=0, eos_token_id=1)
+    config._experts_implementation = experts
+    model = DeepseekV3ForCausalLM(config).train()
+    optimizer = torch.optim.AdamW(model.parameters(), lr=1e-3)
+    run = torch.compile(model) if compiled else model
+    rng = torch.Generator().manual_seed(1)
+    times = []
+    for _ in range(3 + steps):
+        x = torch.randint(0, m["vocabulary"], (BATCH, m["sequence"]), generator=rng)
+        began = time.perf_counter()
+        optimizer.zero_grad(set_to_none=True)
+        with torch.autocast("cpu", torch.bfloat16, enabled=precision == "bf16"):
+            loss = run(input_ids=x, labels=x).loss
+        loss.backward()
+        optimizer.step()
+        loss.item()
+        times.append(time.perf_counter() - began)
+    print(json.dumps(BATCH * m["sequence"] / statistics.median(times[3:])))
+
+
+def ours(program, size, precision, steps):
+    with tempfile.TemporaryDirectory() as folder:
+        run = [program, "train", f"configs/peers/{size}.toml", "--set", f"run.folder={folder}/run", "--set",
+               f"train.steps={steps + 3}", "--set", f"train.precision={precision}", "--set", 'data.paths=["actors/src"]']
+        subprocess.run(run, cwd=ROOT, check=True, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+        lines = [json.loads(line) for line in open(f"{folder}/run/metrics.jsonl")]
+    return statistics.median(line["tokens_per_s"] for line in lines[3:])
+
+
+def main():
+    program, size = os.path.abspath(sys.argv[1]), sys.argv[2]
+    steps = int(sys.argv[3]) if len(sys.argv) > 3 else 20
+    rates, mine = {}, {}
+    # In turns: a machine's speed drifts.
+    for experts, precision, compiled in VARIANTS:
+        name = f"transformers {experts} {precision}{' compiled' if compiled else ''}"
+        arguments = [sys.executable, __file__, "--peer", size, experts, precision, str(compiled), str(steps)]
+        out = subprocess.run(arguments, capture_output=True, text=True)
+        rates[name] = json.loads(out.stdout.splitlines()[-1]) if out.returncode == 0 else 0
+        print(f"{name:40} {rates[name]:10.0f} tokens/s", flush=True)
+        for ours_in in ("fp32", "bf16", "fp8"):
+            mine.setdefault(ours_in, []).append(ours(program, size, ours_in, steps))
+    best = max(rates.values())
+    for precision, all_of in mine.items():
+        rate = statistics.median(all_of)
+        spread = f"({min(all_of):.0f} to {max(all_of):.0f})"
+        print(f"{'everstep ' + precision:40} {rate:10.0f} tokens/s {spread}, {rate / best:.2f} of the best peer")
+
+
+if sys.argv[1] == "--peer":
+    peer(sys.argv[2], sys.argv[3], sys.argv[4], sys.argv[5] == "1", int(sys.argv[6]))
+else:
+    main()
