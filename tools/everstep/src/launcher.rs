@@ -14,7 +14,7 @@ use std::fs::{self, OpenOptions};
 use std::io::Read;
 use std::path::PathBuf;
 use std::process::{Child, Command, ExitStatus, Stdio};
-use std::time::{Duration, Instant};
+use std::time::{Duration, Instant, SystemTime, UNIX_EPOCH};
 
 const LOOK: Duration = Duration::from_millis(20);
 /// How often checkpoints are looked for that are to be evaluated.
@@ -218,6 +218,8 @@ impl Launcher {
             self.let_nodes_end();
             self.kill_all();
             self.evaluator.finish_all()?;
+            let now = SystemTime::now().duration_since(UNIX_EPOCH).map_or(0, |d| d.as_millis() as u64);
+            self.progress.evaluated(now)?;
         }
         self.kill_all();
         Ok(end)

@@ -104,7 +104,7 @@ impl Progress {
         Ok(self.done)
     }
 
-    /// Adds a step, and evaluations that came meanwhile, to TensorBoard's file.
+    /// Adds a step, and evaluations that came meanwhile, to TensorBoard's file, which begins with it.
     fn show(&mut self, line: &MetricsLine) -> Result<()> {
         if line.step <= self.known.0 {
             return Ok(());
@@ -112,12 +112,19 @@ impl Progress {
         if self.board.is_none() {
             self.board = Some(Events::begin(&self.board_folder, line.time)?);
         }
+        if let Some(board) = &mut self.board {
+            board.step(line)?;
+        }
+        self.evaluated(line.time)
+    }
+
+    /// Adds evaluations that are new.
+    pub(crate) fn evaluated(&mut self, milliseconds: u64) -> Result<()> {
         let Some(board) = &mut self.board else { return Ok(()) };
-        board.step(line)?;
         for text in self.evaluations.lines()? {
             let Ok(evaluation) = serde_json::from_str::<Evaluation>(&text) else { continue };
             if evaluation.step > self.known.1 {
-                board.evaluation(line.time, &evaluation)?;
+                board.evaluation(milliseconds, &evaluation)?;
             }
         }
         Ok(())

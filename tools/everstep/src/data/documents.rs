@@ -126,7 +126,7 @@ fn parquet(file: File, field: &str, take: &mut dyn FnMut(Piece) -> Result<()>) -
     ensure!(names.iter().any(|n| n == field), "it has no column {field:?}, only {names:?}");
     let column = schema.root_schema().get_fields().iter().find(|f| f.name() == field);
     let column = column.with_context(|| format!("{field:?} is not a column of its own"))?;
-    let projection = parquet::schema::types::Type::group_type_builder("schema")
+    let projection = parquet::schema::types::Type::group_type_builder(schema.root_schema().name())
         .with_fields(vec![std::sync::Arc::clone(column)])
         .build()?;
     for (n, row) in reader.get_row_iter(Some(projection))?.enumerate() {
@@ -185,6 +185,49 @@ mod tests {
             let error = format!("{:#}", read(bad).unwrap_err());
             assert!(error.contains(words), "{error}");
         }
+    }
+
+    /// Every format gives the same documents.
+    #[test]
+    fn packed_files_and_columns_are_read() {
+        use std::io::Write;
+        let folder = tempfile::tempdir().unwrap();
+        let texts = ["one\ntwo", "", "three ü"];
+        let json: String = texts.iter().map(|t| serde_json::json!({ "text": t, "id": 7 }).to_string() + "\n").collect();
+        let at = |name: &str| folder.path().join(name);
+        std::fs::write(at("a.jsonl"), &json).unwrap();
+        let mut gz = flate2::write::GzEncoder::new(File::create(at("a.jsonl.gz")).unwrap(), Default::default());
+        gz.write_all(json.as_bytes()).unwrap();
+        gz.finish().unwrap();
+        std::fs::write(at("a.jsonl.zst"), zstd::encode_all(json.as_bytes(), 1).unwrap()).unwrap();
+        let schema = "message m { required binary text (UTF8); required int32 id; }";
+        let schema = std::sync::Arc::new(parquet::schema::parser::parse_message_type(schema).unwrap());
+        let file = File::create(at("a.parquet")).unwrap();
+        let mut writer = parquet::file::writer::SerializedFileWriter::new(file, schema, Default::default()).unwrap();
+        let mut group = writer.next_row_group().unwrap();
+        let mut column = group.next_column().unwrap().unwrap();
+        let values: Vec<parquet::data_type::ByteArray> = texts.iter().map(|t| (*t).into()).collect();
+        column.typed::<parquet::data_type::ByteArrayType>().write_batch(&values, None, None).unwrap();
+        column.close().unwrap();
+        let mut column = group.next_column().unwrap().unwrap();
+        column.typed::<parquet::data_type::Int32Type>().write_batch(&[7, 7, 7], None, None).unwrap();
+        column.close().unwrap();
+        group.close().unwrap();
+        writer.close().unwrap();
+        let bar = indicatif::ProgressBar::hidden();
+        for name in ["a.jsonl", "a.jsonl.gz", "a.jsonl.zst", "a.parquet"] {
+            let mut found = Vec::new();
+            each(&at(name), "text", &bar, &mut |piece| {
+                found.push(String::from_utf8(piece.text).unwrap());
+                Ok(())
+            })
+            .unwrap();
+            assert_eq!(found, texts, "{name}");
+        }
+        let error = each(&at("a.parquet"), "body", &bar, &mut |_| Ok(())).unwrap_err();
+        assert!(format!("{error:#}").contains("no column \"body\", only [\"text\", \"id\"]"), "{error:#}");
+        let error = each(&at("a.parquet"), "id", &bar, &mut |_| Ok(())).unwrap_err();
+        assert!(format!("{error:#}").contains("row 1: column \"id\" holds"), "{error:#}");
     }
 
     #[test]
