@@ -34,9 +34,9 @@ pub(crate) struct Forms {
     pub(crate) by_columns: [OnceLock<(Columns, Vec<f32>)>; 2],
     /// In E4M3 along its rows, by scaling.
     pub(crate) along_rows: [OnceLock<Quantised>; 2],
-    /// In E4M3 along its columns, by scaling, straight and by way of its rows' form.
+    /// In E4M3 along its columns, by scaling: straight, and by way of its rows' form as columns of a product.
     pub(crate) along_columns: [OnceLock<Quantised>; 2],
-    pub(crate) again: [OnceLock<Quantised>; 2],
+    pub(crate) again: [OnceLock<(Columns, Vec<f32>)>; 2],
 }
 
 /// A row-major matrix of `rows x columns`. A vector is one row; a list of indices is one row of u32.

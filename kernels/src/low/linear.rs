@@ -46,9 +46,12 @@ fn along_columns(x: &Tensor, scaling: Scaling) -> &Quantised {
 }
 
 /// An activation is kept in tiles along its rows: for a weight gradient those are quantised once more.
-fn again_along_columns(x: &Tensor, scaling: Scaling) -> &Quantised {
-    x.forms().again[scaling as usize]
-        .get_or_init(|| Quantised::columns(&along_rows(x, scaling).dequantised_rows(), x.rows(), x.columns(), scaling))
+fn again_along_columns(x: &Tensor, scaling: Scaling) -> &(Columns, Vec<f32>) {
+    x.forms().again[scaling as usize].get_or_init(|| {
+        let values = along_rows(x, scaling).dequantised_rows();
+        let q = Quantised::columns(&values, x.rows(), x.columns(), scaling);
+        (Columns::of_rows(&q.values), q.scales)
+    })
 }
 
 /// A weight as columns of the forward product, with scales in FP8.
@@ -62,7 +65,7 @@ fn by_rows(w: &Tensor, form: Form) -> &(Columns, Vec<f32>) {
     })
 }
 
-/// A weight as columns of the backward product.
+/// A weight as columns of the backward product, or an activation as those of a weight gradient.
 fn by_columns(w: &Tensor, form: Form) -> &(Columns, Vec<f32>) {
     w.forms().by_columns[form.index()].get_or_init(|| match form {
         Form::Rounded => (Columns::of_columns(rounded(w)), Vec::new()),
@@ -136,12 +139,11 @@ pub(crate) fn backward_input(path: Path, form: Form, dy: &Tensor, w: &Tensor) ->
 pub(crate) fn backward_weight(path: Path, form: Form, dy: &Tensor, x: &Tensor) -> Vec<f32> {
     results(dy.columns(), x.columns(), false, |to| match form {
         Form::Rounded => {
-            let (a, b) = (rounded(dy).transposed(), Columns::of_columns(rounded(x)));
-            product(path, &a, &b, Causal::No, to);
+            product(path, &rounded(dy).transposed(), &by_columns(x, form).0, Causal::No, to);
         }
         Form::Quantised { x: x_scaling, dy: dy_scaling } => {
-            let (a, x) = (along_columns(dy, dy_scaling), again_along_columns(x, x_scaling));
-            scaled_product(path, (&a.values, &a.scales), (&Columns::of_rows(&x.values), &x.scales, 1), to);
+            let (a, (b, scales)) = (along_columns(dy, dy_scaling), again_along_columns(x, x_scaling));
+            scaled_product(path, (&a.values, &a.scales), (b, scales, 1), to);
         }
     })
 }
