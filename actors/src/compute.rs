@@ -124,7 +124,7 @@ pub fn run(job: Job, b: &dyn Backend) -> Outcome {
             // In order of name, like the numbers of parameters.
             let products = expert_backward_weight(b, &weights, &parts).into_values();
             let sums = match sums {
-                Some(sums) => sums.iter().zip(products).map(|(s, p)| b.add(s, &p)).collect(),
+                Some(sums) => sums.iter().zip(products).map(|(s, p)| b.accumulate(s, &p)).collect(),
                 None => products.collect(),
             };
             Outcome::ExpertWeight { step, sums }

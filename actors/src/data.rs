@@ -23,7 +23,7 @@ struct Source {
     tokens: Tokens,
     /// Its places in a block.
     places: u64,
-    /// Names its permutations: a hash of what it is made of.
+    /// Names its permutations: its place among the sources.
     name: u32,
 }
 

@@ -140,6 +140,8 @@ pub trait Backend: Send + Sync + fmt::Debug {
     fn dequantise(&self, x: &Tensor) -> Tensor;
     /// Element by element `a + b`.
     fn add(&self, a: &Tensor, b: &Tensor) -> Tensor;
+    /// Element by element `a + b` in f32 in every precision: sums of gradients (technical report 3.3).
+    fn accumulate(&self, a: &Tensor, b: &Tensor) -> Tensor;
     /// Columns `..at` and `at..`.
     fn split(&self, x: &Tensor, at: usize) -> (Tensor, Tensor);
     /// Columns of `a`, then of `b`.

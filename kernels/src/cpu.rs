@@ -195,6 +195,11 @@ impl Backend for CpuBackend {
         Tensor::from_vec(a.rows(), a.columns(), sum)
     }
 
+    fn accumulate(&self, a: &Tensor, b: &Tensor) -> Tensor {
+        assert_eq!((a.rows(), a.columns()), (b.rows(), b.columns()), "shapes of a sum");
+        like(a, wide::sum(a.f32s(), b.f32s()))
+    }
+
     fn split(&self, x: &Tensor, at: usize) -> (Tensor, Tensor) {
         let (mut left, mut right) = (Vec::with_capacity(x.rows() * at), Vec::new());
         right.reserve(x.rows() * (x.columns() - at));
@@ -387,6 +392,7 @@ mod tests {
                 b.grouped_linear_backward_input(x, &counts, std::slice::from_ref(&square), role),
             ),
             ("add", b.add(x, y)),
+            ("accumulate", b.accumulate(x, y)),
             ("rms_norm", b.rms_norm(x, &norm, 1e-6)),
             ("rms_norm_backward_input", b.rms_norm_backward_input(x, &norm, y, 1e-6)),
             ("swiglu", b.swiglu(x, y)),
@@ -408,6 +414,18 @@ mod tests {
             for path in Path::available() {
                 rows_are_their_own(&CpuBackend { precision, path });
             }
+        }
+    }
+
+    /// Sums of gradients are f32 in every precision; other sums are stored as activations are.
+    #[test]
+    fn gradients_are_added_in_f32() {
+        let (x, y) = (matrix(3, D, 8), matrix(3, D, 9));
+        let exact: Vec<f32> = x.f32s().iter().zip(y.f32s()).map(|(a, b)| a + b).collect();
+        for precision in [Precision::Fp32, Precision::Bf16, Precision::Fp8] {
+            let b = CpuBackend::new(precision);
+            assert!(same_bits(b.accumulate(&x, &y).f32s(), &exact));
+            assert_eq!(same_bits(b.add(&x, &y).f32s(), &exact), !precision.is_low());
         }
     }
 

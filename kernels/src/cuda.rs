@@ -282,6 +282,10 @@ impl Backend for CudaBackend {
         self.unsupported("add", a.rows(), a.columns())
     }
 
+    fn accumulate(&self, a: &Tensor, _: &Tensor) -> Tensor {
+        self.unsupported("accumulate", a.rows(), a.columns())
+    }
+
     fn split(&self, x: &Tensor, at: usize) -> (Tensor, Tensor) {
         let left = self.unsupported("split", x.rows(), at);
         (left, self.nothing(x.rows(), x.columns() - at))

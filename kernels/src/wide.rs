@@ -39,6 +39,7 @@ impl Pattern for u32 {
 
 /// `a + b`, element by element.
 pub fn sum(a: &[f32], b: &[f32]) -> Vec<f32> {
+    assert_eq!(a.len(), b.len(), "terms of a sum");
     let mut sum = unwritten(a.len());
     run(
         #[inline(always)]
@@ -49,6 +50,7 @@ pub fn sum(a: &[f32], b: &[f32]) -> Vec<f32> {
 
 /// Adds `b` to `a`, element by element.
 pub fn add_to(a: &mut [f32], b: &[f32]) {
+    assert_eq!(a.len(), b.len(), "terms of a sum");
     run(
         #[inline(always)]
         || a.iter_mut().zip(b).for_each(|(a, b)| *a += b),

@@ -58,7 +58,7 @@ fn default_device() -> String {
 #[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
 #[serde(deny_unknown_fields)]
 pub(super) struct RawModel {
-    /// Without it, that of the tokenizer.
+    /// Without it, the bytes of the text; with a tokenizer it must be given.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub(super) vocabulary: Option<usize>,
     pub(super) hidden: usize,

@@ -90,6 +90,8 @@ impl RunFolder {
 pub struct RunIdentity {
     /// The job's random name; checkpoints carry it.
     pub job: String,
+    /// The device class whose bits the run has.
+    pub class: String,
     /// The sources of text, in order.
     pub sources: Vec<SourceInfo>,
 }

@@ -121,6 +121,12 @@ pub async fn run_supervisor(
     let mut config = Config::parse(&text, &run.config().display().to_string(), &[])?;
     config.nodes = nodes.unwrap_or(config.nodes);
     let identity: RunIdentity = serde_json::from_str(&std::fs::read_to_string(run.identity())?)?;
+    let class = CpuBackend::new(config.spec.precision).class().0;
+    if class != identity.class {
+        let path = run.identity();
+        let why = format!("the run was begun on {}, this machine is {class}: their bits differ", identity.class);
+        return Err(format!("{}: {why}", path.display()).into());
+    }
     let tokens = open_tokens(&run, &identity.sources)?;
     let restored = restore(&run, &config, &identity)?;
     let credentials = Credentials::load(&run.credentials())?;
@@ -151,8 +157,8 @@ impl Actor for SupervisorProcess {
         let Args { restored, config, identity, run, tokens, hub, end } = args;
         let spec = Arc::new(config.spec.clone());
         let layout = crate::spec::Layout::new(&spec);
-        let class = CpuBackend::new(spec.precision).class().0;
         let checkpoint = restored.checkpoint;
+        let identity_class = identity.class.clone();
         let keeper = KeeperCore::new(&spec, checkpoint);
         let (supervisor, first) =
             Supervisor::new(spec, config.nodes, &restored.records, checkpoint, restored.reported, Duration::ZERO, None);
@@ -171,7 +177,7 @@ impl Actor for SupervisorProcess {
             reported_at: None,
             operators: BTreeMap::new(),
             next_ticket: 0,
-            class,
+            class: identity_class,
             result: None,
             stranger: None,
             _lock: restored.lock,

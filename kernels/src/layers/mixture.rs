@@ -122,7 +122,7 @@ impl Mixture {
                 let (drows, dweights) = b.combine_backward(&dh, &rows, &sent.weights, &sent.plan);
                 let mut dlogits = b.gate_backward(&sent.logits, &sent.experts, &dweights, &config.gate());
                 if balance > 0.0 {
-                    dlogits = b.add(&dlogits, &b.gate_balance_backward(&sent.logits, &config.gate(), balance));
+                    dlogits = b.accumulate(&dlogits, &b.gate_balance_backward(&sent.logits, &config.gate(), balance));
                 }
                 let mut dx = b.linear_backward_input(&dlogits, &gate.value, gate.role);
                 products.push((gate.name.clone(), Product::Linear { dy: dlogits, x: sent.x, role: gate.role }));

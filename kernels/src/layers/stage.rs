@@ -348,7 +348,7 @@ impl StageModel {
         for (name, product) in batch.products {
             let product = product.make(b);
             let sum = match self.sums.gradients.get(&name) {
-                Some(sum) => b.add(sum, &product),
+                Some(sum) => b.accumulate(sum, &product),
                 None => product,
             };
             self.sums.gradients.insert(name, sum);

@@ -110,6 +110,7 @@ fn heads(s: &AttentionShape, tokens: usize) -> impl Iterator<Item = (usize, usiz
 pub(crate) fn forward(q: &[f32], kv: &[f32], k_rope: &[f32], s: &AttentionShape) -> (Vec<f32>, Vec<f32>) {
     let tokens = q.len() / s.q_row();
     let n = s.sequence;
+    assert!(tokens.is_multiple_of(s.sequence), "whole sequences");
     let (mut o, mut lse) = (wide::unwritten(tokens * s.o_row()), wide::unwritten(tokens * s.heads));
     for (first, head) in heads(s, tokens) {
         let at = Head { s, first, head };

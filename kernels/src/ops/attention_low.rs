@@ -76,6 +76,7 @@ fn scores(path: Path, q: &Matrix, keys: &Matrix, out: &mut [f32]) {
 /// `q, kv, k_rope -> (o, lse)`.
 pub(crate) fn forward(path: Path, q: &[f32], kv: &[f32], k_rope: &[f32], s: &AttentionShape) -> (Vec<f32>, Vec<f32>) {
     let (tokens, n) = (q.len() / s.q_row(), s.sequence);
+    assert!(tokens.is_multiple_of(s.sequence), "whole sequences");
     let (mut o, mut lse) = (unwritten(tokens * s.o_row()), unwritten(tokens * s.heads));
     let mut p = vec![0.0; n * n];
     for at in heads(s, tokens) {

@@ -89,6 +89,8 @@ pub(crate) fn backward(
     plan: &Dispatch,
     d: usize,
 ) -> (Vec<Vec<f32>>, Vec<f32>) {
+    let whole = rows.iter().zip(plan.counts()).all(|(rows, count)| rows.len() as u64 == count * d as u64);
+    assert!(whole && rows.len() == plan.tokens.len(), "rows of every expert, as the plan has them");
     let mut drows: Vec<Vec<f32>> = rows.iter().map(|r| crate::wide::unwritten(r.len())).collect();
     let mut dweights = crate::wide::unwritten(weights.len());
     for (at, slot) in plan.slots.iter().enumerate() {

@@ -7,6 +7,8 @@
 
 /// Elements of a row that share a scale.
 pub(crate) const TILE: usize = 128;
+/// What is not above this is zero: its scale would be no normal number.
+pub(crate) const LEAST: f32 = 1e-30;
 /// The largest E4M3 value.
 pub(crate) const MAX: f32 = 448.0;
 
@@ -62,7 +64,7 @@ pub(crate) fn quantise(x: &[f32], columns: usize) -> (Vec<u8>, Vec<f32>) {
     for row in x.chunks_exact(columns.max(1)) {
         for tile in row.chunks(TILE) {
             let largest = tile.iter().fold(0.0f32, |m, x| m.max(x.abs()));
-            let scale = if largest > 0.0 { largest / MAX } else { 1.0 };
+            let scale = if largest > LEAST { largest / MAX } else { 1.0 };
             scales.push(scale);
             codes.extend(tile.iter().map(|x| encode(x / scale)));
         }
@@ -82,7 +84,7 @@ pub fn quantise_blocks(w: &[f32], rows: usize, columns: usize) -> (Vec<u8>, Vec<
             *largest = tile.iter().fold(*largest, |m, x| m.max(x.abs()));
         }
     }
-    let scales: Vec<f32> = largest.iter().map(|m| if *m > 0.0 { m / MAX } else { 1.0 }).collect();
+    let scales: Vec<f32> = largest.iter().map(|m| if *m > LEAST { m / MAX } else { 1.0 }).collect();
     let codes = w.chunks_exact(columns).enumerate().flat_map(|(r, row)| {
         let scales = &scales[r / BLOCK * across..];
         row.iter().enumerate().map(|(c, x)| encode(x / scales[c / BLOCK])).collect::<Vec<_>>()

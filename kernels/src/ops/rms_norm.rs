@@ -14,6 +14,7 @@ fn scale(x: &[f32], eps: f32) -> f32 {
 
 /// `x_TD, w_D -> y_TD`.
 pub(crate) fn forward(x: &[f32], w: &[f32], eps: f32) -> Vec<f32> {
+    assert!(x.len().is_multiple_of(w.len()), "whole rows");
     let mut y = wide::unwritten(x.len());
     wide::run(
         #[inline(always)]
@@ -32,6 +33,7 @@ pub(crate) fn forward(x: &[f32], w: &[f32], eps: f32) -> Vec<f32> {
 /// `x_TD, w_D, dy_TD -> dx_TD`.
 pub(crate) fn backward_input(x: &[f32], w: &[f32], dy: &[f32], eps: f32) -> Vec<f32> {
     let d = w.len();
+    assert!(x.len().is_multiple_of(d) && x.len() == dy.len(), "whole rows");
     let mut dx = wide::unwritten(x.len());
     wide::run(
         #[inline(always)]

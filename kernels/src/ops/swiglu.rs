@@ -5,6 +5,7 @@ use crate::wide;
 
 /// `gate, up -> h`.
 pub(crate) fn forward(gate: &[f32], up: &[f32]) -> Vec<f32> {
+    assert_eq!(gate.len(), up.len(), "elements of gate and up");
     let mut h = wide::unwritten(gate.len());
     wide::run(
         #[inline(always)]
@@ -19,6 +20,7 @@ pub(crate) fn forward(gate: &[f32], up: &[f32]) -> Vec<f32> {
 
 /// `gate, up, dh -> (dgate, dup)`.
 pub(crate) fn backward(gate: &[f32], up: &[f32], dh: &[f32]) -> (Vec<f32>, Vec<f32>) {
+    assert!(gate.len() == up.len() && gate.len() == dh.len(), "elements of gate, up and their gradient");
     let mut dgate = wide::unwritten(gate.len());
     let mut dup = wide::unwritten(gate.len());
     wide::run(

@@ -77,6 +77,11 @@ pub(crate) fn read_all(run: &RunFolder) -> Vec<Evaluation> {
     text.lines().filter_map(|l| serde_json::from_str(l).ok()).collect()
 }
 
+/// The newest step that was evaluated; 0: none.
+pub(crate) fn newest(run: &RunFolder) -> u64 {
+    read_all(run).iter().map(|e| e.step).max().unwrap_or(0)
+}
+
 /// Evaluates checkpoints beside a job, one process after another, so that the job does not wait. What is
 /// not done when the job ends is done then.
 #[derive(Debug)]
@@ -90,7 +95,7 @@ pub(crate) struct Evaluator {
 
 impl Evaluator {
     pub(crate) fn new(run: &RunFolder, config: &Config) -> Self {
-        let begun = read_all(run).last().map_or(0, |e| e.step);
+        let begun = newest(run);
         Self { run: run.clone(), every: config.data.eval.as_ref().map(|e| e.every), child: None, begun }
     }
 
@@ -98,8 +103,10 @@ impl Evaluator {
     pub(crate) fn look(&mut self) -> Result<bool> {
         let Some(every) = self.every else { return Ok(true) };
         if let Some(child) = &mut self.child {
-            if child.try_wait()?.is_none() {
-                return Ok(false);
+            let Some(status) = child.try_wait()? else { return Ok(false) };
+            if !status.success() {
+                let log = self.run.logs().join("eval.log");
+                eprintln!("the evaluation of step {} failed: see {}", self.begun, log.display());
             }
             self.child = None;
         }

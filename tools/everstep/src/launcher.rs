@@ -9,6 +9,7 @@ use crate::eval::Evaluator;
 use crate::progress::Progress;
 use anyhow::{Context, Result, bail};
 use everstep_actors::{Config, RunFolder, RunIdentity};
+use everstep_kernels::{Backend, CpuBackend};
 use rustix::process::{Pid, Signal, getppid, kill_process, set_parent_process_death_signal};
 use std::fs::{self, OpenOptions};
 use std::io::Read;
@@ -78,7 +79,11 @@ fn fill(run: &RunFolder, config: &Config, data: &Data) -> Result<String> {
     let mut random = [0u8; 16];
     std::io::Read::read_exact(&mut fs::File::open("/dev/urandom")?, &mut random)?;
     let job: String = random.iter().map(|b| format!("{b:02x}")).collect();
-    let identity = RunIdentity { job: job.clone(), sources: data.store(run)? };
+    let identity = RunIdentity {
+        job: job.clone(),
+        class: CpuBackend::new(config.spec.precision).class().0,
+        sources: data.store(run)?,
+    };
     fs::write(run.identity(), serde_json::to_string_pretty(&identity)?)?;
     everstep_transport::Credentials::create(&run.credentials())?;
     Ok(job)

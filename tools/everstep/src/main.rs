@@ -259,7 +259,12 @@ fn train(run: RunFolder, nodes: usize) -> Result<ExitCode> {
     match end {
         End::Finished => {
             report::write(&run)?;
-            generate::write(&run, None, &sample(), &mut std::io::stdout())?;
+            let mut text = Vec::new();
+            match generate::write(&run, None, &sample(), &mut text) {
+                Ok(()) => println!("{}", String::from_utf8_lossy(&text)),
+                // The training is done, whatever a sample says.
+                Err(error) => eprintln!("there is no sample: {error:#}"),
+            }
             println!("\nreport: {}\nrun:    {}", run.report().display(), run.0.display());
             Ok(ExitCode::SUCCESS)
         }

@@ -69,7 +69,7 @@ impl Progress {
             evaluations: tail(run.evals()),
             board: None,
             board_folder: run.0.join("tensorboard"),
-            known: (last, eval::read_all(run).last().map_or(0, |e| e.step)),
+            known: (last, eval::newest(run)),
             bar,
             plain: show && !terminal,
             steps: config.spec.steps,

@@ -28,7 +28,8 @@ impl Weights {
         Ok(Self { config, step, map })
     }
 
-    /// The arithmetic that the model is trained in.
+    /// The arithmetic of the run's precision. Generation and evaluation attend over the compressed cache, which
+    /// leaves the up-projection of keys and values in f32.
     pub(crate) fn backend(&self) -> CpuBackend {
         CpuBackend::new(self.config.spec.precision)
     }

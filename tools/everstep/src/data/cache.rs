@@ -13,7 +13,7 @@ use std::sync::{Mutex, PoisonError};
 use std::time::UNIX_EPOCH;
 
 /// Changes when the same files would give other tokens.
-const VERSION: u32 = 1;
+const VERSION: u32 = 2;
 /// Bytes of text that one thread encodes at a time.
 const BATCH: usize = 1 << 20;
 /// Batches of a thread that are read before they are encoded.
@@ -65,7 +65,7 @@ fn key(files: &[PathBuf], field: &str, vocabulary: &Vocabulary, model: usize) ->
     add(field.as_bytes());
     add(vocabulary.file().unwrap_or_default());
     add(&vocabulary.end().to_le_bytes());
-    add(&[token_width(model)]);
+    add(&(model as u64).to_le_bytes());
     for path in files {
         let mut parts = vec![path.clone()];
         parts.extend(Some(path.with_extension("idx")).filter(|_| Format::of(path) == Format::Megatron));
@@ -222,6 +222,8 @@ mod tests {
             sink.to.flush().unwrap();
             assert_eq!(read(&scratch), text.as_bytes());
         }
+        let other = tokens(&cache, &files, "text", &Vocabulary::Bytes, 200).unwrap().0;
+        assert_ne!(other, path, "a smaller vocabulary is checked anew");
         fs::write(&file, text + "more").unwrap();
         assert_ne!(make().0, path);
     }

@@ -77,7 +77,8 @@ pub(super) fn each(
 }
 
 fn unpacked(path: &Path, file: impl Read + Send + 'static) -> Result<Box<dyn BufRead + Send>> {
-    Ok(match path.extension().and_then(|e| e.to_str()) {
+    let extension = path.extension().map(|e| e.to_string_lossy().to_lowercase());
+    Ok(match extension.as_deref() {
         Some("gz") => Box::new(BufReader::with_capacity(PIECE, flate2::read::MultiGzDecoder::new(file))),
         Some("zst") => Box::new(BufReader::with_capacity(PIECE, zstd::Decoder::new(file)?)),
         _ => Box::new(BufReader::with_capacity(PIECE, file)),

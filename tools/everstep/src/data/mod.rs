@@ -1,6 +1,7 @@
 //! Text becomes tokens: files of many formats, a tokenizer, a cache of mapped token files.
 //!
-//! - DA-1: a cache file is whole or not there; what it is made of names it, so it is never stale.
+//! - DA-1: a cache file is whole or not there; the files that it is made of (path, length, time of change),
+//!   the tokenizer and the vocabulary name it.
 //! - DA-2: tokens do not depend on the number of threads: pieces of text are cut by their content and
 //!   written in their order.
 
@@ -12,7 +13,7 @@ mod tokenizer;
 
 pub(crate) use tokenizer::{Vocabulary, export};
 
-use anyhow::{Context, Result};
+use anyhow::{Context, Result, ensure};
 use everstep_actors::{Config, Corpus, RunFolder, RunIdentity, SourceInfo, Tokens};
 use everstep_checkpoint::Mapped;
 use std::fs;
@@ -48,6 +49,10 @@ impl Data {
         let vocabulary = Vocabulary::of(&config.data, config.spec.model.vocabulary)?;
         let all = config.data.sources.iter();
         let sources = all.map(|s| source(config, &vocabulary, &s.paths)).collect::<Result<Vec<_>>>()?;
+        if let Some(eval) = &config.data.eval {
+            // What is wrong with it is said now, not after hours.
+            source(config, &vocabulary, &eval.paths).context("data.eval")?;
+        }
         let data = Self { sources, vocabulary };
         let tokens = data.sources.iter().map(|(path, info)| map(path, info)).collect::<Result<Vec<_>>>()?;
         let paths: Vec<&Vec<PathBuf>> = config.data.sources.iter().map(|s| &s.paths).collect();
@@ -74,6 +79,7 @@ impl Data {
 
 /// Writes what the steps of a run are trained on.
 pub(crate) fn samples(run: &RunFolder, steps: std::ops::Range<u64>, out: &mut impl Write) -> Result<()> {
+    ensure!(steps.start > 0, "steps are counted from 1 on");
     let (config, _) = crate::fingerprint::open(run)?;
     let read = |path: PathBuf| fs::read(&path).with_context(|| format!("cannot read {}", path.display()));
     let identity: RunIdentity = serde_json::from_slice(&read(run.identity())?)?;

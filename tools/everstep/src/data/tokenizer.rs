@@ -37,7 +37,10 @@ impl Vocabulary {
     }
 
     fn read(json: Vec<u8>, end: Option<&str>, model: usize) -> Result<Self> {
-        let tokenizer = tokenizers::Tokenizer::from_bytes(&json).map_err(|e| anyhow!("it is no tokenizer: {e}"))?;
+        let mut tokenizer = tokenizers::Tokenizer::from_bytes(&json).map_err(|e| anyhow!("it is no tokenizer: {e}"))?;
+        // A file may say that texts are cut or filled up: for training they are neither.
+        tokenizer.with_truncation(None).map_err(|e| anyhow!("{e}"))?;
+        tokenizer.with_padding(None);
         let highest = tokenizer.get_vocab(true).into_values().max().context("it has no tokens")?;
         ensure!(
             (highest as usize) < model,
@@ -165,6 +168,12 @@ mod tests {
         let json = fs::read(folder.path().join("tokenizer.json")).unwrap();
         let small = Vocabulary::read(json.clone(), Some("a"), 255).unwrap_err();
         assert!(small.to_string().contains("model.vocabulary is 255: expected at least 256"), "{small}");
+        let cut = String::from_utf8(json.clone()).unwrap().replace(
+            "\"truncation\":null",
+            "\"truncation\":{\"direction\":\"Right\",\"max_length\":3,\"strategy\":\"LongestFirst\",\"stride\":0}",
+        );
+        let whole = Vocabulary::read(cut.into_bytes(), Some("a"), 256).unwrap().encode(b"longer than three", 1);
+        assert_eq!(whole.unwrap().len(), 17, "nothing is cut off");
         let vocabulary = Vocabulary::read(json.clone(), Some("a"), 256).unwrap();
         assert_eq!(vocabulary.end(), u32::from(b'a'));
         let error = vocabulary.encode(b"one\ntwo\nth\xffree", 7).unwrap_err();

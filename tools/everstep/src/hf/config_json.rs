@@ -58,8 +58,9 @@ fn scaling(yarn: &Yarn) -> Value {
     })
 }
 
-/// The file of a model whose weights have type `dtype`; `fp8` if most are quantised in blocks.
-pub(super) fn write(m: &ModelConfig, dtype: &str, fp8: bool) -> Value {
+/// The file of a model whose weights have type `dtype`; `fp8` if most are quantised in blocks; `end` is the
+/// token at a document's end.
+pub(super) fn write(m: &ModelConfig, dtype: &str, fp8: bool, end: u32) -> Value {
     let mut all = Map::new();
     all.insert("architectures".into(), json!(["DeepseekV3ForCausalLM"]));
     all.insert("model_type".into(), json!("deepseek_v3"));
@@ -71,8 +72,9 @@ pub(super) fn write(m: &ModelConfig, dtype: &str, fp8: bool) -> Value {
     all.insert("topk_method".into(), json!("noaux_tc"));
     all.insert("moe_layer_freq".into(), json!(1));
     all.insert("num_nextn_predict_layers".into(), json!(m.mtp));
-    all.insert("bos_token_id".into(), json!(0));
-    all.insert("eos_token_id".into(), json!(1.min(m.vocabulary - 1)));
+    // Documents have an end but no beginning of their own.
+    all.insert("bos_token_id".into(), Value::Null);
+    all.insert("eos_token_id".into(), json!(end));
     all.insert("torch_dtype".into(), json!(dtype));
     if let Some(yarn) = &m.yarn {
         all.insert("rope_scaling".into(), scaling(yarn));

@@ -186,9 +186,10 @@ fn fill(
         write_set(folder, "mtp", mtp, &source, &bar)?;
     }
     bar.finish_and_clear();
+    let end = data::Vocabulary::of_run(run, config)?.end();
     let dtype = if precision == Precision::F32 { "float32" } else { "bfloat16" };
-    write_json(&folder.join("config.json"), &config_json::write(model, dtype, precision == Precision::Fp8))?;
-    let ends = serde_json::json!({ "bos_token_id": 0, "eos_token_id": 1.min(model.vocabulary - 1) });
+    write_json(&folder.join("config.json"), &config_json::write(model, dtype, precision == Precision::Fp8, end))?;
+    let ends = serde_json::json!({ "eos_token_id": end });
     write_json(&folder.join("generation_config.json"), &ends)?;
     data::export(run, folder)
 }
