@@ -131,7 +131,13 @@ pub struct Training {
 impl Training {
     /// Waits until so many steps are reported.
     pub fn wait_for_step(&self, step: u64) -> Result<()> {
-        wait(&format!("step {step}"), || Ok(metrics(&self.run)?.last().is_some_and(|l| l.step >= step)))
+        wait(&format!("step {step}"), || {
+            let done = metrics(&self.run)?.last().is_some_and(|l| l.step >= step);
+            if !done && !lives(self.child.id()) {
+                bail!("the launcher ended before step {step}");
+            }
+            Ok(done)
+        })
     }
 
     /// Waits for the end.

@@ -138,8 +138,7 @@ impl Launcher {
         let text =
             fs::read_to_string(run.config()).with_context(|| format!("cannot read {}", run.config().display()))?;
         let config = Config::parse(&text, &run.config().display().to_string(), &[])?;
-        // The supervisor takes the lock for itself; here it only tells whether somebody has it.
-        drop(run.lock()?);
+        wait_for_lock(&run)?;
         let path = run.identity();
         let read = fs::read_to_string(&path).with_context(|| format!("cannot read {}", path.display()))?;
         let identity: RunIdentity = serde_json::from_str(&read).with_context(|| path.display().to_string())?;
@@ -292,6 +291,19 @@ impl Launcher {
 impl Drop for Launcher {
     fn drop(&mut self) {
         self.kill_all();
+    }
+}
+
+/// The supervisor takes the lock for itself; here it only tells whether somebody has it. Processes of a
+/// launcher that was killed a moment ago are about to end.
+fn wait_for_lock(run: &RunFolder) -> Result<()> {
+    let deadline = Instant::now() + FAREWELL;
+    loop {
+        match run.lock() {
+            Ok(_) => return Ok(()),
+            Err(error) if Instant::now() > deadline => return Err(error.into()),
+            Err(_) => std::thread::sleep(LOOK),
+        }
     }
 }
 
