@@ -32,6 +32,8 @@ pub(crate) struct Forms {
     /// As the columns of a product with its rows, and with its columns: in BF16, and in FP8 with scales.
     pub(crate) by_rows: [OnceLock<(Columns, Vec<f32>)>; 2],
     pub(crate) by_columns: [OnceLock<(Columns, Vec<f32>)>; 2],
+    /// In E4M3 in blocks.
+    pub(crate) blocks: OnceLock<Quantised>,
     /// In E4M3 along its rows, by scaling.
     pub(crate) along_rows: [OnceLock<Quantised>; 2],
     /// In E4M3 along its columns, by scaling: straight, and by way of its rows' form as columns of a product.

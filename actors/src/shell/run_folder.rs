@@ -96,6 +96,16 @@ pub struct RunIdentity {
     pub sources: Vec<SourceInfo>,
 }
 
+impl RunIdentity {
+    /// Reads that of a run.
+    pub fn read(run: &RunFolder) -> std::io::Result<Self> {
+        let path = run.identity();
+        let words = |e: &dyn std::fmt::Display| std::io::Error::other(format!("cannot read {}: {e}", path.display()));
+        let text = std::fs::read_to_string(&path).map_err(|e| words(&e))?;
+        serde_json::from_str(&text).map_err(|e| words(&e))
+    }
+}
+
 /// A line of metrics.jsonl.
 #[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
 pub struct MetricsLine {

@@ -120,7 +120,7 @@ pub async fn run_supervisor(
     let text = std::fs::read_to_string(run.config())?;
     let mut config = Config::parse(&text, &run.config().display().to_string(), &[])?;
     config.nodes = nodes.unwrap_or(config.nodes);
-    let identity: RunIdentity = serde_json::from_str(&std::fs::read_to_string(run.identity())?)?;
+    let identity = RunIdentity::read(&run)?;
     let class = CpuBackend::new(config.spec.precision).class().0;
     if class != identity.class {
         let path = run.identity();

@@ -99,6 +99,11 @@ enum Waiting {
     Backward { attention: AttentionSaved, sent: Box<SentBack> },
 }
 
+/// A micro-batch in work; its map alone is borrowed.
+fn batch_of(batches: &mut BTreeMap<u32, MicroBatch>, micro_batch: u32) -> &mut MicroBatch {
+    batches.get_mut(&micro_batch).expect("an operation follows the forward function of its micro-batch")
+}
+
 /// The sum of losses, in their order.
 fn sum(b: &dyn Backend, losses: &Tensor) -> f64 {
     let losses = b.read(losses).expect("the loss is read before it is reported");
@@ -164,10 +169,6 @@ impl StageModel {
         Self { config, scales, embedding, layers, main, head, prediction, batches, sums }
     }
 
-    fn batch(&mut self, micro_batch: u32) -> &mut MicroBatch {
-        self.batches.get_mut(&micro_batch).expect("an operation follows the forward function of its micro-batch")
-    }
-
     /// Starts the forward function; `targets`, the next token of every position, for the last stage.
     /// Without them it gives logits, and predicts one token only.
     pub fn forward(
@@ -194,7 +195,7 @@ impl StageModel {
 
     /// Goes on with the rows of the experts that the forward function asked for.
     pub fn resume_forward(&mut self, b: &dyn Backend, micro_batch: u32, rows: Vec<Tensor>) -> Progress {
-        let batch = self.batch(micro_batch);
+        let batch = batch_of(&mut self.batches, micro_batch);
         let Some((at, Waiting::Forward { attention, sent })) = batch.waiting.take() else {
             unreachable!("experts answer a forward function that waits for them");
         };
@@ -208,7 +209,9 @@ impl StageModel {
         for at in from..=self.layers.len() {
             if at == self.main {
                 match self.leave_main(b, micro_batch, h) {
-                    Progress::Hidden(out) if self.prediction.is_some() && self.batch(micro_batch).targets.is_some() => {
+                    Progress::Hidden(out)
+                        if self.prediction.is_some() && batch_of(&mut self.batches, micro_batch).targets.is_some() =>
+                    {
                         h = out;
                     }
                     left => return left,
@@ -219,14 +222,14 @@ impl StageModel {
             match layer.mixture.forward(b, out, &config) {
                 Half::Done((out, saved)) => {
                     h = out;
-                    self.batch(micro_batch).saved.push((attention, saved));
+                    batch_of(&mut self.batches, micro_batch).saved.push((attention, saved));
                 }
                 Half::Experts { rows, sent } => {
                     let layer = layer.index;
                     let counts = sent.plan.counts();
                     let loads = self.sums.loads.entry(layer).or_insert_with(|| vec![0; counts.len()]);
                     loads.iter_mut().zip(counts).for_each(|(sum, count)| *sum += count);
-                    self.batch(micro_batch).waiting = Some((at, Waiting::Forward { attention, sent }));
+                    batch_of(&mut self.batches, micro_batch).waiting = Some((at, Waiting::Forward { attention, sent }));
                     return Progress::Experts { layer, rows };
                 }
             }
@@ -241,7 +244,7 @@ impl StageModel {
         let Some(head) = &self.head else { return Progress::Hidden(h) };
         let x = b.rms_norm(&h, &head.norm.value, NORM_EPS);
         let logits = b.linear(&x, &head.weight.value, head.weight.role);
-        let batch = self.batches.get_mut(&micro_batch).expect("a forward function has its micro-batch");
+        let batch = batch_of(&mut self.batches, micro_batch);
         let Some(targets) = &batch.targets else { return Progress::Hidden(logits) };
         let (losses, dlogits) = b.cross_entropy(&logits, &b.upload_indices(targets.clone()), self.scales.loss);
         self.sums.losses[0] += sum(b, &losses);
@@ -254,7 +257,7 @@ impl StageModel {
 
     /// After the block of multi-token prediction.
     fn leave_prediction(&mut self, b: &dyn Backend, micro_batch: u32, h: Tensor) {
-        let batch = self.batches.get_mut(&micro_batch).expect("a forward function has its micro-batch");
+        let batch = batch_of(&mut self.batches, micro_batch);
         let (Some(prediction), Some(targets), Some((_, left))) =
             (&self.prediction, &batch.targets, &mut batch.prediction)
         else {
@@ -267,7 +270,7 @@ impl StageModel {
 
     /// Starts the input part of the backward function with the next stage's gradient (none for the last stage).
     pub fn backward_input(&mut self, b: &dyn Backend, micro_batch: u32, gradient: Option<Tensor>) -> Progress {
-        let batch = self.batches.get_mut(&micro_batch).expect("an operation follows its forward function");
+        let batch = batch_of(&mut self.batches, micro_batch);
         let dh = match (&self.prediction, &mut batch.prediction, gradient) {
             (Some(prediction), Some((_, left)), None) => {
                 let left = left.take().expect("the forward function has left the block");
@@ -281,7 +284,7 @@ impl StageModel {
 
     /// Back through the head; `more` is what multi-token prediction adds to the normed state's gradient.
     fn backward_head(&mut self, b: &dyn Backend, micro_batch: u32, more: Option<Tensor>) -> Tensor {
-        let batch = self.batches.get_mut(&micro_batch).expect("an operation follows its forward function");
+        let batch = batch_of(&mut self.batches, micro_batch);
         let (Some(head), Some((h, x, dlogits))) = (&self.head, batch.head.take()) else {
             unreachable!("the last stage makes its gradient, the others get it");
         };
@@ -296,7 +299,7 @@ impl StageModel {
     /// Goes on with the input gradients of the experts that the backward function asked for.
     pub fn resume_backward(&mut self, b: &dyn Backend, micro_batch: u32, rows: Vec<Tensor>) -> Progress {
         let config = Arc::clone(&self.config);
-        let batch = self.batches.get_mut(&micro_batch).expect("an operation follows its forward function");
+        let batch = batch_of(&mut self.batches, micro_batch);
         let Some((at, Waiting::Backward { attention, sent })) = batch.waiting.take() else {
             unreachable!("experts answer a backward function that waits for them");
         };
@@ -310,7 +313,7 @@ impl StageModel {
     /// What is between block `at` and the one below it: for the block of multi-token prediction, its
     /// entrance and the head of the main model.
     fn below(&mut self, b: &dyn Backend, micro_batch: u32, at: usize, dh: Tensor) -> Tensor {
-        let batch = self.batches.get_mut(&micro_batch).expect("an operation follows its forward function");
+        let batch = batch_of(&mut self.batches, micro_batch);
         let (Some(prediction), true) = (&self.prediction, at == self.main) else { return dh };
         let (entered, _) = batch.prediction.take().expect("the forward function has entered the block");
         let more = prediction.backward_enter(b, entered, dh, &mut batch.products);
@@ -321,7 +324,7 @@ impl StageModel {
     fn backward_from(&mut self, b: &dyn Backend, micro_batch: u32, end: usize, mut dh: Tensor) -> Progress {
         let (config, balance) = (Arc::clone(&self.config), self.scales.balance);
         for at in (0..end).rev() {
-            let batch = self.batches.get_mut(&micro_batch).expect("an operation follows its forward function");
+            let batch = batch_of(&mut self.batches, micro_batch);
             let layer = &self.layers[at];
             let (attention, saved) = batch.saved.pop().expect("each layer saved its activations");
             match layer.mixture.backward_input(b, saved, dh, &config, balance, &mut batch.products) {
@@ -335,7 +338,7 @@ impl StageModel {
                 }
             }
         }
-        let batch = self.batches.get_mut(&micro_batch).expect("an operation follows its forward function");
+        let batch = batch_of(&mut self.batches, micro_batch);
         let (Some(table), Some(tokens)) = (&self.embedding, batch.tokens.take()) else { return Progress::Hidden(dh) };
         let vocabulary = table.value.rows();
         batch.products.push((table.name.clone(), Product::Embedding { dy: dh, tokens, vocabulary }));

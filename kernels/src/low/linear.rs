@@ -1,6 +1,6 @@
 //! Linear layers in low precision, on tensors that keep the forms that products read.
 
-use super::{Causal, Columns, Matrix, Path, Quantised, Scaling, Target, product, scaled_product};
+use super::{Causal, Columns, Matrix, Path, Quantised, Scaling, TILE, Target, product, scaled_product};
 use crate::backend::{Precision, Role};
 use crate::tensor::Tensor;
 
@@ -16,6 +16,22 @@ pub(crate) enum Form {
 impl Form {
     fn index(self) -> usize {
         usize::from(self != Self::Rounded)
+    }
+
+    /// Scaling of an activation, in E4M3.
+    fn of_x(self) -> Option<Scaling> {
+        match self {
+            Self::Rounded => None,
+            Self::Quantised { x, .. } => Some(x),
+        }
+    }
+
+    /// Scaling of a gradient, in E4M3.
+    fn of_dy(self) -> Option<Scaling> {
+        match self {
+            Self::Rounded => None,
+            Self::Quantised { dy, .. } => Some(dy),
+        }
     }
 
     /// The recipe of the technical report, section 3.3.
@@ -54,14 +70,16 @@ fn again_along_columns(x: &Tensor, scaling: Scaling) -> &(Columns, Vec<f32>) {
     })
 }
 
+/// A weight in E4M3: both of its products read it.
+fn blocks(w: &Tensor) -> &Quantised {
+    w.forms().blocks.get_or_init(|| Quantised::blocks(w.f32s(), w.rows(), w.columns()))
+}
+
 /// A weight as columns of the forward product, with scales in FP8.
 fn by_rows(w: &Tensor, form: Form) -> &(Columns, Vec<f32>) {
     w.forms().by_rows[form.index()].get_or_init(|| match form {
         Form::Rounded => (Columns::of_rows(rounded(w)), Vec::new()),
-        Form::Quantised { .. } => {
-            let q = Quantised::blocks(w.f32s(), w.rows(), w.columns());
-            (Columns::of_rows(&q.values), q.scales)
-        }
+        Form::Quantised { .. } => (Columns::of_rows(&blocks(w).values), blocks(w).scales.clone()),
     })
 }
 
@@ -70,8 +88,8 @@ fn by_columns(w: &Tensor, form: Form) -> &(Columns, Vec<f32>) {
     w.forms().by_columns[form.index()].get_or_init(|| match form {
         Form::Rounded => (Columns::of_columns(rounded(w)), Vec::new()),
         Form::Quantised { .. } => {
-            let q = Quantised::blocks(w.f32s(), w.rows(), w.columns());
-            let (rows, columns) = (w.rows().div_ceil(super::TILE), w.columns().div_ceil(super::TILE));
+            let q = blocks(w);
+            let (rows, columns) = (w.rows().div_ceil(TILE), w.columns().div_ceil(TILE));
             let scale = |at: usize| q.scales[at % rows * columns + at / rows];
             (Columns::of_columns(&q.values), (0..rows * columns).map(scale).collect())
         }
@@ -85,54 +103,54 @@ fn results(rows: usize, columns: usize, round: bool, fill: impl FnOnce(&mut Targ
     data
 }
 
+/// Rows of a whole tensor times a weight's columns.
+fn times(path: Path, x: &Tensor, scaling: Option<Scaling>, (b, scales): &(Columns, Vec<f32>), to: &mut Target<'_>) {
+    match scaling {
+        None => product(path, rounded(x), b, Causal::No, to),
+        Some(scaling) => {
+            let x = along_rows(x, scaling);
+            scaled_product(path, (&x.values, &x.scales), (b, scales, TILE), to);
+        }
+    }
+}
+
+/// The same of `rows` that are a part of a tensor, of which no form is kept.
+fn rows_times(
+    path: Path,
+    (x, rows): (&[f32], usize),
+    scaling: Option<Scaling>,
+    (b, scales): &(Columns, Vec<f32>),
+    to: &mut Target<'_>,
+) {
+    match scaling {
+        None => product(path, &Matrix::round(x, rows, b.terms, b.terms), b, Causal::No, to),
+        Some(scaling) => {
+            let x = Quantised::rows(x, rows, b.terms, scaling);
+            scaled_product(path, (&x.values, &x.scales), (b, scales, TILE), to);
+        }
+    }
+}
+
 /// `x_TI w_OI^T -> y_TO`.
 pub(crate) fn forward(path: Path, form: Form, x: &Tensor, w: &Tensor) -> Vec<f32> {
-    let (b, scales) = by_rows(w, form);
-    results(x.rows(), w.rows(), true, |to| match form {
-        Form::Rounded => product(path, rounded(x), b, Causal::No, to),
-        Form::Quantised { x: scaling, .. } => {
-            let x = along_rows(x, scaling);
-            scaled_product(path, (&x.values, &x.scales), (b, scales, super::TILE), to);
-        }
-    })
+    results(x.rows(), w.rows(), true, |to| times(path, x, form.of_x(), by_rows(w, form), to))
 }
 
 /// The forward product of rows that are a part of a tensor, into a part of another.
 pub(crate) fn forward_rows(path: Path, form: Form, x: &[f32], rows: usize, w: &Tensor, y: &mut [f32]) {
-    let (b, scales) = by_rows(w, form);
     let to = &mut Target { data: y, stride: w.rows(), round: true };
-    match form {
-        Form::Rounded => product(path, &Matrix::round(x, rows, w.columns(), w.columns()), b, Causal::No, to),
-        Form::Quantised { x: scaling, .. } => {
-            let x = Quantised::rows(x, rows, w.columns(), scaling);
-            scaled_product(path, (&x.values, &x.scales), (b, scales, super::TILE), to);
-        }
-    }
-}
-
-/// The same for the backward product.
-pub(crate) fn backward_input_rows(path: Path, form: Form, dy: &[f32], rows: usize, w: &Tensor, dx: &mut [f32]) {
-    let (b, scales) = by_columns(w, form);
-    let to = &mut Target { data: dx, stride: w.columns(), round: true };
-    match form {
-        Form::Rounded => product(path, &Matrix::round(dy, rows, w.rows(), w.rows()), b, Causal::No, to),
-        Form::Quantised { dy: scaling, .. } => {
-            let dy = Quantised::rows(dy, rows, w.rows(), scaling);
-            scaled_product(path, (&dy.values, &dy.scales), (b, scales, super::TILE), to);
-        }
-    }
+    rows_times(path, (x, rows), form.of_x(), by_rows(w, form), to);
 }
 
 /// `dy_TO w_OI -> dx_TI`.
 pub(crate) fn backward_input(path: Path, form: Form, dy: &Tensor, w: &Tensor) -> Vec<f32> {
-    let (b, scales) = by_columns(w, form);
-    results(dy.rows(), w.columns(), true, |to| match form {
-        Form::Rounded => product(path, rounded(dy), b, Causal::No, to),
-        Form::Quantised { dy: scaling, .. } => {
-            let dy = along_rows(dy, scaling);
-            scaled_product(path, (&dy.values, &dy.scales), (b, scales, super::TILE), to);
-        }
-    })
+    results(dy.rows(), w.columns(), true, |to| times(path, dy, form.of_dy(), by_columns(w, form), to))
+}
+
+/// The backward product of rows that are a part of a tensor, into a part of another.
+pub(crate) fn backward_input_rows(path: Path, form: Form, dy: &[f32], rows: usize, w: &Tensor, dx: &mut [f32]) {
+    let to = &mut Target { data: dx, stride: w.columns(), round: true };
+    rows_times(path, (dy, rows), form.of_dy(), by_columns(w, form), to);
 }
 
 /// `dy_TO^T x_TI -> dw_OI`, in f32.

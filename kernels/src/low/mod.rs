@@ -25,12 +25,13 @@ pub(crate) use matrix::{Columns, Matrix};
 pub(crate) use product::{Causal, Target, product, scaled_product};
 pub(crate) use quantised::{Quantised, Scaling};
 
+/// Terms that share scales.
+pub(crate) use crate::ops::quantise::TILE;
+
 use std::sync::OnceLock;
 
 /// Terms that a matrix tile sums at once.
 pub(crate) const K_BLOCK: usize = 32;
-/// Terms that share scales.
-pub(crate) const TILE: usize = 128;
 /// Rows and columns of the part of a product that is made at once.
 pub(crate) const BLOCK: usize = 32;
 /// A part of a product, by row.

@@ -1,7 +1,7 @@
 //! E4M3 matrices as BF16 values with scales along `K` (technical report 3.3).
 
 use super::{Matrix, TILE};
-use crate::ops::quantise::{LEAST, MAX, nearest, power_of_two};
+use crate::ops::quantise::{nearest, power_of_two, scale_of};
 
 /// How a scale follows from a tile's largest magnitude.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -15,7 +15,7 @@ pub(crate) enum Scaling {
 impl Scaling {
     #[inline(always)]
     fn of(self, largest: f32) -> f32 {
-        let scale = if largest > LEAST { largest / MAX } else { 1.0 };
+        let scale = scale_of(largest);
         if self == Self::PowerOfTwo { power_of_two(scale) } else { scale }
     }
 }

@@ -44,21 +44,25 @@ impl AttentionShape {
     }
 }
 
-/// Column offsets of one head of one sequence.
-struct Head<'a> {
-    s: &'a AttentionShape,
+/// Where one head of one sequence lies in each operand.
+pub(crate) struct Head<'a> {
+    pub(crate) s: &'a AttentionShape,
     /// First token of the sequence.
-    first: usize,
-    head: usize,
+    pub(crate) first: usize,
+    pub(crate) head: usize,
 }
 
 impl Head<'_> {
-    fn q_at(&self) -> usize {
+    pub(crate) fn q_at(&self) -> usize {
         self.first * self.s.q_row() + self.head * (self.s.nope + self.s.rope)
     }
 
-    fn kv_at(&self) -> usize {
+    pub(crate) fn kv_at(&self) -> usize {
         self.first * self.s.kv_row() + self.head * (self.s.nope + self.s.value)
+    }
+
+    pub(crate) fn o_at(&self) -> usize {
+        self.first * self.s.o_row() + self.head * self.s.value
     }
 
     fn q_nope<'b>(&self, q: &'b [f32]) -> View<'b> {
@@ -82,8 +86,7 @@ impl Head<'_> {
     }
 
     fn output<'b>(&self, o: &'b [f32]) -> View<'b> {
-        let at = self.first * self.s.o_row() + self.head * self.s.value;
-        View::strided(&o[at..], self.s.sequence, self.s.value, self.s.o_row())
+        View::strided(&o[self.o_at()..], self.s.sequence, self.s.value, self.s.o_row())
     }
 
     /// Scaled scores `[S, S]`; the future is not masked yet.
@@ -101,9 +104,9 @@ impl Head<'_> {
     }
 }
 
-fn heads(s: &AttentionShape, tokens: usize) -> impl Iterator<Item = (usize, usize)> + use<> {
-    let (sequence, heads) = (s.sequence, s.heads);
-    (0..tokens / sequence).flat_map(move |b| (0..heads).map(move |h| (b * sequence, h)))
+/// All heads of all sequences, in order.
+pub(crate) fn heads(s: &AttentionShape, tokens: usize) -> impl Iterator<Item = Head<'_>> {
+    (0..tokens / s.sequence).flat_map(move |b| (0..s.heads).map(move |head| Head { s, first: b * s.sequence, head }))
 }
 
 /// `q, kv, k_rope -> (o, lse)`.
@@ -112,8 +115,8 @@ pub(crate) fn forward(q: &[f32], kv: &[f32], k_rope: &[f32], s: &AttentionShape)
     let n = s.sequence;
     assert!(tokens.is_multiple_of(s.sequence), "whole sequences");
     let (mut o, mut lse) = (wide::unwritten(tokens * s.o_row()), wide::unwritten(tokens * s.heads));
-    for (first, head) in heads(s, tokens) {
-        let at = Head { s, first, head };
+    for at in heads(s, tokens) {
+        let (first, head) = (at.first, at.head);
         let mut p = at.scores(q, kv, k_rope);
         wide::run(
             #[inline(always)]
@@ -129,8 +132,7 @@ pub(crate) fn forward(q: &[f32], kv: &[f32], k_rope: &[f32], s: &AttentionShape)
                 }
             },
         );
-        let to = first * s.o_row() + head * s.value;
-        let target = &mut Target { data: &mut o[to..], row_stride: s.o_row() };
+        let target = &mut Target { data: &mut o[at.o_at()..], row_stride: s.o_row() };
         gemm(target, View::new(&p, n, n), at.values(kv), false);
     }
     (o, lse)
@@ -153,8 +155,8 @@ pub(crate) fn backward(saved: &Saved<'_>, d_o: &[f32], s: &AttentionShape) -> (V
     let n = s.sequence;
     let (mut dq, mut dkv) = (wide::unwritten(q.len()), wide::unwritten(kv.len()));
     let mut dk_rope = vec![0.0; k_rope.len()];
-    for (first, head) in heads(s, tokens) {
-        let at = Head { s, first, head };
+    for at in heads(s, tokens) {
+        let (first, head) = (at.first, at.head);
         let mut p = at.scores(q, kv, k_rope);
         wide::run(
             #[inline(always)]
@@ -179,9 +181,9 @@ pub(crate) fn backward(saved: &Saved<'_>, d_o: &[f32], s: &AttentionShape) -> (V
             #[inline(always)]
             || {
                 for (i, (ds, p)) in ds.chunks_exact_mut(n).zip(p.chunks_exact(n)).enumerate() {
-                    let from = (first + i) * s.o_row() + head * s.value;
-                    let at = from..from + s.value;
-                    let inner = sum_of([&d_o[at.clone()], &o[at]], |[d_o, o]| d_o * o);
+                    let from = at.o_at() + i * s.o_row();
+                    let row = from..from + s.value;
+                    let inner = sum_of([&d_o[row.clone()], &o[row]], |[d_o, o]| d_o * o);
                     ds.iter_mut().zip(p).for_each(|(ds, p)| *ds = (p * (*ds - inner)) * s.scale);
                 }
             },

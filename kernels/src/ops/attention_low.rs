@@ -4,31 +4,12 @@
 //! A score is one product over a head's `N + R` columns. Parts that the causal mask makes zero are left
 //! out; they would add nothing. Gradients of the shared `k_rope` add heads in ascending order in FP32.
 
-use super::attention::{AttentionShape, Saved};
-use crate::low::{Causal, Columns, Matrix, Path, Target, product};
+use super::attention::{AttentionShape, Head, Saved, heads};
+use crate::low::{BLOCK, Causal, Columns, Matrix, Path, Target, product};
 use crate::math::{exp, largest, sum_of};
 use crate::wide::unwritten;
 
-/// One head of one sequence, from its first token on.
-struct Head<'a> {
-    s: &'a AttentionShape,
-    first: usize,
-    head: usize,
-}
-
 impl Head<'_> {
-    fn q_at(&self) -> usize {
-        self.first * self.s.q_row() + self.head * (self.s.nope + self.s.rope)
-    }
-
-    fn kv_at(&self) -> usize {
-        self.first * self.s.kv_row() + self.head * (self.s.nope + self.s.value)
-    }
-
-    fn o_at(&self) -> usize {
-        self.first * self.s.o_row() + self.head * self.s.value
-    }
-
     fn queries(&self, q: &[f32]) -> Matrix {
         Matrix::round(&q[self.q_at()..], self.s.sequence, self.s.nope + self.s.rope, self.s.q_row())
     }
@@ -44,17 +25,13 @@ impl Head<'_> {
         Matrix::round(&keys, n, nope + rope, nope + rope)
     }
 
-    fn values(&self, kv: &[f32]) -> Matrix {
+    fn rounded_values(&self, kv: &[f32]) -> Matrix {
         Matrix::round(&kv[self.kv_at() + self.s.nope..], self.s.sequence, self.s.value, self.s.kv_row())
     }
 
     fn outputs(&self, o: &[f32]) -> Matrix {
         Matrix::round(&o[self.o_at()..], self.s.sequence, self.s.value, self.s.o_row())
     }
-}
-
-fn heads<'a>(s: &'a AttentionShape, tokens: usize) -> impl Iterator<Item = Head<'a>> {
-    (0..tokens / s.sequence).flat_map(move |b| (0..s.heads).map(move |head| Head { s, first: b * s.sequence, head }))
 }
 
 /// Rows `stride` apart, not rounded.
@@ -64,7 +41,7 @@ fn plain(data: &mut [f32], stride: usize) -> Target<'_> {
 
 /// Columns of a row up to which the mask lets products be made: whole parts.
 fn reach(i: usize, n: usize) -> usize {
-    (i / 32 * 32 + 32).min(n)
+    (i / BLOCK * BLOCK + BLOCK).min(n)
 }
 
 /// Scores, of which those after the row's part are left as they are.
@@ -103,7 +80,7 @@ pub(crate) fn forward(path: Path, q: &[f32], kv: &[f32], k_rope: &[f32], s: &Att
         // Stale scores lie in parts that are not read.
         let p = Matrix::round(&p, n, n, n);
         let to = &mut plain(&mut o[at.o_at()..], s.o_row());
-        product(path, &p, &Columns::of_columns(&at.values(kv)), Causal::TermsUpTo, to);
+        product(path, &p, &Columns::of_columns(&at.rounded_values(kv)), Causal::TermsUpTo, to);
     }
     (o, lse)
 }
@@ -122,7 +99,7 @@ pub(crate) fn backward(
     for at in heads(s, tokens) {
         let (queries, keys, outputs) = (at.queries(q), at.keys(kv, k_rope), at.outputs(d_o));
         scores(path, &queries, &keys, &mut p);
-        product(path, &outputs, &Columns::of_rows(&at.values(kv)), Causal::Columns, &mut plain(&mut ds, n));
+        product(path, &outputs, &Columns::of_rows(&at.rounded_values(kv)), Causal::Columns, &mut plain(&mut ds, n));
         crate::wide::run(
             #[inline(always)]
             || {

@@ -5,12 +5,18 @@
 //! rounded to the nearest E4M3 value, ties to even. A tile of zeros has scale 1. Columns that do not
 //! fill a tile make a shorter one. E4M3 here is the "fn" form: no infinity, `0x7f` and `0xff` are NaN.
 
-/// Elements of a row that share a scale.
+/// Elements of a row that share a scale; a block of a weight has as many rows too.
 pub(crate) const TILE: usize = 128;
-/// What is not above this is zero: its scale would be no normal number.
-pub(crate) const LEAST: f32 = 1e-30;
 /// The largest E4M3 value.
-pub(crate) const MAX: f32 = 448.0;
+const MAX: f32 = 448.0;
+
+/// The scale of elements whose largest magnitude is `largest`.
+#[inline(always)]
+pub(crate) fn scale_of(largest: f32) -> f32 {
+    // What is not above this is zero: its scale would be no normal number.
+    const LEAST: f32 = 1e-30;
+    if largest > LEAST { largest / MAX } else { 1.0 }
+}
 
 /// The value of an E4M3 code. Exact in f32.
 pub(crate) fn decode(code: u8) -> f32 {
@@ -64,7 +70,7 @@ pub(crate) fn quantise(x: &[f32], columns: usize) -> (Vec<u8>, Vec<f32>) {
     for row in x.chunks_exact(columns.max(1)) {
         for tile in row.chunks(TILE) {
             let largest = tile.iter().fold(0.0f32, |m, x| m.max(x.abs()));
-            let scale = if largest > LEAST { largest / MAX } else { 1.0 };
+            let scale = scale_of(largest);
             scales.push(scale);
             codes.extend(tile.iter().map(|x| encode(x / scale)));
         }
@@ -72,32 +78,29 @@ pub(crate) fn quantise(x: &[f32], columns: usize) -> (Vec<u8>, Vec<f32>) {
     (codes, scales)
 }
 
-/// Rows of a block of a weight that share a scale, and columns.
-const BLOCK: usize = 128;
-
 /// `w_OI -> (codes_OI, scales_ceil(O/128),ceil(I/128))`: a scale for each block (technical report 3.3).
 pub fn quantise_blocks(w: &[f32], rows: usize, columns: usize) -> (Vec<u8>, Vec<f32>) {
-    let across = columns.div_ceil(BLOCK);
-    let mut largest = vec![0.0f32; rows.div_ceil(BLOCK) * across];
+    let across = columns.div_ceil(TILE);
+    let mut largest = vec![0.0f32; rows.div_ceil(TILE) * across];
     for (r, row) in w.chunks_exact(columns).enumerate() {
-        for (tile, largest) in row.chunks(BLOCK).zip(&mut largest[r / BLOCK * across..]) {
+        for (tile, largest) in row.chunks(TILE).zip(&mut largest[r / TILE * across..]) {
             *largest = tile.iter().fold(*largest, |m, x| m.max(x.abs()));
         }
     }
-    let scales: Vec<f32> = largest.iter().map(|m| if *m > LEAST { m / MAX } else { 1.0 }).collect();
+    let scales: Vec<f32> = largest.into_iter().map(scale_of).collect();
     let codes = w.chunks_exact(columns).enumerate().flat_map(|(r, row)| {
-        let scales = &scales[r / BLOCK * across..];
-        row.iter().enumerate().map(|(c, x)| encode(x / scales[c / BLOCK])).collect::<Vec<_>>()
+        let scales = &scales[r / TILE * across..];
+        row.iter().enumerate().map(|(c, x)| encode(x / scales[c / TILE])).collect::<Vec<_>>()
     });
     (codes.collect(), scales)
 }
 
 /// The values of a matrix that was quantised in blocks.
 pub fn dequantise_blocks(codes: &[u8], scales: &[f32], columns: usize) -> Vec<f32> {
-    let across = columns.div_ceil(BLOCK);
+    let across = columns.div_ceil(TILE);
     let value = |(at, code): (usize, &u8)| {
         let (r, c) = (at / columns, at % columns);
-        decode(*code) * scales[r / BLOCK * across + c / BLOCK]
+        decode(*code) * scales[r / TILE * across + c / TILE]
     };
     codes.iter().enumerate().map(value).collect()
 }

@@ -3,7 +3,8 @@
 use crate::data;
 use crate::weights::Weights;
 use anyhow::{Context, Result, ensure};
-use everstep_actors::{Config, RunFolder, Tokens};
+use everstep_actors::{RunFolder, Tokens};
+use everstep_checkpoint::Reader;
 use everstep_kernels::{Backend, Decoder, mean_loss};
 use serde::{Deserialize, Serialize};
 use std::path::PathBuf;
@@ -87,6 +88,7 @@ pub(crate) fn newest(run: &RunFolder) -> u64 {
 #[derive(Debug)]
 pub(crate) struct Evaluator {
     run: RunFolder,
+    reader: Reader,
     every: Option<u64>,
     child: Option<Child>,
     /// The newest step that was given to a process.
@@ -94,9 +96,10 @@ pub(crate) struct Evaluator {
 }
 
 impl Evaluator {
-    pub(crate) fn new(run: &RunFolder, config: &Config) -> Self {
-        let begun = newest(run);
-        Self { run: run.clone(), every: config.data.eval.as_ref().map(|e| e.every), child: None, begun }
+    pub(crate) fn new(run: &RunFolder) -> Result<Self> {
+        let (config, reader) = crate::fingerprint::open(run)?;
+        let every = config.data.eval.map(|e| e.every);
+        Ok(Self { run: run.clone(), reader, every, child: None, begun: newest(run) })
     }
 
     /// Starts an evaluation if one is due and none runs. Gives whether there is nothing more to do.
@@ -110,9 +113,8 @@ impl Evaluator {
             }
             self.child = None;
         }
-        let (_, reader) = crate::fingerprint::open(&self.run)?;
         // Before the first checkpoint there is no folder of them.
-        let steps = reader.steps().unwrap_or_default();
+        let steps = self.reader.steps().unwrap_or_default();
         let due = steps.into_iter().find(|s| *s > self.begun && s.is_multiple_of(every));
         let Some(step) = due else { return Ok(true) };
         self.begun = step;

@@ -7,12 +7,10 @@ use everstep_kernels::state_sums;
 
 /// Opens a run folder's configuration and store.
 pub(crate) fn open(run: &RunFolder) -> Result<(Config, Reader)> {
-    let read = |path: std::path::PathBuf| {
-        std::fs::read_to_string(&path).with_context(|| format!("cannot read {}", path.display()))
-    };
-    let config = Config::parse(&read(run.config())?, &run.config().display().to_string(), &[])?;
-    let identity: RunIdentity = serde_json::from_str(&read(run.identity())?)?;
-    Ok((config, Reader::new(&run.checkpoints(), &identity.job)))
+    let path = run.config();
+    let text = std::fs::read_to_string(&path).with_context(|| format!("cannot read {}", path.display()))?;
+    let config = Config::parse(&text, &path.display().to_string(), &[])?;
+    Ok((config, Reader::new(&run.checkpoints(), &RunIdentity::read(run)?.job)))
 }
 
 /// A stored step: the newest by default.

@@ -13,7 +13,7 @@ use everstep_kernels::{Backend, CpuBackend};
 use rustix::process::{Pid, Signal, getppid, kill_process, set_parent_process_death_signal};
 use std::fs::{self, OpenOptions};
 use std::io::Read;
-use std::path::PathBuf;
+use std::path::{Path, PathBuf};
 use std::process::{Child, Command, ExitStatus, Stdio};
 use std::time::{Duration, Instant, SystemTime, UNIX_EPOCH};
 
@@ -59,17 +59,25 @@ pub(crate) fn create(
     // A port in use is told before anything is written. The supervisor binds it again.
     std::net::UdpSocket::bind(&config.listen)
         .with_context(|| format!("run.listen: cannot listen on {}", config.listen))?;
-    // Everything is made under another name first, so that a run folder is whole or not there.
-    let parent = run.0.parent().map_or_else(PathBuf::new, PathBuf::from);
-    let name = run.0.file_name().context("run.folder has no name")?.to_string_lossy().into_owned();
-    let scratch = RunFolder(parent.join(format!(".{name}.{}.new", std::process::id())));
-    let filled = fill(&scratch, config, data).and_then(|job| more(&scratch, &job));
-    let made = filled.and_then(|()| Ok(fs::rename(&scratch.0, &run.0)?));
-    if let Err(error) = made {
-        let _ = fs::remove_dir_all(&scratch.0);
-        return Err(error.context(format!("cannot make run folder {}", run.0.display())));
-    }
+    let make = |scratch: &Path| {
+        let scratch = RunFolder(scratch.to_owned());
+        fill(&scratch, config, data).and_then(|job| more(&scratch, &job))
+    };
+    whole_folder(&run.0, make).context("run.folder")?;
     Ok(run)
+}
+
+/// Makes a folder under another name first, so that it is whole or not there.
+pub(crate) fn whole_folder(path: &Path, fill: impl FnOnce(&Path) -> Result<()>) -> Result<()> {
+    let parent = path.parent().map_or_else(PathBuf::new, PathBuf::from);
+    let name = path.file_name().with_context(|| format!("{} has no name", path.display()))?.to_string_lossy();
+    let scratch = parent.join(format!(".{name}.{}.new", std::process::id()));
+    let made = fs::create_dir_all(&scratch).map_err(anyhow::Error::from).and_then(|()| fill(&scratch));
+    let made = made.and_then(|()| Ok(fs::rename(&scratch, path)?));
+    if made.is_err() {
+        let _ = fs::remove_dir_all(&scratch);
+    }
+    made.with_context(|| format!("cannot make folder {}", path.display()))
 }
 
 /// Gives the job's name.
@@ -139,10 +147,7 @@ impl Launcher {
             fs::read_to_string(run.config()).with_context(|| format!("cannot read {}", run.config().display()))?;
         let config = Config::parse(&text, &run.config().display().to_string(), &[])?;
         wait_for_lock(&run)?;
-        let path = run.identity();
-        let read = fs::read_to_string(&path).with_context(|| format!("cannot read {}", path.display()))?;
-        let identity: RunIdentity = serde_json::from_str(&read).with_context(|| path.display().to_string())?;
-        everstep_actors::verify_tokens(&run, &identity.sources)?;
+        everstep_actors::verify_tokens(&run, &RunIdentity::read(&run)?.sources)?;
         fs::create_dir_all(run.logs())?;
         let _ = fs::remove_file(run.address());
         let mut supervisor = Slot {
@@ -160,7 +165,7 @@ impl Launcher {
         };
         let mut launcher = Self {
             progress: Progress::new(&run, &config, show)?,
-            evaluator: Evaluator::new(&run, &config),
+            evaluator: Evaluator::new(&run)?,
             run,
             address,
             supervisor,

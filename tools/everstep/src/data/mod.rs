@@ -81,8 +81,7 @@ impl Data {
 pub(crate) fn samples(run: &RunFolder, steps: std::ops::Range<u64>, out: &mut impl Write) -> Result<()> {
     ensure!(steps.start > 0, "steps are counted from 1 on");
     let (config, _) = crate::fingerprint::open(run)?;
-    let read = |path: PathBuf| fs::read(&path).with_context(|| format!("cannot read {}", path.display()));
-    let identity: RunIdentity = serde_json::from_slice(&read(run.identity())?)?;
+    let identity = RunIdentity::read(run)?;
     let tokens = identity.sources.iter().enumerate().map(|(n, info)| map(&run.tokens(n), info));
     let spec = &config.spec;
     let corpus = Corpus::new(tokens.collect::<Result<_>>()?, spec)?;

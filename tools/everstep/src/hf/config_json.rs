@@ -90,10 +90,7 @@ pub(super) fn write(m: &ModelConfig, dtype: &str, fp8: bool, end: u32) -> Value 
 
 /// Whether two values say the same: numbers by value, whatever their notation.
 fn same(a: &Value, b: &Value) -> bool {
-    match (a.as_f64(), b.as_f64()) {
-        (Some(a), Some(b)) => a == b,
-        _ => a == b,
-    }
+    a.as_f64().zip(b.as_f64()).map_or(a == b, |(a, b)| a == b)
 }
 
 /// The rotary base and stretching, in either of the layouts that `transformers` writes.

@@ -8,6 +8,7 @@
 use super::config_json;
 use super::inventory::{self, Entry, Form, Precision};
 use crate::data;
+use crate::launcher::whole_folder;
 use anyhow::{Context, Result, bail};
 use everstep_actors::{Config, RunFolder};
 use everstep_checkpoint::{Manifest, Reader};
@@ -18,7 +19,7 @@ use std::borrow::Cow;
 use std::cell::RefCell;
 use std::collections::BTreeMap;
 use std::fs;
-use std::path::{Path, PathBuf};
+use std::path::Path;
 use std::sync::Arc;
 
 /// Bytes of a file, unless a single tensor has more.
@@ -153,17 +154,7 @@ pub(crate) fn export(run: &RunFolder, out: &Path, step: Option<u64>, precision: 
     }
     let (config, reader) = crate::fingerprint::open(run)?;
     let step = crate::fingerprint::choose(&reader, run, step)?;
-    let name = out.file_name().context("the output folder has no name")?.to_string_lossy().into_owned();
-    let scratch =
-        out.parent().map_or_else(PathBuf::new, PathBuf::from).join(format!(".{name}.{}.new", std::process::id()));
-    let made = fs::create_dir_all(&scratch)
-        .map_err(anyhow::Error::from)
-        .and_then(|()| fill(&scratch, &config, run, &reader, step, precision))
-        .and_then(|()| Ok(fs::rename(&scratch, out)?));
-    if let Err(error) = made {
-        let _ = fs::remove_dir_all(&scratch);
-        return Err(error.context(format!("cannot make {}", out.display())));
-    }
+    whole_folder(out, |scratch| fill(scratch, &config, run, &reader, step, precision))?;
     Ok(step)
 }
 
