@@ -3,8 +3,8 @@
 use crate::spec::Layout;
 use std::collections::BTreeMap;
 
-/// BLAKE3 over (name, shape, type, sums) in order of name, in hexadecimal. `sums` must name every parameter.
-pub fn root(layout: &Layout, sums: &BTreeMap<u32, [u128; 3]>) -> String {
+/// BLAKE3 over (name, shape, type, sum) in order of name, in hexadecimal. `sums` must name every parameter.
+pub fn root(layout: &Layout, sums: &BTreeMap<u32, u128>) -> String {
     assert_eq!(sums.len(), layout.parameters.len(), "sums of every parameter");
     let mut hasher = blake3::Hasher::new();
     for (number, parameter) in layout.parameters.iter().enumerate() {
@@ -13,9 +13,7 @@ pub fn root(layout: &Layout, sums: &BTreeMap<u32, [u128; 3]>) -> String {
         hasher.update(&(parameter.rows as u64).to_le_bytes());
         hasher.update(&(parameter.columns as u64).to_le_bytes());
         hasher.update(b"f32");
-        for sum in sums[&(number as u32)] {
-            hasher.update(&sum.to_le_bytes());
-        }
+        hasher.update(&sums[&(number as u32)].to_le_bytes());
     }
     hasher.finalize().to_hex().to_string()
 }

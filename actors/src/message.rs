@@ -138,7 +138,7 @@ pub enum Body<T> {
         /// The step.
         step: Step,
         /// Fingerprint sums by number of the parameter.
-        sums: Vec<(u32, [u128; 3])>,
+        sums: Vec<(u32, u128)>,
     },
     /// A reducer to the supervisor: it has no state, or not the sums to follow the newest commit.
     Stateless,

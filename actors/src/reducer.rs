@@ -31,7 +31,7 @@ use std::sync::Arc;
 struct State {
     step: Step,
     parameters: Vec<ParameterData>,
-    sums: Vec<(u32, [u128; 3])>,
+    sums: Vec<(u32, u128)>,
 }
 
 /// See the module.
@@ -236,7 +236,7 @@ impl ReducerCore {
             return Vec::new();
         }
         let parameters: Vec<ParameterData> = parameters.into_iter().map(ParameterData::from_tensors).collect();
-        let sums = self.numbers.iter().copied().zip(parameters.iter().map(ParameterData::sums)).collect();
+        let sums = self.numbers.iter().copied().zip(parameters.iter().map(ParameterData::sum)).collect();
         self.reduced = None;
         self.enter(State { step, parameters, sums })
     }

@@ -111,6 +111,6 @@ pub(crate) fn weights(materials: &Materials, group: everstep_kernels::Group) -> 
 
 /// Messages with the bits of their tensors, to be compared.
 pub(crate) fn bits(messages: &[(ActorId, Body<Tensor>)]) -> Vec<(ActorId, Body<Vec<u32>>)> {
-    let mut of = |t: Tensor| t.as_host().unwrap().iter().map(|x| x.to_bits()).collect();
+    let mut of = |t: Tensor| t.to_words().1.iter().map(|x| x.to_bits()).collect();
     messages.iter().map(|(to, body)| (*to, body.clone().map(&mut of))).collect()
 }

@@ -4,19 +4,26 @@
 use crate::control::Control;
 use crate::ids::Address;
 use crate::message::{Body, Envelope};
-use everstep_kernels::Tensor;
+use everstep_kernels::{Tensor, Words};
 use everstep_transport::{HEADER_MAX, Lane, Message};
 use serde::{Deserialize, Serialize};
-use std::sync::Arc;
 
 /// Changes with every change of a wire type.
-const VERSION: u8 = 1;
+const VERSION: u8 = 2;
 
 /// The shape of a tensor whose memory is the message's next region.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
 struct Shape {
     rows: u32,
     columns: u32,
+    /// Whether its elements are BF16, two of them in a word; else they are f32.
+    bf16: bool,
+}
+
+impl Shape {
+    fn words(self) -> Words {
+        if self.bf16 { Words::Bf16 } else { Words::F32 }
+    }
 }
 
 #[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
@@ -58,15 +65,16 @@ impl Unit {
         }
     }
 
-    /// As a message. Tensors lend their memory.
+    /// As a message. Tensors of f32 lend their memory.
     pub fn encode(self) -> Message {
         let mut regions = Vec::new();
         let header = match self {
             Self::Control(control) => Header::Control(control),
             Self::Bundle(bundle) => {
                 let mut lend = |t: Tensor| {
-                    regions.push(Arc::clone(t.as_host().expect("tensors travel through host memory")));
-                    Shape { rows: t.rows() as u32, columns: t.columns() as u32 }
+                    let (words, region) = t.to_words();
+                    regions.push(region);
+                    Shape { rows: t.rows() as u32, columns: t.columns() as u32, bf16: words == Words::Bf16 }
                 };
                 Header::Bundle(bundle.into_iter().map(|e| (e.from, e.to, e.body.map(&mut lend))).collect())
             }
@@ -94,11 +102,15 @@ impl Unit {
         let mut wrong = None;
         let mut take = |shape: Shape| {
             let (rows, columns) = (shape.rows as usize, shape.columns as usize);
-            let region = regions.next().filter(|r| Some(r.len()) == rows.checked_mul(columns));
+            let words = rows.checked_mul(columns).map(|elements| shape.words().count(elements));
+            let region = regions.next().filter(|r| Some(r.len()) == words);
             if region.is_none() {
                 wrong = Some(format!("no memory for a tensor of {rows} x {columns}"));
             }
-            region.map_or_else(|| Tensor::from_vec(0, 0, Vec::new()), |r| Tensor::host(rows, columns, r))
+            region.map_or_else(
+                || Tensor::from_vec(0, 0, Vec::new()),
+                |r| Tensor::from_words(rows, columns, shape.words(), r),
+            )
         };
         let unit = match header {
             Header::Control(control) => Self::Control(control),
@@ -119,11 +131,14 @@ mod tests {
     use super::*;
     use crate::ids::{ActorId, Incarnation};
     use crate::message::{Pass, Turn};
+    use everstep_kernels::Bf16;
+    use std::sync::Arc;
 
     fn bundle() -> Vec<Envelope> {
         let address = |actor| Address { actor, incarnation: Incarnation(3) };
         let turn = Turn { step: 4, lane: 1, micro_batch: 0 };
         let rows = |n: usize| Tensor::from_vec(n, 2, vec![1.5; 2 * n]);
+        let low = Tensor::bf16(3, 3, Arc::new((0..9).map(Bf16).collect()));
         vec![
             Envelope {
                 from: address(ActorId::Stage { lane: 1, stage: 0 }),
@@ -134,6 +149,11 @@ mod tests {
                 from: address(ActorId::Stage { lane: 1, stage: 0 }),
                 to: address(ActorId::Expert { layer: 1, expert: 3 }),
                 body: Body::Rows { turn, pass: Pass::Forward, rows: rows(0) },
+            },
+            Envelope {
+                from: address(ActorId::Stage { lane: 1, stage: 0 }),
+                to: address(ActorId::Expert { layer: 1, expert: 4 }),
+                body: Body::Rows { turn, pass: Pass::Backward, rows: low },
             },
         ]
     }

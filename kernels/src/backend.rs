@@ -113,7 +113,7 @@ pub struct AttentionState {
 pub trait Backend: Send + Sync + fmt::Debug {
     /// Whose bits these are.
     fn class(&self) -> DeviceClass;
-    /// Host memory to the device.
+    /// An activation from host memory to the device, rounded to what the precision stores.
     fn upload(&self, rows: usize, columns: usize, data: Arc<Vec<f32>>) -> Tensor;
     /// Indices or counts to the device.
     fn upload_indices(&self, data: Vec<u32>) -> Tensor;
@@ -146,9 +146,9 @@ pub trait Backend: Send + Sync + fmt::Debug {
     fn split(&self, x: &Tensor, at: usize) -> (Tensor, Tensor);
     /// Columns of `a`, then of `b`.
     fn join(&self, a: &Tensor, b: &Tensor) -> Tensor;
-    /// Rows of all, one tensor after another; there is at least one.
+    /// Rows of all, one tensor after another; there is at least one. No copy if they are neighbours.
     fn stack(&self, parts: &[Tensor]) -> Tensor;
-    /// Rows `from..from + rows`.
+    /// Rows `from..from + rows`, of the same data.
     fn rows(&self, x: &Tensor, from: usize, rows: usize) -> Tensor;
     /// `tokens_T, table_VD -> y_TD`.
     fn embedding(&self, tokens: &Tensor, table: &Tensor) -> Tensor;
@@ -191,8 +191,8 @@ pub trait Backend: Send + Sync + fmt::Debug {
     fn gate_backward(&self, logits: &Tensor, experts: &Tensor, dweights: &Tensor, shape: &GateShape) -> Tensor;
     /// `logits_TE -> dlogits_TE` of the sequence-wise balance loss.
     fn gate_balance_backward(&self, logits: &Tensor, shape: &GateShape, factor: f32) -> Tensor;
-    /// Rows `tokens` of `x_TD`.
-    fn gather(&self, x: &Tensor, tokens: &[u32]) -> Tensor;
+    /// `x_TD ->` each expert's rows.
+    fn dispatch(&self, x: &Tensor, plan: &Dispatch) -> Vec<Tensor>;
     /// Each expert's rows, `weights_TK` or ones `-> y_TD`.
     fn combine(&self, rows: &[Tensor], weights: Option<&Tensor>, plan: &Dispatch) -> Tensor;
     /// `dy_TD`, each expert's rows, `weights_TK` `->` (gradients of each expert's rows, `dweights_TK`).

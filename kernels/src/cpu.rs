@@ -1,10 +1,10 @@
-//! The CPU backend: f32 in host memory, rounded to BF16 where the precision says so. Operations run when
-//! they are called, on the caller's thread.
+//! The CPU backend: activations in host memory, as f32 or BF16, whatever the precision stores. Operations
+//! run when they are called, on the caller's thread.
 
 use crate::backend::{AttentionState, Backend, BackendError, DeviceClass, Precision, Role};
+use crate::element::{self, Bf16, Element};
 use crate::low::linear::Form;
 use crate::low::{self, Path};
-use crate::math::{bf16_bits, bf16_value, round_to_bf16};
 use crate::ops::attention::{self, AttentionShape};
 use crate::ops::combine::{self, Dispatch};
 use crate::ops::gate::{self, GateShape};
@@ -34,22 +34,43 @@ impl CpuBackend {
         Self { precision, path }
     }
 
-    /// Results of an operation as they are stored in this precision.
-    fn stored(&self, rows: usize, columns: usize, mut data: Vec<f32>) -> Tensor {
+    /// Numbers as activations are stored in this precision.
+    fn stored(&self, rows: usize, columns: usize, data: Vec<f32>) -> Tensor {
         if self.precision.is_low() {
-            round_to_bf16(&mut data);
+            tensor(rows, columns, element::rounded::<Bf16>(&data))
+        } else {
+            tensor(rows, columns, data)
         }
-        Tensor::from_vec(rows, columns, data)
-    }
-
-    fn stored_like(&self, x: &Tensor, data: Vec<f32>) -> Tensor {
-        self.stored(x.rows(), x.columns(), data)
     }
 }
 
+/// Runs an operation on elements of the kind that a precision stores.
+macro_rules! as_stored {
+    ($backend:expr, $element:ident => $run:expr) => {
+        if $backend.precision.is_low() {
+            type $element = Bf16;
+            $run
+        } else {
+            type $element = f32;
+            $run
+        }
+    };
+}
+
+fn tensor<E: Element>(rows: usize, columns: usize, data: Vec<E>) -> Tensor {
+    E::tensor(rows, columns, Arc::new(data))
+}
+
 /// A matrix of the shape of `x`.
-fn like(x: &Tensor, data: Vec<f32>) -> Tensor {
-    Tensor::from_vec(x.rows(), x.columns(), data)
+fn like<E: Element>(x: &Tensor, data: Vec<E>) -> Tensor {
+    tensor(x.rows(), x.columns(), data)
+}
+
+/// A matrix of results that `fill` makes.
+fn filled<E: Element>(rows: usize, columns: usize, fill: impl FnOnce(&mut [E])) -> Tensor {
+    let mut data = wide::unwritten(rows * columns);
+    fill(&mut data);
+    tensor(rows, columns, data)
 }
 
 /// Products of small, ragged and blocked shapes in all three forms, hashed; some operands are tiny.
@@ -68,7 +89,7 @@ fn products_hash(b: &CpuBackend) -> String {
                 b.linear_backward_input(&dy, &w, role),
                 b.linear_backward_weight(&dy, &x, role),
             ] {
-                hasher.update(bytemuck::cast_slice(product.f32s()));
+                hasher.update(bytemuck::cast_slice(&product.values()));
             }
         }
     }
@@ -76,23 +97,23 @@ fn products_hash(b: &CpuBackend) -> String {
 }
 
 /// Runs `product` on each group of rows; it writes the group's results.
-fn by_group(
+fn by_group<E: Element>(
     x: &Tensor,
     counts: &Tensor,
     w: &[Tensor],
     columns: usize,
-    product: impl Fn(&[f32], usize, &Tensor, &mut [f32]),
+    product: impl Fn(&Tensor, &Tensor, &mut [E]),
 ) -> Tensor {
-    let mut out = wide::unwritten(x.rows() * columns);
-    let mut from = 0;
-    for (count, w) in counts.u32s().iter().zip(w) {
-        let rows = *count as usize;
-        let part = &x.f32s()[from * x.columns()..][..rows * x.columns()];
-        product(part, rows, w, &mut out[from * columns..][..rows * columns]);
-        from += rows;
-    }
-    assert_eq!(from, x.rows(), "rows of all groups");
-    Tensor::from_vec(x.rows(), columns, out)
+    filled(x.rows(), columns, |mut out| {
+        let mut from = 0;
+        for (count, w) in counts.u32s().iter().zip(w) {
+            let rows = *count as usize;
+            let to = out.split_off_mut(..rows * columns).expect("rows of all groups");
+            product(&x.view(from, rows), w, to);
+            from += rows;
+        }
+        assert!(out.is_empty(), "rows of all groups");
+    })
 }
 
 impl Backend for CpuBackend {
@@ -105,7 +126,7 @@ impl Backend for CpuBackend {
     }
 
     fn upload(&self, rows: usize, columns: usize, data: Arc<Vec<f32>>) -> Tensor {
-        Tensor::host(rows, columns, data)
+        self.stored(rows, columns, Arc::unwrap_or_clone(data))
     }
 
     fn upload_indices(&self, data: Vec<u32>) -> Tensor {
@@ -113,7 +134,7 @@ impl Backend for CpuBackend {
     }
 
     fn read(&self, x: &Tensor) -> Result<Arc<Vec<f32>>, BackendError> {
-        Ok(Arc::clone(x.as_host().expect("an f32 matrix of the CPU backend")))
+        Ok(x.as_host().map_or_else(|| Arc::new(x.values().into_owned()), Arc::clone))
     }
 
     fn read_indices(&self, x: &Tensor) -> Result<Vec<u32>, BackendError> {
@@ -125,53 +146,56 @@ impl Backend for CpuBackend {
     }
 
     fn linear(&self, x: &Tensor, w: &Tensor, role: Role) -> Tensor {
-        let y = match Form::of(self.precision, role) {
-            None => linear::forward(x.f32s(), w.f32s(), x.rows(), w.rows(), w.columns()),
-            Some(form) => low::linear::forward(self.path, form, x, w),
-        };
-        Tensor::from_vec(x.rows(), w.rows(), y)
+        match Form::of(self.precision, role) {
+            None => {
+                let y = linear::forward(&x.values(), w.f32s(), x.rows(), w.rows(), w.columns());
+                tensor(x.rows(), w.rows(), y)
+            }
+            Some(form) => filled::<Bf16>(x.rows(), w.rows(), |y| low::linear::forward(self.path, form, x, w, y)),
+        }
     }
 
     fn linear_backward_input(&self, dy: &Tensor, w: &Tensor, role: Role) -> Tensor {
+        let (rows, columns) = (dy.rows(), w.columns());
         match Form::of(self.precision, role) {
-            None => {
-                let dx = linear::backward_input(dy.f32s(), w.f32s(), dy.rows(), w.rows(), w.columns());
-                self.stored(dy.rows(), w.columns(), dx)
-            }
-            Some(form) => {
-                let dx = low::linear::backward_input(self.path, form, dy, w);
-                Tensor::from_vec(dy.rows(), w.columns(), dx)
-            }
+            None => self.stored(rows, columns, linear::backward_input(&dy.values(), w.f32s(), rows, w.rows(), columns)),
+            Some(form) => filled::<Bf16>(rows, columns, |dx| low::linear::backward_input(self.path, form, dy, w, dx)),
         }
     }
 
     fn linear_backward_weight(&self, dy: &Tensor, x: &Tensor, role: Role) -> Tensor {
         let (out, input) = (dy.columns(), x.columns());
         let dw = match Form::of(self.precision, role) {
-            None => linear::backward_weight(dy.f32s(), x.f32s(), dy.rows(), out, input),
+            None => linear::backward_weight(&dy.values(), &x.values(), dy.rows(), out, input),
             Some(form) => low::linear::backward_weight(self.path, form, dy, x),
         };
-        Tensor::from_vec(out, input, dw)
+        tensor(out, input, dw)
     }
 
     fn grouped_linear(&self, x: &Tensor, counts: &Tensor, w: &[Tensor], role: Role) -> Tensor {
         let out = w.first().map_or(0, Tensor::rows);
-        by_group(x, counts, w, out, |x, rows, w, y| match Form::of(self.precision, role) {
-            None => y.copy_from_slice(&linear::forward(x, w.f32s(), rows, w.rows(), w.columns())),
-            Some(form) => low::linear::forward_rows(self.path, form, x, rows, w, y),
-        })
+        match Form::of(self.precision, role) {
+            None => by_group(x, counts, w, out, |x, w, y| {
+                y.copy_from_slice(&linear::forward(x.f32s(), w.f32s(), x.rows(), w.rows(), w.columns()));
+            }),
+            Some(form) => by_group::<Bf16>(x, counts, w, out, |x, w, y| low::linear::forward(self.path, form, x, w, y)),
+        }
     }
 
     fn grouped_linear_backward_input(&self, dy: &Tensor, counts: &Tensor, w: &[Tensor], role: Role) -> Tensor {
         let input = w.first().map_or(0, Tensor::columns);
-        by_group(dy, counts, w, input, |dy, rows, w, dx| match Form::of(self.precision, role) {
-            None => dx.copy_from_slice(&linear::backward_input(dy, w.f32s(), rows, w.rows(), w.columns())),
-            Some(form) => low::linear::backward_input_rows(self.path, form, dy, rows, w, dx),
-        })
+        match Form::of(self.precision, role) {
+            None => by_group(dy, counts, w, input, |dy, w, dx| {
+                dx.copy_from_slice(&linear::backward_input(dy.f32s(), w.f32s(), dy.rows(), w.rows(), w.columns()));
+            }),
+            Some(form) => by_group::<Bf16>(dy, counts, w, input, |dy, w, dx| {
+                low::linear::backward_input(self.path, form, dy, w, dx);
+            }),
+        }
     }
 
     fn quantise(&self, x: &Tensor) -> Tensor {
-        let (codes, scales) = quantise::quantise(x.f32s(), x.columns());
+        let (codes, scales) = quantise::quantise(&x.values(), x.columns());
         Tensor::quantised(x.rows(), x.columns(), codes, scales)
     }
 
@@ -182,17 +206,13 @@ impl Backend for CpuBackend {
 
     fn add(&self, a: &Tensor, b: &Tensor) -> Tensor {
         assert_eq!((a.rows(), a.columns()), (b.rows(), b.columns()), "shapes of a sum");
-        let mut sum = wide::unwritten(a.f32s().len());
-        let low = self.precision.is_low();
-        wide::run(
-            #[inline(always)]
-            || {
-                for ((sum, a), b) in sum.iter_mut().zip(a.f32s()).zip(b.f32s()) {
-                    *sum = if low { bf16_value(bf16_bits(a + b)) } else { a + b };
-                }
-            },
-        );
-        Tensor::from_vec(a.rows(), a.columns(), sum)
+        as_stored!(self, E => filled::<E>(a.rows(), a.columns(), |sum| {
+            let terms = E::of(a).iter().zip(E::of(b));
+            wide::run(
+                #[inline(always)]
+                || sum.iter_mut().zip(terms).for_each(|(sum, (a, b))| *sum = E::nearest(a.value() + b.value())),
+            );
+        }))
     }
 
     fn accumulate(&self, a: &Tensor, b: &Tensor) -> Tensor {
@@ -201,73 +221,82 @@ impl Backend for CpuBackend {
     }
 
     fn split(&self, x: &Tensor, at: usize) -> (Tensor, Tensor) {
-        let (mut left, mut right) = (Vec::with_capacity(x.rows() * at), Vec::new());
-        right.reserve(x.rows() * (x.columns() - at));
-        for row in x.f32s().chunks_exact(x.columns()) {
-            left.extend_from_slice(&row[..at]);
-            right.extend_from_slice(&row[at..]);
-        }
-        (Tensor::from_vec(x.rows(), at, left), Tensor::from_vec(x.rows(), x.columns() - at, right))
+        as_stored!(self, E => {
+            let (mut left, mut right) = (Vec::with_capacity(x.rows() * at), Vec::new());
+            right.reserve(x.rows() * (x.columns() - at));
+            for row in E::of(x).chunks_exact(x.columns()) {
+                left.extend_from_slice(&row[..at]);
+                right.extend_from_slice(&row[at..]);
+            }
+            (tensor::<E>(x.rows(), at, left), tensor::<E>(x.rows(), x.columns() - at, right))
+        })
     }
 
     fn join(&self, a: &Tensor, b: &Tensor) -> Tensor {
-        let mut joined = Vec::with_capacity(a.rows() * (a.columns() + b.columns()));
-        for (a, b) in a.f32s().chunks_exact(a.columns()).zip(b.f32s().chunks_exact(b.columns())) {
-            joined.extend_from_slice(a);
-            joined.extend_from_slice(b);
-        }
-        Tensor::from_vec(a.rows(), a.columns() + b.columns(), joined)
+        as_stored!(self, E => {
+            let mut joined = Vec::with_capacity(a.rows() * (a.columns() + b.columns()));
+            for (a, b) in E::of(a).chunks_exact(a.columns()).zip(E::of(b).chunks_exact(b.columns())) {
+                joined.extend_from_slice(a);
+                joined.extend_from_slice(b);
+            }
+            tensor::<E>(a.rows(), a.columns() + b.columns(), joined)
+        })
     }
 
     fn stack(&self, parts: &[Tensor]) -> Tensor {
-        if let [only] = parts {
-            return only.clone();
-        }
-        let columns = parts.first().expect("at least one part").columns();
-        let mut data = Vec::with_capacity(parts.iter().map(|p| p.f32s().len()).sum());
-        parts.iter().for_each(|p| data.extend_from_slice(p.f32s()));
-        Tensor::from_vec(parts.iter().map(Tensor::rows).sum(), columns, data)
+        let (rows, columns) = (parts.iter().map(Tensor::rows).sum(), parts[0].columns());
+        Tensor::rejoined(parts).unwrap_or_else(|| {
+            as_stored!(self, E => {
+                let mut data = Vec::with_capacity(rows * columns);
+                parts.iter().for_each(|p| data.extend_from_slice(E::of(p)));
+                tensor::<E>(rows, columns, data)
+            })
+        })
     }
 
     fn rows(&self, x: &Tensor, from: usize, rows: usize) -> Tensor {
-        Tensor::from_vec(rows, x.columns(), x.f32s()[from * x.columns()..][..rows * x.columns()].to_vec())
+        x.view(from, rows)
     }
 
     fn embedding(&self, tokens: &Tensor, table: &Tensor) -> Tensor {
-        let y = embedding::forward(tokens.u32s(), table.f32s(), table.columns());
-        self.stored(tokens.columns(), table.columns(), y)
+        let (rows, d) = (tokens.columns(), table.columns());
+        as_stored!(self, E => tensor(rows, d, embedding::forward::<E>(tokens.u32s(), table.f32s(), d)))
     }
 
     fn embedding_backward_weight(&self, tokens: &Tensor, dy: &Tensor, vocabulary: usize) -> Tensor {
-        let d = embedding::backward_weight(tokens.u32s(), dy.f32s(), vocabulary, dy.columns());
-        Tensor::from_vec(vocabulary, dy.columns(), d)
+        let d = dy.columns();
+        as_stored!(self, E => {
+            tensor(vocabulary, d, embedding::backward_weight(tokens.u32s(), E::of(dy), vocabulary, d))
+        })
     }
 
     fn rms_norm(&self, x: &Tensor, w: &Tensor, eps: f32) -> Tensor {
-        self.stored_like(x, rms_norm::forward(x.f32s(), w.f32s(), eps))
+        as_stored!(self, E => like(x, rms_norm::forward(E::of(x), w.f32s(), eps)))
     }
 
     fn rms_norm_backward_input(&self, x: &Tensor, w: &Tensor, dy: &Tensor, eps: f32) -> Tensor {
-        self.stored_like(x, rms_norm::backward_input(x.f32s(), w.f32s(), dy.f32s(), eps))
+        as_stored!(self, E => like(x, rms_norm::backward_input(E::of(x), w.f32s(), E::of(dy), eps)))
     }
 
     fn rms_norm_backward_weight(&self, x: &Tensor, dy: &Tensor, eps: f32) -> Tensor {
-        Tensor::from_vec(1, x.columns(), rms_norm::backward_weight(x.f32s(), dy.f32s(), x.columns(), eps))
+        let d = x.columns();
+        as_stored!(self, E => tensor(1, d, rms_norm::backward_weight(E::of(x), E::of(dy), d, eps)))
     }
 
     fn rope(&self, x: &Tensor, shape: &RopeShape, inverse: bool) -> Tensor {
-        self.stored_like(x, rope::rotate(x.f32s(), shape, inverse))
+        as_stored!(self, E => like(x, rope::rotate(E::of(x), shape, inverse)))
     }
 
     fn attention(&self, q: Tensor, kv: Tensor, k_rope: Tensor, shape: &AttentionShape) -> AttentionState {
+        let (rows, columns) = (q.rows(), shape.heads * shape.value);
         let (o, lse) = if self.precision.is_low() {
-            attention_low::forward(self.path, q.f32s(), kv.f32s(), k_rope.f32s(), shape)
+            let (o, lse) = attention_low::forward(self.path, q.bf16s(), kv.bf16s(), k_rope.bf16s(), shape);
+            (tensor(rows, columns, o), lse)
         } else {
-            attention::forward(q.f32s(), kv.f32s(), k_rope.f32s(), shape)
+            let (o, lse) = attention::forward(q.f32s(), kv.f32s(), k_rope.f32s(), shape);
+            (tensor(rows, columns, o), lse)
         };
-        let o = self.stored(q.rows(), shape.heads * shape.value, o);
-        let lse = Tensor::from_vec(q.rows(), shape.heads, lse);
-        AttentionState { q, kv, k_rope, o, lse }
+        AttentionState { q, kv, k_rope, o, lse: tensor(rows, shape.heads, lse) }
     }
 
     fn attention_cached(
@@ -279,12 +308,12 @@ impl Backend for CpuBackend {
         shape: &AttentionShape,
     ) -> Tensor {
         let cache = latent_attention::Cache {
-            latent: latent.f32s(),
-            k_rope: k_rope.f32s(),
+            latent: &latent.values(),
+            k_rope: &k_rope.values(),
             positions: latent.rows(),
             rank: latent.columns(),
         };
-        let o = latent_attention::forward(q.f32s(), &cache, kv_b.f32s(), shape);
+        let o = latent_attention::forward(&q.values(), &cache, kv_b.f32s(), shape);
         self.stored(q.rows(), shape.heads * shape.value, o)
     }
 
@@ -294,33 +323,36 @@ impl Backend for CpuBackend {
         d_o: &Tensor,
         shape: &AttentionShape,
     ) -> (Tensor, Tensor, Tensor) {
-        let saved = attention::Saved {
-            q: state.q.f32s(),
-            kv: state.kv.f32s(),
-            k_rope: state.k_rope.f32s(),
-            o: state.o.f32s(),
-            lse: state.lse.f32s(),
-        };
-        let (dq, dkv, dk_rope) = if self.precision.is_low() {
-            attention_low::backward(self.path, &saved, d_o.f32s(), shape)
+        let AttentionState { q, kv, k_rope, o, lse } = state;
+        macro_rules! saved {
+            ($elements:ident) => {{
+                let [q, kv, k_rope, o] = [q, kv, k_rope, o].map(Tensor::$elements);
+                attention::Saved { q, kv, k_rope, o, lse: lse.f32s() }
+            }};
+        }
+        if self.precision.is_low() {
+            let (dq, dkv, dk_rope) = attention_low::backward(self.path, &saved!(bf16s), d_o.bf16s(), shape);
+            (like(q, dq), like(kv, dkv), like(k_rope, dk_rope))
         } else {
-            attention::backward(&saved, d_o.f32s(), shape)
-        };
-        (self.stored_like(&state.q, dq), self.stored_like(&state.kv, dkv), self.stored_like(&state.k_rope, dk_rope))
+            let (dq, dkv, dk_rope) = attention::backward(&saved!(f32s), d_o.f32s(), shape);
+            (like(q, dq), like(kv, dkv), like(k_rope, dk_rope))
+        }
     }
 
     fn swiglu(&self, gate: &Tensor, up: &Tensor) -> Tensor {
-        self.stored_like(gate, swiglu::forward(gate.f32s(), up.f32s()))
+        as_stored!(self, E => like(gate, swiglu::forward(E::of(gate), E::of(up))))
     }
 
     fn swiglu_backward(&self, gate: &Tensor, up: &Tensor, dh: &Tensor) -> (Tensor, Tensor) {
-        let (dgate, dup) = swiglu::backward(gate.f32s(), up.f32s(), dh.f32s());
-        (self.stored_like(gate, dgate), self.stored_like(up, dup))
+        as_stored!(self, E => {
+            let (dgate, dup) = swiglu::backward(E::of(gate), E::of(up), E::of(dh));
+            (like(gate, dgate), like(up, dup))
+        })
     }
 
     fn gate(&self, logits: &Tensor, bias: &Tensor, shape: &GateShape) -> (Tensor, Tensor) {
         let (experts, weights) = gate::forward(logits.f32s(), bias.f32s(), shape);
-        (Tensor::indices(experts), Tensor::from_vec(logits.rows(), shape.top_k, weights))
+        (Tensor::indices(experts), tensor(logits.rows(), shape.top_k, weights))
     }
 
     fn gate_backward(&self, logits: &Tensor, experts: &Tensor, dweights: &Tensor, shape: &GateShape) -> Tensor {
@@ -331,15 +363,18 @@ impl Backend for CpuBackend {
         like(logits, gate::balance_backward(logits.f32s(), shape, factor))
     }
 
-    fn gather(&self, x: &Tensor, tokens: &[u32]) -> Tensor {
-        Tensor::from_vec(tokens.len(), x.columns(), combine::gather(x.f32s(), tokens, x.columns()))
+    fn dispatch(&self, x: &Tensor, plan: &Dispatch) -> Vec<Tensor> {
+        let (rows, d) = (plan.slots.len(), x.columns());
+        plan.by_expert(&as_stored!(self, E => tensor(rows, d, combine::dispatch(E::of(x), plan, d))))
     }
 
     fn combine(&self, rows: &[Tensor], weights: Option<&Tensor>, plan: &Dispatch) -> Tensor {
         let columns = rows.first().expect("at least one expert").columns();
-        let views: Vec<&[f32]> = rows.iter().map(Tensor::f32s).collect();
-        let y = combine::forward(&views, weights.map(Tensor::f32s), plan, columns);
-        self.stored(plan.slots.len() / plan.top_k, columns, y)
+        as_stored!(self, E => {
+            let views: Vec<&[E]> = rows.iter().map(E::of).collect();
+            let y = combine::forward(&views, weights.map(Tensor::f32s), plan, columns);
+            tensor(plan.slots.len() / plan.top_k, columns, y)
+        })
     }
 
     fn combine_backward(
@@ -349,15 +384,20 @@ impl Backend for CpuBackend {
         weights: &Tensor,
         plan: &Dispatch,
     ) -> (Vec<Tensor>, Tensor) {
-        let views: Vec<&[f32]> = rows.iter().map(Tensor::f32s).collect();
-        let (drows, dweights) = combine::backward(dy.f32s(), &views, weights.f32s(), plan, dy.columns());
-        let drows = drows.into_iter().map(|d| self.stored(d.len() / dy.columns(), dy.columns(), d)).collect();
-        (drows, like(weights, dweights))
+        let d = dy.columns();
+        as_stored!(self, E => {
+            let views: Vec<&[E]> = rows.iter().map(E::of).collect();
+            let (drows, dweights) = combine::backward(E::of(dy), &views, weights.f32s(), plan, d);
+            (plan.by_expert(&tensor(plan.slots.len(), d, drows)), like(weights, dweights))
+        })
     }
 
     fn cross_entropy(&self, logits: &Tensor, targets: &Tensor, scale: f32) -> (Tensor, Tensor) {
-        let (losses, dlogits) = cross_entropy::forward_backward(logits.f32s(), targets.u32s(), logits.columns(), scale);
-        (Tensor::from_vec(1, targets.columns(), losses), self.stored_like(logits, dlogits))
+        let (targets, v) = (targets.u32s(), logits.columns());
+        as_stored!(self, E => {
+            let (losses, dlogits) = cross_entropy::forward_backward(E::of(logits), targets, v, scale);
+            (tensor(1, targets.len(), losses), like(logits, dlogits))
+        })
     }
 }
 
@@ -375,14 +415,15 @@ mod tests {
 
     /// Every operation on rows, from a batch to its results by row.
     fn operations(b: &CpuBackend, x: &Tensor, y: &Tensor) -> Vec<(&'static str, Tensor)> {
+        let logits = Tensor::from_vec(x.rows(), D, x.values().into_owned());
         let (square, wide, norm) = (matrix(D, D, 1), matrix(5 * D, D, 2), matrix(1, D, 3));
         let (counts, role) = (b.upload_indices(vec![x.rows() as u32]), Role::Output);
         let gate = GateShape { experts: D, top_k: 3, groups: 4, groups_kept: 2, routed_scale: 1.5, sequence: 1 };
-        let (experts, weights) = b.gate(x, &norm, &gate);
+        let (experts, weights) = b.gate(&logits, &norm, &gate);
         let (dgate, dup) = b.swiglu_backward(x, y, y);
         let targets = b.upload_indices(vec![7; x.rows()]);
         let plan = Dispatch::new(experts.u32s(), 3, D, 4);
-        let sent: Vec<Tensor> = plan.tokens.iter().map(|t| b.gather(y, t)).collect();
+        let sent = b.dispatch(y, &plan);
         vec![
             ("linear", b.linear(x, &wide, role)),
             ("linear_backward_input", b.linear_backward_input(x, &square, role)),
@@ -392,14 +433,14 @@ mod tests {
                 b.grouped_linear_backward_input(x, &counts, std::slice::from_ref(&square), role),
             ),
             ("add", b.add(x, y)),
-            ("accumulate", b.accumulate(x, y)),
+            ("accumulate", b.accumulate(&logits, &logits)),
             ("rms_norm", b.rms_norm(x, &norm, 1e-6)),
             ("rms_norm_backward_input", b.rms_norm_backward_input(x, &norm, y, 1e-6)),
             ("swiglu", b.swiglu(x, y)),
             ("swiglu_backward gate", dgate),
             ("swiglu_backward up", dup),
-            ("gate_balance_backward", b.gate_balance_backward(x, &gate, 0.1)),
-            ("gate_backward", b.gate_backward(x, &experts, &weights, &gate)),
+            ("gate_balance_backward", b.gate_balance_backward(&logits, &gate, 0.1)),
+            ("gate_backward", b.gate_backward(&logits, &experts, &weights, &gate)),
             ("combine", b.combine(&sent, Some(&weights), &plan)),
             ("gate", weights),
             ("cross_entropy", b.cross_entropy(x, &targets, 0.1).1),
@@ -425,12 +466,14 @@ mod tests {
         for precision in [Precision::Fp32, Precision::Bf16, Precision::Fp8] {
             let b = CpuBackend::new(precision);
             assert!(same_bits(b.accumulate(&x, &y).f32s(), &exact));
-            assert_eq!(same_bits(b.add(&x, &y).f32s(), &exact), !precision.is_low());
+            let [x, y] = [&x, &y].map(|t| b.upload(3, D, Arc::new(t.f32s().to_vec())));
+            let sum = b.add(&x, &y).values().into_owned();
+            assert_eq!(same_bits(&sum, &exact), !precision.is_low());
         }
     }
 
     fn rows_are_their_own(b: &CpuBackend) {
-        let (x, y) = (matrix(ROWS, D, 4), matrix(ROWS, D, 5));
+        let [x, y] = [4, 5].map(|name| b.upload(ROWS, D, Arc::new(random(ROWS * D, name))));
         let whole = operations(b, &x, &y);
         std::thread::scope(|scope| {
             for rows in [1, 2, 5, 16] {
@@ -440,7 +483,10 @@ mod tests {
                         let part = operations(b, &b.rows(x, from, rows), &b.rows(y, from, rows));
                         for ((name, all), (_, part)) in whole.iter().zip(&part) {
                             let expected = b.rows(all, from, rows);
-                            assert!(same_bits(part.f32s(), expected.f32s()), "{b:?} {name}: {rows} rows from {from}");
+                            assert!(
+                                same_bits(&part.values(), &expected.values()),
+                                "{b:?} {name}: {rows} rows from {from}"
+                            );
                         }
                     }
                 });

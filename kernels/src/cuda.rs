@@ -362,8 +362,8 @@ impl Backend for CudaBackend {
         self.unsupported("gate_balance_backward", logits.rows(), logits.columns())
     }
 
-    fn gather(&self, x: &Tensor, tokens: &[u32]) -> Tensor {
-        self.unsupported("gather", tokens.len(), x.columns())
+    fn dispatch(&self, x: &Tensor, plan: &Dispatch) -> Vec<Tensor> {
+        plan.by_expert(&self.unsupported("dispatch", plan.slots.len(), x.columns()))
     }
 
     fn combine(&self, rows: &[Tensor], _: Option<&Tensor>, plan: &Dispatch) -> Tensor {

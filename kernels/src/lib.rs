@@ -5,6 +5,7 @@ mod backend;
 mod cpu;
 #[cfg(feature = "cuda")]
 mod cuda;
+mod element;
 mod gemm;
 mod layers;
 mod limits;
@@ -20,6 +21,7 @@ pub use backend::{AttentionState, Backend, BackendError, DeviceClass, Precision,
 pub use cpu::CpuBackend;
 #[cfg(feature = "cuda")]
 pub use cuda::CudaBackend;
+pub use element::Bf16;
 pub use layers::decode::Decoder;
 pub use layers::expert::{
     ExpertHeld, ExpertSaved, ExpertWeights, expert_backward_input, expert_backward_weight, expert_forward,
@@ -29,7 +31,7 @@ pub use layers::{ParameterMap, Weight, second_use};
 pub use limits::{multiply_add_limit, peer_linear};
 pub use math::{bf16_bits, bf16_value, cosine, power};
 pub use model::{Group, ModelConfig, Parameter, Update};
-pub use ops::adamw::{AdamW, NORM_CHUNK, StateSums, square_sums, state_sum, state_sums, step as adamw_step};
+pub use ops::adamw::{AdamW, NORM_CHUNK, square_sums, state_sum, step as adamw_step};
 pub use ops::attention::AttentionShape;
 pub use ops::combine::{Dispatch, Slot};
 pub use ops::cross_entropy::mean_loss;
@@ -37,5 +39,5 @@ pub use ops::gate::GateShape;
 pub use ops::quantise::{dequantise_blocks, quantise_blocks};
 pub use ops::rope::{RopeShape, Yarn};
 pub use philox::Philox;
-pub use tensor::{DeviceBuffer, Tensor};
+pub use tensor::{DeviceBuffer, Tensor, Words};
 pub use wide::{add_to, sum};

@@ -1,8 +1,10 @@
 //! A handle to a matrix on some device.
 //!
 //! Cloning a handle is cheap and shares the data; data is never changed through a handle, so an
-//! actor may keep one in an outbox, a snapshot and a running job at the same time.
+//! actor may keep one in an outbox, a snapshot and a running job at the same time. Rows of a matrix are a
+//! handle to the same data.
 
+use crate::element::{self, Bf16};
 use crate::low::{Columns, Matrix, Quantised};
 use std::any::Any;
 use std::fmt;
@@ -16,8 +18,9 @@ pub trait DeviceBuffer: Any + Send + Sync + fmt::Debug {
 
 /// Where the elements are.
 #[derive(Debug, Clone)]
-pub(crate) enum Data {
+enum Data {
     F32(Arc<Vec<f32>>),
+    Bf16(Arc<Vec<Bf16>>),
     U32(Arc<Vec<u32>>),
     /// Codes, and a scale for each tile of 128 columns.
     E4m3(Arc<Vec<u8>>, Arc<Vec<f32>>),
@@ -27,7 +30,7 @@ pub(crate) enum Data {
 /// Low-precision forms of a matrix that the CPU's products have asked for: made once, whoever asks.
 #[derive(Debug, Default)]
 pub(crate) struct Forms {
-    /// In BF16.
+    /// In BF16, with whole blocks of columns.
     pub(crate) rounded: OnceLock<Matrix>,
     /// As the columns of a product with its rows, and with its columns: in BF16, and in FP8 with scales.
     pub(crate) by_rows: [OnceLock<(Columns, Vec<f32>)>; 2],
@@ -41,20 +44,51 @@ pub(crate) struct Forms {
     pub(crate) again: [OnceLock<(Columns, Vec<f32>)>; 2],
 }
 
+/// How a matrix travels as words of 32 bits.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Words {
+    /// An f32 each.
+    F32,
+    /// Two BF16 each; the last one may be alone.
+    Bf16,
+}
+
+impl Words {
+    /// Words of `elements`.
+    pub fn count(self, elements: usize) -> usize {
+        match self {
+            Self::F32 => elements,
+            Self::Bf16 => elements.div_ceil(2),
+        }
+    }
+}
+
 /// A row-major matrix of `rows x columns`. A vector is one row; a list of indices is one row of u32.
 #[derive(Clone)]
 pub struct Tensor {
     rows: usize,
     columns: usize,
     data: Data,
+    /// The first element, in f32 or BF16.
+    from: usize,
     forms: Arc<Forms>,
 }
 
 impl Tensor {
+    fn new(rows: usize, columns: usize, data: Data) -> Self {
+        Self { rows, columns, data, from: 0, forms: Arc::default() }
+    }
+
     /// A matrix in host memory. Panics if the lengths disagree: that is a broken caller.
     pub fn host(rows: usize, columns: usize, data: Arc<Vec<f32>>) -> Self {
         assert_eq!(data.len(), rows * columns, "elements of a {rows} x {columns} matrix");
-        Self { rows, columns, data: Data::F32(data), forms: Arc::default() }
+        Self::new(rows, columns, Data::F32(data))
+    }
+
+    /// A matrix of BF16 in host memory. Panics if the lengths disagree.
+    pub fn bf16(rows: usize, columns: usize, data: Arc<Vec<Bf16>>) -> Self {
+        assert_eq!(data.len(), rows * columns, "elements of a {rows} x {columns} matrix");
+        Self::new(rows, columns, Data::Bf16(data))
     }
 
     /// A matrix in host memory from its elements.
@@ -64,12 +98,18 @@ impl Tensor {
 
     /// A list of indices or counts in host memory.
     pub fn indices(data: Vec<u32>) -> Self {
-        Self { rows: 1, columns: data.len(), data: Data::U32(Arc::new(data)), forms: Arc::default() }
+        Self::new(1, data.len(), Data::U32(Arc::new(data)))
     }
 
     /// A matrix behind a device's buffer.
     pub fn device(rows: usize, columns: usize, buffer: Arc<dyn DeviceBuffer>) -> Self {
-        Self { rows, columns, data: Data::Device(buffer), forms: Arc::default() }
+        Self::new(rows, columns, Data::Device(buffer))
+    }
+
+    /// A quantised matrix in host memory.
+    pub(crate) fn quantised(rows: usize, columns: usize, codes: Vec<u8>, scales: Vec<f32>) -> Self {
+        assert_eq!(codes.len(), rows * columns, "codes of a {rows} x {columns} matrix");
+        Self::new(rows, columns, Data::E4m3(Arc::new(codes), Arc::new(scales)))
     }
 
     /// Number of rows.
@@ -82,25 +122,76 @@ impl Tensor {
         self.columns
     }
 
-    /// The elements, if they are f32 in host memory.
+    /// The elements, if they are the whole of f32 data in host memory.
     pub fn as_host(&self) -> Option<&Arc<Vec<f32>>> {
         match &self.data {
-            Data::F32(data) => Some(data),
-            Data::U32(_) | Data::E4m3(..) | Data::Device(_) => None,
+            Data::F32(data) if data.len() == self.len() => Some(data),
+            _ => None,
         }
     }
 
-    /// A quantised matrix in host memory.
-    pub(crate) fn quantised(rows: usize, columns: usize, codes: Vec<u8>, scales: Vec<f32>) -> Self {
-        assert_eq!(codes.len(), rows * columns, "codes of a {rows} x {columns} matrix");
-        Self { rows, columns, data: Data::E4m3(Arc::new(codes), Arc::new(scales)), forms: Arc::default() }
+    /// The elements as words for the way to another process. Data that is a matrix of f32 is lent, other is
+    /// copied. Panics if it is not in host memory.
+    pub fn to_words(&self) -> (Words, Arc<Vec<f32>>) {
+        match (&self.data, self.as_host()) {
+            (_, Some(data)) => (Words::F32, Arc::clone(data)),
+            (Data::Bf16(_), _) => {
+                let mut words = vec![0.0f32; Words::Bf16.count(self.len())];
+                bytemuck::cast_slice_mut::<f32, Bf16>(&mut words)[..self.len()].copy_from_slice(self.bf16s());
+                (Words::Bf16, Arc::new(words))
+            }
+            _ => (Words::F32, Arc::new(self.f32s().to_vec())),
+        }
+    }
+
+    /// The matrix that came as words. Panics if there are not as many as [`Words::count`] says.
+    pub fn from_words(rows: usize, columns: usize, kind: Words, words: Arc<Vec<f32>>) -> Self {
+        assert_eq!(words.len(), kind.count(rows * columns), "words of a {rows} x {columns} matrix");
+        match kind {
+            Words::F32 => Self::host(rows, columns, words),
+            Words::Bf16 => {
+                let elements = &bytemuck::cast_slice::<f32, Bf16>(&words)[..rows * columns];
+                Self::bf16(rows, columns, Arc::new(elements.to_vec()))
+            }
+        }
+    }
+
+    /// Rows `from..from + rows`, of the same data.
+    pub(crate) fn view(&self, from: usize, rows: usize) -> Self {
+        assert!(from + rows <= self.rows, "rows {from} to {} of {}", from + rows, self.rows);
+        Self {
+            rows,
+            columns: self.columns,
+            data: self.data.clone(),
+            from: self.from + from * self.columns,
+            forms: Arc::default(),
+        }
+    }
+
+    /// The rows of all, if they follow each other in the same data.
+    pub(crate) fn rejoined(parts: &[Self]) -> Option<Self> {
+        let first = parts.iter().find(|part| part.rows > 0).or(parts.first())?;
+        let mut end = first.from;
+        for part in parts {
+            let same = match (&first.data, &part.data) {
+                (Data::F32(a), Data::F32(b)) => Arc::ptr_eq(a, b),
+                (Data::Bf16(a), Data::Bf16(b)) => Arc::ptr_eq(a, b),
+                _ => false,
+            };
+            // A part without rows is everywhere.
+            if part.rows > 0 && !(same && part.columns == first.columns && part.from == end) {
+                return None;
+            }
+            end += part.len();
+        }
+        Some(Self { rows: parts.iter().map(Self::rows).sum(), forms: Arc::default(), ..first.clone() })
     }
 
     /// Codes and scales, if it is quantised and in host memory.
     pub fn as_quantised(&self) -> Option<(&[u8], &[f32])> {
         match &self.data {
             Data::E4m3(codes, scales) => Some((codes, scales)),
-            Data::F32(_) | Data::U32(_) | Data::Device(_) => None,
+            _ => None,
         }
     }
 
@@ -108,22 +199,46 @@ impl Tensor {
         &self.forms
     }
 
+    /// Whether its elements are BF16 in host memory.
+    pub(crate) fn is_bf16(&self) -> bool {
+        matches!(self.data, Data::Bf16(_))
+    }
+
+    fn len(&self) -> usize {
+        self.rows * self.columns
+    }
+
     pub(crate) fn f32s(&self) -> &[f32] {
-        self.as_host().expect("an f32 matrix of the CPU backend")
+        match &self.data {
+            Data::F32(data) => &data[self.from..][..self.len()],
+            _ => panic!("an f32 matrix of the CPU backend, not {self:?}"),
+        }
+    }
+
+    pub(crate) fn bf16s(&self) -> &[Bf16] {
+        match &self.data {
+            Data::Bf16(data) => &data[self.from..][..self.len()],
+            _ => panic!("a BF16 matrix of the CPU backend, not {self:?}"),
+        }
     }
 
     pub(crate) fn u32s(&self) -> &[u32] {
         match &self.data {
             Data::U32(data) => data,
-            Data::F32(_) | Data::E4m3(..) | Data::Device(_) => panic!("a list of indices of the CPU backend"),
+            _ => panic!("a list of indices of the CPU backend, not {self:?}"),
         }
+    }
+
+    /// The values in f32, widened if they are stored in BF16.
+    pub(crate) fn values(&self) -> std::borrow::Cow<'_, [f32]> {
+        if self.is_bf16() { element::values(self.bf16s()).into() } else { self.f32s().into() }
     }
 
     /// What is behind the handle, if it is on a device.
     pub fn buffer(&self) -> Option<&dyn DeviceBuffer> {
         match &self.data {
             Data::Device(buffer) => Some(buffer.as_ref()),
-            Data::F32(_) | Data::U32(_) | Data::E4m3(..) => None,
+            _ => None,
         }
     }
 }
@@ -132,10 +247,39 @@ impl fmt::Debug for Tensor {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         let kind = match &self.data {
             Data::F32(_) => "f32",
+            Data::Bf16(_) => "bf16",
             Data::U32(_) => "u32",
             Data::E4m3(..) => "e4m3",
             Data::Device(_) => "device",
         };
         write!(f, "Tensor({} x {} {kind})", self.rows, self.columns)
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn rows_share_data_and_find_each_other_again() {
+        let x = Tensor::from_vec(5, 2, (0..10).map(|i| i as f32).collect());
+        let parts = [x.view(1, 2), x.view(3, 0), x.view(3, 1)];
+        let joined = Tensor::rejoined(&parts).expect("they follow each other");
+        assert_eq!((joined.rows(), joined.f32s()), (3, &x.f32s()[2..8]));
+        assert!(Tensor::rejoined(&[x.view(0, 1), x.view(2, 1)]).is_none(), "a row is missing");
+        assert!(Tensor::rejoined(&[x.view(0, 1), Tensor::from_vec(1, 2, vec![2.0, 3.0])]).is_none(), "other data");
+        assert_eq!(joined.view(1, 1).f32s(), [4.0, 5.0]);
+    }
+
+    #[test]
+    fn words_carry_both_kinds() {
+        let x = Tensor::from_vec(3, 3, (0..9).map(|i| i as f32 - 4.5).collect());
+        let low = Tensor::bf16(3, 3, Arc::new(element::rounded(x.f32s())));
+        for (x, words) in [(&x, 9), (&x.view(1, 2), 6), (&low, 5), (&low.view(2, 1), 2)] {
+            let (kind, data) = x.to_words();
+            assert_eq!(data.len(), words);
+            let back = Tensor::from_words(x.rows(), 3, kind, data);
+            assert_eq!((back.is_bf16(), back.values()), (x.is_bf16(), x.values()));
+        }
     }
 }

@@ -1,6 +1,8 @@
 //! Runs plain loops with the widest vectors that the CPU has. Rust neither reorders nor contracts
 //! floating-point operations, so the bits are the same for every width.
 
+use crate::element::Bf16;
+
 /// `n` elements that the caller writes before it reads them: zeroing what is written next costs a fifth of
 /// a step. Debug builds begin with what no test takes for a result.
 #[inline(always)]
@@ -28,9 +30,8 @@ impl Pattern for f32 {
     const POISON: Self = f32::NAN;
 }
 
-impl Pattern for u16 {
-    // A BF16 that is no number.
-    const POISON: Self = 0x7fc1;
+impl Pattern for Bf16 {
+    const POISON: Self = Bf16(0x7fc1);
 }
 
 impl Pattern for u32 {

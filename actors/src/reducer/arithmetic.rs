@@ -6,7 +6,7 @@ use crate::ids::{ActorId, Step};
 use crate::message::Commit;
 use crate::spec::{JobSpec, Layout};
 use everstep_kernels::{
-    AdamW, Group, Parameter, Tensor, Update, adamw_step, add_to, power, square_sums, state_sums, sum,
+    AdamW, Group, Parameter, Tensor, Update, adamw_step, add_to, power, square_sums, state_sum, sum,
 };
 use std::sync::Arc;
 
@@ -37,8 +37,8 @@ impl ParameterData {
     }
 
     /// Fingerprint sums.
-    pub fn sums(&self) -> [u128; 3] {
-        state_sums(&self.data[0], &self.data[1], &self.data[2]).0
+    pub fn sum(&self) -> u128 {
+        state_sum(&self.data[0], &self.data[1], &self.data[2])
     }
 }
 
@@ -52,7 +52,7 @@ pub(crate) fn initial(seed: u64, std: f64, parameters: &[Parameter]) -> Applied 
             ParameterData { rows: p.rows, columns: p.columns, data }
         })
         .collect();
-    let sums = parameters.iter().map(ParameterData::sums).collect();
+    let sums = parameters.iter().map(ParameterData::sum).collect();
     Applied { step: 0, parameters, sums }
 }
 
@@ -224,7 +224,7 @@ pub struct Applied {
     /// In order of the shard's parameters.
     pub parameters: Vec<ParameterData>,
     /// The same.
-    pub sums: Vec<[u128; 3]>,
+    pub sums: Vec<u128>,
 }
 
 impl Apply {
@@ -272,21 +272,21 @@ impl Apply {
         let (mut parameters, mut sums) = (Vec::new(), Vec::new());
         for ParameterWork { data: mut p, gradient, loads, update } in self.work {
             let sum = if self.commit.skipped {
-                p.sums()
+                p.sum()
             } else {
                 match (update, gradient) {
                     (Update::Balance, _) => {
                         let bias: &mut Vec<f32> = Arc::make_mut(&mut p.data[0]);
                         balance(bias, &loads, self.bias_step);
-                        p.sums()
+                        p.sum()
                     }
                     (Update::Decayed | Update::Plain, Some(gradient)) => {
                         let decay = if update == Update::Decayed { self.decay } else { 0.0 };
                         let [w, m, v] = &p.data;
                         // Not in place: the state before may be on its way to a snapshot or a copy.
-                        let (stepped, sums) = adamw_step(w, m, v, &gradient, &AdamW { decay, ..self.adamw });
+                        let (stepped, sum) = adamw_step(w, m, v, &gradient, &AdamW { decay, ..self.adamw });
                         p.data = stepped.map(Arc::new);
-                        sums.0
+                        sum
                     }
                     (Update::Decayed | Update::Plain, None) => {
                         unreachable!("a balanced ledger has a gradient of every parameter")

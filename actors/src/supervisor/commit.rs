@@ -75,7 +75,7 @@ pub(crate) enum CommitError {
 /// A copy of a shard.
 type Copy = (u32, u32);
 /// Fingerprint sums by number of the parameter.
-type Sums = Vec<(u32, [u128; 3])>;
+type Sums = Vec<(u32, u128)>;
 
 /// See the module.
 #[derive(Debug)]

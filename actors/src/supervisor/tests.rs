@@ -57,8 +57,8 @@ impl Job {
     }
 }
 
-fn sums(shard: u32, value: u128) -> Vec<(u32, [u128; 3])> {
-    materials().layout.of_shard(shard).into_iter().map(|n| (n, [value; 3])).collect()
+fn sums(shard: u32, value: u128) -> Vec<(u32, u128)> {
+    materials().layout.of_shard(shard).into_iter().map(|n| (n, value)).collect()
 }
 
 fn applied(step: Step) -> impl Fn(u32) -> Body<Tensor> {

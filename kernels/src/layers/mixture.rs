@@ -86,7 +86,7 @@ impl Mixture {
                 let (experts, weights) = b.gate(&logits, &bias.value, &config.gate());
                 let chosen = b.read_indices(&experts).expect("the gate's choice is read before anything is sent");
                 let plan = Dispatch::new(&chosen, config.top_k, config.experts, config.groups);
-                let rows = plan.tokens.iter().map(|tokens| b.gather(&x, tokens)).collect();
+                let rows = b.dispatch(&x, &plan);
                 let shared = shared.as_ref().map(|mlp| mlp.forward(b, x.clone()));
                 Half::Experts { rows, sent: Box::new(Sent { h, x, logits, experts, weights, plan, shared }) }
             }

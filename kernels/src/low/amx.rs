@@ -17,7 +17,7 @@ mod without {
         }
     }
 
-    pub(crate) fn part(_: &[u16], _: usize, _: [&[u32]; 2], _: usize, _: usize, _: &mut super::Part) {
+    pub(crate) fn part(_: &[crate::element::Bf16], _: usize, _: [&[u32]; 2], _: usize, _: usize, _: &mut super::Part) {
         unreachable!("the path was not detected");
     }
 }
@@ -30,6 +30,7 @@ pub(super) use with::{Tiles, available, part};
 #[cfg(target_arch = "x86_64")]
 mod with {
     use super::Part;
+    use crate::element::Bf16;
     use crate::low::{BLOCK, Columns, K_BLOCK};
     use std::arch::asm;
     use std::arch::x86_64::__cpuid_count;
@@ -110,7 +111,7 @@ mod with {
     }
 
     /// See [`super::super::Path::part`]. Whoever calls it holds [`Tiles`].
-    pub(crate) fn part(a: &[u16], stride: usize, b: [&[u32]; 2], from: usize, to: usize, out: &mut Part) {
+    pub(crate) fn part(a: &[Bf16], stride: usize, b: [&[u32]; 2], from: usize, to: usize, out: &mut Part) {
         debug_assert!(available());
         // SAFETY: the caller has checked that 32 rows of `a` and both panels of `b` reach to block `to`; the
         // tiles are there and have their shapes, and nothing else uses them.

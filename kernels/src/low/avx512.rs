@@ -9,7 +9,7 @@ mod without {
         false
     }
 
-    pub(crate) fn part(_: &[u16], _: usize, _: [&[u32]; 2], _: usize, _: usize, _: &mut super::Part) {
+    pub(crate) fn part(_: &[crate::element::Bf16], _: usize, _: [&[u32]; 2], _: usize, _: usize, _: &mut super::Part) {
         unreachable!("the path was not detected");
     }
 }
@@ -17,11 +17,12 @@ mod without {
 pub(super) use without::{available, part};
 
 #[cfg(target_arch = "x86_64")]
-pub(super) use with::{available, has_shuffles, part, turn_halves, turn_words};
+pub(super) use with::{available, has_shuffles, pair_rows, part, turn_halves, turn_words};
 
 #[cfg(target_arch = "x86_64")]
 mod with {
     use super::Part;
+    use crate::element::Bf16;
     use crate::low::{Columns, K_BLOCK};
     use std::arch::x86_64::*;
 
@@ -30,14 +31,45 @@ mod with {
         is_x86_feature_detected!("avx512bf16") && is_x86_feature_detected!("avx512f")
     }
 
-    /// Whether [`turn_words`] and [`turn_halves`] can be used.
+    /// Whether [`turn_words`], [`turn_halves`] and [`pair_rows`] can be used.
     #[inline(always)]
     pub(crate) fn has_shuffles() -> bool {
-        is_x86_feature_detected!("avx512f")
+        is_x86_feature_detected!("avx512f") && is_x86_feature_detected!("avx512bw")
+    }
+
+    /// 32 rows of 32 halves, `stride` apart, to two tiles of 16 pairs of rows by 16 columns.
+    #[target_feature(enable = "avx512f,avx512bw")]
+    pub(crate) fn pair_rows(from: &[Bf16], stride: usize, mut to: [&mut [u32]; 2]) {
+        const HALVES: [[u16; 32]; 2] = {
+            let mut halves = [[0; 32]; 2];
+            let mut i = 0;
+            while i < 16 {
+                // From 32 on they are the second operand's.
+                (halves[0][2 * i], halves[0][2 * i + 1]) = (i as u16, i as u16 + 32);
+                (halves[1][2 * i], halves[1][2 * i + 1]) = (i as u16 + 16, i as u16 + 48);
+                i += 1;
+            }
+            halves
+        };
+        assert!(from.len() >= 31 * stride + 32 && to.iter().all(|to| to.len() >= 256), "a square of halves");
+        // SAFETY: an array of 64 bytes.
+        let halves = HALVES.map(|halves| unsafe { _mm512_loadu_si512(halves.as_ptr().cast()) });
+        for pair in 0..16 {
+            // SAFETY: the lengths were checked.
+            let (low, high) = unsafe {
+                let at = from.as_ptr().add(2 * pair * stride);
+                (_mm512_loadu_si512(at.cast()), _mm512_loadu_si512(at.add(stride).cast()))
+            };
+            for (to, halves) in to.iter_mut().zip(halves) {
+                let words = _mm512_permutex2var_epi16(low, halves, high);
+                // SAFETY: as above.
+                unsafe { _mm512_storeu_si512(to.as_mut_ptr().add(16 * pair).cast(), words) };
+            }
+        }
     }
 
     /// See [`super::super::Path::part`].
-    pub(crate) fn part(a: &[u16], stride: usize, b: [&[u32]; 2], from: usize, to: usize, out: &mut Part) {
+    pub(crate) fn part(a: &[Bf16], stride: usize, b: [&[u32]; 2], from: usize, to: usize, out: &mut Part) {
         debug_assert!(available());
         for m in (0..out.len()).step_by(8) {
             // SAFETY: the instructions are there, and the caller has checked that the operands reach to block `to`.
@@ -47,7 +79,7 @@ mod with {
 
     /// Eight rows: sixteen sums of sixteen columns in registers.
     #[target_feature(enable = "avx512f,avx512bf16")]
-    unsafe fn rows(a: &[u16], stride: usize, b: [&[u32]; 2], from: usize, to: usize, out: &mut [[f32; 32]]) {
+    unsafe fn rows(a: &[Bf16], stride: usize, b: [&[u32]; 2], from: usize, to: usize, out: &mut [[f32; 32]]) {
         let mut sums = [[_mm512_setzero_ps(); 2]; 8];
         for pair in from * K_BLOCK / 2..to * K_BLOCK / 2 {
             // Tiles follow each other: pair p of the whole panel is its p-th row of 16 words.
@@ -111,7 +143,7 @@ mod with {
 
     /// 16 rows of 32 halves, `stride` apart, to 16 rows of 16 words: words are turned.
     #[target_feature(enable = "avx512f")]
-    pub(crate) fn turn_words(from: &[u16], stride: usize, to: &mut [u32]) {
+    pub(crate) fn turn_words(from: &[Bf16], stride: usize, to: &mut [u32]) {
         assert!(from.len() >= 15 * stride + 32 && to.len() >= 256, "a square of words");
         // SAFETY: the lengths were checked.
         let rows = std::array::from_fn(|i| unsafe { _mm512_loadu_si512(from.as_ptr().add(i * stride).cast()) });
@@ -123,7 +155,7 @@ mod with {
 
     /// A square of 32 x 32 halves, turned.
     #[target_feature(enable = "avx512f")]
-    pub(crate) fn turn_halves(from: &[u16], stride: usize, to: &mut [u16], to_stride: usize) {
+    pub(crate) fn turn_halves(from: &[Bf16], stride: usize, to: &mut [Bf16], to_stride: usize) {
         assert!(from.len() >= 31 * stride + 32 && to.len() >= 31 * to_stride + 32, "a square of halves");
         for half in 0..2 {
             let pair = |i: usize| {

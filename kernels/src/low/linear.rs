@@ -1,7 +1,8 @@
 //! Linear layers in low precision, on tensors that keep the forms that products read.
 
-use super::{Causal, Columns, Matrix, Path, Quantised, Scaling, TILE, Target, product, scaled_product};
+use super::{Causal, Columns, Matrix, Path, Quantised, Rows, Scaling, TILE, Target, product, scaled_product};
 use crate::backend::{Precision, Role};
+use crate::element::Element;
 use crate::tensor::Tensor;
 
 /// How a role's products are made in a precision; none: in f32.
@@ -47,18 +48,27 @@ impl Form {
     }
 }
 
-/// BF16 form of a tensor.
-fn rounded(x: &Tensor) -> &Matrix {
-    x.forms().rounded.get_or_init(|| Matrix::round(x.f32s(), x.rows(), x.columns(), x.columns()))
+/// A tensor as rows of a product in BF16: itself, if it is stored so and has whole blocks of columns.
+fn rounded(x: &Tensor) -> Rows<'_> {
+    let (rows, columns) = (x.rows(), x.columns());
+    let itself = if x.is_bf16() { Rows::of(x.bf16s(), rows, columns) } else { None };
+    let form = || {
+        if x.is_bf16() {
+            Matrix::round(x.bf16s(), rows, columns, columns)
+        } else {
+            Matrix::round(x.f32s(), rows, columns, columns)
+        }
+    };
+    itself.unwrap_or_else(|| x.forms().rounded.get_or_init(form).view())
 }
 
 fn along_rows(x: &Tensor, scaling: Scaling) -> &Quantised {
-    x.forms().along_rows[scaling as usize].get_or_init(|| Quantised::rows(x.f32s(), x.rows(), x.columns(), scaling))
+    x.forms().along_rows[scaling as usize].get_or_init(|| Quantised::rows(&x.values(), x.rows(), x.columns(), scaling))
 }
 
 fn along_columns(x: &Tensor, scaling: Scaling) -> &Quantised {
     x.forms().along_columns[scaling as usize]
-        .get_or_init(|| Quantised::columns(x.f32s(), x.rows(), x.columns(), scaling))
+        .get_or_init(|| Quantised::columns(&x.values(), x.rows(), x.columns(), scaling))
 }
 
 /// An activation is kept in tiles along its rows: for a weight gradient those are quantised once more.
@@ -66,7 +76,7 @@ fn again_along_columns(x: &Tensor, scaling: Scaling) -> &(Columns, Vec<f32>) {
     x.forms().again[scaling as usize].get_or_init(|| {
         let values = along_rows(x, scaling).dequantised_rows();
         let q = Quantised::columns(&values, x.rows(), x.columns(), scaling);
-        (Columns::of_rows(&q.values), q.scales)
+        (Columns::of_rows(q.values.view()), q.scales)
     })
 }
 
@@ -79,7 +89,7 @@ fn blocks(w: &Tensor) -> &Quantised {
 fn by_rows(w: &Tensor, form: Form) -> &(Columns, Vec<f32>) {
     w.forms().by_rows[form.index()].get_or_init(|| match form {
         Form::Rounded => (Columns::of_rows(rounded(w)), Vec::new()),
-        Form::Quantised { .. } => (Columns::of_rows(&blocks(w).values), blocks(w).scales.clone()),
+        Form::Quantised { .. } => (Columns::of_rows(blocks(w).values.view()), blocks(w).scales.clone()),
     })
 }
 
@@ -91,77 +101,50 @@ fn by_columns(w: &Tensor, form: Form) -> &(Columns, Vec<f32>) {
             let q = blocks(w);
             let (rows, columns) = (w.rows().div_ceil(TILE), w.columns().div_ceil(TILE));
             let scale = |at: usize| q.scales[at % rows * columns + at / rows];
-            (Columns::of_columns(&q.values), (0..rows * columns).map(scale).collect())
+            (Columns::of_columns(q.values.view()), (0..rows * columns).map(scale).collect())
         }
     })
 }
 
-/// A matrix of results that `fill` makes.
-fn results(rows: usize, columns: usize, round: bool, fill: impl FnOnce(&mut Target<'_>)) -> Vec<f32> {
-    let mut data = crate::wide::unwritten(rows * columns);
-    fill(&mut Target { data: &mut data, stride: columns, round });
-    data
-}
-
-/// Rows of a whole tensor times a weight's columns.
-fn times(path: Path, x: &Tensor, scaling: Option<Scaling>, (b, scales): &(Columns, Vec<f32>), to: &mut Target<'_>) {
+/// Rows times columns, with scales in FP8.
+fn times<E: Element>(
+    path: Path,
+    x: &Tensor,
+    scaling: Option<Scaling>,
+    (b, scales): &(Columns, Vec<f32>),
+    to: &mut Target<'_, E>,
+) {
     match scaling {
         None => product(path, rounded(x), b, Causal::No, to),
         Some(scaling) => {
             let x = along_rows(x, scaling);
-            scaled_product(path, (&x.values, &x.scales), (b, scales, TILE), to);
-        }
-    }
-}
-
-/// The same of `rows` that are a part of a tensor, of which no form is kept.
-fn rows_times(
-    path: Path,
-    (x, rows): (&[f32], usize),
-    scaling: Option<Scaling>,
-    (b, scales): &(Columns, Vec<f32>),
-    to: &mut Target<'_>,
-) {
-    match scaling {
-        None => product(path, &Matrix::round(x, rows, b.terms, b.terms), b, Causal::No, to),
-        Some(scaling) => {
-            let x = Quantised::rows(x, rows, b.terms, scaling);
-            scaled_product(path, (&x.values, &x.scales), (b, scales, TILE), to);
+            scaled_product(path, (x.values.view(), &x.scales), (b, scales, TILE), to);
         }
     }
 }
 
 /// `x_TI w_OI^T -> y_TO`.
-pub(crate) fn forward(path: Path, form: Form, x: &Tensor, w: &Tensor) -> Vec<f32> {
-    results(x.rows(), w.rows(), true, |to| times(path, x, form.of_x(), by_rows(w, form), to))
-}
-
-/// The forward product of rows that are a part of a tensor, into a part of another.
-pub(crate) fn forward_rows(path: Path, form: Form, x: &[f32], rows: usize, w: &Tensor, y: &mut [f32]) {
-    let to = &mut Target { data: y, stride: w.rows(), round: true };
-    rows_times(path, (x, rows), form.of_x(), by_rows(w, form), to);
+pub(crate) fn forward<E: Element>(path: Path, form: Form, x: &Tensor, w: &Tensor, y: &mut [E]) {
+    times(path, x, form.of_x(), by_rows(w, form), &mut Target { data: y, stride: w.rows() });
 }
 
 /// `dy_TO w_OI -> dx_TI`.
-pub(crate) fn backward_input(path: Path, form: Form, dy: &Tensor, w: &Tensor) -> Vec<f32> {
-    results(dy.rows(), w.columns(), true, |to| times(path, dy, form.of_dy(), by_columns(w, form), to))
-}
-
-/// The backward product of rows that are a part of a tensor, into a part of another.
-pub(crate) fn backward_input_rows(path: Path, form: Form, dy: &[f32], rows: usize, w: &Tensor, dx: &mut [f32]) {
-    let to = &mut Target { data: dx, stride: w.columns(), round: true };
-    rows_times(path, (dy, rows), form.of_dy(), by_columns(w, form), to);
+pub(crate) fn backward_input<E: Element>(path: Path, form: Form, dy: &Tensor, w: &Tensor, dx: &mut [E]) {
+    times(path, dy, form.of_dy(), by_columns(w, form), &mut Target { data: dx, stride: w.columns() });
 }
 
 /// `dy_TO^T x_TI -> dw_OI`, in f32.
 pub(crate) fn backward_weight(path: Path, form: Form, dy: &Tensor, x: &Tensor) -> Vec<f32> {
-    results(dy.columns(), x.columns(), false, |to| match form {
+    let mut dw = crate::wide::unwritten(dy.columns() * x.columns());
+    let to = &mut Target { data: &mut dw, stride: x.columns() };
+    match form {
         Form::Rounded => {
-            product(path, &rounded(dy).transposed(), &by_columns(x, form).0, Causal::No, to);
+            product(path, rounded(dy).transposed().view(), &by_columns(x, form).0, Causal::No, to);
         }
         Form::Quantised { x: x_scaling, dy: dy_scaling } => {
             let (a, (b, scales)) = (along_columns(dy, dy_scaling), again_along_columns(x, x_scaling));
-            scaled_product(path, (&a.values, &a.scales), (b, scales, 1), to);
+            scaled_product(path, (a.values.view(), &a.scales), (b, scales, 1), to);
         }
-    })
+    }
+    dw
 }

@@ -1,25 +1,62 @@
 //! BF16 matrices in the two layouts that products read: rows, and columns in tiles.
 
 use super::{BLOCK, K_BLOCK};
+use crate::element::{Bf16, Element};
 use crate::wide::unwritten;
+use std::borrow::Cow;
 
-/// Rows one after another, zeros up to a multiple of 32 in both directions; there is room for one column.
-#[derive(Debug, Clone)]
-pub(crate) struct Matrix {
+/// Rows that a product reads: whole blocks of columns, those after the last zero. Nothing need follow the
+/// last row.
+#[derive(Debug, Clone, Copy)]
+pub(crate) struct Rows<'a> {
     pub(crate) rows: usize,
     pub(crate) columns: usize,
     /// Elements from one row to the next.
     pub(crate) stride: usize,
-    pub(crate) data: Vec<u16>,
+    data: &'a [Bf16],
 }
 
-/// The nearest BF16, ties to even; a subnormal number is zero. As the instruction VCVTNEPS2BF16 has it.
-#[inline(always)]
-fn rounded(x: f32) -> u16 {
-    let bits = x.to_bits();
-    let near = (bits.wrapping_add(0x7fff + (bits >> 16 & 1))) >> 16;
-    let near = if x.abs() < f32::MIN_POSITIVE { bits >> 16 & 0x8000 } else { near };
-    (if x.is_nan() { bits >> 16 | 0x40 } else { near }) as u16
+impl<'a> Rows<'a> {
+    /// Rows without a gap, if they have whole blocks of columns.
+    pub(crate) fn of(data: &'a [Bf16], rows: usize, columns: usize) -> Option<Self> {
+        let whole = columns > 0 && columns.is_multiple_of(BLOCK);
+        whole.then_some(Self { rows, columns, stride: columns, data })
+    }
+
+    /// The 32 rows from `32 m` on, `stride` apart; those after the last are zero.
+    pub(super) fn block(&self, m: usize) -> Cow<'a, [Bf16]> {
+        let from = m * BLOCK * self.stride;
+        let there = self.rows.min((m + 1) * BLOCK) * self.stride;
+        if there == from + BLOCK * self.stride {
+            return Cow::Borrowed(&self.data[from..there]);
+        }
+        let mut block = vec![Bf16::default(); BLOCK * self.stride];
+        block[..there - from].copy_from_slice(&self.data[from..there]);
+        Cow::Owned(block)
+    }
+
+    /// Rows and columns exchanged.
+    pub(crate) fn transposed(&self) -> Matrix {
+        let mut out = Matrix::padded(self.columns, self.rows);
+        for m in 0..self.rows.div_ceil(BLOCK) {
+            let block = self.block(m);
+            // Squares of 32 stay in the nearest cache.
+            for c in (0..self.columns).step_by(BLOCK) {
+                let to = &mut out.data[c * out.stride + m * BLOCK..];
+                turn_halves(&block[c..], self.stride, to, out.stride);
+            }
+        }
+        out
+    }
+}
+
+/// Rows of its own, zeros up to a multiple of 32 in both directions; there is room for one column.
+#[derive(Debug, Clone)]
+pub(crate) struct Matrix {
+    pub(crate) rows: usize,
+    pub(crate) columns: usize,
+    pub(crate) stride: usize,
+    pub(crate) data: Vec<Bf16>,
 }
 
 impl Matrix {
@@ -27,22 +64,22 @@ impl Matrix {
     pub(crate) fn padded(rows: usize, columns: usize) -> Self {
         let stride = columns.max(1).next_multiple_of(BLOCK);
         let mut data = unwritten(rows.next_multiple_of(BLOCK) * stride);
-        data[rows * stride..].fill(0);
+        data[rows * stride..].fill(Bf16::default());
         if columns < stride {
-            data.chunks_exact_mut(stride).for_each(|row: &mut [u16]| row[columns..].fill(0));
+            data.chunks_exact_mut(stride).for_each(|row: &mut [Bf16]| row[columns..].fill(Bf16::default()));
         }
         Self { rows, columns, stride, data }
     }
 
-    /// Rounds `rows x columns` of f32 that are `row_stride` apart.
-    pub(crate) fn round(x: &[f32], rows: usize, columns: usize, row_stride: usize) -> Self {
+    /// Rounds `rows x columns` that are `row_stride` apart.
+    pub(crate) fn round<E: Element>(x: &[E], rows: usize, columns: usize, row_stride: usize) -> Self {
         let mut out = Self::padded(rows, columns);
         crate::wide::run(
             #[inline(always)]
             || {
                 for (row, to) in (0..rows).zip(out.data.chunks_exact_mut(out.stride)) {
                     for (to, x) in to.iter_mut().zip(&x[row * row_stride..][..columns]) {
-                        *to = rounded(*x);
+                        *to = Bf16::nearest(x.value());
                     }
                 }
             },
@@ -50,22 +87,14 @@ impl Matrix {
         out
     }
 
-    /// Rows and columns exchanged.
-    pub(crate) fn transposed(&self) -> Self {
-        let mut out = Self::padded(self.columns, self.rows);
-        // Squares of 32 stay in the nearest cache.
-        for r in (0..self.rows).step_by(BLOCK) {
-            for c in (0..self.columns).step_by(BLOCK) {
-                let to = &mut out.data[c * out.stride + r..];
-                turn_halves(&self.data[r * self.stride + c..], self.stride, to, out.stride);
-            }
-        }
-        out
+    /// As a product reads it.
+    pub(crate) fn view(&self) -> Rows<'_> {
+        Rows { rows: self.rows, columns: self.columns, stride: self.stride, data: &self.data }
     }
 }
 
 /// A square of 32 x 32 halves, turned.
-fn turn_halves(from: &[u16], stride: usize, to: &mut [u16], to_stride: usize) {
+fn turn_halves(from: &[Bf16], stride: usize, to: &mut [Bf16], to_stride: usize) {
     #[cfg(target_arch = "x86_64")]
     if super::avx512::has_shuffles() {
         // SAFETY: the instructions are there.
@@ -79,7 +108,7 @@ fn turn_halves(from: &[u16], stride: usize, to: &mut [u16], to_stride: usize) {
 }
 
 /// 16 rows of 32 halves to 16 rows of 16 words, each a pair of halves: words turned.
-fn turn_words(from: &[u16], stride: usize, to: &mut [u32]) {
+fn turn_words(from: &[Bf16], stride: usize, to: &mut [u32]) {
     #[cfg(target_arch = "x86_64")]
     if super::avx512::has_shuffles() {
         // SAFETY: the instructions are there.
@@ -88,9 +117,29 @@ fn turn_words(from: &[u16], stride: usize, to: &mut [u32]) {
     for i in 0..16 {
         for j in 0..16 {
             let pair = &from[i * stride + 2 * j..][..2];
-            to[16 * j + i] = u32::from(pair[0]) | u32::from(pair[1]) << 16;
+            to[16 * j + i] = word(pair[0], pair[1]);
         }
     }
+}
+
+/// 32 rows of 32 halves to two tiles of pairs of rows.
+fn pair_rows(from: &[Bf16], stride: usize, to: [&mut [u32]; 2]) {
+    #[cfg(target_arch = "x86_64")]
+    if super::avx512::has_shuffles() {
+        // SAFETY: the instructions are there.
+        return unsafe { super::avx512::pair_rows(from, stride, to) };
+    }
+    for (half, tile) in to.into_iter().enumerate() {
+        for (pair, to) in tile.chunks_exact_mut(16).enumerate() {
+            let row = |r: usize| &from[(2 * pair + r) * stride + 16 * half..][..16];
+            to.iter_mut().zip(row(0).iter().zip(row(1))).for_each(|(to, (low, high))| *to = word(*low, *high));
+        }
+    }
+}
+
+#[inline(always)]
+fn word(low: Bf16, high: Bf16) -> u32 {
+    u32::from(low.0) | u32::from(high.0) << 16
 }
 
 /// Columns in tiles of 16 pairs of terms by 16 columns, the pairs' two terms side by side; the tiles of
@@ -115,37 +164,30 @@ impl Columns {
     }
 
     /// The columns of a product with the matrix whose *rows* they are: `m_NK`.
-    pub(crate) fn of_rows(m: &Matrix) -> Self {
+    pub(crate) fn of_rows(m: Rows<'_>) -> Self {
         let mut out = Self::unwritten(m.rows, m.columns);
-        for (panel, to) in out.data.chunks_exact_mut(out.panel).enumerate() {
-            for (block, tile) in to.chunks_exact_mut(Self::TILE).enumerate() {
-                turn_words(&m.data[16 * panel * m.stride + K_BLOCK * block..], m.stride, tile);
+        for (n, panels) in out.data.chunks_exact_mut(2 * out.panel).enumerate() {
+            let rows = m.block(n);
+            for (half, panel) in panels.chunks_exact_mut(out.panel).enumerate() {
+                for (block, tile) in panel.chunks_exact_mut(Self::TILE).enumerate() {
+                    turn_words(&rows[16 * half * m.stride + K_BLOCK * block..], m.stride, tile);
+                }
             }
         }
         out
     }
 
     /// The columns of `m_KN`.
-    pub(crate) fn of_columns(m: &Matrix) -> Self {
+    pub(crate) fn of_columns(m: Rows<'_>) -> Self {
         let mut out = Self::unwritten(m.columns, m.rows);
-        if m.rows == 0 {
-            // A product over no terms reads none of it.
-            return out;
+        for block in 0..m.rows.div_ceil(K_BLOCK) {
+            let rows = m.block(block);
+            for (n, panels) in out.data.chunks_exact_mut(2 * out.panel).enumerate() {
+                let (left, right) = panels.split_at_mut(out.panel);
+                let tiles = [left, right].map(|panel| &mut panel[block * Self::TILE..][..Self::TILE]);
+                pair_rows(&rows[BLOCK * n..], m.stride, tiles);
+            }
         }
-        crate::wide::run(
-            #[inline(always)]
-            || {
-                for (panel, to) in out.data.chunks_exact_mut(out.panel).enumerate() {
-                    for (pair, to) in to.chunks_exact_mut(16).enumerate() {
-                        let low = &m.data[2 * pair * m.stride + 16 * panel..][..16];
-                        let high = &m.data[(2 * pair + 1) * m.stride + 16 * panel..][..16];
-                        for i in 0..16 {
-                            to[i] = u32::from(low[i]) | u32::from(high[i]) << 16;
-                        }
-                    }
-                }
-            },
-        );
         out
     }
 

@@ -21,13 +21,14 @@ mod quantised;
 #[cfg(test)]
 mod tests;
 
-pub(crate) use matrix::{Columns, Matrix};
+pub(crate) use matrix::{Columns, Matrix, Rows};
 pub(crate) use product::{Causal, Target, product, scaled_product};
 pub(crate) use quantised::{Quantised, Scaling};
 
 /// Terms that share scales.
 pub(crate) use crate::ops::quantise::TILE;
 
+use crate::element::Bf16;
 use std::sync::OnceLock;
 
 /// Terms that a matrix tile sums at once.
@@ -67,7 +68,7 @@ impl Path {
     }
 
     /// `sum a b` of 32 rows and 32 columns over blocks `from..to` of `K`.
-    fn part(self, a: &[u16], stride: usize, b: [&[u32]; 2], from: usize, to: usize, out: &mut Part) {
+    fn part(self, a: &[Bf16], stride: usize, b: [&[u32]; 2], from: usize, to: usize, out: &mut Part) {
         assert!(a.len() >= (BLOCK - 1) * stride + to * K_BLOCK, "rows of a part");
         assert!(b.iter().all(|b| b.len() >= to * Columns::TILE), "columns of a part");
         match self {

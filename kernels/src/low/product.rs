@@ -1,7 +1,7 @@
 //! Whole products, part by part.
 
-use super::{BLOCK, Columns, K_BLOCK, Matrix, Part, Path, TILE};
-use crate::math::{bf16_bits, bf16_value};
+use super::{BLOCK, Columns, K_BLOCK, Part, Path, Rows, TILE};
+use crate::element::Element;
 use std::ops::Range;
 
 /// Which parts of a product of one sequence with itself are needed or not zero.
@@ -33,30 +33,27 @@ impl Causal {
     }
 }
 
-/// Where a product goes: rows `stride` apart, perhaps rounded to BF16.
+/// Where a product goes: rows `stride` apart, rounded to its elements.
 #[derive(Debug)]
-pub(crate) struct Target<'a> {
-    pub(crate) data: &'a mut [f32],
+pub(crate) struct Target<'a, E> {
+    pub(crate) data: &'a mut [E],
     pub(crate) stride: usize,
-    pub(crate) round: bool,
 }
 
-impl Target<'_> {
+impl<E: Element> Target<'_, E> {
     /// Takes the part at `(32 m, 32 n)` of a matrix of `rows x columns`.
     fn put(&mut self, part: &Part, rows: usize, columns: usize, m: usize, n: usize) {
-        let (width, round, stride) = (BLOCK.min(columns - n * BLOCK), self.round, self.stride);
+        let (width, stride) = (BLOCK.min(columns - n * BLOCK), self.stride);
         let at = &mut self.data[m * BLOCK * stride + n * BLOCK..];
         crate::wide::run(
             #[inline(always)]
             || {
                 for (row, sums) in (0..rows - m * BLOCK).zip(part) {
-                    let to = &mut at[row * stride..][..width];
-                    if round {
-                        for (to, sum) in to.iter_mut().zip(sums) {
-                            *to = bf16_value(bf16_bits(*sum));
-                        }
+                    let to = &mut at[row * stride..];
+                    if let Some(to) = to.first_chunk_mut::<BLOCK>().filter(|_| width == BLOCK) {
+                        to.iter_mut().zip(sums).for_each(|(to, sum)| *to = E::nearest(*sum));
                     } else {
-                        to.copy_from_slice(&sums[..width]);
+                        to[..width].iter_mut().zip(sums).for_each(|(to, sum)| *to = E::nearest(*sum));
                     }
                 }
             },
@@ -65,14 +62,15 @@ impl Target<'_> {
 }
 
 /// `a_MK b_KN`.
-pub(crate) fn product(path: Path, a: &Matrix, b: &Columns, causal: Causal, to: &mut Target<'_>) {
+pub(crate) fn product<E: Element>(path: Path, a: Rows<'_>, b: &Columns, causal: Causal, to: &mut Target<'_, E>) {
     let terms = check(a, b);
     let _held = path.begin();
     let mut part: Part = [[0.0; BLOCK]; BLOCK];
-    for n in 0..b.columns.div_ceil(BLOCK) {
-        for m in (0..a.rows.div_ceil(BLOCK)).filter(|m| causal.wants(*m, n)) {
-            let blocks = causal.blocks(m, terms);
-            path.part(&a.data[m * BLOCK * a.stride..], a.stride, b.pair(n), blocks.start, blocks.end, &mut part);
+    for m in 0..a.rows.div_ceil(BLOCK) {
+        // The rows stay in the nearest cache while the columns pass.
+        let (rows, blocks) = (a.block(m), causal.blocks(m, terms));
+        for n in (0..b.columns.div_ceil(BLOCK)).filter(|n| causal.wants(m, *n)) {
+            path.part(&rows, a.stride, b.pair(n), blocks.start, blocks.end, &mut part);
             to.put(&part, a.rows, b.columns, m, n);
         }
     }
@@ -80,19 +78,25 @@ pub(crate) fn product(path: Path, a: &Matrix, b: &Columns, causal: Causal, to: &
 
 /// The same with scales of every [`TILE`] terms: `scales_a_M,K/128`, and those of `b` by
 /// `scale_b(column, tile)`.
-pub(crate) fn scaled_product(path: Path, a: (&Matrix, &[f32]), b: (&Columns, &[f32], usize), out: &mut Target<'_>) {
+pub(crate) fn scaled_product<E: Element>(
+    path: Path,
+    a: (Rows<'_>, &[f32]),
+    b: (&Columns, &[f32], usize),
+    out: &mut Target<'_, E>,
+) {
     let ((a, scales_a), (b, scales_b, columns_per_scale)) = (a, b);
     let terms = check(a, b);
     let _held = path.begin();
     let tiles = a.columns.div_ceil(TILE);
     let mut part: Part = [[0.0; BLOCK]; BLOCK];
-    for n in 0..b.columns.div_ceil(BLOCK) {
-        let columns = n * BLOCK..b.columns.min((n + 1) * BLOCK);
-        for m in 0..a.rows.div_ceil(BLOCK) {
+    for m in 0..a.rows.div_ceil(BLOCK) {
+        let block = a.block(m);
+        for n in 0..b.columns.div_ceil(BLOCK) {
+            let columns = n * BLOCK..b.columns.min((n + 1) * BLOCK);
             let mut total: Part = [[0.0; BLOCK]; BLOCK];
             for tile in 0..tiles {
                 let (from, to) = (tile * TILE / K_BLOCK, ((tile + 1) * TILE / K_BLOCK).min(terms));
-                path.part(&a.data[m * BLOCK * a.stride..], a.stride, b.pair(n), from, to, &mut part);
+                path.part(&block, a.stride, b.pair(n), from, to, &mut part);
                 let mut of_columns = [0.0f32; BLOCK];
                 for (of, c) in of_columns.iter_mut().zip(columns.clone()) {
                     *of = scales_b[c / columns_per_scale * tiles + tile];
@@ -116,7 +120,7 @@ pub(crate) fn scaled_product(path: Path, a: (&Matrix, &[f32]), b: (&Columns, &[f
 }
 
 /// Blocks of `K`.
-fn check(a: &Matrix, b: &Columns) -> usize {
+fn check(a: Rows<'_>, b: &Columns) -> usize {
     assert_eq!(a.columns, b.terms, "inner dimensions of a product");
     a.columns.div_ceil(K_BLOCK)
 }

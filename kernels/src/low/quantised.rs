@@ -1,6 +1,7 @@
 //! E4M3 matrices as BF16 values with scales along `K` (technical report 3.3).
 
 use super::{Matrix, TILE};
+use crate::element::{Bf16, Element};
 use crate::ops::quantise::{nearest, power_of_two, scale_of};
 
 /// How a scale follows from a tile's largest magnitude.
@@ -119,7 +120,7 @@ impl Quantised {
                     for (t, (to, from)) in to.chunks_mut(TILE).zip(from.chunks(TILE)).enumerate() {
                         let scale = self.scales[r * tiles + t];
                         for (to, from) in to.iter_mut().zip(from) {
-                            *to = crate::math::bf16_value(*from) * scale;
+                            *to = from.value() * scale;
                         }
                     }
                 }
@@ -131,8 +132,8 @@ impl Quantised {
 
 /// E4M3 values are exact in BF16.
 #[inline(always)]
-fn bits(value: f32) -> u16 {
-    (value.to_bits() >> 16) as u16
+fn bits(value: f32) -> Bf16 {
+    Bf16((value.to_bits() >> 16) as u16)
 }
 
 /// The largest magnitude, by lanes: a maximum has no order that could show.

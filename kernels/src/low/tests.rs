@@ -3,7 +3,7 @@
 use super::linear::{Form, backward_input, backward_weight, forward};
 use super::*;
 use crate::backend::{Precision, Role};
-use crate::math::bf16_value;
+use crate::element::{Bf16, Element, values as widened};
 use crate::ops::testing::*;
 use crate::tensor::Tensor;
 
@@ -15,7 +15,7 @@ fn tiles(a: &[f32], b: &[f32]) -> f32 {
         let (mut even, mut odd) = (0.0f32, 0.0f32);
         for (i, (a, b)) in a.iter().zip(b).enumerate() {
             let sum = if i % 2 == 0 { &mut even } else { &mut odd };
-            *sum = flush(a.mul_add(*b, *sum));
+            *sum = flush(flush(*a).mul_add(flush(*b), *sum));
         }
         total = flush(total + flush(even + odd));
     }
@@ -26,7 +26,7 @@ fn tiles(a: &[f32], b: &[f32]) -> f32 {
 fn pairs(a: &[f32], b: &[f32]) -> f32 {
     let flush = |x: f32| if x.abs() < f32::MIN_POSITIVE { x * 0.0 } else { x };
     let mut total = 0.0f32;
-    let at = |x: &[f32], i: usize| x.get(i).copied().unwrap_or(0.0);
+    let at = |x: &[f32], i: usize| flush(x.get(i).copied().unwrap_or(0.0));
     // Zeros up to whole blocks are added too: they make -0 a 0.
     for i in (0..a.len().next_multiple_of(K_BLOCK)).step_by(2) {
         total = flush(at(a, i + 1).mul_add(at(b, i + 1), total));
@@ -36,11 +36,7 @@ fn pairs(a: &[f32], b: &[f32]) -> f32 {
 }
 
 fn values(m: &Matrix) -> Vec<Vec<f32>> {
-    m.data
-        .chunks_exact(m.stride)
-        .take(m.rows)
-        .map(|r| r[..m.columns].iter().map(|x| bf16_value(*x)).collect())
-        .collect()
+    m.data.chunks_exact(m.stride).take(m.rows).map(|r| widened(&r[..m.columns])).collect()
 }
 
 /// Numbers of very different sizes: some products are subnormal, some large.
@@ -66,17 +62,17 @@ fn every_path_follows_its_order_bit_for_bit() {
         let (rows, columns) = (values(&a), values(&b));
         for path in Path::available() {
             let order = if path == Path::Avx512 { pairs } else { tiles };
-            let check = |make: &dyn Fn(&mut Target<'_>)| {
+            let check = |make: &dyn Fn(&mut Target<'_, f32>)| {
                 let mut out = vec![f32::NAN; m * n];
-                make(&mut Target { data: &mut out, stride: n, round: false });
+                make(&mut Target { data: &mut out, stride: n });
                 for (at, sum) in out.iter().enumerate() {
                     let (row, column) = (at / n, at % n);
                     let want = order(&rows[row], &columns[column]);
                     assert_eq!(sum.to_bits(), want.to_bits(), "{path:?} {m}x{n}x{k} ({row}, {column}): {sum} {want}");
                 }
             };
-            check(&|to| product(path, &a, &Columns::of_rows(&b), Causal::No, to));
-            check(&|to| product(path, &a, &Columns::of_columns(&b.transposed()), Causal::No, to));
+            check(&|to| product(path, a.view(), &Columns::of_rows(b.view()), Causal::No, to));
+            check(&|to| product(path, a.view(), &Columns::of_columns(b.view().transposed().view()), Causal::No, to));
         }
     }
 }
@@ -85,9 +81,9 @@ fn every_path_follows_its_order_bit_for_bit() {
 fn a_matrix_turned_twice_is_itself() {
     for (r, c) in [(1, 1), (33, 70), (64, 31)] {
         let m = ragged(r, c, 3);
-        let turned = m.transposed();
+        let turned = m.view().transposed();
         assert_eq!((turned.rows, turned.columns), (c, r));
-        assert_eq!(turned.transposed().data, m.data);
+        assert_eq!(turned.view().transposed().data, m.data);
         let (m, t) = (values(&m), values(&turned));
         assert!((0..r).all(|i| (0..c).all(|j| m[i][j].to_bits() == t[j][i].to_bits())));
     }
@@ -104,8 +100,9 @@ fn scales_are_applied_after_every_tile() {
         for path in Path::available() {
             let order = if path == Path::Avx512 { pairs } else { tiles };
             let mut out = vec![f32::NAN; m * n];
-            let to = &mut Target { data: &mut out, stride: n, round: false };
-            scaled_product(path, (&a.values, &a.scales), (&Columns::of_rows(&b.values), &b.scales, TILE), to);
+            let to = &mut Target { data: &mut out, stride: n };
+            let columns_of = Columns::of_rows(b.values.view());
+            scaled_product(path, (a.values.view(), &a.scales), (&columns_of, &b.scales, TILE), to);
             {
                 for (at, sum) in out.iter().enumerate() {
                     let (row, column) = (at / n, at % n);
@@ -155,11 +152,10 @@ fn layers_are_as_close_as_their_precision() {
             let limit = if form == Form::Rounded { 4e-3 } else { 5e-2 };
             for path in Path::available() {
                 let (x, w, dy) = (tensor(t, i, &x), tensor(o, i, &w), tensor(t, o, &dy));
-                let got = [
-                    forward(path, form, &x, &w),
-                    backward_input(path, form, &dy, &w),
-                    backward_weight(path, form, &dy, &x),
-                ];
+                let (mut y, mut dx) = (vec![Bf16::default(); t * o], vec![Bf16::default(); t * i]);
+                forward(path, form, &x, &w, &mut y);
+                backward_input(path, form, &dy, &w, &mut dx);
+                let got = [widened(&y), widened(&dx), backward_weight(path, form, &dy, &x)];
                 for (n, (got, want)) in got.iter().zip(&want).enumerate() {
                     let error = error(got, want);
                     assert!(error < limit, "{role:?} {precision} {path:?} product {n}: {error}");
@@ -191,9 +187,31 @@ fn no_rows_are_no_trouble() {
                 Tensor::from_vec(50, 40, random(2000, 1)),
                 Tensor::from_vec(0, 50, vec![]),
             );
-            assert!(forward(path, form, &x, &w).is_empty());
-            assert!(backward_input(path, form, &dy, &w).is_empty());
+            forward::<Bf16>(path, form, &x, &w, &mut []);
+            backward_input::<Bf16>(path, form, &dy, &w, &mut []);
             assert!(backward_weight(path, form, &dy, &x) == vec![0.0; 2000], "{path:?} {precision}");
+        }
+    }
+}
+
+/// Rows that are stored in BF16 are read in place, ragged ones and those in the middle of others too.
+#[test]
+fn rows_in_place_give_what_their_copies_give() {
+    for (rows, columns) in [(70, 64), (33, 96), (1, 32), (20, 40)] {
+        let whole: Vec<Bf16> = random((rows + 9) * columns, 1).iter().map(|x| Bf16::nearest(*x)).collect();
+        let stored = Tensor::bf16(rows + 9, columns, std::sync::Arc::new(whole)).view(5, rows);
+        let copy = Tensor::from_vec(rows, columns, stored.values().into_owned());
+        let w = Tensor::from_vec(50, columns, random(50 * columns, 2));
+        let dy = Tensor::from_vec(rows, 50, random(rows * 50, 3));
+        for path in Path::available() {
+            let mut y = [vec![0.0f32; rows * 50], vec![0.0; rows * 50]];
+            forward(path, Form::Rounded, &stored, &w, &mut y[0]);
+            forward(path, Form::Rounded, &copy, &w, &mut y[1]);
+            assert!(same_bits(&y[0], &y[1]), "{path:?} {rows} x {columns}");
+            let dw = [&stored, &copy].map(|x| backward_weight(path, Form::Rounded, &dy, x));
+            assert!(same_bits(&dw[0], &dw[1]), "{path:?} {rows} x {columns}");
+            let turned = [&stored, &copy].map(|x| backward_weight(path, Form::Rounded, x, &dy));
+            assert!(same_bits(&turned[0], &turned[1]), "{path:?} {rows} x {columns}");
         }
     }
 }

@@ -32,13 +32,10 @@ pub struct AdamW {
     pub low_moments: bool,
 }
 
-/// 128-bit wrapping sums over weights, first and second moments.
-#[derive(Debug, Clone, Copy, PartialEq, Eq, Default)]
-pub struct StateSums(pub [u128; 3]);
-
-/// Mixes an element's index and bits into two words (two rounds of splitmix64 with other constants).
+/// Mixes an element's weight and moments with its index, of which `key` is a multiple, into two words: each
+/// is taken in before a round of splitmix64, which leaves no two inputs alike.
 #[inline(always)]
-fn mix(index: u64, bits: u32) -> (u64, u64) {
+fn mix(key: u64, [w, m, v]: [f32; 3]) -> (u64, u64) {
     #[inline(always)]
     fn splitmix(mut z: u64) -> u64 {
         z = z.wrapping_add(0x9E37_79B9_7F4A_7C15);
@@ -46,62 +43,63 @@ fn mix(index: u64, bits: u32) -> (u64, u64) {
         z = (z ^ (z >> 27)).wrapping_mul(0x94D0_49BB_1331_11EB);
         z ^ (z >> 31)
     }
-    let low = splitmix(index.wrapping_mul(0xD6E8_FEB8_6659_FD93) ^ u64::from(bits));
-    let high = splitmix(low ^ (index << 32 | u64::from(bits)));
-    (low, high)
+    let [w, m, v] = [w, m, v].map(|x| u64::from(x.to_bits()));
+    let low = splitmix(key ^ (w | m << 32));
+    (low, splitmix(low ^ (v | key << 32)))
 }
+
+/// Odd, so that its multiples tell all indices apart.
+const KEY: u64 = 0xD6E8_FEB8_6659_FD93;
 
 /// Elements of a block: few enough for the nearest cache, and for sums of halves of words in a word.
 const BLOCK: usize = 2048;
 
 /// The wrapping sum of a block's mixed elements, the first of which has index `first`.
 #[inline(always)]
-fn block_sum(x: &[f32], first: usize) -> u128 {
+fn block_sum(w: &[f32], m: &[f32], v: &[f32], first: usize) -> u128 {
     // A word's halves are added apart, so that lanes need no carries.
     let (mut low, mut middle, mut high) = ([0u64; 8], [0u64; 8], [0u64; 8]);
-    let mut add = |lane: usize, index: usize, x: f32| {
-        let (l, h) = mix(index as u64, x.to_bits());
+    let mut keys: [u64; 8] = std::array::from_fn(|lane| KEY.wrapping_mul((first + lane) as u64));
+    let mut add = |lane: usize, key: u64, element: [f32; 3]| {
+        let (l, h) = mix(key, element);
         low[lane] += l & 0xffff_ffff;
         middle[lane] += l >> 32;
         high[lane] = high[lane].wrapping_add(h);
     };
-    let (whole, rest) = x.as_chunks::<8>();
-    for (n, chunk) in whole.iter().enumerate() {
-        for (lane, x) in chunk.iter().enumerate() {
-            add(lane, first + 8 * n + lane, *x);
+    let [w, m, v] = [w, m, v].map(|x| x.as_chunks::<8>());
+    for ((w, m), v) in w.0.iter().zip(m.0).zip(v.0) {
+        for lane in 0..8 {
+            add(lane, keys[lane], [w[lane], m[lane], v[lane]]);
+            keys[lane] = keys[lane].wrapping_add(KEY.wrapping_mul(8));
         }
     }
-    for (lane, x) in rest.iter().enumerate() {
-        add(lane, first + 8 * whole.len() + lane, *x);
+    for (lane, ((w, m), v)) in w.1.iter().zip(m.1).zip(v.1).enumerate() {
+        add(lane, keys[lane], [*w, *m, *v]);
     }
     let all = |words: [u64; 8]| words.iter().fold(0u128, |sum, w| sum.wrapping_add(u128::from(*w)));
     all(low).wrapping_add(all(middle) << 32).wrapping_add(all(high) << 64)
 }
 
-/// The sum of one tensor.
-pub fn state_sum(x: &[f32]) -> u128 {
+/// The 128-bit wrapping sum of a parameter's mixed elements: weights and both moments.
+pub fn state_sum(w: &[f32], m: &[f32], v: &[f32]) -> u128 {
+    assert!(w.len() == m.len() && w.len() == v.len(), "moments of every weight");
     wide::run(
         #[inline(always)]
         || {
-            let blocks = x.chunks(BLOCK).enumerate();
-            blocks.fold(0, |sum: u128, (n, block)| sum.wrapping_add(block_sum(block, n * BLOCK)))
+            let blocks = w.chunks(BLOCK).zip(m.chunks(BLOCK)).zip(v.chunks(BLOCK)).enumerate();
+            blocks.fold(0, |sum: u128, (n, ((w, m), v))| sum.wrapping_add(block_sum(w, m, v, n * BLOCK)))
         },
     )
-}
-
-/// The sums of a parameter's whole state.
-pub fn state_sums(w: &[f32], m: &[f32], v: &[f32]) -> StateSums {
-    StateSums([state_sum(w), state_sum(m), state_sum(v)])
 }
 
 /// A parameter's weight and moments after a step.
 type Stepped = [Vec<f32>; 3];
 
-/// One step, from `w`, `m` and `v` and the gradient; with the sums of what was written.
-pub fn step(w: &[f32], m: &[f32], v: &[f32], g: &[f32], a: &AdamW) -> (Stepped, StateSums) {
+/// One step, from `w`, `m` and `v` and the gradient; with the sum of what was written.
+pub fn step(w: &[f32], m: &[f32], v: &[f32], g: &[f32], a: &AdamW) -> (Stepped, u128) {
     let n = w.len();
     let mut out: Stepped = [wide::unwritten(n), wide::unwritten(n), wide::unwritten(n)];
-    let mut sums = [0u128; 3];
+    let mut sum = 0u128;
     wide::run(
         #[inline(always)]
         || {
@@ -121,13 +119,11 @@ pub fn step(w: &[f32], m: &[f32], v: &[f32], g: &[f32], a: &AdamW) -> (Stepped, 
                     new_w[i] = w[i] - a.lr * (update + a.decay * w[i]);
                     (new_m[i], new_v[i]) = (first, second);
                 }
-                for (sum, x) in sums.iter_mut().zip([&*new_w, &*new_m, &*new_v]) {
-                    *sum = sum.wrapping_add(block_sum(x, from));
-                }
+                sum = sum.wrapping_add(block_sum(new_w, new_m, new_v, from));
             }
         },
     );
-    (out, StateSums(sums))
+    (out, sum)
 }
 
 /// Squared sums of a gradient, one for each [`NORM_CHUNK`] elements, in f64 by eight fixed lanes.
@@ -177,7 +173,7 @@ mod tests {
         let (w, m, g) = (random(n, 1), random(n, 2), random(n, 3));
         let v: Vec<f32> = random(n, 4).iter().map(|x| x * x).collect();
         let (w0, m0, v0) = (wide(&w), wide(&m), wide(&v));
-        let ([w, m, v], sums) = step(&w, &m, &v, &g, &STEP);
+        let ([w, m, v], sum) = step(&w, &m, &v, &g, &STEP);
         let (mut ew, mut em, mut ev) = (Vec::new(), Vec::new(), Vec::new());
         for i in 0..n {
             let grad = f64::from(g[i]) * 0.5;
@@ -188,7 +184,7 @@ mod tests {
         assert_close(&w, &ew, 1e-6, "w");
         assert_close(&m, &em, 1e-6, "m");
         assert_close(&v, &ev, 1e-6, "v");
-        assert_eq!(sums, state_sums(&w, &m, &v));
+        assert_eq!(sum, state_sum(&w, &m, &v));
     }
 
     #[test]
@@ -209,31 +205,40 @@ mod tests {
         assert_ne!(w, exact);
     }
 
-    /// What stored fingerprints were made with: a plain sum of mixed elements.
+    /// Blocks and lanes do not show: it is a plain sum of mixed elements.
     #[test]
     fn sums_in_blocks_are_plain_sums() {
-        let x = random(5 * BLOCK + 3, 8);
-        let word = |(i, x): (usize, &f32)| mix(i as u64, x.to_bits());
-        let plain = x
-            .iter()
-            .enumerate()
-            .map(word)
-            .fold(0u128, |sum, (low, high)| sum.wrapping_add(u128::from(high) << 64 | u128::from(low)));
-        assert_eq!(state_sum(&x), plain);
+        let n = 5 * BLOCK + 3;
+        let (w, m, v) = (random(n, 8), random(n, 9), random(n, 10));
+        let plain = (0..n).fold(0u128, |sum, i| {
+            let (low, high) = mix(KEY.wrapping_mul(i as u64), [w[i], m[i], v[i]]);
+            sum.wrapping_add(u128::from(high) << 64 | u128::from(low))
+        });
+        assert_eq!(state_sum(&w, &m, &v), plain);
     }
 
     #[test]
     fn a_flipped_bit_or_two_exchanged_elements_change_the_sum() {
-        let x = random(100, 5);
-        let sum = state_sum(&x);
-        for bit in 0..32 {
-            let mut y = x.clone();
-            y[17] = f32::from_bits(y[17].to_bits() ^ (1 << bit));
-            assert_ne!(state_sum(&y), sum);
+        let state = [random(100, 5), random(100, 6), random(100, 7)];
+        let sum_of = |[w, m, v]: &[Vec<f32>; 3]| state_sum(w, m, v);
+        let mut seen = std::collections::BTreeSet::from([sum_of(&state)]);
+        for part in 0..3 {
+            for bit in 0..32 {
+                let mut other = state.clone();
+                other[part][17] = f32::from_bits(state[part][17].to_bits() ^ (1 << bit));
+                assert!(seen.insert(sum_of(&other)), "bit {bit} of {part}");
+            }
+            let mut other = state.clone();
+            other[part].swap(3, 4);
+            assert!(seen.insert(sum_of(&other)), "{part}");
         }
-        let mut y = x.clone();
-        y.swap(3, 4);
-        assert_ne!(state_sum(&y), sum);
+        // A weight in the place of its moment, and a change that another one undoes.
+        let [w, m, v] = state.clone();
+        assert!(seen.insert(state_sum(&m, &w, &v)) && seen.insert(state_sum(&w, &v, &m)));
+        let mut other = state.clone();
+        let (up, down) = (state[0][8].to_bits() + 1, state[0][9].to_bits() - 1);
+        (other[0][8], other[0][9]) = (f32::from_bits(up), f32::from_bits(down));
+        assert!(seen.insert(sum_of(&other)));
     }
 
     #[test]

@@ -140,16 +140,16 @@ pub(crate) fn forward(q: &[f32], kv: &[f32], k_rope: &[f32], s: &AttentionShape)
 
 /// What [`backward`] reads.
 #[derive(Debug)]
-pub(crate) struct Saved<'a> {
-    pub(crate) q: &'a [f32],
-    pub(crate) kv: &'a [f32],
-    pub(crate) k_rope: &'a [f32],
-    pub(crate) o: &'a [f32],
+pub(crate) struct Saved<'a, E> {
+    pub(crate) q: &'a [E],
+    pub(crate) kv: &'a [E],
+    pub(crate) k_rope: &'a [E],
+    pub(crate) o: &'a [E],
     pub(crate) lse: &'a [f32],
 }
 
 /// `dO -> (dq, dkv, dk_rope)`; the probabilities are made again from the scores.
-pub(crate) fn backward(saved: &Saved<'_>, d_o: &[f32], s: &AttentionShape) -> (Vec<f32>, Vec<f32>, Vec<f32>) {
+pub(crate) fn backward(saved: &Saved<'_, f32>, d_o: &[f32], s: &AttentionShape) -> (Vec<f32>, Vec<f32>, Vec<f32>) {
     let Saved { q, kv, k_rope, o, lse } = saved;
     let tokens = q.len() / s.q_row();
     let n = s.sequence;

@@ -5,6 +5,11 @@
 //! ascending order of expert, each made first and then added; then the groups' sums in ascending
 //! order of group. So a token's result does not depend on where its experts are.
 
+use crate::element::Element;
+use crate::math::sum_of;
+use crate::tensor::Tensor;
+use crate::wide;
+
 /// Where one choice of a token went.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub struct Slot {
@@ -40,72 +45,95 @@ impl Dispatch {
         Self { tokens, slots, top_k, group_size: expert_count / groups }
     }
 
+    /// Rows of all experts, one expert after another, by expert.
+    pub(crate) fn by_expert(&self, rows: &Tensor) -> Vec<Tensor> {
+        let mut from = 0;
+        let part = |tokens: &Vec<u32>| {
+            let part = rows.view(from, tokens.len());
+            from += tokens.len();
+            part
+        };
+        self.tokens.iter().map(part).collect()
+    }
+
     /// Rows that each expert gets.
     pub fn counts(&self) -> Vec<u64> {
         self.tokens.iter().map(|t| t.len() as u64).collect()
     }
 }
 
-/// Rows `tokens` of `x_TD`.
-pub(crate) fn gather(x: &[f32], tokens: &[u32], d: usize) -> Vec<f32> {
-    let mut rows = Vec::with_capacity(tokens.len() * d);
-    tokens.iter().for_each(|t| rows.extend_from_slice(&x[*t as usize * d..][..d]));
+/// `x_TD ->` each expert's rows, one expert after another.
+pub(crate) fn dispatch<E: Element>(x: &[E], plan: &Dispatch, d: usize) -> Vec<E> {
+    let mut rows = Vec::with_capacity(plan.slots.len() * d);
+    plan.tokens.iter().flatten().for_each(|t| rows.extend_from_slice(&x[*t as usize * d..][..d]));
     rows
 }
 
 /// Experts' rows, `weights_TK` (or ones) `-> y_TD`.
-pub(crate) fn forward(rows: &[&[f32]], weights: Option<&[f32]>, plan: &Dispatch, d: usize) -> Vec<f32> {
+pub(crate) fn forward<E: Element>(rows: &[&[E]], weights: Option<&[f32]>, plan: &Dispatch, d: usize) -> Vec<E> {
     let tokens = plan.slots.len() / plan.top_k;
-    let mut y = vec![0.0; tokens * d];
-    let mut group = vec![0.0; d];
-    for (t, (slots, y)) in plan.slots.chunks_exact(plan.top_k).zip(y.chunks_exact_mut(d)).enumerate() {
-        let mut k = 0;
-        while k < slots.len() {
-            let id = slots[k].expert as usize / plan.group_size;
-            group.fill(0.0);
-            while k < slots.len() && slots[k].expert as usize / plan.group_size == id {
-                let row = &rows[slots[k].expert as usize][slots[k].row as usize * d..][..d];
-                let w = weights.map_or(1.0, |w| w[t * plan.top_k + k]);
-                crate::wide::run(
-                    #[inline(always)]
-                    || group.iter_mut().zip(row).for_each(|(sum, x)| *sum += w * x),
-                );
-                k += 1;
+    let mut out = wide::unwritten(tokens * d);
+    let (mut y, mut group) = (vec![0.0f32; d], vec![0.0f32; d]);
+    wide::run(
+        #[inline(always)]
+        || {
+            for (t, (slots, out)) in plan.slots.chunks_exact(plan.top_k).zip(out.chunks_exact_mut(d)).enumerate() {
+                y.fill(0.0);
+                let mut k = 0;
+                while k < slots.len() {
+                    let id = slots[k].expert as usize / plan.group_size;
+                    group.fill(0.0);
+                    while k < slots.len() && slots[k].expert as usize / plan.group_size == id {
+                        let row = &rows[slots[k].expert as usize][slots[k].row as usize * d..][..d];
+                        let w = weights.map_or(1.0, |w| w[t * plan.top_k + k]);
+                        group.iter_mut().zip(row).for_each(|(sum, x)| *sum += w * x.value());
+                        k += 1;
+                    }
+                    y.iter_mut().zip(&group).for_each(|(y, sum)| *y += sum);
+                }
+                out.iter_mut().zip(&y).for_each(|(out, y)| *out = E::nearest(*y));
             }
-            crate::wide::run(
-                #[inline(always)]
-                || y.iter_mut().zip(&group).for_each(|(y, sum)| *y += sum),
-            );
-        }
-    }
-    y
+        },
+    );
+    out
 }
 
-/// `dy_TD`, the experts' rows and `weights_TK` `->` (gradient of each expert's rows, `dweights_TK`).
-pub(crate) fn backward(
-    dy: &[f32],
-    rows: &[&[f32]],
+/// `dy_TD`, the experts' rows and `weights_TK` `->` (gradients of the experts' rows, one expert after
+/// another, `dweights_TK`).
+pub(crate) fn backward<E: Element>(
+    dy: &[E],
+    rows: &[&[E]],
     weights: &[f32],
     plan: &Dispatch,
     d: usize,
-) -> (Vec<Vec<f32>>, Vec<f32>) {
+) -> (Vec<E>, Vec<f32>) {
     let whole = rows.iter().zip(plan.counts()).all(|(rows, count)| rows.len() as u64 == count * d as u64);
     assert!(whole && rows.len() == plan.tokens.len(), "rows of every expert, as the plan has them");
-    let mut drows: Vec<Vec<f32>> = rows.iter().map(|r| crate::wide::unwritten(r.len())).collect();
-    let mut dweights = crate::wide::unwritten(weights.len());
-    for (at, slot) in plan.slots.iter().enumerate() {
-        let dy = &dy[at / plan.top_k * d..][..d];
-        let from = slot.row as usize * d;
-        let row = &rows[slot.expert as usize][from..][..d];
-        let out = &mut drows[slot.expert as usize][from..][..d];
-        crate::wide::run(
-            #[inline(always)]
-            || {
-                dweights[at] = crate::math::sum_of([dy, row], |[dy, row]| dy * row);
-                out.iter_mut().zip(dy).for_each(|(out, dy)| *out = weights[at] * dy);
-            },
-        );
-    }
+    let first = |end: &mut usize, rows: &&[E]| {
+        let at = *end;
+        *end += rows.len();
+        Some(at)
+    };
+    let starts: Vec<usize> = rows.iter().scan(0, first).collect();
+    let mut drows = wide::unwritten(plan.slots.len() * d);
+    let mut dweights = wide::unwritten(weights.len());
+    let (mut of_dy, mut of_row) = (vec![0.0; d], vec![0.0; d]);
+    wide::run(
+        #[inline(always)]
+        || {
+            for (t, (dy, slots)) in dy.chunks_exact(d).zip(plan.slots.chunks_exact(plan.top_k)).enumerate() {
+                let dy = E::row(dy, &mut of_dy);
+                for (k, slot) in slots.iter().enumerate() {
+                    let (at, expert) = (t * plan.top_k + k, slot.expert as usize);
+                    let from = slot.row as usize * d;
+                    let row = E::row(&rows[expert][from..][..d], &mut of_row);
+                    dweights[at] = sum_of([dy, row], |[dy, row]| dy * row);
+                    let out = &mut drows[starts[expert] + from..][..d];
+                    out.iter_mut().zip(dy).for_each(|(out, dy)| *out = E::nearest(weights[at] * dy));
+                }
+            }
+        },
+    );
     (drows, dweights)
 }
 
@@ -137,6 +165,7 @@ mod tests {
         let want = reference(&wide_rows, &wide(&weights), &plan, d);
         assert_close(&forward(&views, Some(&weights), &plan, d), &want, 1e-6, "y");
         let (drows, dweights) = backward(&dy, &views, &weights, &plan, d);
+        let mut drows = &drows[..];
         let want = gradient(&weights, |w| dot(&reference(&wide_rows, w, &plan, d), &dy));
         assert_close(&dweights, &want, 1e-6, "dweights");
         for e in 0..6 {
@@ -145,7 +174,8 @@ mod tests {
                 rows[e] = r.to_vec();
                 dot(&reference(&rows, &wide(&weights), &plan, d), &dy)
             });
-            assert_close(&drows[e], &want, 1e-6, "drows");
+            let of_expert = drows.split_off(..rows[e].len()).expect("as many rows");
+            assert_close(of_expert, &want, 1e-6, "drows");
         }
     }
 

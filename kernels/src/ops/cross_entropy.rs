@@ -7,30 +7,34 @@
 /// The target of a position that has none.
 pub(crate) const IGNORED: u32 = u32::MAX;
 
+use crate::element::Element;
 use crate::math::{exp, largest, sum_of};
 
 /// `logits, targets, scale -> (loss_T, dlogits_TV)`; losses in nats, not scaled.
-pub(crate) fn forward_backward(logits: &[f32], targets: &[u32], v: usize, scale: f32) -> (Vec<f32>, Vec<f32>) {
+pub(crate) fn forward_backward<E: Element>(logits: &[E], targets: &[u32], v: usize, scale: f32) -> (Vec<f32>, Vec<E>) {
     let mut losses = Vec::with_capacity(targets.len());
-    let mut dlogits = vec![0.0; logits.len()];
-    for ((row, d), target) in logits.chunks_exact(v).zip(dlogits.chunks_exact_mut(v)).zip(targets) {
+    let mut dlogits = vec![E::default(); logits.len()];
+    let (mut scratch, mut d) = (vec![0.0; v], vec![0.0; v]);
+    for ((row, out), target) in logits.chunks_exact(v).zip(dlogits.chunks_exact_mut(v)).zip(targets) {
         if *target == IGNORED {
             losses.push(0.0);
             continue;
         }
         let target = *target as usize;
-        let (max, sum) = crate::wide::run(
+        let (loss, sum) = crate::wide::run(
             #[inline(always)]
             || {
+                let row = E::row(row, &mut scratch);
                 let max = largest(row);
                 d.iter_mut().zip(row).for_each(|(d, x)| *d = exp(x - max));
-                let sum = sum_of([d], |[d]| d);
+                let sum = sum_of([&d], |[d]| d);
                 d.iter_mut().for_each(|d| *d = (*d / sum) * scale);
-                (max, sum)
+                d[target] -= scale;
+                out.iter_mut().zip(&d).for_each(|(out, d)| *out = E::nearest(*d));
+                (row[target] - max, sum)
             },
         );
-        losses.push((libm::log(f64::from(sum)) - f64::from(row[target] - max)) as f32);
-        d[target] -= scale;
+        losses.push((libm::log(f64::from(sum)) - f64::from(loss)) as f32);
     }
     (losses, dlogits)
 }

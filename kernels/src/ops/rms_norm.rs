@@ -3,6 +3,7 @@
 //! `x_TD`, `w_D`. Sums over a row run in the fixed order of [`crate::math::sum_of`]; the weight
 //! gradient sums over rows in ascending order.
 
+use crate::element::Element;
 use crate::math::sum_of;
 use crate::wide;
 
@@ -13,16 +14,17 @@ fn scale(x: &[f32], eps: f32) -> f32 {
 }
 
 /// `x_TD, w_D -> y_TD`.
-pub(crate) fn forward(x: &[f32], w: &[f32], eps: f32) -> Vec<f32> {
+pub(crate) fn forward<E: Element>(x: &[E], w: &[f32], eps: f32) -> Vec<E> {
     assert!(x.len().is_multiple_of(w.len()), "whole rows");
-    let mut y = wide::unwritten(x.len());
+    let (mut y, mut scratch) = (wide::unwritten(x.len()), vec![0.0; w.len()]);
     wide::run(
         #[inline(always)]
         || {
             for (x, y) in x.chunks_exact(w.len()).zip(y.chunks_exact_mut(w.len())) {
+                let x = E::row(x, &mut scratch);
                 let r = scale(x, eps);
                 for ((y, x), w) in y.iter_mut().zip(x).zip(w) {
-                    *y = (x * r) * w;
+                    *y = E::nearest((x * r) * w);
                 }
             }
         },
@@ -31,18 +33,20 @@ pub(crate) fn forward(x: &[f32], w: &[f32], eps: f32) -> Vec<f32> {
 }
 
 /// `x_TD, w_D, dy_TD -> dx_TD`.
-pub(crate) fn backward_input(x: &[f32], w: &[f32], dy: &[f32], eps: f32) -> Vec<f32> {
+pub(crate) fn backward_input<E: Element>(x: &[E], w: &[f32], dy: &[E], eps: f32) -> Vec<E> {
     let d = w.len();
     assert!(x.len().is_multiple_of(d) && x.len() == dy.len(), "whole rows");
-    let mut dx = wide::unwritten(x.len());
+    let (mut dx, mut scratch) = (wide::unwritten(x.len()), [vec![0.0; d], vec![0.0; d]]);
     wide::run(
         #[inline(always)]
         || {
+            let [of_x, of_dy] = &mut scratch;
             for ((x, dy), dx) in x.chunks_exact(d).zip(dy.chunks_exact(d)).zip(dx.chunks_exact_mut(d)) {
+                let (x, dy) = (E::row(x, of_x), E::row(dy, of_dy));
                 let r = scale(x, eps);
                 let mean = sum_of([x, w, dy], |[x, w, dy]| (dy * w) * (x * r)) / d as f32;
                 for (((dx, x), dy), w) in dx.iter_mut().zip(x).zip(dy).zip(w) {
-                    *dx = r * (dy * w - (x * r) * mean);
+                    *dx = E::nearest(r * (dy * w - (x * r) * mean));
                 }
             }
         },
@@ -51,15 +55,16 @@ pub(crate) fn backward_input(x: &[f32], w: &[f32], dy: &[f32], eps: f32) -> Vec<
 }
 
 /// `x_TD, dy_TD -> dw_D`.
-pub(crate) fn backward_weight(x: &[f32], dy: &[f32], d: usize, eps: f32) -> Vec<f32> {
-    let mut dw = vec![0.0; d];
+pub(crate) fn backward_weight<E: Element>(x: &[E], dy: &[E], d: usize, eps: f32) -> Vec<f32> {
+    let (mut dw, mut scratch) = (vec![0.0; d], vec![0.0; d]);
     wide::run(
         #[inline(always)]
         || {
             for (x, dy) in x.chunks_exact(d).zip(dy.chunks_exact(d)) {
+                let x = E::row(x, &mut scratch);
                 let r = scale(x, eps);
                 for ((dw, x), dy) in dw.iter_mut().zip(x).zip(dy) {
-                    *dw += dy * (x * r);
+                    *dw += dy.value() * (x * r);
                 }
             }
         },

@@ -7,6 +7,8 @@
 //! YaRN (Peng et al., arXiv 2309.00071; DeepSeek-V3 4.3) stretches a model to longer texts: slow
 //! rotations are slowed down by a factor, fast ones stay, those between are mixed.
 
+use crate::element::Element;
+
 /// Which columns of a row are rotated: `width` columns from `offset` on in each of `heads` pieces of
 /// `head_width` columns.
 #[derive(Debug, Clone, Copy, PartialEq)]
@@ -96,7 +98,7 @@ fn table(shape: &RopeShape) -> Vec<(f32, f32)> {
 }
 
 /// Rotates forward, or back when `inverse`.
-pub(crate) fn rotate(x: &[f32], shape: &RopeShape, inverse: bool) -> Vec<f32> {
+pub(crate) fn rotate<E: Element>(x: &[E], shape: &RopeShape, inverse: bool) -> Vec<E> {
     let table = table(shape);
     let (row, pairs) = (shape.heads * shape.head_width, shape.width / 2);
     let mut y = x.to_vec();
@@ -105,7 +107,8 @@ pub(crate) fn rotate(x: &[f32], shape: &RopeShape, inverse: bool) -> Vec<f32> {
         for head in y.chunks_exact_mut(shape.head_width) {
             for (pair, (cos, sin)) in head[shape.offset..][..shape.width].chunks_exact_mut(2).zip(angles) {
                 let sin = if inverse { -sin } else { *sin };
-                (pair[0], pair[1]) = (pair[0] * cos - pair[1] * sin, pair[0] * sin + pair[1] * cos);
+                let (x, y) = (pair[0].value(), pair[1].value());
+                (pair[0], pair[1]) = (E::nearest(x * cos - y * sin), E::nearest(x * sin + y * cos));
             }
         }
     }

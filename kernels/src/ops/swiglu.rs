@@ -1,17 +1,19 @@
 //! SwiGLU: `h = silu(gate) * up`, element by element. `gate_TI`, `up_TI`, `h_TI`.
 
+use crate::element::Element;
 use crate::math::sigmoid;
 use crate::wide;
 
 /// `gate, up -> h`.
-pub(crate) fn forward(gate: &[f32], up: &[f32]) -> Vec<f32> {
+pub(crate) fn forward<E: Element>(gate: &[E], up: &[E]) -> Vec<E> {
     assert_eq!(gate.len(), up.len(), "elements of gate and up");
     let mut h = wide::unwritten(gate.len());
     wide::run(
         #[inline(always)]
         || {
             for ((h, g), u) in h.iter_mut().zip(gate).zip(up) {
-                *h = (g * sigmoid(*g)) * u;
+                let g = g.value();
+                *h = E::nearest((g * sigmoid(g)) * u.value());
             }
         },
     );
@@ -19,7 +21,7 @@ pub(crate) fn forward(gate: &[f32], up: &[f32]) -> Vec<f32> {
 }
 
 /// `gate, up, dh -> (dgate, dup)`.
-pub(crate) fn backward(gate: &[f32], up: &[f32], dh: &[f32]) -> (Vec<f32>, Vec<f32>) {
+pub(crate) fn backward<E: Element>(gate: &[E], up: &[E], dh: &[E]) -> (Vec<E>, Vec<E>) {
     assert!(gate.len() == up.len() && gate.len() == dh.len(), "elements of gate, up and their gradient");
     let mut dgate = wide::unwritten(gate.len());
     let mut dup = wide::unwritten(gate.len());
@@ -28,9 +30,10 @@ pub(crate) fn backward(gate: &[f32], up: &[f32], dh: &[f32]) -> (Vec<f32>, Vec<f
         || {
             let out = dgate.iter_mut().zip(dup.iter_mut());
             for (((g, u), dh), (dgate, dup)) in gate.iter().zip(up).zip(dh).zip(out) {
-                let s = sigmoid(*g);
-                *dup = dh * (g * s);
-                *dgate = (dh * u) * (s * (1.0 + g * (1.0 - s)));
+                let (g, u, dh) = (g.value(), u.value(), dh.value());
+                let s = sigmoid(g);
+                *dup = E::nearest(dh * (g * s));
+                *dgate = E::nearest((dh * u) * (s * (1.0 + g * (1.0 - s))));
             }
         },
     );

@@ -3,7 +3,7 @@
 use anyhow::{Context, Result, bail};
 use everstep_actors::{Config, Layout, RunFolder, RunIdentity, fingerprint_root};
 use everstep_checkpoint::{Reader, StoredTensor};
-use everstep_kernels::state_sums;
+use everstep_kernels::state_sum;
 
 /// Opens a run folder's configuration and store.
 pub(crate) fn open(run: &RunFolder) -> Result<(Config, Reader)> {
@@ -36,6 +36,6 @@ pub(crate) fn tensors(run: &RunFolder, step: Option<u64>) -> Result<(Config, u64
 pub(crate) fn of_step(run: &RunFolder, step: Option<u64>) -> Result<String> {
     let (config, _, tensors) = tensors(run, step)?;
     let layout = Layout::new(&config.spec);
-    let sums = tensors.iter().enumerate().map(|(n, t)| (n as u32, state_sums(&t.data[0], &t.data[1], &t.data[2]).0));
+    let sums = tensors.iter().enumerate().map(|(n, t)| (n as u32, state_sum(&t.data[0], &t.data[1], &t.data[2])));
     Ok(fingerprint_root(&layout, &sums.collect()))
 }
