@@ -2,7 +2,8 @@
 //!
 //! Holds nothing that a new life would miss: rows belong to experts, which keep them.
 //! - HO-1: messages that came together are computed together, once every expert among them has said
-//!   whether its rows need work.
+//!   whether its rows need work: one batch for each micro-batch, so that lanes keep their threads busy and
+//!   rows that lie together stay together.
 //! - HO-2: an expert that dies before it answers is not waited for.
 
 use crate::compute::{Job, Outcome};
@@ -22,14 +23,15 @@ pub(crate) struct HostCore {
     /// Answers that are missing, by the life of the expert that was asked.
     asked: BTreeMap<ActorId, (Incarnation, u32)>,
     ready: Vec<WorkItem>,
-    computing: bool,
+    /// Batches in work.
+    computing: u64,
     batches: u64,
 }
 
 impl HostCore {
     /// A new host.
     pub(crate) fn new(spec: Arc<JobSpec>) -> Self {
-        Self { spec, table: Arc::default(), asked: BTreeMap::new(), ready: Vec::new(), computing: false, batches: 0 }
+        Self { spec, table: Arc::default(), asked: BTreeMap::new(), ready: Vec::new(), computing: 0, batches: 0 }
     }
 
     fn answered(&mut self, from: ActorId) {
@@ -42,15 +44,21 @@ impl HostCore {
     }
 
     fn advance(&mut self) -> Vec<Effect> {
-        if self.computing || !self.asked.is_empty() || self.ready.is_empty() {
+        if !self.asked.is_empty() || self.ready.is_empty() {
             return Vec::new();
         }
-        self.computing = true;
-        self.batches += 1;
-        let items = std::mem::take(&mut self.ready);
-        let rows: u64 = items.iter().map(|i| i.work.rows() as u64).sum();
-        let cost = rows * 3 * self.spec.model.hidden as u64 * self.spec.model.expert_inner as u64;
-        vec![Effect::Compute { job: Job::Experts(items), cost }]
+        let mut batches: BTreeMap<_, Vec<WorkItem>> = BTreeMap::new();
+        for item in self.ready.drain(..) {
+            batches.entry((item.stage, item.turn)).or_default().push(item);
+        }
+        self.computing += batches.len() as u64;
+        self.batches += batches.len() as u64;
+        let compute = |items: Vec<WorkItem>| {
+            let rows: u64 = items.iter().map(|i| i.work.rows() as u64).sum();
+            let cost = rows * 3 * self.spec.model.hidden as u64 * self.spec.model.expert_inner as u64;
+            Effect::Compute { job: Job::Experts(items), cost }
+        };
+        batches.into_values().map(compute).collect()
     }
 }
 
@@ -79,7 +87,7 @@ impl Core for HostCore {
             }
             Event::Local { from, local: Local::Nothing } => self.answered(from),
             Event::Computed(Outcome::Experts(done)) => {
-                self.computing = false;
+                self.computing -= 1;
                 for (expert, stage, turn, result) in done {
                     let body = Body::Answer { turn, pass: result.pass(), rows: result.rows().clone() };
                     effects.push(Effect::Tell {
@@ -97,8 +105,9 @@ impl Core for HostCore {
 
     fn describe(&self) -> String {
         format!(
-            "{} batches, {} rows of work waiting, {} experts asked",
+            "{} batches, {} of them in work, {} rows waiting, {} experts asked",
             self.batches,
+            self.computing,
             self.ready.len(),
             self.asked.len()
         )

@@ -146,7 +146,7 @@ pub trait Backend: Send + Sync + fmt::Debug {
     fn split(&self, x: &Tensor, at: usize) -> (Tensor, Tensor);
     /// Columns of `a`, then of `b`.
     fn join(&self, a: &Tensor, b: &Tensor) -> Tensor;
-    /// Rows of all, one tensor after another; there is at least one. No copy if they are neighbours.
+    /// Rows of all, one tensor after another; there is at least one.
     fn stack(&self, parts: &[Tensor]) -> Tensor;
     /// Rows `from..from + rows`, of the same data.
     fn rows(&self, x: &Tensor, from: usize, rows: usize) -> Tensor;
@@ -183,8 +183,8 @@ pub trait Backend: Send + Sync + fmt::Debug {
     ) -> (Tensor, Tensor, Tensor);
     /// `gate_TI, up_TI -> h_TI`.
     fn swiglu(&self, gate: &Tensor, up: &Tensor) -> Tensor;
-    /// `gate_TI, up_TI, dh_TI -> (dgate_TI, dup_TI)`.
-    fn swiglu_backward(&self, gate: &Tensor, up: &Tensor, dh: &Tensor) -> (Tensor, Tensor);
+    /// `gate_TI, up_TI, dh_TI -> [h_TI, dgate_TI, dup_TI]`: the result is made again, not kept.
+    fn swiglu_backward(&self, gate: &Tensor, up: &Tensor, dh: &Tensor) -> [Tensor; 3];
     /// `logits_TE, bias_E -> (experts_TK, weights_TK)`.
     fn gate(&self, logits: &Tensor, bias: &Tensor, shape: &GateShape) -> (Tensor, Tensor);
     /// `logits_TE, experts_TK, dweights_TK -> dlogits_TE`.

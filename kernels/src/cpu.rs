@@ -244,14 +244,7 @@ impl Backend for CpuBackend {
     }
 
     fn stack(&self, parts: &[Tensor]) -> Tensor {
-        let (rows, columns) = (parts.iter().map(Tensor::rows).sum(), parts[0].columns());
-        Tensor::rejoined(parts).unwrap_or_else(|| {
-            as_stored!(self, E => {
-                let mut data = Vec::with_capacity(rows * columns);
-                parts.iter().for_each(|p| data.extend_from_slice(E::of(p)));
-                tensor::<E>(rows, columns, data)
-            })
-        })
+        Tensor::stacked(parts)
     }
 
     fn rows(&self, x: &Tensor, from: usize, rows: usize) -> Tensor {
@@ -343,11 +336,8 @@ impl Backend for CpuBackend {
         as_stored!(self, E => like(gate, swiglu::forward(E::of(gate), E::of(up))))
     }
 
-    fn swiglu_backward(&self, gate: &Tensor, up: &Tensor, dh: &Tensor) -> (Tensor, Tensor) {
-        as_stored!(self, E => {
-            let (dgate, dup) = swiglu::backward(E::of(gate), E::of(up), E::of(dh));
-            (like(gate, dgate), like(up, dup))
-        })
+    fn swiglu_backward(&self, gate: &Tensor, up: &Tensor, dh: &Tensor) -> [Tensor; 3] {
+        as_stored!(self, E => swiglu::backward(E::of(gate), E::of(up), E::of(dh)).map(|data| like(gate, data)))
     }
 
     fn gate(&self, logits: &Tensor, bias: &Tensor, shape: &GateShape) -> (Tensor, Tensor) {
@@ -420,7 +410,7 @@ mod tests {
         let (counts, role) = (b.upload_indices(vec![x.rows() as u32]), Role::Output);
         let gate = GateShape { experts: D, top_k: 3, groups: 4, groups_kept: 2, routed_scale: 1.5, sequence: 1 };
         let (experts, weights) = b.gate(&logits, &norm, &gate);
-        let (dgate, dup) = b.swiglu_backward(x, y, y);
+        let [_, dgate, dup] = b.swiglu_backward(x, y, y);
         let targets = b.upload_indices(vec![7; x.rows()]);
         let plan = Dispatch::new(experts.u32s(), 3, D, 4);
         let sent = b.dispatch(y, &plan);

@@ -344,9 +344,9 @@ impl Backend for CudaBackend {
         self.unsupported("swiglu", gate.rows(), gate.columns())
     }
 
-    fn swiglu_backward(&self, gate: &Tensor, up: &Tensor, _: &Tensor) -> (Tensor, Tensor) {
-        let dgate = self.unsupported("swiglu_backward", gate.rows(), gate.columns());
-        (dgate, self.nothing(up.rows(), up.columns()))
+    fn swiglu_backward(&self, gate: &Tensor, up: &Tensor, _: &Tensor) -> [Tensor; 3] {
+        let h = self.unsupported("swiglu_backward", gate.rows(), gate.columns());
+        [h, self.nothing(gate.rows(), gate.columns()), self.nothing(up.rows(), up.columns())]
     }
 
     fn gate(&self, logits: &Tensor, _: &Tensor, shape: &GateShape) -> (Tensor, Tensor) {

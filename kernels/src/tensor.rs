@@ -21,6 +21,8 @@ pub trait DeviceBuffer: Any + Send + Sync + fmt::Debug {
 enum Data {
     F32(Arc<Vec<f32>>),
     Bf16(Arc<Vec<Bf16>>),
+    /// Rows of several matrices, one after another.
+    Stacked(Arc<Vec<Tensor>>),
     U32(Arc<Vec<u32>>),
     /// Codes, and a scale for each tile of 128 columns.
     E4m3(Arc<Vec<u8>>, Arc<Vec<f32>>),
@@ -30,6 +32,8 @@ enum Data {
 /// Low-precision forms of a matrix that the CPU's products have asked for: made once, whoever asks.
 #[derive(Debug, Default)]
 pub(crate) struct Forms {
+    /// In one piece, if it is stacked.
+    whole: OnceLock<Tensor>,
     /// In BF16, with whole blocks of columns.
     pub(crate) rounded: OnceLock<Matrix>,
     /// As the columns of a product with its rows, and with its columns: in BF16, and in FP8 with scales.
@@ -133,7 +137,7 @@ impl Tensor {
     /// The elements as words for the way to another process. Data that is a matrix of f32 is lent, other is
     /// copied. Panics if it is not in host memory.
     pub fn to_words(&self) -> (Words, Arc<Vec<f32>>) {
-        match (&self.data, self.as_host()) {
+        match (&self.whole().data, self.as_host()) {
             (_, Some(data)) => (Words::F32, Arc::clone(data)),
             (Data::Bf16(_), _) => {
                 let mut words = vec![0.0f32; Words::Bf16.count(self.len())];
@@ -156,8 +160,44 @@ impl Tensor {
         }
     }
 
+    /// Rows of all, one matrix after another: the same data as long as nothing asks for it in one piece.
+    /// Panics if there is none.
+    pub(crate) fn stacked(parts: &[Self]) -> Self {
+        Self::rejoined(parts).unwrap_or_else(|| {
+            let (rows, columns) = (parts.iter().map(Self::rows).sum(), parts[0].columns);
+            // Stacks are flat.
+            let flat = |part: &Self| part.parts().map_or_else(|| vec![part.clone()], <[Self]>::to_vec);
+            Self::new(rows, columns, Data::Stacked(Arc::new(parts.iter().flat_map(flat).collect())))
+        })
+    }
+
+    /// What it is stacked of.
+    pub(crate) fn parts(&self) -> Option<&[Self]> {
+        match &self.data {
+            Data::Stacked(parts) => Some(parts),
+            _ => None,
+        }
+    }
+
+    /// Itself, in one piece.
+    fn whole(&self) -> &Self {
+        let Some(parts) = self.parts() else { return self };
+        self.forms.whole.get_or_init(|| {
+            if self.is_bf16() {
+                let data: Vec<&[Bf16]> = parts.iter().map(Self::bf16s).collect();
+                Self::bf16(self.rows, self.columns, Arc::new(data.concat()))
+            } else {
+                let data: Vec<&[f32]> = parts.iter().map(Self::f32s).collect();
+                Self::from_vec(self.rows, self.columns, data.concat())
+            }
+        })
+    }
+
     /// Rows `from..from + rows`, of the same data.
     pub(crate) fn view(&self, from: usize, rows: usize) -> Self {
+        if self.parts().is_some() {
+            return self.whole().view(from, rows);
+        }
         assert!(from + rows <= self.rows, "rows {from} to {} of {}", from + rows, self.rows);
         Self {
             rows,
@@ -169,7 +209,7 @@ impl Tensor {
     }
 
     /// The rows of all, if they follow each other in the same data.
-    pub(crate) fn rejoined(parts: &[Self]) -> Option<Self> {
+    fn rejoined(parts: &[Self]) -> Option<Self> {
         let first = parts.iter().find(|part| part.rows > 0).or(parts.first())?;
         let mut end = first.from;
         for part in parts {
@@ -201,7 +241,11 @@ impl Tensor {
 
     /// Whether its elements are BF16 in host memory.
     pub(crate) fn is_bf16(&self) -> bool {
-        matches!(self.data, Data::Bf16(_))
+        match &self.data {
+            Data::Bf16(_) => true,
+            Data::Stacked(parts) => parts[0].is_bf16(),
+            _ => false,
+        }
     }
 
     fn len(&self) -> usize {
@@ -211,6 +255,7 @@ impl Tensor {
     pub(crate) fn f32s(&self) -> &[f32] {
         match &self.data {
             Data::F32(data) => &data[self.from..][..self.len()],
+            Data::Stacked(_) => self.whole().f32s(),
             _ => panic!("an f32 matrix of the CPU backend, not {self:?}"),
         }
     }
@@ -218,6 +263,7 @@ impl Tensor {
     pub(crate) fn bf16s(&self) -> &[Bf16] {
         match &self.data {
             Data::Bf16(data) => &data[self.from..][..self.len()],
+            Data::Stacked(_) => self.whole().bf16s(),
             _ => panic!("a BF16 matrix of the CPU backend, not {self:?}"),
         }
     }
@@ -248,6 +294,7 @@ impl fmt::Debug for Tensor {
         let kind = match &self.data {
             Data::F32(_) => "f32",
             Data::Bf16(_) => "bf16",
+            Data::Stacked(_) => "stacked",
             Data::U32(_) => "u32",
             Data::E4m3(..) => "e4m3",
             Data::Device(_) => "device",
@@ -269,6 +316,21 @@ mod tests {
         assert!(Tensor::rejoined(&[x.view(0, 1), x.view(2, 1)]).is_none(), "a row is missing");
         assert!(Tensor::rejoined(&[x.view(0, 1), Tensor::from_vec(1, 2, vec![2.0, 3.0])]).is_none(), "other data");
         assert_eq!(joined.view(1, 1).f32s(), [4.0, 5.0]);
+    }
+
+    #[test]
+    fn a_stack_is_its_parts_one_after_another() {
+        let x = Tensor::from_vec(5, 2, (0..10).map(|i| i as f32).collect());
+        let low = Tensor::bf16(5, 2, Arc::new(element::rounded(x.f32s())));
+        for x in [&x, &low] {
+            let stack = Tensor::stacked(&[x.view(3, 2), Tensor::stacked(&[x.view(0, 1), x.view(2, 1)])]);
+            assert_eq!((stack.rows(), stack.parts().expect("they lie apart").len()), (4, 3));
+            assert_eq!(*stack.values(), [6.0, 7.0, 8.0, 9.0, 0.0, 1.0, 4.0, 5.0]);
+            assert_eq!(*stack.view(1, 2).values(), [8.0, 9.0, 0.0, 1.0]);
+            let (kind, words) = stack.to_words();
+            assert_eq!(Tensor::from_words(4, 2, kind, words).values(), stack.values());
+        }
+        assert!(Tensor::stacked(&[x.view(0, 2), x.view(2, 3)]).parts().is_none(), "neighbours are one matrix");
     }
 
     #[test]

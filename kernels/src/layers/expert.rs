@@ -104,8 +104,7 @@ pub fn expert_backward_input(
     };
     let (dy, gate, up) = (all(|i| &i.1), all(|i| &i.0.gate), all(|i| &i.0.up));
     let dh = b.grouped_linear_backward_input(&dy, &groups, &weights_of(&items, |w| &w.down), Role::ExpertOut);
-    let h = b.swiglu(&gate, &up);
-    let (dgate, dup) = b.swiglu_backward(&gate, &up, &dh);
+    let [h, dgate, dup] = b.swiglu_backward(&gate, &up, &dh);
     let dx = b.add(
         &b.grouped_linear_backward_input(&dgate, &groups, &weights_of(&items, |w| &w.gate), Role::ExpertIn),
         &b.grouped_linear_backward_input(&dup, &groups, &weights_of(&items, |w| &w.up), Role::ExpertIn),

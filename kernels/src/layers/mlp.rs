@@ -16,7 +16,6 @@ pub(crate) struct MlpSaved {
     x: Tensor,
     gate: Tensor,
     up: Tensor,
-    h: Tensor,
 }
 
 impl Mlp {
@@ -32,7 +31,7 @@ impl Mlp {
     pub(crate) fn forward(&self, b: &dyn Backend, x: Tensor) -> (Tensor, MlpSaved) {
         let (gate, up) = (b.linear(&x, &self.gate.value, self.gate.role), b.linear(&x, &self.up.value, self.up.role));
         let h = b.swiglu(&gate, &up);
-        (b.linear(&h, &self.down.value, self.down.role), MlpSaved { x, gate, up, h })
+        (b.linear(&h, &self.down.value, self.down.role), MlpSaved { x, gate, up })
     }
 
     /// `dy_TD -> dx_TD`.
@@ -43,9 +42,9 @@ impl Mlp {
         dy: &Tensor,
         products: &mut Products,
     ) -> Tensor {
-        let MlpSaved { x, gate, up, h } = saved;
+        let MlpSaved { x, gate, up } = saved;
         let dh = b.linear_backward_input(dy, &self.down.value, self.down.role);
-        let (dgate, dup) = b.swiglu_backward(&gate, &up, &dh);
+        let [h, dgate, dup] = b.swiglu_backward(&gate, &up, &dh);
         let dx = b.add(
             &b.linear_backward_input(&dgate, &self.gate.value, self.gate.role),
             &b.linear_backward_input(&dup, &self.up.value, self.up.role),

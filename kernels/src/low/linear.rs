@@ -51,7 +51,6 @@ impl Form {
 /// A tensor as rows of a product in BF16: itself, if it is stored so and has whole blocks of columns.
 fn rounded(x: &Tensor) -> Rows<'_> {
     let (rows, columns) = (x.rows(), x.columns());
-    let itself = if x.is_bf16() { Rows::of(x.bf16s(), rows, columns) } else { None };
     let form = || {
         if x.is_bf16() {
             Matrix::round(x.bf16s(), rows, columns, columns)
@@ -59,7 +58,7 @@ fn rounded(x: &Tensor) -> Rows<'_> {
             Matrix::round(x.f32s(), rows, columns, columns)
         }
     };
-    itself.unwrap_or_else(|| x.forms().rounded.get_or_init(form).view())
+    Rows::of(x).unwrap_or_else(|| x.forms().rounded.get_or_init(form).view())
 }
 
 fn along_rows(x: &Tensor, scaling: Scaling) -> &Quantised {

@@ -2,6 +2,7 @@
 
 use super::{BLOCK, K_BLOCK};
 use crate::element::{Bf16, Element};
+use crate::tensor::Tensor;
 use crate::wide::unwritten;
 use std::borrow::Cow;
 
@@ -13,25 +14,50 @@ pub(crate) struct Rows<'a> {
     pub(crate) columns: usize,
     /// Elements from one row to the next.
     pub(crate) stride: usize,
-    data: &'a [Bf16],
+    data: Source<'a>,
+}
+
+#[derive(Debug, Clone, Copy)]
+enum Source<'a> {
+    Slice(&'a [Bf16]),
+    /// Rows without gaps in several pieces.
+    Parts(&'a [Tensor]),
 }
 
 impl<'a> Rows<'a> {
-    /// Rows without a gap, if they have whole blocks of columns.
-    pub(crate) fn of(data: &'a [Bf16], rows: usize, columns: usize) -> Option<Self> {
-        let whole = columns > 0 && columns.is_multiple_of(BLOCK);
-        whole.then_some(Self { rows, columns, stride: columns, data })
+    /// A matrix that is stored in BF16, if it has whole blocks of columns.
+    pub(crate) fn of(x: &'a Tensor) -> Option<Self> {
+        let (rows, columns) = (x.rows(), x.columns());
+        let usable = x.is_bf16() && columns > 0 && columns.is_multiple_of(BLOCK);
+        let data = || x.parts().map_or_else(|| Source::Slice(x.bf16s()), Source::Parts);
+        usable.then(|| Self { rows, columns, stride: columns, data: data() })
+    }
+
+    fn piece(&self, n: usize) -> Option<&'a [Bf16]> {
+        match self.data {
+            Source::Slice(data) => (n == 0).then_some(data),
+            Source::Parts(parts) => parts.get(n).map(Tensor::bf16s),
+        }
     }
 
     /// The 32 rows from `32 m` on, `stride` apart; those after the last are zero.
     pub(super) fn block(&self, m: usize) -> Cow<'a, [Bf16]> {
-        let from = m * BLOCK * self.stride;
-        let there = self.rows.min((m + 1) * BLOCK) * self.stride;
-        if there == from + BLOCK * self.stride {
-            return Cow::Borrowed(&self.data[from..there]);
+        let size = BLOCK * self.stride;
+        let wanted = m * size..self.rows.min((m + 1) * BLOCK) * self.stride;
+        let (mut block, mut start) = (Vec::new(), 0);
+        for piece in (0..).map_while(|n| self.piece(n)) {
+            let here = wanted.start.max(start)..wanted.end.min(start + piece.len());
+            if !here.is_empty() {
+                let piece = &piece[here.start - start..here.end - start];
+                if piece.len() == size {
+                    return Cow::Borrowed(piece);
+                }
+                block.reserve_exact(size);
+                block.extend_from_slice(piece);
+            }
+            start += piece.len();
         }
-        let mut block = vec![Bf16::default(); BLOCK * self.stride];
-        block[..there - from].copy_from_slice(&self.data[from..there]);
+        block.resize(size, Bf16::default());
         Cow::Owned(block)
     }
 
@@ -89,7 +115,7 @@ impl Matrix {
 
     /// As a product reads it.
     pub(crate) fn view(&self) -> Rows<'_> {
-        Rows { rows: self.rows, columns: self.columns, stride: self.stride, data: &self.data }
+        Rows { rows: self.rows, columns: self.columns, stride: self.stride, data: Source::Slice(&self.data) }
     }
 }
 

@@ -208,6 +208,12 @@ fn rows_in_place_give_what_their_copies_give() {
             forward(path, Form::Rounded, &stored, &w, &mut y[0]);
             forward(path, Form::Rounded, &copy, &w, &mut y[1]);
             assert!(same_bits(&y[0], &y[1]), "{path:?} {rows} x {columns}");
+            let stack =
+                Tensor::stacked(&[stored.view(0, 1), stored.view(0, 0), stored.view(1, rows - 1), stored.clone()]);
+            let copies = Tensor::from_vec(2 * rows, columns, stack.values().into_owned());
+            let twice = Tensor::from_vec(2 * rows, 50, random(2 * rows * 50, 4));
+            let dw = [&stack, &copies].map(|x| backward_weight(path, Form::Rounded, &twice, x));
+            assert!(same_bits(&dw[0], &dw[1]), "{path:?} {rows} x {columns}, stacked");
             let dw = [&stored, &copy].map(|x| backward_weight(path, Form::Rounded, &dy, x));
             assert!(same_bits(&dw[0], &dw[1]), "{path:?} {rows} x {columns}");
             let turned = [&stored, &copy].map(|x| backward_weight(path, Form::Rounded, x, &dy));

@@ -20,24 +20,24 @@ pub(crate) fn forward<E: Element>(gate: &[E], up: &[E]) -> Vec<E> {
     h
 }
 
-/// `gate, up, dh -> (dgate, dup)`.
-pub(crate) fn backward<E: Element>(gate: &[E], up: &[E], dh: &[E]) -> (Vec<E>, Vec<E>) {
+/// `gate, up, dh -> (h, dgate, dup)`: the result is made again, not kept.
+pub(crate) fn backward<E: Element>(gate: &[E], up: &[E], dh: &[E]) -> [Vec<E>; 3] {
     assert!(gate.len() == up.len() && gate.len() == dh.len(), "elements of gate, up and their gradient");
-    let mut dgate = wide::unwritten(gate.len());
-    let mut dup = wide::unwritten(gate.len());
+    let [mut h, mut dgate, mut dup] = [(); 3].map(|()| wide::unwritten(gate.len()));
     wide::run(
         #[inline(always)]
         || {
-            let out = dgate.iter_mut().zip(dup.iter_mut());
-            for (((g, u), dh), (dgate, dup)) in gate.iter().zip(up).zip(dh).zip(out) {
+            let out = h.iter_mut().zip(&mut dgate).zip(&mut dup);
+            for (((g, u), dh), ((h, dgate), dup)) in gate.iter().zip(up).zip(dh).zip(out) {
                 let (g, u, dh) = (g.value(), u.value(), dh.value());
                 let s = sigmoid(g);
+                *h = E::nearest((g * s) * u);
                 *dup = E::nearest(dh * (g * s));
                 *dgate = E::nearest((dh * u) * (s * (1.0 + g * (1.0 - s))));
             }
         },
     );
-    (dgate, dup)
+    [h, dgate, dup]
 }
 
 #[cfg(test)]
@@ -53,7 +53,8 @@ mod tests {
     fn agrees_with_the_reference() {
         let (g, u, dh) = (random(53, 1), random(53, 2), random(53, 3));
         assert_close(&forward(&g, &u), &reference(&wide(&g), &wide(&u)), 1e-6, "h");
-        let (dg, du) = backward(&g, &u, &dh);
+        let [h, dg, du] = backward(&g, &u, &dh);
+        assert_eq!(h, forward(&g, &u));
         assert_close(&dg, &gradient(&g, |g| dot(&reference(g, &wide(&u)), &dh)), 1e-6, "dgate");
         assert_close(&du, &gradient(&u, |u| dot(&reference(&wide(&g), u), &dh)), 1e-6, "dup");
     }
