@@ -74,6 +74,8 @@ pub enum Job {
         seed: u64,
         /// Deviation of the matrices.
         std: f64,
+        /// Whether an average of the weights is kept.
+        ema: bool,
         /// Whose.
         parameters: Vec<Parameter>,
     },
@@ -129,7 +131,7 @@ pub fn run(job: Job, b: &dyn Backend) -> Outcome {
             };
             Outcome::ExpertWeight { step, sums }
         }
-        Job::Initial { seed, std, parameters } => Outcome::Applied(initial(seed, std, &parameters)),
+        Job::Initial { seed, std, ema, parameters } => Outcome::Applied(initial(seed, std, ema, &parameters)),
         Job::Reduce(reduce) => Outcome::Reduced(reduce.run()),
         Job::Apply(apply) => Outcome::Applied(apply.run()),
     }

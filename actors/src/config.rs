@@ -244,6 +244,7 @@ fn spec(raw: &Raw) -> JobSpec {
             beta2: o.beta2,
             eps: o.eps,
             weight_decay: o.weight_decay,
+            ema: o.ema,
             clip: o.clip,
             bias_step: o.bias_step.clone(),
             balance: o.balance_weight,
@@ -308,6 +309,7 @@ mod tests {
             "job.micro_batches=[[5, 1]]",
             "job.micro_batches=[[0, 0]]",
             "optimizer.bias_step=[]",
+            "optimizer.ema=1.0",
             "model.mtp=2",
             "model.yarn={factor = 0.5, original = 64}",
         ] {

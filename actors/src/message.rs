@@ -45,8 +45,8 @@ pub struct Commit {
     pub skipped: bool,
 }
 
-/// Weight, first and second moment of a parameter.
-pub(crate) type ParameterState<T> = [T; 3];
+/// Weight, first and second moment of a parameter, and the average of the weight if the job keeps one.
+pub(crate) type ParameterState<T> = Vec<T>;
 
 /// A message between logical actors. Everything but `Fetch` and the reports to the supervisor is kept by
 /// its sender, or made again from its state, until the step is committed.
@@ -181,7 +181,8 @@ impl<T> Body<T> {
 
     /// The same message with its tensors carried otherwise.
     pub fn map<U>(self, f: &mut impl FnMut(T) -> U) -> Body<U> {
-        let mut all = |list: Vec<ParameterState<T>>| list.into_iter().map(|p| p.map(&mut *f)).collect();
+        let mut all =
+            |list: Vec<ParameterState<T>>| list.into_iter().map(|p| p.into_iter().map(&mut *f).collect()).collect();
         match self {
             Self::State { step, parameters } => Body::State { step, parameters: all(parameters) },
             Self::Snapshot { step, parameters } => Body::Snapshot { step, parameters: all(parameters) },

@@ -18,7 +18,7 @@ pub(crate) use ledger::{Ledger, Receipt};
 use crate::compute::{Job, Outcome};
 use crate::effect::{Core, Effect, Event};
 use crate::ids::{ActorId, Address, Step};
-use crate::message::{Body, Commit};
+use crate::message::{Body, Commit, ParameterState};
 use crate::plant::Bug;
 use crate::spec::{JobSpec, Layout};
 use crate::table::Table;
@@ -127,7 +127,12 @@ impl ReducerCore {
         if self.table.primary(self.shard).is_none() && self.table.base == 0 && !self.spec.imported {
             self.computing = true;
             let parameters = self.numbers.iter().map(|n| self.layout.parameters[*n as usize].clone()).collect();
-            let job = Job::Initial { seed: self.spec.seed, std: self.spec.model.initial_std, parameters };
+            let job = Job::Initial {
+                seed: self.spec.seed,
+                std: self.spec.model.initial_std,
+                ema: self.spec.optimizer.ema.is_some(),
+                parameters,
+            };
             return vec![Effect::Compute { job, cost: self.size() }];
         }
         // A supervisor that has just begun may count on this life, which an earlier one placed.
@@ -230,12 +235,14 @@ impl ReducerCore {
         self.enter(State { step: applied.step, parameters: applied.parameters, sums })
     }
 
-    fn on_state(&mut self, step: Step, parameters: Vec<[Tensor; 3]>) -> Vec<Effect> {
+    fn on_state(&mut self, step: Step, parameters: &[ParameterState<Tensor>]) -> Vec<Effect> {
         self.asked = None;
-        if self.step().is_some_and(|s| s >= step) || parameters.len() != self.numbers.len() {
+        let parts = self.spec.optimizer.parts();
+        let whole = parameters.len() == self.numbers.len() && parameters.iter().all(|p| p.len() == parts);
+        if self.step().is_some_and(|s| s >= step) || !whole {
             return Vec::new();
         }
-        let parameters: Vec<ParameterData> = parameters.into_iter().map(ParameterData::from_tensors).collect();
+        let parameters: Vec<ParameterData> = parameters.iter().map(|p| ParameterData::from_tensors(p)).collect();
         let sums = self.numbers.iter().copied().zip(parameters.iter().map(ParameterData::sum)).collect();
         self.reduced = None;
         self.enter(State { step, parameters, sums })
@@ -272,7 +279,7 @@ impl ReducerCore {
         Some(Effect::send(ActorId::Keeper, Body::Snapshot { step, parameters: self.tensors() }))
     }
 
-    fn tensors(&self) -> Vec<[Tensor; 3]> {
+    fn tensors(&self) -> Vec<ParameterState<Tensor>> {
         self.state.iter().flat_map(|s| s.parameters.iter().map(ParameterData::tensors)).collect()
     }
 
@@ -331,7 +338,7 @@ impl Core for ReducerCore {
                 Body::Sums { .. } => self.take_sums(from, body),
                 Body::Commit(commit) => self.on_commit(commit),
                 Body::Fetch { step } => self.on_fetch(from.actor, step),
-                Body::State { step, parameters } => self.on_state(step, parameters),
+                Body::State { step, parameters } => self.on_state(step, &parameters),
                 Body::SnapshotKept { step } => {
                     self.snapshot = self.snapshot.filter(|s| *s != step);
                     Vec::new()

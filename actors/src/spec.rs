@@ -30,6 +30,8 @@ pub struct OptimizerSpec {
     pub eps: f64,
     /// Decay of matrices.
     pub weight_decay: f64,
+    /// What an average of the weights keeps of itself at each step (EMA); none: no average is kept.
+    pub ema: Option<f64>,
     /// Gradients with a greater norm are scaled down to it.
     pub clip: f64,
     /// How far a step moves a gate's bias (gamma of the technical report, 2.1.2).
@@ -38,6 +40,13 @@ pub struct OptimizerSpec {
     pub balance: f32,
     /// Weight of the loss of multi-token prediction (lambda, 2.2).
     pub mtp: Pieces<f32>,
+}
+
+impl OptimizerSpec {
+    /// Tensors of a parameter's state.
+    pub fn parts(&self) -> usize {
+        3 + usize::from(self.ema.is_some())
+    }
 }
 
 /// One training job. Everything that a result may depend on is in here, and the corpus.

@@ -14,4 +14,4 @@ pub use error::StoreError;
 pub use log::{Log, RECORD_MAX};
 pub use manifest::{Manifest, TensorEntry};
 pub use mapped::Mapped;
-pub use store::{Reader, Store, StoredTensor};
+pub use store::{Part, Reader, Store, StoredTensor};

@@ -1,6 +1,6 @@
 //! Manifests: a checkpoint exists when its manifest does.
 //!
-//! A manifest names every tensor of a step with the chunks of its weight and moments. It is bincode
+//! A manifest names every tensor of a step with the chunks of its state. It is bincode
 //! behind a magic and in front of a CRC-32C, at most 256 MiB.
 
 use crate::error::{StoreError, at};
@@ -8,7 +8,7 @@ use serde::{Deserialize, Serialize};
 use std::fs;
 use std::path::Path;
 
-const MAGIC: &[u8; 8] = b"EVERMAN1";
+const MAGIC: &[u8; 8] = b"EVERMAN2";
 /// Bytes of a manifest.
 const MANIFEST_MAX: usize = 256 << 20;
 
@@ -21,8 +21,8 @@ pub struct TensorEntry {
     pub rows: u64,
     /// Columns.
     pub columns: u64,
-    /// Chunks of the weight and of both moments, in order.
-    pub chunks: [Vec<[u8; 32]>; 3],
+    /// Chunks of the weight, of both moments, and of the average of the weight if the job keeps one.
+    pub chunks: Vec<Vec<[u8; 32]>>,
 }
 
 /// A checkpoint's table of contents.
@@ -37,6 +37,11 @@ pub struct Manifest {
 }
 
 impl Manifest {
+    /// A tensor by its name.
+    pub(crate) fn entry(&self, name: &str) -> Option<&TensorEntry> {
+        self.tensors.binary_search_by(|t| t.name.as_str().cmp(name)).ok().map(|at| &self.tensors[at])
+    }
+
     /// Hashes of all chunks that it names, some perhaps twice.
     pub(crate) fn chunks(&self) -> impl Iterator<Item = &[u8; 32]> {
         self.tensors.iter().flat_map(|t| t.chunks.iter().flatten())

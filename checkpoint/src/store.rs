@@ -17,7 +17,7 @@ use std::fs;
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
 
-/// A tensor's weight and moments in memory.
+/// A tensor's state in memory.
 #[derive(Debug, Clone, PartialEq)]
 pub struct StoredTensor {
     /// Its name.
@@ -26,8 +26,17 @@ pub struct StoredTensor {
     pub rows: usize,
     /// Columns.
     pub columns: usize,
-    /// Weight, first and second moment.
-    pub data: [Arc<Vec<f32>>; 3],
+    /// By [`Part`]: weight, first and second moment, and the average of the weight if the job keeps one.
+    pub data: Vec<Arc<Vec<f32>>>,
+}
+
+/// A part of a tensor's state that is of use by itself.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Part {
+    /// The weight.
+    Weight = 0,
+    /// The average of the weight over the steps (EMA).
+    Average = 3,
 }
 
 /// Reads the checkpoints of a run. Any number of processes may, while another one writes.
@@ -74,14 +83,16 @@ impl Reader {
     pub fn read(&self, step: u64, names: &[(String, usize, usize)]) -> Result<Vec<StoredTensor>, StoreError> {
         let manifest = self.manifest(step)?;
         let tensor = |(name, rows, columns): &(String, usize, usize)| {
+            let parts = manifest.entry(name).map_or(0, |entry| entry.chunks.len());
+            // One that is not there is asked for, to say so.
             let part = |n| self.read_part(&manifest, name, *rows, *columns, n);
-            let data = [part(0)?, part(1)?, part(2)?];
+            let data = (0..parts.max(1)).map(part).collect::<Result<_, _>>()?;
             Ok(StoredTensor { name: name.clone(), rows: *rows, columns: *columns, data })
         };
         names.iter().map(tensor).collect()
     }
 
-    /// Reads the weight (0) or a moment (1, 2) of a tensor.
+    /// Reads one part of a tensor's state.
     fn read_part(
         &self,
         manifest: &Manifest,
@@ -96,13 +107,16 @@ impl Reader {
             tensor: name.to_owned(),
             reason,
         };
-        let found = manifest.tensors.binary_search_by(|t| t.name.as_str().cmp(name));
-        let entry = found.map(|at| &manifest.tensors[at]).map_err(|_| wrong("is missing".to_owned()))?;
+        let entry = manifest.entry(name).ok_or_else(|| wrong("is missing".to_owned()))?;
         if (entry.rows, entry.columns) != (rows as u64, columns as u64) {
             return Err(wrong(format!("is {} x {}, expected {rows} x {columns}", entry.rows, entry.columns)));
         }
+        let no_part = || match part {
+            3 => wrong("has no average: the job keeps none (optimizer.ema)".to_owned()),
+            _ => wrong(format!("has {} parts, expected part {part}", entry.chunks.len())),
+        };
         let mut data = Vec::with_capacity(rows * columns);
-        for hash in &entry.chunks[part] {
+        for hash in entry.chunks.get(part).ok_or_else(no_part)? {
             data.extend(bytemuck::pod_collect_to_vec::<u8, f32>(&self.chunks.get(ChunkHash(*hash))?));
         }
         if data.len() == rows * columns {
@@ -112,15 +126,16 @@ impl Reader {
         }
     }
 
-    /// Reads the weight of one tensor, without its moments.
-    pub fn weight(
+    /// Reads one part of one tensor.
+    pub fn part(
         &self,
         manifest: &Manifest,
         name: &str,
         rows: usize,
         columns: usize,
+        part: Part,
     ) -> Result<Arc<Vec<f32>>, StoreError> {
-        self.read_part(manifest, name, rows, columns, 0)
+        self.read_part(manifest, name, rows, columns, part as usize)
     }
 
     /// Reads every chunk of a checkpoint.
@@ -166,8 +181,7 @@ impl Store {
             data.chunks(CHUNK_ELEMENTS).map(|c| Ok(chunks.put(bytemuck::cast_slice(c))?.0)).collect()
         };
         for t in tensors {
-            let [w, m, v] = &t.data;
-            let chunks = [store(w)?, store(m)?, store(v)?];
+            let chunks = t.data.iter().map(store).collect::<Result<_, _>>()?;
             let entry = TensorEntry { name: t.name.clone(), rows: t.rows as u64, columns: t.columns as u64, chunks };
             self.pending.entry(step).or_default().insert(t.name.clone(), entry);
         }
@@ -244,12 +258,21 @@ mod tests {
     fn tensors(seed: f32) -> Vec<StoredTensor> {
         let data = |n: usize, plus: f32| Arc::new((0..n).map(|i| i as f32 * 0.5 + plus).collect::<Vec<f32>>());
         vec![
-            StoredTensor { name: "b".into(), rows: 2, columns: 3, data: [data(6, seed), data(6, 1.0), data(6, 2.0)] },
+            StoredTensor {
+                name: "b".into(),
+                rows: 2,
+                columns: 3,
+                data: vec![data(6, seed), data(6, 1.0), data(6, 2.0)],
+            },
             StoredTensor {
                 name: "a".into(),
                 rows: 1,
                 columns: CHUNK_ELEMENTS + 5,
-                data: [data(CHUNK_ELEMENTS + 5, seed), data(CHUNK_ELEMENTS + 5, 0.0), data(CHUNK_ELEMENTS + 5, 0.0)],
+                data: vec![
+                    data(CHUNK_ELEMENTS + 5, seed),
+                    data(CHUNK_ELEMENTS + 5, 0.0),
+                    data(CHUNK_ELEMENTS + 5, 0.0),
+                ],
             },
         ]
     }

@@ -76,3 +76,36 @@ fn every_precision_has_the_same_bits_on_any_number_of_nodes() -> Result<()> {
     }
     Ok(())
 }
+
+/// The average of the weights is state like any other, and changes nothing about the weights.
+#[test]
+fn an_average_of_the_weights_is_kept_and_used() -> Result<()> {
+    let place = Place::new()?;
+    let plain = place.train("plain", &[])?;
+    let alone = place.train("alone", &["optimizer.ema=0.9", "job.nodes=1"])?;
+    let many = place.train("many", &["optimizer.ema=0.9", "job.nodes=3"])?;
+    assert_eq!(fingerprints(&many)?, fingerprints(&alone)?);
+    let losses = |run| Ok::<_, anyhow::Error>(everstep_tests::metrics(run)?.iter().map(|l| l.loss).collect::<Vec<_>>());
+    assert_eq!(losses(&many)?, losses(&plain)?, "the weights are trained as without it");
+    let [plain, many] = [&plain, &many].map(|run| run.0.display().to_string());
+    let stored = said(&place, &["fingerprint", &many])?;
+    assert_eq!(Some(stored.trim()), fingerprints(&alone)?.last().map(String::as_str));
+    let loss = |run: &str, more: &[&str]| -> Result<f64> {
+        let found = said(&place, &[&["eval", run, "--data", "text.txt", "--json"], more].concat())?;
+        serde_json::from_str::<Value>(&found)?["loss"].as_f64().ok_or_else(|| anyhow::anyhow!("{found}"))
+    };
+    assert_eq!(loss(&many, &[])?, loss(&plain, &[])?);
+    let averaged = loss(&many, &["--ema"])?;
+    assert!(averaged != loss(&many, &[])? && averaged.is_finite(), "{averaged}");
+    // Exported, it is what another run begins with.
+    let (folder, again) = (place.path().join("averaged"), place.path().join("again").display().to_string());
+    let folder = folder.display().to_string();
+    said(&place, &["export", &many, &folder, "--ema", "--precision", "f32"])?;
+    let config = place.config().display().to_string();
+    said(&place, &["import", &folder, &config, "--set", &format!("run.folder={again}")])?;
+    assert_eq!(loss(&again, &[])?, averaged);
+    let refused = place.everstep(&["eval", &plain, "--data", "text.txt", "--ema"])?;
+    let words = String::from_utf8_lossy(&refused.stderr).into_owned();
+    assert!(words.contains("has no average: the job keeps none (optimizer.ema)"), "{words}");
+    Ok(())
+}

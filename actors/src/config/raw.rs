@@ -162,6 +162,8 @@ pub(super) struct RawOptimizer {
     pub(super) beta2: f64,
     pub(super) eps: f64,
     pub(super) weight_decay: f64,
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub(super) ema: Option<f64>,
     pub(super) clip: f64,
     pub(super) bias_step: Pieces<f32>,
     pub(super) balance_weight: f32,
@@ -183,6 +185,7 @@ impl Default for RawOptimizer {
             beta2: 0.95,
             eps: 1e-8,
             weight_decay: 0.1,
+            ema: None,
             clip: 1.0,
             bias_step: Pieces::Constant(0.001),
             balance_weight: 1e-4,

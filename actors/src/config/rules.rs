@@ -147,6 +147,7 @@ fn optimizer_rules(o: &RawOptimizer) -> Vec<Rule> {
         below_one("optimizer.beta2", o.beta2),
         within("optimizer.eps", o.eps, 1e-30..=1.0),
         within("optimizer.weight_decay", o.weight_decay, 0.0..=1e3),
+        below_one("optimizer.ema", o.ema.unwrap_or(0.0)),
         within("optimizer.clip", o.clip, 1e-30..=1e30),
         within("optimizer.balance_weight", f64::from(o.balance_weight), 0.0..=1.0),
         pieces("optimizer.bias_step", &o.bias_step),

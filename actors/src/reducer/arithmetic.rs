@@ -3,32 +3,36 @@
 use super::Ledger;
 use super::ledger::Receipt;
 use crate::ids::{ActorId, Step};
-use crate::message::Commit;
+use crate::message::{Commit, ParameterState};
 use crate::spec::{JobSpec, Layout};
 use everstep_kernels::{
-    AdamW, Group, Parameter, Tensor, Update, adamw_step, add_to, power, square_sums, state_sum, sum,
+    AdamW, Group, Parameter, Tensor, Update, adamw_step, add_to, averaged, power, square_sums, state_sum, sum,
 };
 use std::sync::Arc;
 
-/// Weight and moments of one parameter.
+/// Where a state's average of the weight is.
+const AVERAGE: usize = 3;
+
+/// Weight and moments of one parameter, and the average of the weight if the job keeps one.
 #[derive(Debug, Clone)]
 pub struct ParameterData {
     rows: usize,
     columns: usize,
-    data: [Arc<Vec<f32>>; 3],
+    data: Vec<Arc<Vec<f32>>>,
 }
 
 impl ParameterData {
     /// From the tensors of a message, in host memory.
-    pub fn from_tensors(tensors: [Tensor; 3]) -> Self {
+    pub fn from_tensors(tensors: &[Tensor]) -> Self {
         let (rows, columns) = (tensors[0].rows(), tensors[0].columns());
-        let data = tensors.map(|t| Arc::clone(t.as_host().expect("states travel through host memory")));
+        let host = |t: &Tensor| Arc::clone(t.as_host().expect("states travel through host memory"));
+        let data = tensors.iter().map(host).collect();
         Self { rows, columns, data }
     }
 
     /// As tensors that share the data.
-    pub fn tensors(&self) -> [Tensor; 3] {
-        self.data.clone().map(|d| Tensor::host(self.rows, self.columns, d))
+    pub fn tensors(&self) -> ParameterState<Tensor> {
+        self.data.iter().map(|d| Tensor::host(self.rows, self.columns, Arc::clone(d))).collect()
     }
 
     /// The weight alone.
@@ -36,19 +40,24 @@ impl ParameterData {
         Tensor::host(self.rows, self.columns, Arc::clone(&self.data[0]))
     }
 
-    /// Fingerprint sums.
+    fn parts(&self) -> Vec<&[f32]> {
+        self.data.iter().map(|d| d.as_slice()).collect()
+    }
+
+    /// Fingerprint sum.
     pub fn sum(&self) -> u128 {
-        state_sum(&self.data[0], &self.data[1], &self.data[2])
+        state_sum(&self.parts())
     }
 }
 
 /// The state before the first step.
-pub(crate) fn initial(seed: u64, std: f64, parameters: &[Parameter]) -> Applied {
+pub(crate) fn initial(seed: u64, std: f64, ema: bool, parameters: &[Parameter]) -> Applied {
     let parameters: Vec<ParameterData> = parameters
         .iter()
         .map(|p| {
-            let zeros = Arc::new(vec![0.0; p.len()]);
-            let data = [Arc::new(p.initial(seed, std)), Arc::clone(&zeros), zeros];
+            let (weight, zeros) = (Arc::new(p.initial(seed, std)), Arc::new(vec![0.0; p.len()]));
+            let average = ema.then(|| Arc::clone(&weight));
+            let data = [weight, Arc::clone(&zeros), zeros].into_iter().chain(average).collect();
             ParameterData { rows: p.rows, columns: p.columns, data }
         })
         .collect();
@@ -248,6 +257,7 @@ impl Apply {
             correction1: (1.0 / (1.0 - power(o.beta1, commit.step))) as f32,
             correction2: (1.0 / (1.0 - power(o.beta2, commit.step))) as f32,
             low_moments: spec.precision.is_low(),
+            ema: o.ema.map(|keep| keep as f32),
         };
         let mut gradients: std::collections::BTreeMap<u32, Arc<Vec<f32>>> = reduced.gradients.into_iter().collect();
         let loads: std::collections::BTreeMap<Group, Vec<u64>> = {
@@ -278,14 +288,16 @@ impl Apply {
                     (Update::Balance, _) => {
                         let bias: &mut Vec<f32> = Arc::make_mut(&mut p.data[0]);
                         balance(bias, &loads, self.bias_step);
+                        if let Some(keep) = self.adamw.ema {
+                            p.data[AVERAGE] = Arc::new(averaged(&p.data[AVERAGE], &p.data[0], keep));
+                        }
                         p.sum()
                     }
                     (Update::Decayed | Update::Plain, Some(gradient)) => {
                         let decay = if update == Update::Decayed { self.decay } else { 0.0 };
-                        let [w, m, v] = &p.data;
                         // Not in place: the state before may be on its way to a snapshot or a copy.
-                        let (stepped, sum) = adamw_step(w, m, v, &gradient, &AdamW { decay, ..self.adamw });
-                        p.data = stepped.map(Arc::new);
+                        let (stepped, sum) = adamw_step(&p.parts(), &gradient, &AdamW { decay, ..self.adamw });
+                        p.data = stepped.into_iter().map(Arc::new).collect();
                         sum
                     }
                     (Update::Decayed | Update::Plain, None) => {

@@ -111,11 +111,12 @@ impl StoreThread {
         match wish {
             Checkpointing::Store { step, shard, parameters } => {
                 let numbers = self.layout.of_shard(shard);
+                let host = |t: &Tensor| Arc::clone(t.as_host().expect("states travel through host memory"));
                 let named = numbers.iter().zip(parameters).map(|(n, data)| StoredTensor {
                     name: self.layout.parameters[*n as usize].name.to_string(),
                     rows: data[0].rows(),
                     columns: data[0].columns(),
-                    data: data.map(|t| Arc::clone(t.as_host().expect("states travel through host memory"))),
+                    data: data.iter().map(host).collect(),
                 });
                 self.store.put(step, &named.collect::<Vec<_>>())?;
                 Ok(Msg::Stored { step, shard })
@@ -131,7 +132,7 @@ impl StoreThread {
                     (p.name.to_string(), p.rows, p.columns)
                 };
                 let tensors = self.store.reader().read(step, &numbers.iter().map(name).collect::<Vec<_>>())?;
-                let state = |t: StoredTensor| t.data.map(|d| Tensor::host(t.rows, t.columns, d));
+                let state = |t: StoredTensor| t.data.into_iter().map(|d| Tensor::host(t.rows, t.columns, d)).collect();
                 Ok(Msg::Loaded { step, to, parameters: tensors.into_iter().map(state).collect() })
             }
         }

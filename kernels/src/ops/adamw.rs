@@ -30,12 +30,14 @@ pub struct AdamW {
     pub correction2: f32,
     /// Whether moments are rounded to BF16 (technical report 3.3); the update is made of rounded ones.
     pub low_moments: bool,
+    /// What an average of the weights keeps of itself (EMA, technical report 3.2.3); none: there is no average.
+    pub ema: Option<f32>,
 }
 
 /// Mixes an element's weight and moments with its index, of which `key` is a multiple, into two words: each
 /// is taken in before a round of splitmix64, which leaves no two inputs alike.
 #[inline(always)]
-fn mix(key: u64, [w, m, v]: [f32; 3]) -> (u64, u64) {
+fn mix(key: u64, [w, m, v]: [f32; 3], average: Option<f32>) -> (u64, u64) {
     #[inline(always)]
     fn splitmix(mut z: u64) -> u64 {
         z = z.wrapping_add(0x9E37_79B9_7F4A_7C15);
@@ -45,7 +47,8 @@ fn mix(key: u64, [w, m, v]: [f32; 3]) -> (u64, u64) {
     }
     let [w, m, v] = [w, m, v].map(|x| u64::from(x.to_bits()));
     let low = splitmix(key ^ (w | m << 32));
-    (low, splitmix(low ^ (v | key << 32)))
+    let last = average.map_or(key, |average| u64::from(average.to_bits()));
+    (low, splitmix(low ^ (v | last << 32)))
 }
 
 /// Odd, so that its multiples tell all indices apart.
@@ -56,49 +59,62 @@ const BLOCK: usize = 2048;
 
 /// The wrapping sum of a block's mixed elements, the first of which has index `first`.
 #[inline(always)]
-fn block_sum(w: &[f32], m: &[f32], v: &[f32], first: usize) -> u128 {
+fn block_sum([w, m, v]: [&[f32]; 3], average: Option<&[f32]>, first: usize) -> u128 {
     // A word's halves are added apart, so that lanes need no carries.
     let (mut low, mut middle, mut high) = ([0u64; 8], [0u64; 8], [0u64; 8]);
     let mut keys: [u64; 8] = std::array::from_fn(|lane| KEY.wrapping_mul((first + lane) as u64));
-    let mut add = |lane: usize, key: u64, element: [f32; 3]| {
-        let (l, h) = mix(key, element);
+    let mut add = |lane: usize, key: u64, element: [f32; 3], average: Option<f32>| {
+        let (l, h) = mix(key, element, average);
         low[lane] += l & 0xffff_ffff;
         middle[lane] += l >> 32;
         high[lane] = high[lane].wrapping_add(h);
     };
     let [w, m, v] = [w, m, v].map(|x| x.as_chunks::<8>());
-    for ((w, m), v) in w.0.iter().zip(m.0).zip(v.0) {
+    let average = average.map(|x| x.as_chunks::<8>());
+    for (n, ((w, m), v)) in w.0.iter().zip(m.0).zip(v.0).enumerate() {
+        let average = average.map(|(whole, _)| whole[n]);
         for lane in 0..8 {
-            add(lane, keys[lane], [w[lane], m[lane], v[lane]]);
+            add(lane, keys[lane], [w[lane], m[lane], v[lane]], average.map(|x| x[lane]));
             keys[lane] = keys[lane].wrapping_add(KEY.wrapping_mul(8));
         }
     }
     for (lane, ((w, m), v)) in w.1.iter().zip(m.1).zip(v.1).enumerate() {
-        add(lane, keys[lane], [*w, *m, *v]);
+        add(lane, keys[lane], [*w, *m, *v], average.map(|(_, rest)| rest[lane]));
     }
     let all = |words: [u64; 8]| words.iter().fold(0u128, |sum, w| sum.wrapping_add(u128::from(*w)));
     all(low).wrapping_add(all(middle) << 32).wrapping_add(all(high) << 64)
 }
 
-/// The 128-bit wrapping sum of a parameter's mixed elements: weights and both moments.
-pub fn state_sum(w: &[f32], m: &[f32], v: &[f32]) -> u128 {
-    assert!(w.len() == m.len() && w.len() == v.len(), "moments of every weight");
+/// The 128-bit wrapping sum of a parameter's mixed elements: weight, both moments and, if there is one, the
+/// average. Panics on another number of parts, or parts of other lengths.
+pub fn state_sum(state: &[&[f32]]) -> u128 {
+    let (parts, average) = taken_apart(state);
     wide::run(
         #[inline(always)]
         || {
-            let blocks = w.chunks(BLOCK).zip(m.chunks(BLOCK)).zip(v.chunks(BLOCK)).enumerate();
-            blocks.fold(0, |sum: u128, (n, ((w, m), v))| sum.wrapping_add(block_sum(w, m, v, n * BLOCK)))
+            let of_block = |from: usize| {
+                let at = from..parts[0].len().min(from + BLOCK);
+                block_sum(parts.map(|x| &x[at.clone()]), average.map(|x| &x[at.clone()]), from)
+            };
+            (0..parts[0].len()).step_by(BLOCK).map(of_block).fold(0, u128::wrapping_add)
         },
     )
 }
 
-/// A parameter's weight and moments after a step.
-type Stepped = [Vec<f32>; 3];
+/// Weight and moments, and the average if there is one.
+fn taken_apart<'a>(state: &[&'a [f32]]) -> ([&'a [f32]; 3], Option<&'a [f32]>) {
+    let (&[w, m, v], rest) = state.split_first_chunk().expect("a weight and its moments");
+    assert!(rest.len() <= 1 && state.iter().all(|x| x.len() == w.len()), "parts of a state");
+    ([w, m, v], rest.first().copied())
+}
 
-/// One step, from `w`, `m` and `v` and the gradient; with the sum of what was written.
-pub fn step(w: &[f32], m: &[f32], v: &[f32], g: &[f32], a: &AdamW) -> (Stepped, u128) {
+/// One step, from a state (as in [`state_sum`]) and the gradient: the next state with its sum.
+pub fn step(state: &[&[f32]], g: &[f32], a: &AdamW) -> (Vec<Vec<f32>>, u128) {
+    let ([w, m, v], average) = taken_apart(state);
+    assert_eq!(average.is_some(), a.ema.is_some(), "an average, if it is kept");
     let n = w.len();
-    let mut out: Stepped = [wide::unwritten(n), wide::unwritten(n), wide::unwritten(n)];
+    let mut out: [Vec<f32>; 3] = [(); 3].map(|()| wide::unwritten(n));
+    let mut averaged = average.map(|_| wide::unwritten(n));
     let mut sum = 0u128;
     wide::run(
         #[inline(always)]
@@ -119,11 +135,31 @@ pub fn step(w: &[f32], m: &[f32], v: &[f32], g: &[f32], a: &AdamW) -> (Stepped, 
                     new_w[i] = w[i] - a.lr * (update + a.decay * w[i]);
                     (new_m[i], new_v[i]) = (first, second);
                 }
-                sum = sum.wrapping_add(block_sum(new_w, new_m, new_v, from));
+                let kept = averaged.as_mut().zip(average).zip(a.ema).map(|((new, old), keep)| {
+                    let new: &mut [f32] = &mut new[at.clone()];
+                    average_into(new, &old[at], new_w, keep);
+                    &*new
+                });
+                sum = sum.wrapping_add(block_sum([new_w, new_m, new_v], kept, from));
             }
         },
     );
-    (out, sum)
+    (out.into_iter().chain(averaged).collect(), sum)
+}
+
+/// `keep * old + (1 - keep) * w`.
+#[inline(always)]
+fn average_into(new: &mut [f32], old: &[f32], w: &[f32], keep: f32) {
+    for ((new, old), w) in new.iter_mut().zip(old).zip(w) {
+        *new = keep * old + (1.0 - keep) * w;
+    }
+}
+
+/// The next average of a weight that no gradient moves: a gate's bias.
+pub fn averaged(old: &[f32], w: &[f32], keep: f32) -> Vec<f32> {
+    let mut new = vec![0.0; w.len()];
+    average_into(&mut new, old, w, keep);
+    new
 }
 
 /// Squared sums of a gradient, one for each [`NORM_CHUNK`] elements, in f64 by eight fixed lanes.
@@ -165,6 +201,7 @@ mod tests {
         correction1: 2.0,
         correction2: 3.0,
         low_moments: false,
+        ema: None,
     };
 
     #[test]
@@ -173,7 +210,8 @@ mod tests {
         let (w, m, g) = (random(n, 1), random(n, 2), random(n, 3));
         let v: Vec<f32> = random(n, 4).iter().map(|x| x * x).collect();
         let (w0, m0, v0) = (wide(&w), wide(&m), wide(&v));
-        let ([w, m, v], sum) = step(&w, &m, &v, &g, &STEP);
+        let (next, sum) = step(&[&w, &m, &v], &g, &STEP);
+        let [w, m, v] = next.try_into().expect("no average");
         let (mut ew, mut em, mut ev) = (Vec::new(), Vec::new(), Vec::new());
         for i in 0..n {
             let grad = f64::from(g[i]) * 0.5;
@@ -184,7 +222,7 @@ mod tests {
         assert_close(&w, &ew, 1e-6, "w");
         assert_close(&m, &em, 1e-6, "m");
         assert_close(&v, &ev, 1e-6, "v");
-        assert_eq!(sum, state_sum(&w, &m, &v));
+        assert_eq!(sum, state_sum(&[&w, &m, &v]));
     }
 
     #[test]
@@ -194,7 +232,8 @@ mod tests {
         let run = |low_moments| {
             let (mut w, mut m, mut v) = (w0.clone(), vec![0.0; n], vec![0.0; n]);
             for _ in 0..3 {
-                ([w, m, v], _) = step(&w, &m, &v, &g, &AdamW { low_moments, ..STEP });
+                let next = step(&[&w, &m, &v], &g, &AdamW { low_moments, ..STEP }).0;
+                [w, m, v] = next.try_into().expect("no average");
             }
             (w, m, v)
         };
@@ -209,36 +248,57 @@ mod tests {
     #[test]
     fn sums_in_blocks_are_plain_sums() {
         let n = 5 * BLOCK + 3;
-        let (w, m, v) = (random(n, 8), random(n, 9), random(n, 10));
-        let plain = (0..n).fold(0u128, |sum, i| {
-            let (low, high) = mix(KEY.wrapping_mul(i as u64), [w[i], m[i], v[i]]);
-            sum.wrapping_add(u128::from(high) << 64 | u128::from(low))
-        });
-        assert_eq!(state_sum(&w, &m, &v), plain);
+        let [w, m, v, e] = [8, 9, 10, 11].map(|name| random(n, name));
+        for average in [None, Some(&e[..])] {
+            let plain = (0..n).fold(0u128, |sum, i| {
+                let (low, high) = mix(KEY.wrapping_mul(i as u64), [w[i], m[i], v[i]], average.map(|e| e[i]));
+                sum.wrapping_add(u128::from(high) << 64 | u128::from(low))
+            });
+            let state: Vec<&[f32]> = [&w[..], &m, &v].into_iter().chain(average).collect();
+            assert_eq!(state_sum(&state), plain);
+        }
     }
 
     #[test]
     fn a_flipped_bit_or_two_exchanged_elements_change_the_sum() {
-        let state = [random(100, 5), random(100, 6), random(100, 7)];
-        let sum_of = |[w, m, v]: &[Vec<f32>; 3]| state_sum(w, m, v);
-        let mut seen = std::collections::BTreeSet::from([sum_of(&state)]);
-        for part in 0..3 {
-            for bit in 0..32 {
-                let mut other = state.clone();
-                other[part][17] = f32::from_bits(state[part][17].to_bits() ^ (1 << bit));
-                assert!(seen.insert(sum_of(&other)), "bit {bit} of {part}");
+        let state = [5, 6, 7, 12].map(|name| random(100, name));
+        let sum_of = |state: &[Vec<f32>]| state_sum(&state.iter().map(Vec::as_slice).collect::<Vec<_>>());
+        let mut seen = std::collections::BTreeSet::new();
+        for parts in [3, 4] {
+            assert!(seen.insert(sum_of(&state[..parts])));
+            for part in 0..parts {
+                for bit in 0..32 {
+                    let mut other = state[..parts].to_vec();
+                    other[part][17] = f32::from_bits(state[part][17].to_bits() ^ (1 << bit));
+                    assert!(seen.insert(sum_of(&other)), "bit {bit} of {part}");
+                }
+                let mut other = state[..parts].to_vec();
+                other[part].swap(3, 4);
+                assert!(seen.insert(sum_of(&other)), "{part}");
+                // A part in the place of another, and a change that another one undoes.
+                let mut other = state[..parts].to_vec();
+                other.rotate_left(part);
+                assert!(part == 0 || seen.insert(sum_of(&other)), "{part}");
+                let mut other = state[..parts].to_vec();
+                let (up, down) = (state[part][8].to_bits() + 1, state[part][9].to_bits() - 1);
+                (other[part][8], other[part][9]) = (f32::from_bits(up), f32::from_bits(down));
+                assert!(seen.insert(sum_of(&other)), "{part}");
             }
-            let mut other = state.clone();
-            other[part].swap(3, 4);
-            assert!(seen.insert(sum_of(&other)), "{part}");
         }
-        // A weight in the place of its moment, and a change that another one undoes.
-        let [w, m, v] = state.clone();
-        assert!(seen.insert(state_sum(&m, &w, &v)) && seen.insert(state_sum(&w, &v, &m)));
-        let mut other = state.clone();
-        let (up, down) = (state[0][8].to_bits() + 1, state[0][9].to_bits() - 1);
-        (other[0][8], other[0][9]) = (f32::from_bits(up), f32::from_bits(down));
-        assert!(seen.insert(sum_of(&other)));
+    }
+
+    #[test]
+    fn an_average_follows_its_weight() {
+        let n = 300;
+        let [w, m, e, g] = [1, 2, 3, 4].map(|name| random(n, name));
+        let v = vec![0.5; n];
+        let (plain, _) = step(&[&w, &m, &v], &g, &STEP);
+        let (next, sum) = step(&[&w, &m, &v, &e], &g, &AdamW { ema: Some(0.75), ..STEP });
+        assert_eq!(next[..3], plain[..], "it changes nothing else");
+        let want: Vec<f64> = e.iter().zip(&next[0]).map(|(e, w)| 0.75 * f64::from(*e) + 0.25 * f64::from(*w)).collect();
+        assert_close(&next[3], &want, 1e-7, "average");
+        assert_eq!(averaged(&e, &next[0], 0.75), next[3]);
+        assert_eq!(sum, state_sum(&next.iter().map(Vec::as_slice).collect::<Vec<_>>()));
     }
 
     #[test]

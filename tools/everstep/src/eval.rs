@@ -1,7 +1,7 @@
 //! `everstep eval`: the loss on held-out text, and while a job trains, at every so many of its steps.
 
 use crate::data;
-use crate::weights::Weights;
+use crate::weights::{Weights, Which};
 use anyhow::{Context, Result, ensure};
 use everstep_actors::{RunFolder, Tokens};
 use everstep_checkpoint::Reader;
@@ -23,14 +23,9 @@ pub(crate) struct Evaluation {
     pub(crate) tokens: u64,
 }
 
-/// Evaluates a stored step on held-out text: that of the configuration, or `paths`.
-pub(crate) fn of_step(
-    run: &RunFolder,
-    step: Option<u64>,
-    paths: &[PathBuf],
-    sequences: Option<u64>,
-) -> Result<Evaluation> {
-    let weights = Weights::load(run, step)?;
+/// Evaluates weights on held-out text: that of the configuration, or `paths`.
+pub(crate) fn of_step(run: &RunFolder, which: Which, paths: &[PathBuf], sequences: Option<u64>) -> Result<Evaluation> {
+    let weights = Weights::load(run, which)?;
     let eval = weights.config.data.eval.as_ref();
     let paths = if paths.is_empty() { eval.map_or(&[][..], |e| &e.paths) } else { paths };
     ensure!(!paths.is_empty(), "there is no held-out text: give --data, or data.eval in the configuration");

@@ -1,5 +1,6 @@
 //! Commands that start no job: they work on run folders and files.
 
+use crate::weights::Which;
 use crate::{bench, compare, data, eval, generate, hf, launcher, plan, range, read_config};
 use anyhow::{Context, Result};
 use clap::Subcommand;
@@ -26,9 +27,8 @@ pub(crate) enum Command {
         run: PathBuf,
         /// The folder to make.
         out: PathBuf,
-        /// The step; the newest stored one by default.
-        #[arg(long)]
-        step: Option<u64>,
+        #[command(flatten)]
+        which: Which,
         /// How weights are stored.
         #[arg(long, default_value = "bf16")]
         precision: hf::inventory::Precision,
@@ -37,9 +37,8 @@ pub(crate) enum Command {
     Generate {
         /// The run folder.
         run: PathBuf,
-        /// The step; the newest stored one by default.
-        #[arg(long)]
-        step: Option<u64>,
+        #[command(flatten)]
+        which: Which,
         #[command(flatten)]
         choice: generate::Choice,
     },
@@ -47,9 +46,8 @@ pub(crate) enum Command {
     Eval {
         /// The run folder.
         run: PathBuf,
-        /// The step; the newest stored one by default.
-        #[arg(long)]
-        step: Option<u64>,
+        #[command(flatten)]
+        which: Which,
         /// Files and folders; those of `data.eval` by default.
         #[arg(long)]
         data: Vec<PathBuf>,
@@ -57,7 +55,7 @@ pub(crate) enum Command {
         #[arg(long)]
         sequences: Option<u64>,
         /// Add the result to the run's eval.jsonl.
-        #[arg(long)]
+        #[arg(long, conflicts_with = "ema")]
         keep: bool,
         /// One JSON object.
         #[arg(long)]
@@ -84,9 +82,8 @@ pub(crate) enum Command {
     Logits {
         /// The run folder.
         run: PathBuf,
-        /// The step; the newest stored one by default.
-        #[arg(long)]
-        step: Option<u64>,
+        #[command(flatten)]
+        which: Which,
         /// JSON: a list of lists of tokens, all of one length.
         #[arg(long)]
         tokens: PathBuf,
@@ -124,18 +121,18 @@ pub(crate) fn run(command: Command) -> Result<ExitCode> {
             println!("imported {}; train it with: everstep resume {}", folder.display(), run.0.display());
             Ok(ExitCode::SUCCESS)
         }
-        Command::Export { run, out, step, precision } => {
-            let step = hf::export::export(&RunFolder(run), &out, step, precision)?;
+        Command::Export { run, out, which, precision } => {
+            let step = hf::export::export(&RunFolder(run), &out, which, precision)?;
             println!("exported step {step} to {}", out.display());
             Ok(ExitCode::SUCCESS)
         }
-        Command::Generate { run, step, choice } => {
-            generate::write(&RunFolder(run), step, &choice, &mut std::io::stdout())?;
+        Command::Generate { run, which, choice } => {
+            generate::write(&RunFolder(run), which, &choice, &mut std::io::stdout())?;
             Ok(ExitCode::SUCCESS)
         }
-        Command::Eval { run, step, data, sequences, keep, json } => {
+        Command::Eval { run, which, data, sequences, keep, json } => {
             let run = RunFolder(run);
-            let found = eval::of_step(&run, step, &data, sequences)?;
+            let found = eval::of_step(&run, which, &data, sequences)?;
             if keep {
                 eval::keep(&run, &found)?;
             }
@@ -153,8 +150,8 @@ pub(crate) fn run(command: Command) -> Result<ExitCode> {
             compare::run(&runs, picture.as_deref())?;
             Ok(ExitCode::SUCCESS)
         }
-        Command::Logits { run, step, tokens, out } => {
-            generate::logits(&RunFolder(run), step, &tokens, &out)?;
+        Command::Logits { run, which, tokens, out } => {
+            generate::logits(&RunFolder(run), which, &tokens, &out)?;
             Ok(ExitCode::SUCCESS)
         }
         Command::Samples { run, steps } => {

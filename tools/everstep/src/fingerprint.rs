@@ -36,6 +36,7 @@ pub(crate) fn tensors(run: &RunFolder, step: Option<u64>) -> Result<(Config, u64
 pub(crate) fn of_step(run: &RunFolder, step: Option<u64>) -> Result<String> {
     let (config, _, tensors) = tensors(run, step)?;
     let layout = Layout::new(&config.spec);
-    let sums = tensors.iter().enumerate().map(|(n, t)| (n as u32, state_sum(&t.data[0], &t.data[1], &t.data[2])));
+    let sum = |t: &StoredTensor| state_sum(&t.data.iter().map(|d| d.as_slice()).collect::<Vec<_>>());
+    let sums = tensors.iter().enumerate().map(|(n, t)| (n as u32, sum(t)));
     Ok(fingerprint_root(&layout, &sums.collect()))
 }

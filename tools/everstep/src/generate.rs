@@ -1,7 +1,7 @@
 //! `everstep generate`: text that a trained model writes, from a checkpoint, in this process.
 
 use crate::data::Vocabulary;
-use crate::weights::Weights;
+use crate::weights::{Weights, Which};
 use anyhow::{Context, Result, ensure};
 use everstep_actors::RunFolder;
 use everstep_kernels::{Backend, Decoder, Philox};
@@ -32,10 +32,10 @@ pub(crate) struct Choice {
 }
 
 /// Writes text as it is made. A token that ends a document ends it.
-pub(crate) fn write(run: &RunFolder, step: Option<u64>, choice: &Choice, out: &mut impl Write) -> Result<()> {
+pub(crate) fn write(run: &RunFolder, which: Which, choice: &Choice, out: &mut impl Write) -> Result<()> {
     ensure!(choice.temperature >= 0.0, "--temperature {}: expected at least 0", choice.temperature);
     ensure!(choice.top_p > 0.0 && choice.top_p <= 1.0, "--top-p {}: expected above 0, at most 1", choice.top_p);
-    let weights = Weights::load(run, step)?;
+    let weights = Weights::load(run, which)?;
     let vocabulary = Vocabulary::of_run(run, &weights.config)?;
     let mut tokens = vocabulary.encode(choice.prompt.as_bytes(), 1)?;
     ensure!(!tokens.is_empty(), "--prompt is empty");
@@ -66,10 +66,10 @@ pub(crate) fn write(run: &RunFolder, step: Option<u64>, choice: &Choice, out: &m
 }
 
 /// Writes the logits of the texts in a file.
-pub(crate) fn logits(run: &RunFolder, step: Option<u64>, tokens: &Path, out: &Path) -> Result<()> {
+pub(crate) fn logits(run: &RunFolder, which: Which, tokens: &Path, out: &Path) -> Result<()> {
     let read = std::fs::read(tokens).with_context(|| format!("cannot read {}", tokens.display()))?;
     let texts: Vec<Vec<u32>> = serde_json::from_slice(&read).with_context(|| tokens.display().to_string())?;
-    let weights = Weights::load(run, step)?;
+    let weights = Weights::load(run, which)?;
     let (size, length) = (weights.config.spec.model.vocabulary, texts.first().map_or(0, Vec::len));
     let good = |text: &Vec<u32>| text.len() == length && text.iter().all(|t| (*t as usize) < size);
     ensure!(

@@ -260,7 +260,7 @@ fn train(run: RunFolder, nodes: usize) -> Result<ExitCode> {
         End::Finished => {
             report::write(&run)?;
             let mut text = Vec::new();
-            match generate::write(&run, None, &sample(), &mut text) {
+            match generate::write(&run, weights::Which::default(), &sample(), &mut text) {
                 Ok(()) => println!("{}", String::from_utf8_lossy(&text)),
                 // The training is done, whatever a sample says.
                 Err(error) => eprintln!("there is no sample: {error:#}"),

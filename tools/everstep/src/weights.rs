@@ -1,12 +1,30 @@
-//! All weights of a stored step in memory, without moments.
+//! Which weights of a run a command is about, and all of them in memory, without moments.
 
 use crate::fingerprint::{choose, open};
 use anyhow::Result;
 use everstep_actors::{Config, RunFolder};
+use everstep_checkpoint::Part;
 use everstep_kernels::{CpuBackend, ModelConfig, ParameterMap, Tensor};
 use std::sync::Arc;
 
-/// See the module.
+/// Which weights of a run.
+#[derive(Debug, Clone, Copy, Default, clap::Args)]
+pub(crate) struct Which {
+    /// The step; the newest stored one by default.
+    #[arg(long)]
+    pub(crate) step: Option<u64>,
+    /// Their average over the steps, if the run keeps one (optimizer.ema).
+    #[arg(long)]
+    pub(crate) ema: bool,
+}
+
+impl Which {
+    pub(crate) fn part(self) -> Part {
+        if self.ema { Part::Average } else { Part::Weight }
+    }
+}
+
+/// All weights of a stored step.
 #[derive(Debug)]
 pub(crate) struct Weights {
     pub(crate) config: Config,
@@ -15,14 +33,14 @@ pub(crate) struct Weights {
 }
 
 impl Weights {
-    /// Of a step of a run, the newest by default.
-    pub(crate) fn load(run: &RunFolder, step: Option<u64>) -> Result<Self> {
+    /// Reads and verifies them.
+    pub(crate) fn load(run: &RunFolder, which: Which) -> Result<Self> {
         let (config, reader) = open(run)?;
-        let step = choose(&reader, run, step)?;
+        let step = choose(&reader, run, which.step)?;
         let manifest = reader.manifest(step)?;
         let mut map = ParameterMap::new();
         for p in config.spec.model.parameters() {
-            let data = reader.weight(&manifest, &p.name, p.rows, p.columns)?;
+            let data = reader.part(&manifest, &p.name, p.rows, p.columns, which.part())?;
             map.insert(p.name, Tensor::host(p.rows, p.columns, data));
         }
         Ok(Self { config, step, map })

@@ -9,9 +9,10 @@ use super::config_json;
 use super::inventory::{self, Entry, Form, Precision};
 use crate::data;
 use crate::launcher::whole_folder;
+use crate::weights::Which;
 use anyhow::{Context, Result, bail};
 use everstep_actors::{Config, RunFolder};
-use everstep_checkpoint::{Manifest, Reader};
+use everstep_checkpoint::{Manifest, Part, Reader};
 use everstep_kernels::{bf16_bits, quantise_blocks};
 use safetensors::Dtype;
 use safetensors::tensor::View;
@@ -34,6 +35,7 @@ type Named = (Arc<str>, Arc<Vec<f32>>);
 struct Source<'a> {
     reader: &'a Reader,
     manifest: Manifest,
+    part: Part,
     /// The last weight: an FP8 matrix is asked for its codes and its scales.
     last: RefCell<Option<Named>>,
     error: RefCell<Option<anyhow::Error>>,
@@ -47,7 +49,7 @@ impl Source<'_> {
         {
             return Ok(Arc::clone(data));
         }
-        let data = self.reader.weight(&self.manifest, &p.name, p.rows, p.columns)?;
+        let data = self.reader.part(&self.manifest, &p.name, p.rows, p.columns, self.part)?;
         *self.last.borrow_mut() = Some((p.name.clone(), Arc::clone(&data)));
         Ok(data)
     }
@@ -147,34 +149,32 @@ fn write_json(path: &Path, value: &serde_json::Value) -> Result<()> {
         .with_context(|| format!("cannot write {}", path.display()))
 }
 
-/// Exports a stored step of a run, the newest by default. Gives the step.
-pub(crate) fn export(run: &RunFolder, out: &Path, step: Option<u64>, precision: Precision) -> Result<u64> {
+/// Exports weights of a run. Gives their step.
+pub(crate) fn export(run: &RunFolder, out: &Path, which: Which, precision: Precision) -> Result<u64> {
     if out.exists() {
         bail!("{} exists: choose another folder", out.display());
     }
     let (config, reader) = crate::fingerprint::open(run)?;
-    let step = crate::fingerprint::choose(&reader, run, step)?;
-    whole_folder(out, |scratch| fill(scratch, &config, run, &reader, step, precision))?;
+    let step = crate::fingerprint::choose(&reader, run, which.step)?;
+    let source = Source {
+        reader: &reader,
+        manifest: reader.manifest(step)?,
+        part: which.part(),
+        last: RefCell::default(),
+        error: RefCell::default(),
+    };
+    whole_folder(out, |scratch| fill(scratch, &config, run, &source, precision))?;
     Ok(step)
 }
 
-fn fill(
-    folder: &Path,
-    config: &Config,
-    run: &RunFolder,
-    reader: &Reader,
-    step: u64,
-    precision: Precision,
-) -> Result<()> {
+fn fill(folder: &Path, config: &Config, run: &RunFolder, source: &Source<'_>, precision: Precision) -> Result<()> {
     let model = &config.spec.model;
-    let source =
-        Source { reader, manifest: reader.manifest(step)?, last: RefCell::default(), error: RefCell::default() };
     let apart = model.layers != PUBLISHED_DEPTH;
     let (mtp, main): (Vec<Entry>, Vec<Entry>) = inventory::of(model, precision).partition(|e| e.mtp && apart);
     let bar = indicatif::ProgressBar::new((mtp.len() + main.len()) as u64).with_message("tensors");
-    write_set(folder, "model", main, &source, &bar)?;
+    write_set(folder, "model", main, source, &bar)?;
     if !mtp.is_empty() {
-        write_set(folder, "mtp", mtp, &source, &bar)?;
+        write_set(folder, "mtp", mtp, source, &bar)?;
     }
     bar.finish_and_clear();
     let end = data::Vocabulary::of_run(run, config)?.end();

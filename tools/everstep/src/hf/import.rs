@@ -68,7 +68,8 @@ impl Source {
         for p in &parameters {
             let weight = Arc::new(self.folder.read(&p.name, p.rows, p.columns)?);
             let zeros = Arc::new(vec![0.0; p.len()]);
-            let data = [weight, Arc::clone(&zeros), zeros];
+            let average = config.spec.optimizer.ema.map(|_| Arc::clone(&weight));
+            let data = [weight, Arc::clone(&zeros), zeros].into_iter().chain(average).collect();
             let tensor = StoredTensor { name: p.name.to_string(), rows: p.rows, columns: p.columns, data };
             store.put(0, &[tensor])?;
             bar.inc(1);
