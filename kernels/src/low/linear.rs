@@ -62,12 +62,25 @@ fn rounded(x: &Tensor) -> Rows<'_> {
 }
 
 fn along_rows(x: &Tensor, scaling: Scaling) -> &Quantised {
-    x.forms().along_rows[scaling as usize].get_or_init(|| Quantised::rows(&x.values(), x.rows(), x.columns(), scaling))
+    x.forms().along_rows[scaling as usize].get_or_init(|| {
+        if x.is_bf16() {
+            Quantised::rows(x.bf16s(), x.rows(), x.columns(), scaling)
+        } else {
+            Quantised::rows(x.f32s(), x.rows(), x.columns(), scaling)
+        }
+    })
 }
 
+/// A gradient in tiles along its columns, which are the rows of a weight gradient.
 fn along_columns(x: &Tensor, scaling: Scaling) -> &Quantised {
-    x.forms().along_columns[scaling as usize]
-        .get_or_init(|| Quantised::columns(&x.values(), x.rows(), x.columns(), scaling))
+    x.forms().along_columns[scaling as usize].get_or_init(|| {
+        let q = if x.is_bf16() {
+            Quantised::columns(x.bf16s(), x.rows(), x.columns(), scaling)
+        } else {
+            Quantised::columns(x.f32s(), x.rows(), x.columns(), scaling)
+        };
+        Quantised { values: q.values.view().transposed(), scales: q.scales }
+    })
 }
 
 /// An activation is kept in tiles along its rows: for a weight gradient those are quantised once more.
@@ -75,7 +88,7 @@ fn again_along_columns(x: &Tensor, scaling: Scaling) -> &(Columns, Vec<f32>) {
     x.forms().again[scaling as usize].get_or_init(|| {
         let values = along_rows(x, scaling).dequantised_rows();
         let q = Quantised::columns(&values, x.rows(), x.columns(), scaling);
-        (Columns::of_rows(q.values.view()), q.scales)
+        (Columns::of_columns(q.values.view()), q.scales)
     })
 }
 

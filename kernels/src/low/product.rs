@@ -76,15 +76,14 @@ pub(crate) fn product<E: Element>(path: Path, a: Rows<'_>, b: &Columns, causal: 
     }
 }
 
-/// The same with scales of every [`TILE`] terms: `scales_a_M,K/128`, and those of `b` by
-/// `scale_b(column, tile)`.
+/// The same with scales of every [`TILE`] terms: `scales_a_M,K/128`, and those of `b` by tile and
+/// `columns_per_scale`.
 pub(crate) fn scaled_product<E: Element>(
     path: Path,
-    a: (Rows<'_>, &[f32]),
-    b: (&Columns, &[f32], usize),
+    (a, scales_a): (Rows<'_>, &[f32]),
+    (b, scales_b, columns_per_scale): (&Columns, &[f32], usize),
     out: &mut Target<'_, E>,
 ) {
-    let ((a, scales_a), (b, scales_b, columns_per_scale)) = (a, b);
     let terms = check(a, b);
     let _held = path.begin();
     let tiles = a.columns.div_ceil(TILE);
@@ -92,23 +91,21 @@ pub(crate) fn scaled_product<E: Element>(
     for m in 0..a.rows.div_ceil(BLOCK) {
         let block = a.block(m);
         for n in 0..b.columns.div_ceil(BLOCK) {
-            let columns = n * BLOCK..b.columns.min((n + 1) * BLOCK);
             let mut total: Part = [[0.0; BLOCK]; BLOCK];
             for tile in 0..tiles {
                 let (from, to) = (tile * TILE / K_BLOCK, ((tile + 1) * TILE / K_BLOCK).min(terms));
                 path.part(&block, a.stride, b.pair(n), from, to, &mut part);
                 let mut of_columns = [0.0f32; BLOCK];
-                for (of, c) in of_columns.iter_mut().zip(columns.clone()) {
+                for (of, c) in of_columns.iter_mut().zip(n * BLOCK..b.columns) {
                     *of = scales_b[c / columns_per_scale * tiles + tile];
                 }
-                let rows = m * BLOCK..a.rows.min((m + 1) * BLOCK);
                 crate::wide::run(
                     #[inline(always)]
                     || {
-                        for ((row, total), part) in rows.zip(&mut total).zip(&part) {
+                        for ((row, total), part) in (m * BLOCK..a.rows).zip(&mut total).zip(&part) {
                             let scale = scales_a[row * tiles + tile];
-                            for i in 0..BLOCK {
-                                total[i] += part[i] * (scale * of_columns[i]);
+                            for ((total, part), of) in total.iter_mut().zip(part).zip(&of_columns) {
+                                *total += part * (scale * of);
                             }
                         }
                     },

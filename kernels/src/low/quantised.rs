@@ -31,14 +31,15 @@ pub(crate) struct Quantised {
 
 impl Quantised {
     /// `x_TK` in tiles of 1 x 128.
-    pub(crate) fn rows(x: &[f32], rows: usize, columns: usize, scaling: Scaling) -> Self {
+    pub(crate) fn rows<E: Element>(x: &[E], rows: usize, columns: usize, scaling: Scaling) -> Self {
         let mut values = Matrix::padded(rows, columns);
         let mut scales = Vec::with_capacity(rows * columns.div_ceil(TILE));
+        let mut scratch = vec![0.0; columns];
         crate::wide::run(
             #[inline(always)]
             || {
                 for (row, to) in x.chunks_exact(columns.max(1)).zip(values.data.chunks_exact_mut(values.stride)) {
-                    for (tile, to) in row.chunks(TILE).zip(to.chunks_mut(TILE)) {
+                    for (tile, to) in E::row(row, &mut scratch).chunks(TILE).zip(to.chunks_mut(TILE)) {
                         let scale = scaling.of(largest(tile));
                         scales.push(scale);
                         for (to, x) in to.iter_mut().zip(tile) {
@@ -86,24 +87,36 @@ impl Quantised {
         Self { values, scales }
     }
 
-    /// `x_TN`, in tiles of 128 x 1 along the tokens: rows and columns are exchanged.
-    pub(crate) fn columns(x: &[f32], rows: usize, columns: usize, scaling: Scaling) -> Self {
-        let mut turned: Vec<f32> = crate::wide::unwritten(x.len());
+    /// `x_TN` in tiles of 128 x 1 along the tokens; scales by column, then tile.
+    pub(crate) fn columns<E: Element>(x: &[E], rows: usize, columns: usize, scaling: Scaling) -> Self {
+        let mut values = Matrix::padded(rows, columns);
+        let tiles = rows.div_ceil(TILE);
+        let mut scales = vec![0.0; columns * tiles];
+        let (mut of, mut scratch) = (vec![0.0f32; columns], vec![0.0; columns]);
         crate::wide::run(
             #[inline(always)]
             || {
-                for r in (0..rows).step_by(16) {
-                    for c in (0..columns).step_by(16) {
-                        for i in r..rows.min(r + 16) {
-                            for j in c..columns.min(c + 16) {
-                                turned[j * rows + i] = x[i * columns + j];
-                            }
+                let parts = x.chunks(TILE * columns.max(1)).zip(values.data.chunks_mut(TILE * values.stride));
+                for (tile, (x, to)) in parts.enumerate() {
+                    of.fill(0.0);
+                    for row in x.chunks_exact(columns) {
+                        for (m, x) in of.iter_mut().zip(E::row(row, &mut scratch)) {
+                            *m = if x.abs() > *m { x.abs() } else { *m };
+                        }
+                    }
+                    for (c, of) in of.iter_mut().enumerate() {
+                        *of = scaling.of(*of);
+                        scales[c * tiles + tile] = *of;
+                    }
+                    for (row, to) in x.chunks_exact(columns).zip(to.chunks_exact_mut(values.stride)) {
+                        for ((to, x), of) in to.iter_mut().zip(E::row(row, &mut scratch)).zip(&of) {
+                            *to = bits(nearest(x / of));
                         }
                     }
                 }
             },
         );
-        Self::rows(&turned, columns, rows, scaling)
+        Self { values, scales }
     }
 
     /// The values, rounded to f32.

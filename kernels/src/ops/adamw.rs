@@ -35,9 +35,9 @@ pub struct AdamW {
 }
 
 /// Mixes an element's weight and moments with its index, of which `key` is a multiple, into two words: each
-/// is taken in before a round of splitmix64, which leaves no two inputs alike.
+/// (and what comes last, the average or else the key) is taken in before a round of splitmix64, which leaves no two inputs alike.
 #[inline(always)]
-fn mix(key: u64, [w, m, v]: [f32; 3], average: Option<f32>) -> (u64, u64) {
+fn mix(key: u64, [w, m, v]: [f32; 3], last: u64) -> (u64, u64) {
     #[inline(always)]
     fn splitmix(mut z: u64) -> u64 {
         z = z.wrapping_add(0x9E37_79B9_7F4A_7C15);
@@ -47,7 +47,6 @@ fn mix(key: u64, [w, m, v]: [f32; 3], average: Option<f32>) -> (u64, u64) {
     }
     let [w, m, v] = [w, m, v].map(|x| u64::from(x.to_bits()));
     let low = splitmix(key ^ (w | m << 32));
-    let last = average.map_or(key, |average| u64::from(average.to_bits()));
     (low, splitmix(low ^ (v | last << 32)))
 }
 
@@ -59,27 +58,35 @@ const BLOCK: usize = 2048;
 
 /// The wrapping sum of a block's mixed elements, the first of which has index `first`.
 #[inline(always)]
-fn block_sum([w, m, v]: [&[f32]; 3], average: Option<&[f32]>, first: usize) -> u128 {
+fn block_sum(state: [&[f32]; 3], average: Option<&[f32]>, first: usize) -> u128 {
+    match average {
+        Some(average) => mixed_sum(state, first, |at, _| u64::from(average[at].to_bits())),
+        None => mixed_sum(state, first, |_, key| key),
+    }
+}
+
+/// The sum with `last(place in the block, key)`.
+#[inline(always)]
+fn mixed_sum([w, m, v]: [&[f32]; 3], first: usize, last: impl Fn(usize, u64) -> u64) -> u128 {
     // A word's halves are added apart, so that lanes need no carries.
     let (mut low, mut middle, mut high) = ([0u64; 8], [0u64; 8], [0u64; 8]);
     let mut keys: [u64; 8] = std::array::from_fn(|lane| KEY.wrapping_mul((first + lane) as u64));
-    let mut add = |lane: usize, key: u64, element: [f32; 3], average: Option<f32>| {
-        let (l, h) = mix(key, element, average);
+    let mut add = |lane: usize, key: u64, element: [f32; 3], last: u64| {
+        let (l, h) = mix(key, element, last);
         low[lane] += l & 0xffff_ffff;
         middle[lane] += l >> 32;
         high[lane] = high[lane].wrapping_add(h);
     };
     let [w, m, v] = [w, m, v].map(|x| x.as_chunks::<8>());
-    let average = average.map(|x| x.as_chunks::<8>());
     for (n, ((w, m), v)) in w.0.iter().zip(m.0).zip(v.0).enumerate() {
-        let average = average.map(|(whole, _)| whole[n]);
         for lane in 0..8 {
-            add(lane, keys[lane], [w[lane], m[lane], v[lane]], average.map(|x| x[lane]));
+            add(lane, keys[lane], [w[lane], m[lane], v[lane]], last(8 * n + lane, keys[lane]));
             keys[lane] = keys[lane].wrapping_add(KEY.wrapping_mul(8));
         }
     }
+    let whole = 8 * w.0.len();
     for (lane, ((w, m), v)) in w.1.iter().zip(m.1).zip(v.1).enumerate() {
-        add(lane, keys[lane], [*w, *m, *v], average.map(|(_, rest)| rest[lane]));
+        add(lane, keys[lane], [*w, *m, *v], last(whole + lane, keys[lane]));
     }
     let all = |words: [u64; 8]| words.iter().fold(0u128, |sum, w| sum.wrapping_add(u128::from(*w)));
     all(low).wrapping_add(all(middle) << 32).wrapping_add(all(high) << 64)
@@ -251,7 +258,9 @@ mod tests {
         let [w, m, v, e] = [8, 9, 10, 11].map(|name| random(n, name));
         for average in [None, Some(&e[..])] {
             let plain = (0..n).fold(0u128, |sum, i| {
-                let (low, high) = mix(KEY.wrapping_mul(i as u64), [w[i], m[i], v[i]], average.map(|e| e[i]));
+                let key = KEY.wrapping_mul(i as u64);
+                let last = average.map_or(key, |e| u64::from(e[i].to_bits()));
+                let (low, high) = mix(key, [w[i], m[i], v[i]], last);
                 sum.wrapping_add(u128::from(high) << 64 | u128::from(low))
             });
             let state: Vec<&[f32]> = [&w[..], &m, &v].into_iter().chain(average).collect();
