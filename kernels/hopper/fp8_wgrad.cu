@@ -106,15 +106,7 @@ fp8_wgrad(const __grid_constant__ TensorMap map_a, const __grid_constant__ Tenso
 
     if (threadIdx.x == 0) {
         prefetch_map(map_a); prefetch_map(map_b); prefetch_map(map_sa); prefetch_map(map_sb); prefetch_map(map_d);
-        for (int i = 0; i < STAGES; i++) {
-            barrier_init(full + 8 * i, 1);
-            barrier_init(empty + 8 * i, CTAS * 4 * MATH);
-        }
-        for (int g = 0; g < MATH; g++) {
-            barrier_init(laid + 8 * g, 4);
-            barrier_init(free + 8 * g, 1);
-        }
-        asm volatile("fence.mbarrier_init.release.cluster;" ::: "memory");
+        init_barriers<STAGES, MATH, CTAS>(full, empty, laid, free);
     }
     if (CTAS > 1) cluster_sync(); else __syncthreads();
 

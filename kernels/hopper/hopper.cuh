@@ -1,4 +1,4 @@
-// What the FP8 kernels share: barriers, the copy engine and the tensor cores of Hopper (sm_90a), in inline PTX.
+// What the kernels share: barriers, the copy engine and the tensor cores of Hopper (sm_90a), in inline PTX.
 // The compiling program defines WGMMA(d, a, b, add) for the tile's width (PTX wants every accumulator spelt out).
 
 typedef unsigned int u32;
@@ -56,6 +56,11 @@ __device__ __forceinline__ void load_box(u32 dst, const TensorMap& map, int x, i
     asm volatile("cp.async.bulk.tensor.2d.shared::cluster.global.mbarrier::complete_tx::bytes [%0], [%1, {%2, %3}], [%4];"
                  :: "r"(dst), "l"(&map), "r"(x), "r"(y), "r"(bar) : "memory");
 }
+// Consecutive bytes, a multiple of 16.
+__device__ __forceinline__ void load_bytes(u32 dst, const void* src, u32 bytes, u32 bar) {
+    asm volatile("cp.async.bulk.shared::cluster.global.mbarrier::complete_tx::bytes [%0], [%1], %2, [%3];"
+                 :: "r"(dst), "l"(src), "r"(bytes), "r"(bar) : "memory");
+}
 // Into both CTAs of a pair, each at the same address and with its own barrier.
 __device__ __forceinline__ void load_box_both(u32 dst, const TensorMap& map, int x, int y, u32 bar) {
     asm volatile("cp.async.bulk.tensor.2d.shared::cluster.global.mbarrier::complete_tx::bytes.multicast::cluster"
@@ -107,6 +112,21 @@ template <int DEPTH> struct Ring {
     int stage = 0, phase = 0;
     __device__ __forceinline__ void next() { if (++stage == DEPTH) { stage = 0; phase ^= 1; } }
 };
+
+// The barriers of a product. A stage is full when the copy engine has filled it, and empty when the four warps of all
+// math warpgroups that read it, in each CTA of the cluster, are done; a warpgroup's tile is laid out by its four warps and
+// freed by the storing one.
+template <int DEPTH, int GROUPS, int SHARERS> __device__ __forceinline__ void init_barriers(u32 full, u32 empty, u32 laid, u32 free) {
+    for (int i = 0; i < DEPTH; i++) {
+        barrier_init(full + 8 * i, 1);
+        barrier_init(empty + 8 * i, SHARERS * 4 * GROUPS);
+    }
+    for (int g = 0; g < GROUPS; g++) {
+        barrier_init(laid + 8 * g, 4);
+        barrier_init(free + 8 * g, 1);
+    }
+    asm volatile("fence.mbarrier_init.release.cluster;" ::: "memory");
+}
 
 // ---- tiles ------------------------------------------------------------------------------------------------------
 

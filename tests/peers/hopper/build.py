@@ -12,7 +12,7 @@ def compile(source, options, lib=None):
     lib = lib or nvrtc()
     prog = ctypes.c_void_p()
     assert lib.nvrtcCreateProgram(ctypes.byref(prog), source.encode(), b"k.cu", 0, None, None) == 0
-    opts = [o.encode() for o in ["--gpu-architecture=sm_90a", "-std=c++17", "--ptxas-options=-v", *options]]
+    opts = [o.encode() for o in ["--gpu-architecture=sm_90a", "-std=c++17", "--ptxas-options=-v", "--include-path=" + kernels, *options]]
     rc = lib.nvrtcCompileProgram(prog, len(opts), (ctypes.c_char_p * len(opts))(*opts))
     n = ctypes.c_size_t(); lib.nvrtcGetProgramLogSize(prog, ctypes.byref(n))
     log = ctypes.create_string_buffer(n.value); lib.nvrtcGetProgramLog(prog, log); log = log.value.decode()
@@ -28,7 +28,6 @@ def prelude(n):
             f' : {outs} : "l"(a), "l"(b), "r"((int)(add)))\n')
 if __name__ == "__main__":
     src = open(os.path.join(kernels, sys.argv[1])).read()
-    src = src.replace('#include "hopper.cuh"', open(os.path.join(kernels, "hopper.cuh")).read())
     os.makedirs(os.path.join(here, "cubin"), exist_ok=True)
     for v in sys.argv[2:]:
         name, _, opts = v.partition(":")
@@ -36,6 +35,6 @@ if __name__ == "__main__":
         cubin, log = compile((prelude(int(wn[1])) if wn else "") + src, [o for o in opts.split(",") if o])
         open(os.path.join(here, "cubin", name + ".cubin"), "wb").write(cubin)
         json.dump({k: int(x) for k, x in re.findall(r"-D(\w+)=(\d+)", opts)}, open(os.path.join(here, "cubin", name + ".json"), "w"))
-        regs = re.findall(r"Used (\d+) registers", log); sp = re.findall(r"(\d+) bytes stack frame, (\d+) bytes spill stores, (\d+) bytes spill loads", log)
+        regs = [f"{n} {r}" for n, r in re.findall(r"Compiling entry function '(\w+)'.*?Used (\d+) registers", log, re.S)]; sp = re.findall(r"(\d+) bytes stack frame, (\d+) bytes spill stores, (\d+) bytes spill loads", log)
         warn = [l for l in log.splitlines() if "arning" in l or "error" in l or "C75" in l]
         print(name, "regs", regs, "stack/spill", sp, *warn[:5], sep=" | ")

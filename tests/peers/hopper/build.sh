@@ -1,4 +1,4 @@
-# Builds the chosen variants into cubin/. Names: d_ dense, g_ grouped, w_ weight gradient.
+# Builds the chosen variants into cubin/. Names: d_ dense, g_ grouped, w_ weight gradient, m_ at the speed of memory.
 # Needs python3 with nvidia-cuda-nvrtc, and nvdisasm on the PATH for the last line.
 set -e
 cd "$(dirname "$0")"
@@ -9,4 +9,6 @@ python3 build.py fp8_gemm.cu d_256x128:$C1,-DSHARE=0,-DBAND=8,$Z d_256x128_pair:
   d_192x128:-DMATH=3,-DBM=192,-DBN=128,-DSTAGES=4,-DSHARE=0,-DBAND=8,$Z \
   g_256x128_pair:$C1,-DSHARE=1,-DBAND=8,$G
 python3 build.py fp8_wgrad.cu w_128x128:-DMATH=2,-DBN=128,-DSTAGES=4,-DSHARE=0,-DBAND=8
-python3 banks.py cubin/*.cubin
+for f in quantise swiglu norm permute turn; do python3 build.py $f.cu m_$f:; done
+python3 build.py ../../tests/peers/hopper/copy.cu m_copy:
+python3 banks.py cubin/[dgw]_*.cubin

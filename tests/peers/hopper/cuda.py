@@ -13,12 +13,12 @@ class Kernel:
         ok(C.cuModuleGetFunction(ctypes.byref(self.f), self.mod, name.encode()), name)
         ok(C.cuFuncSetAttribute(self.f, 8, shared), "shared")
     def prepare(self, grid, block, *args):
-        """Returns a closure that launches; arguments: bytes (by value), tensors (pointer), ints."""
+        """Returns a closure that launches; arguments: bytes (by value), tensors (pointer), None (null), floats, ints."""
         vals = []
         for a in args:
             if isinstance(a, (bytes, bytearray)): b = (ctypes.c_char * (len(a) + 64))(); off = -ctypes.addressof(b) % 64; ctypes.memmove(ctypes.addressof(b) + off, bytes(a), len(a)); vals.append((b, ctypes.addressof(b) + off))
             elif isinstance(a, torch.Tensor): v = ctypes.c_uint64(a.data_ptr()); vals.append((v, ctypes.addressof(v)))
-            else: v = ctypes.c_int(a); vals.append((v, ctypes.addressof(v)))
+            else: v = ctypes.c_uint64(0) if a is None else ctypes.c_float(a) if isinstance(a, float) else ctypes.c_int(a); vals.append((v, ctypes.addressof(v)))
         ptrs = (ctypes.c_void_p * len(vals))(*[p for _, p in vals])
         f, sh = self.f, self.shared
         def go(keep=(vals, args)):
