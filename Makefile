@@ -4,6 +4,9 @@ NOW := $(shell date +%Y%m%d-%H%M%S)
 CONFIG ?= configs/quickstart.toml
 PROGRAM := target/release/everstep
 PEERS := target/peers
+# Text that is the same everywhere: sources of packages that Cargo.lock pins.
+TEXT := tokio syn rustls zerocopy chrono time quinn-proto winnow clap_builder ractor tokenizers futures-util proptest \
+	tracing-subscriber rayon
 
 .PHONY: train test conformance precision rate verify bench chaos chaos-full simulate gpu-check setup setup-test setup-peers build
 
@@ -26,12 +29,14 @@ rate: build setup-peers
 	$(PEERS)/bin/python tests/peers/rate.py $(PROGRAM) small
 	$(PEERS)/bin/python tests/peers/rate.py $(PROGRAM) large 6
 
-## fp32, bf16 (in two orders of sums) and fp8 on the same samples for 1,000 steps, compared.
+## fp32, bf16 (in two orders of sums) and fp8 on the same samples, compared.
 precision: build
+	cargo vendor --locked target/vendor >/dev/null
+	for crate in $(TEXT); do mkdir -p target/text/$$crate && cp -r target/vendor/$$crate/src target/text/$$crate/ || exit 1; done
 	for run in fp32:fp32:2:1 bf16:bf16:2:1 bf16-order:bf16:1:2 fp8:fp8:2:1; do \
 		set -- $$(echo $$run | tr : ' '); \
 		$(PROGRAM) train configs/precision.toml --set run.folder=runs/precision-$(NOW)/$$1 --set train.precision=$$2 \
-			--set job.lanes=$$3 --set job.micro_batches=$$4 --set 'data.paths=["actors/src","kernels/src"]' || exit 1; done
+			--set job.lanes=$$3 --set job.micro_batches=$$4 || exit 1; done
 	$(PROGRAM) compare runs/precision-$(NOW)/fp32 runs/precision-$(NOW)/bf16 runs/precision-$(NOW)/bf16-order \
 		runs/precision-$(NOW)/fp8 --picture runs/precision-$(NOW)/precision.svg
 

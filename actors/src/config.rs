@@ -310,6 +310,7 @@ mod tests {
             "job.micro_batches=[[0, 0]]",
             "optimizer.bias_step=[]",
             "optimizer.ema=1.0",
+            "optimizer.ema=0.99999999",
             "model.mtp=2",
             "model.yarn={factor = 0.5, original = 64}",
         ] {

@@ -178,6 +178,23 @@ mod tests {
         assert_eq!((asked.jobs, asked.sent.len(), asked.told.len()), (1, 2, 2));
     }
 
+    /// HO-1: rows of two micro-batches that came together are two batches.
+    #[test]
+    fn micro_batches_are_computed_apart() {
+        let materials = materials();
+        let mut core = host(&materials);
+        drive(&mut core, batch(&[0, 1, 0]));
+        drive(&mut core, ready(&materials, 0));
+        let of_lane = |n: u32, lane: u32| {
+            let Event::Local { from, local: Local::Ready(mut item) } = ready(&materials, n) else { unreachable!() };
+            (item.stage, item.turn.lane) = (ActorId::Stage { lane, stage: 0 }, lane);
+            Event::Local { from, local: Local::Ready(item) }
+        };
+        assert_eq!(drive(&mut core, of_lane(0, 1)).jobs, 0, "expert 1 has not spoken");
+        let asked = drive(&mut core, ready(&materials, 1));
+        assert_eq!((asked.jobs, asked.sent.len()), (2, 3));
+    }
+
     /// HO-2: an expert that died is not waited for, and its work is dropped.
     #[test]
     fn a_dead_expert_is_not_waited_for() {

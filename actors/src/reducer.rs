@@ -238,11 +238,12 @@ impl ReducerCore {
     fn on_state(&mut self, step: Step, parameters: &[ParameterState<Tensor>]) -> Vec<Effect> {
         self.asked = None;
         let parts = self.spec.optimizer.parts();
-        let whole = parameters.len() == self.numbers.len() && parameters.iter().all(|p| p.len() == parts);
-        if self.step().is_some_and(|s| s >= step) || !whole {
-            return Vec::new();
-        }
-        let parameters: Vec<ParameterData> = parameters.iter().map(|p| ParameterData::from_tensors(p)).collect();
+        let of = |(n, p): (&u32, &ParameterState<Tensor>)| {
+            ParameterData::from_tensors(p, &self.layout.parameters[*n as usize], parts)
+        };
+        let taken: Option<Vec<ParameterData>> = self.numbers.iter().zip(parameters).map(of).collect();
+        let whole = taken.filter(|taken| taken.len() == self.numbers.len() && parameters.len() == taken.len());
+        let Some(parameters) = whole.filter(|_| self.step().is_none_or(|s| s < step)) else { return Vec::new() };
         let sums = self.numbers.iter().copied().zip(parameters.iter().map(ParameterData::sum)).collect();
         self.reduced = None;
         self.enter(State { step, parameters, sums })

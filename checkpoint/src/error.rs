@@ -36,6 +36,18 @@ pub enum StoreError {
         /// What is wrong.
         reason: String,
     },
+    /// A checkpoint in the format of another version of the program.
+    #[error(
+        "manifest {path} has format {got}, this program reads and writes {expected}: resume the run with the version that wrote it"
+    )]
+    OtherVersion {
+        /// The manifest.
+        path: PathBuf,
+        /// Its format.
+        got: String,
+        /// This program's.
+        expected: String,
+    },
     /// A checkpoint of another job.
     #[error("manifest {path} belongs to job {got}, not to job {expected}")]
     ForeignJob {
@@ -74,7 +86,7 @@ impl StoreError {
         match self {
             Self::File { source, .. } => source.kind() == io::ErrorKind::NotFound,
             Self::Damaged { .. } | Self::Invalid { .. } | Self::ForeignJob { .. } | Self::Tensor { .. } => true,
-            Self::Catalogue { .. } => false,
+            Self::Catalogue { .. } | Self::OtherVersion { .. } => false,
         }
     }
 }

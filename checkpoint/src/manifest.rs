@@ -8,7 +8,9 @@ use serde::{Deserialize, Serialize};
 use std::fs;
 use std::path::Path;
 
+/// The name of the format, and its version.
 const MAGIC: &[u8; 8] = b"EVERMAN2";
+const NAME: usize = 7;
 /// Bytes of a manifest.
 const MANIFEST_MAX: usize = 256 << 20;
 
@@ -58,6 +60,15 @@ impl Manifest {
     /// Reads and verifies a manifest of `job`.
     pub(crate) fn read(path: &Path, job: &str) -> Result<Self, StoreError> {
         let bytes = fs::read(path).map_err(at(path))?;
+        // Of another version it is whole, and not for this program to put aside.
+        if let Some(magic) = bytes.first_chunk::<8>()
+            && magic[..NAME] == MAGIC[..NAME]
+            && magic[NAME].is_ascii_digit()
+            && magic != MAGIC
+        {
+            let [got, expected] = [magic, MAGIC].map(|m| String::from_utf8_lossy(m).into_owned());
+            return Err(StoreError::OtherVersion { path: path.to_owned(), got, expected });
+        }
         let manifest = Self::decode(&bytes).map_err(|reason| StoreError::Invalid {
             path: path.to_owned(),
             what: "manifest",

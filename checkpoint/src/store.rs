@@ -314,6 +314,21 @@ mod tests {
         assert_eq!(count, 2 * 3 + 4);
     }
 
+    /// What another version of the program wrote is neither read nor put aside.
+    #[test]
+    fn another_version_is_named_and_left_alone() {
+        let folder = tempfile::tempdir().unwrap();
+        let mut store = Store::open(folder.path(), "job", 3).unwrap();
+        save(&mut store, 1, 1.0);
+        let path = store.reader().manifest_path(2);
+        let mut bytes = fs::read(store.reader().manifest_path(1)).unwrap();
+        bytes[7] = b'1';
+        fs::write(&path, &bytes).unwrap();
+        let error = store.newest_good().unwrap_err().to_string();
+        assert!(error.contains("EVERMAN1") && error.contains(&path.display().to_string()), "{error}");
+        assert_eq!(fs::read(&path).unwrap(), bytes);
+    }
+
     /// DS-2.
     #[test]
     fn the_catalogue_is_made_again_from_manifests() {
@@ -388,7 +403,7 @@ mod tests {
 
     #[test]
     fn garbage_is_no_manifest() {
-        for bytes in [&b""[..], b"EVERMAN1", b"EVERMAN1\0\0\0\0", b"EVERMAN1aaaaaaaaaaaaaaaaaaaaaa"] {
+        for bytes in [&b""[..], b"EVERMAN2", b"EVERMAN2\0\0\0\0", b"EVERMAN2aaaaaaaaaaaaaaaaaaaaaa"] {
             assert!(Manifest::decode(bytes).is_err());
         }
     }

@@ -165,6 +165,8 @@ impl Tensor {
     pub(crate) fn stacked(parts: &[Self]) -> Self {
         Self::rejoined(parts).unwrap_or_else(|| {
             let (rows, columns) = (parts.iter().map(Self::rows).sum(), parts[0].columns);
+            let alike = |part: &Self| part.columns == columns && part.is_bf16() == parts[0].is_bf16();
+            assert!(parts.iter().all(alike), "rows of one width and kind: {parts:?}");
             // Stacks are flat.
             let flat = |part: &Self| part.parts().map_or_else(|| vec![part.clone()], <[Self]>::to_vec);
             Self::new(rows, columns, Data::Stacked(Arc::new(parts.iter().flat_map(flat).collect())))
@@ -198,6 +200,7 @@ impl Tensor {
         if self.parts().is_some() {
             return self.whole().view(from, rows);
         }
+        assert!(matches!(self.data, Data::F32(_) | Data::Bf16(_)), "rows of a matrix, not of {self:?}");
         assert!(from + rows <= self.rows, "rows {from} to {} of {}", from + rows, self.rows);
         Self {
             rows,

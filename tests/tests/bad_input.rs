@@ -101,6 +101,27 @@ fn damaged_checkpoints_are_named_and_older_ones_used() -> Result<()> {
     Ok(())
 }
 
+/// A run that began without an average of its weights cannot get one later, nor lose it: said at once.
+#[test]
+fn a_state_of_other_parts_is_refused() -> Result<()> {
+    let place = Place::new()?;
+    for (name, began, goes_on) in [("without", "", "ema = 0.9"), ("with", "ema = 0.9", "")] {
+        let set: Vec<String> = began.split_once(" = ").map(|(k, v)| format!("optimizer.{k}={v}")).into_iter().collect();
+        let run = place.train(name, &set.iter().map(String::as_str).collect::<Vec<_>>())?;
+        let config = std::fs::read_to_string(run.config())?;
+        let lines = config.lines().filter(|l| began.is_empty() || !l.starts_with("ema"));
+        let changed: Vec<&str> =
+            lines.flat_map(|l| if l == "[optimizer]" { vec![l, goes_on] } else { vec![l] }).collect();
+        std::fs::write(run.config(), changed.join("\n") + "\n")?;
+        let path = run.0.display().to_string();
+        refused(
+            &place.everstep(&["resume", &path])?,
+            &["checkpoint of step 24", "tensors of the state", "optimizer.ema"],
+        );
+    }
+    Ok(())
+}
+
 /// One flipped bit in a chunk of the newest checkpoint: named, the one before is used, and what is done
 /// again is stored whole.
 #[test]

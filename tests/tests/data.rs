@@ -91,7 +91,44 @@ fn broken_text_is_named_by_file_and_line() -> Result<()> {
     // With a tokenizer that fits, the same model trains.
     place.set_data("data.paths=[\"text.txt\"]");
     let set: Vec<&str> = token.iter().map(String::as_str).collect();
-    place.train("good", &set)?;
+    let run = place.train("good", &set)?;
+    imports_take_the_folders_tokenizer(&place, &run.0.display().to_string())
+}
+
+/// What was exported is imported with its own tokenizer, named or not, and with what is said of it; with no other.
+fn imports_take_the_folders_tokenizer(place: &Place, run: &str) -> Result<()> {
+    let at = |name: &str| place.path().join(name).display().to_string();
+    let said = |arguments: &[&str]| -> Result<String> {
+        let output = place.everstep(arguments)?;
+        ensure!(output.status.success(), "{arguments:?}: {}", String::from_utf8_lossy(&output.stderr));
+        Ok(String::from_utf8_lossy(&output.stdout).into_owned())
+    };
+    said(&["export", run, &at("out")])?;
+    let words = r#"{ "tokenizer_class": "PreTrainedTokenizerFast", "chat_template": "{{ messages }}" }"#;
+    std::fs::write(at("out/tokenizer_config.json"), words)?;
+    let config = place.config().display().to_string();
+    let text = "data.paths=[\"text.txt\"]".to_owned();
+    let sets = [text, "model.vocabulary=300".to_owned(), format!("run.folder={}", at("again"))];
+    let out = at("out");
+    let import = |more: &[&str]| {
+        let sets = sets.iter().map(String::as_str).chain(more.iter().copied()).flat_map(|set| ["--set", set]);
+        place.everstep(&["import", &out, &config].into_iter().chain(sets).collect::<Vec<_>>())
+    };
+    let other = std::fs::read_to_string(at("out/tokenizer.json"))?.replacen("\"version\":", "\"version \":", 1);
+    std::fs::write(at("other.json"), other)?;
+    let refused = import(&[&format!("data.tokenizer={:?}", at("other.json"))])?;
+    let words_of = String::from_utf8_lossy(&refused.stderr).into_owned();
+    ensure!(!refused.status.success() && words_of.contains("the model's own is"), "{words_of}");
+    let output = import(&[])?;
+    ensure!(output.status.success(), "{}", String::from_utf8_lossy(&output.stderr));
+    assert_eq!(said(&["samples", &at("again"), "--steps", "1..3"])?, said(&["samples", run, "--steps", "1..3"])?);
+    said(&["export", &at("again"), &at("out-again"), "--step", "0"])?;
+    for file in ["tokenizer.json", "tokenizer_config.json"] {
+        assert_eq!(
+            std::fs::read_to_string(at("out-again").clone() + "/" + file)?,
+            std::fs::read_to_string(at("out") + "/" + file)?
+        );
+    }
     Ok(())
 }
 

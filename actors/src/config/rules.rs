@@ -117,9 +117,10 @@ fn choice_rules(raw: &Raw) -> Vec<Rule> {
         "model.mtp predicts the token after the next: expected at least 2".into(),
     ));
     if let Some(y) = &m.yarn {
-        let why = "expected a factor of at least 1, an original length of at least 1, positive betas, finite scales";
+        let why = "expected a factor of at least 1, an original length of at least 1, positive betas and scales";
         let finite = [y.factor, y.beta_fast, y.beta_slow, y.mscale, y.mscale_all_dim].iter().all(|x| x.is_finite());
-        let holds = finite && y.factor >= 1.0 && y.original > 0 && y.beta_fast > 0.0 && y.beta_slow > 0.0;
+        let positive = [y.beta_fast, y.beta_slow, y.mscale, y.mscale_all_dim].iter().all(|x| *x > 0.0);
+        let holds = finite && y.factor >= 1.0 && y.original > 0 && positive;
         rules.push((holds, "model.yarn", format!("{y:?}"), why.into()));
     }
     rules.push((m.rope_theta >= 1.0, "model.rope_theta", m.rope_theta.to_string(), "expected at least 1".into()));
@@ -147,7 +148,8 @@ fn optimizer_rules(o: &RawOptimizer) -> Vec<Rule> {
         below_one("optimizer.beta2", o.beta2),
         within("optimizer.eps", o.eps, 1e-30..=1.0),
         within("optimizer.weight_decay", o.weight_decay, 0.0..=1e3),
-        below_one("optimizer.ema", o.ema.unwrap_or(0.0)),
+        // In the precision that it is used in.
+        below_one("optimizer.ema", f64::from(o.ema.unwrap_or(0.0) as f32)),
         within("optimizer.clip", o.clip, 1e-30..=1e30),
         within("optimizer.balance_weight", f64::from(o.balance_weight), 0.0..=1.0),
         pieces("optimizer.bias_step", &o.bias_step),

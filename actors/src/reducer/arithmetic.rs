@@ -22,12 +22,12 @@ pub struct ParameterData {
 }
 
 impl ParameterData {
-    /// From the tensors of a message, in host memory.
-    pub fn from_tensors(tensors: &[Tensor]) -> Self {
-        let (rows, columns) = (tensors[0].rows(), tensors[0].columns());
-        let host = |t: &Tensor| Arc::clone(t.as_host().expect("states travel through host memory"));
-        let data = tensors.iter().map(host).collect();
-        Self { rows, columns, data }
+    /// From the tensors of a message; none if they are not `parts` f32 matrices of the parameter's shape.
+    pub fn from_tensors(tensors: &[Tensor], parameter: &Parameter, parts: usize) -> Option<Self> {
+        let (rows, columns) = (parameter.rows, parameter.columns);
+        let host = |t: &Tensor| t.as_host().filter(|_| (t.rows(), t.columns()) == (rows, columns)).cloned();
+        let data = tensors.iter().map(host).collect::<Option<Vec<_>>>()?;
+        (data.len() == parts).then_some(Self { rows, columns, data })
     }
 
     /// As tensors that share the data.

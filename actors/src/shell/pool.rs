@@ -1,6 +1,7 @@
 //! Threads for jobs, so that nothing heavy runs on a runtime's thread.
 //!
-//! Bound: an actor has one job at a time, or two when a commit overtakes a life that replays the step.
+//! Bound: an actor has one job at a time, or two when a commit overtakes a life that replays the step; a host
+//! has at most one for each micro-batch that a lane has in flight.
 
 use crate::compute::{Job, Outcome, run};
 use everstep_kernels::Backend;

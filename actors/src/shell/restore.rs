@@ -52,6 +52,19 @@ pub(super) fn restore(run: &RunFolder, config: &Config, identity: &RunIdentity) 
         return Err(format!("no checkpoint can be read: {}", words.join("; ")).into());
     }
     let checkpoint = good.unwrap_or(0);
+    if let Some(step) = good {
+        let expected = config.spec.optimizer.parts();
+        let manifest = store.reader().manifest(step)?;
+        if let Some(other) = manifest.tensors.iter().find(|t| t.chunks.len() != expected) {
+            let words = "a run keeps or leaves out an average of its weights (optimizer.ema) from its beginning on";
+            let found = other.chunks.len();
+            return Err(format!(
+                "the checkpoint of step {step} has {found} tensors of the state of {}, the configuration {expected}: {words}",
+                other.name
+            )
+            .into());
+        }
+    }
     store.refuse_after(checkpoint)?;
     let (lines, whole) = MetricsLine::read_all(&run.metrics())?;
     let open = |path: std::path::PathBuf| -> Result<(std::path::PathBuf, std::fs::File), AnyError> {

@@ -109,7 +109,7 @@ pub(crate) fn spec(shape: usize) -> JobSpec {
             beta2: 0.95,
             eps: 1e-8,
             weight_decay: 0.1,
-            ema: None,
+            ema: (shape == 2).then_some(0.9),
             clip: 1.0,
             bias_step: Pieces::From(vec![(0, 0.01), (4, 0.0)]),
             balance: 1e-3,

@@ -25,7 +25,7 @@ impl Scaling {
 #[derive(Debug, Clone)]
 pub(crate) struct Quantised {
     pub(crate) values: Matrix,
-    /// By row and tile, or by block of 128 rows and tile.
+    /// By row and tile, by block of 128 rows and tile, or of [`Self::columns`] by column and tile.
     pub(crate) scales: Vec<f32>,
 }
 

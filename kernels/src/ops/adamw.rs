@@ -119,6 +119,7 @@ fn taken_apart<'a>(state: &[&'a [f32]]) -> ([&'a [f32]; 3], Option<&'a [f32]>) {
 pub fn step(state: &[&[f32]], g: &[f32], a: &AdamW) -> (Vec<Vec<f32>>, u128) {
     let ([w, m, v], average) = taken_apart(state);
     assert_eq!(average.is_some(), a.ema.is_some(), "an average, if it is kept");
+    assert_eq!(g.len(), w.len(), "a gradient of every weight");
     let n = w.len();
     let mut out: [Vec<f32>; 3] = [(); 3].map(|()| wide::unwritten(n));
     let mut averaged = average.map(|_| wide::unwritten(n));

@@ -109,6 +109,9 @@ pub(crate) fn backward<E: Element>(
 ) -> (Vec<E>, Vec<f32>) {
     let whole = rows.iter().zip(plan.counts()).all(|(rows, count)| rows.len() as u64 == count * d as u64);
     assert!(whole && rows.len() == plan.tokens.len(), "rows of every expert, as the plan has them");
+    // Results are written token by token: one that is missing would leave some unwritten.
+    assert_eq!(dy.len() * plan.top_k, plan.slots.len() * d, "a gradient of every token");
+    assert_eq!(weights.len(), plan.slots.len(), "a weight of every slot");
     let first = |end: &mut usize, rows: &&[E]| {
         let at = *end;
         *end += rows.len();

@@ -114,10 +114,18 @@ pub(crate) fn run(command: Command) -> Result<ExitCode> {
     match command {
         Command::Import { folder, config, mut set } => {
             set.push("run.imported=true".to_owned());
-            let config = read_config(&config, &set)?;
+            let path = config;
+            let mut config = read_config(&path, &set)?;
+            if let Some(own) = data::of_folder(&folder, config.data.tokenizer.as_deref())? {
+                set.push(format!("data.tokenizer={:?}", own.display().to_string()));
+                config = read_config(&path, &set)?;
+            }
             let source = hf::import::Source::open(&folder, &config.spec.model)?;
             let data = data::Data::prepare(&config)?;
-            let run = launcher::create(&config, &data, |run, job| source.store(run, &config, job))?;
+            let run = launcher::create(&config, &data, |run, job| {
+                data::keep_config(run, &folder)?;
+                source.store(run, &config, job)
+            })?;
             println!("imported {}; train it with: everstep resume {}", folder.display(), run.0.display());
             Ok(ExitCode::SUCCESS)
         }

@@ -70,6 +70,7 @@ fn summary(config: &Config, json: bool, out: &mut impl Write) -> Result<()> {
     let (all, active) = parameters(&spec.model);
     let flops = flops_per_token(&spec.model, active);
     let copies = u64::from(spec.mirrors) + 1;
+    let state = 4 * spec.optimizer.parts() as u64 * all;
     let gates = spec.model.parameters().iter().filter(|p| p.update == Update::Balance).count();
     let lines = [
         ("parameters", all, "in all"),
@@ -77,9 +78,9 @@ fn summary(config: &Config, json: bool, out: &mut impl Write) -> Result<()> {
         ("mixture_layers", gates as u64, "layers with routed experts"),
         ("flops_per_token", flops, "operations of a token, forward and backward"),
         ("tokens_per_step", spec.targets_of_step(spec.steps), "tokens of a step at the end"),
-        ("state_bytes", 12 * all * copies, "bytes of weights and moments, mirrors among them"),
-        ("shard_bytes", 12 * all / u64::from(spec.shards), "bytes of a shard's weights and moments"),
-        ("checkpoint_bytes", 12 * all, "bytes of a checkpoint"),
+        ("state_bytes", state * copies, "bytes of weights, moments and averages, mirrors among them"),
+        ("shard_bytes", state / u64::from(spec.shards), "bytes of a shard of them"),
+        ("checkpoint_bytes", state, "bytes of a checkpoint"),
     ];
     for (key, value, words) in lines {
         if json {

@@ -3,7 +3,7 @@
 use anyhow::{Context, Result, anyhow, bail, ensure};
 use everstep_actors::{Config, DataConfig, RunFolder};
 use std::fs;
-use std::path::Path;
+use std::path::{Path, PathBuf};
 
 /// Tokens that end a document in published tokenizers; the first one that exists is taken.
 const ENDS: [&str; 5] = ["<|endoftext|>", "</s>", "<｜end▁of▁sentence｜>", "<|end_of_text|>", "<eos>"];
@@ -121,26 +121,76 @@ fn byte_names() -> Vec<String> {
         .collect()
 }
 
+/// A tokenizer whose tokens are bytes, for `transformers`.
+fn of_bytes() -> serde_json::Value {
+    let names: serde_json::Map<String, serde_json::Value> =
+        byte_names().into_iter().enumerate().map(|(byte, name)| (name, byte.into())).collect();
+    let level =
+        serde_json::json!({ "type": "ByteLevel", "add_prefix_space": false, "trim_offsets": true, "use_regex": false });
+    serde_json::json!({
+        "version": "1.0", "truncation": null, "padding": null, "added_tokens": [], "normalizer": null,
+        "pre_tokenizer": level, "post_processor": null, "decoder": level,
+        "model": { "type": "BPE", "dropout": null, "unk_token": null, "continuing_subword_prefix": null,
+            "end_of_word_suffix": null, "fuse_unk": false, "byte_fallback": false, "ignore_merges": false,
+            "vocab": names, "merges": [] },
+    })
+}
+
+fn read_json(path: &Path) -> Result<serde_json::Value> {
+    let text = fs::read(path).with_context(|| format!("cannot read {}", path.display()))?;
+    serde_json::from_slice(&text).with_context(|| format!("{} is not JSON", path.display()))
+}
+
+/// The tokenizer of a Hugging Face folder, if it has one that a configuration must name: that of bytes is
+/// what a run has without. A configuration that names another one is refused.
+pub(crate) fn of_folder(folder: &Path, named: Option<&Path>) -> Result<Option<PathBuf>> {
+    let path = folder.join("tokenizer.json");
+    if !path.exists() {
+        return Ok(None);
+    }
+    let found = read_json(&path)?;
+    match named {
+        None if found == of_bytes() => Ok(None),
+        None => Ok(Some(path)),
+        Some(named) if read_json(named)? == found => Ok(Some(path)),
+        Some(named) => bail!(
+            "data.tokenizer is {}, but the model's own is {}: leave data.tokenizer out",
+            named.display(),
+            path.display()
+        ),
+    }
+}
+
+/// Where a run keeps what its model's folder said of the tokenizer.
+fn kept_config(run: &RunFolder) -> PathBuf {
+    run.data().join("tokenizer_config.json")
+}
+
+/// Keeps what a folder says of its tokenizer (special tokens, chat template) for an export.
+pub(crate) fn keep_config(run: &RunFolder, folder: &Path) -> Result<()> {
+    let from = folder.join("tokenizer_config.json");
+    if from.exists() {
+        fs::copy(&from, kept_config(run)).with_context(|| format!("cannot copy {}", from.display()))?;
+    }
+    Ok(())
+}
+
 /// Writes the tokenizer of a run for `transformers`; one whose tokens are bytes where there is none.
 pub(crate) fn export(run: &RunFolder, folder: &Path) -> Result<()> {
     let to = folder.join("tokenizer.json");
     if run.tokenizer().exists() {
         fs::copy(run.tokenizer(), &to).with_context(|| format!("cannot write {}", to.display()))?;
     } else {
-        let names: serde_json::Map<String, serde_json::Value> =
-            byte_names().into_iter().enumerate().map(|(byte, name)| (name, byte.into())).collect();
-        let level = serde_json::json!({ "type": "ByteLevel", "add_prefix_space": false, "trim_offsets": true, "use_regex": false });
-        let json = serde_json::json!({
-            "version": "1.0", "truncation": null, "padding": null, "added_tokens": [], "normalizer": null,
-            "pre_tokenizer": level, "post_processor": null, "decoder": level,
-            "model": { "type": "BPE", "dropout": null, "unk_token": null, "continuing_subword_prefix": null,
-                "end_of_word_suffix": null, "fuse_unk": false, "byte_fallback": false, "ignore_merges": false,
-                "vocab": names, "merges": [] },
-        });
-        fs::write(&to, serde_json::to_string(&json)?).with_context(|| format!("cannot write {}", to.display()))?;
+        let json = serde_json::to_string(&of_bytes())?;
+        fs::write(&to, json).with_context(|| format!("cannot write {}", to.display()))?;
     }
-    let class = serde_json::json!({ "tokenizer_class": "PreTrainedTokenizerFast" });
-    fs::write(folder.join("tokenizer_config.json"), serde_json::to_string_pretty(&class)? + "\n")?;
+    let to = folder.join("tokenizer_config.json");
+    if kept_config(run).exists() {
+        fs::copy(kept_config(run), &to).with_context(|| format!("cannot write {}", to.display()))?;
+    } else {
+        let class = serde_json::json!({ "tokenizer_class": "PreTrainedTokenizerFast" });
+        fs::write(&to, serde_json::to_string_pretty(&class)? + "\n")?;
+    }
     Ok(())
 }
 

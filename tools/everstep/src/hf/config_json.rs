@@ -66,7 +66,9 @@ pub(super) fn write(m: &ModelConfig, dtype: &str, fp8: bool, end: u32) -> Value 
     all.insert("model_type".into(), json!("deepseek_v3"));
     all.extend(sizes(m).into_iter().map(|(key, value)| (key.to_owned(), value)));
     all.extend(fixed().into_iter().map(|(key, value)| (key.to_owned(), value)));
-    all.insert("max_position_embeddings".into(), json!(m.sequence));
+    // Some programs take the factor of a stretched model from here and not from `rope_scaling`.
+    let stretched = m.yarn.map_or(0, |yarn| (yarn.factor * yarn.original as f64).round() as usize);
+    all.insert("max_position_embeddings".into(), json!(m.sequence.max(stretched)));
     all.insert("initializer_range".into(), json!(m.initial_std));
     all.insert("attention_dropout".into(), json!(0.0));
     all.insert("topk_method".into(), json!("noaux_tc"));
@@ -129,6 +131,11 @@ pub(super) fn compare(file: &Value, m: &ModelConfig) -> Result<()> {
         (None, false) => wrong.push(format!("rope_scaling is {stretched}, the configuration has no model.yarn")),
         (Some(_), true) => wrong.push("rope_scaling is missing, the configuration has model.yarn".to_owned()),
         (Some(yarn), false) => {
+            for (key, supported) in [("attention_factor", Value::Null), ("truncate", json!(true))] {
+                if !stretched[key].is_null() && stretched[key] != supported {
+                    wrong.push(format!("rope_scaling.{key} is {}, only {supported} is supported", stretched[key]));
+                }
+            }
             let ours = scaling(yarn);
             for (key, ours) in ours.as_object().into_iter().flatten().filter(|(key, _)| *key != "type") {
                 if !same(&stretched[key], ours) {
