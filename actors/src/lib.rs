@@ -43,6 +43,7 @@ pub use fingerprint::root as fingerprint_root;
 pub use ids::{ActorId, Address, Incarnation, NodeId, SUPERVISOR_NODE, Step, UnknownActor};
 pub use message::{Body, Commit, Envelope};
 pub use plant::Bug;
+pub use reducer::first_state;
 pub use shell::{
     AnyError, MetricsLine, NodeEnd, NodeOptions, RunFolder, RunIdentity, SupervisorEnd, hash_hex, new_name, run_node,
     run_supervisor, verify_tokens,

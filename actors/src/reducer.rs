@@ -12,6 +12,7 @@
 mod arithmetic;
 mod ledger;
 
+pub use arithmetic::first_state;
 pub(crate) use arithmetic::{Applied, Apply, ParameterData, Reduce, Reduced, initial};
 pub(crate) use ledger::{Ledger, Receipt};
 
@@ -237,13 +238,15 @@ impl ReducerCore {
 
     fn on_state(&mut self, step: Step, parameters: &[ParameterState<Tensor>]) -> Vec<Effect> {
         self.asked = None;
+        if self.step().is_some_and(|s| s >= step) || parameters.len() != self.numbers.len() {
+            return Vec::new();
+        }
         let parts = self.spec.optimizer.parts();
         let of = |(n, p): (&u32, &ParameterState<Tensor>)| {
             ParameterData::from_tensors(p, &self.layout.parameters[*n as usize], parts)
         };
-        let taken: Option<Vec<ParameterData>> = self.numbers.iter().zip(parameters).map(of).collect();
-        let whole = taken.filter(|taken| taken.len() == self.numbers.len() && parameters.len() == taken.len());
-        let Some(parameters) = whole.filter(|_| self.step().is_none_or(|s| s < step)) else { return Vec::new() };
+        let whole: Option<Vec<ParameterData>> = self.numbers.iter().zip(parameters).map(of).collect();
+        let Some(parameters) = whole else { return Vec::new() };
         let sums = self.numbers.iter().copied().zip(parameters.iter().map(ParameterData::sum)).collect();
         self.reduced = None;
         self.enter(State { step, parameters, sums })

@@ -43,9 +43,12 @@ pub struct OptimizerSpec {
 }
 
 impl OptimizerSpec {
+    /// Where a parameter's state has the average, behind the weight and its moments.
+    pub const AVERAGE: usize = 3;
+
     /// Tensors of a parameter's state.
     pub fn parts(&self) -> usize {
-        3 + usize::from(self.ema.is_some())
+        Self::AVERAGE + usize::from(self.ema.is_some())
     }
 }
 

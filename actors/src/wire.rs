@@ -1,5 +1,5 @@
 //! What travels between processes, as bytes: a version, then bincode with a limit. Tensors are not
-//! encoded: their memory travels beside the header.
+//! encoded: their words travel beside the header, those of f32 from and into their own memory.
 
 use crate::control::Control;
 use crate::ids::Address;

@@ -111,9 +111,12 @@ impl Reader {
         if (entry.rows, entry.columns) != (rows as u64, columns as u64) {
             return Err(wrong(format!("is {} x {}, expected {rows} x {columns}", entry.rows, entry.columns)));
         }
-        let no_part = || match part {
-            3 => wrong("has no average: the job keeps none (optimizer.ema)".to_owned()),
-            _ => wrong(format!("has {} parts, expected part {part}", entry.chunks.len())),
+        let no_part = || {
+            wrong(if part == Part::Average as usize {
+                "has no average: the job keeps none (optimizer.ema)".to_owned()
+            } else {
+                format!("has {} parts, expected part {part}", entry.chunks.len())
+            })
         };
         let mut data = Vec::with_capacity(rows * columns);
         for hash in entry.chunks.get(part).ok_or_else(no_part)? {

@@ -54,12 +54,9 @@ fn main() -> std::io::Result<()> {
     let chosen = b.read_indices(&experts).map_err(std::io::Error::other)?;
     let plan = Dispatch::new(&chosen, GATE.top_k, GATE.experts, GATE.groups);
     let made = b.upload(chosen.len(), COLUMNS, random(7, chosen.len(), COLUMNS));
-    let (mut rows, mut starts) = (Vec::new(), Vec::new());
-    for count in plan.counts() {
-        let from = starts.last().copied().unwrap_or(0) + rows.last().map_or(0, Tensor::rows);
-        starts.push(from);
-        rows.push(b.rows(&made, from, count as usize));
-    }
+    let starts = plan.starts();
+    let of_expert = |(from, count): (&usize, u64)| b.rows(&made, *from, count as usize);
+    let rows: Vec<Tensor> = starts.iter().zip(plan.counts()).map(of_expert).collect();
     let place: Vec<u32> = plan.slots.iter().map(|s| starts[s.expert as usize] as u32 + s.row).collect();
     std::fs::write(folder.join("experts"), bytemuck::cast_slice::<u32, u8>(&chosen))?;
     std::fs::write(folder.join("place"), bytemuck::cast_slice::<u32, u8>(&place))?;

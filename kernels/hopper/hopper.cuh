@@ -21,6 +21,8 @@ __device__ __forceinline__ uint4 load_shared4(u32 address) {
 __device__ __forceinline__ void barrier_init(u32 bar, u32 arrivals) {
     asm volatile("mbarrier.init.shared::cta.b64 [%0], %1;" :: "r"(bar), "r"(arrivals) : "memory");
 }
+// Barriers that this thread has made are visible to the copy engine and the cluster.
+__device__ __forceinline__ void barriers_visible() { asm volatile("fence.mbarrier_init.release.cluster;" ::: "memory"); }
 __device__ __forceinline__ void barrier_expect(u32 bar, u32 bytes) {
     asm volatile("mbarrier.arrive.expect_tx.shared::cta.b64 _, [%0], %1;" :: "r"(bar), "r"(bytes) : "memory");
 }
@@ -125,7 +127,7 @@ template <int DEPTH, int GROUPS, int SHARERS> __device__ __forceinline__ void in
         barrier_init(laid + 8 * g, 4);
         barrier_init(free + 8 * g, 1);
     }
-    asm volatile("fence.mbarrier_init.release.cluster;" ::: "memory");
+    barriers_visible();
 }
 
 // ---- tiles ------------------------------------------------------------------------------------------------------

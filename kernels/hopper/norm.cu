@@ -79,7 +79,7 @@ struct Weights {
 __device__ __forceinline__ void ready(u32 bar, int count) {
     if (threadIdx.x == 0) {
         for (int i = 0; i < count; i++) barrier_init(bar + 8 * i, 1);
-        asm volatile("fence.mbarrier_init.release.cluster;" ::: "memory");
+        barriers_visible();
     }
     __syncthreads();
 }

@@ -17,6 +17,8 @@ pub(crate) trait Element: Pattern + Default + Send + Sync + 'static {
     fn value(self) -> f32;
     /// The nearest element, ties to even.
     fn nearest(x: f32) -> Self;
+    /// The nearest BF16: itself, if it is one.
+    fn bf16(self) -> Bf16;
     /// A row's values: itself, or what is put into `scratch`, which is as long.
     fn row<'a>(x: &'a [Self], scratch: &'a mut [f32]) -> &'a [f32];
     /// A matrix of such elements in host memory.
@@ -34,6 +36,11 @@ impl Element for f32 {
     #[inline(always)]
     fn nearest(x: f32) -> Self {
         x
+    }
+
+    #[inline(always)]
+    fn bf16(self) -> Bf16 {
+        Bf16::nearest(self)
     }
 
     #[inline(always)]
@@ -59,6 +66,11 @@ impl Element for Bf16 {
     #[inline(always)]
     fn nearest(x: f32) -> Self {
         Self(bf16_bits(x))
+    }
+
+    #[inline(always)]
+    fn bf16(self) -> Self {
+        self
     }
 
     #[inline(always)]

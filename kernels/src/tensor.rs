@@ -48,6 +48,20 @@ pub(crate) struct Forms {
     pub(crate) again: [OnceLock<(Columns, Vec<f32>)>; 2],
 }
 
+/// Runs an expression on the elements of a matrix in host memory, f32 or BF16, whatever it stores.
+macro_rules! with_elements {
+    ($tensor:expr, $elements:ident => $run:expr) => {
+        if $tensor.is_bf16() {
+            let $elements = $tensor.bf16s();
+            $run
+        } else {
+            let $elements = $tensor.f32s();
+            $run
+        }
+    };
+}
+pub(crate) use with_elements;
+
 /// How a matrix travels as words of 32 bits.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub enum Words {
@@ -137,15 +151,13 @@ impl Tensor {
     /// The elements as words for the way to another process. Data that is a matrix of f32 is lent, other is
     /// copied. Panics if it is not in host memory.
     pub fn to_words(&self) -> (Words, Arc<Vec<f32>>) {
-        match (&self.whole().data, self.as_host()) {
-            (_, Some(data)) => (Words::F32, Arc::clone(data)),
-            (Data::Bf16(_), _) => {
-                let mut words = vec![0.0f32; Words::Bf16.count(self.len())];
-                bytemuck::cast_slice_mut::<f32, Bf16>(&mut words)[..self.len()].copy_from_slice(self.bf16s());
-                (Words::Bf16, Arc::new(words))
-            }
-            _ => (Words::F32, Arc::new(self.f32s().to_vec())),
+        if self.is_bf16() {
+            let mut words = vec![0.0f32; Words::Bf16.count(self.len())];
+            bytemuck::cast_slice_mut::<f32, Bf16>(&mut words)[..self.len()].copy_from_slice(self.bf16s());
+            return (Words::Bf16, Arc::new(words));
         }
+        let whole = self.whole();
+        (Words::F32, whole.as_host().map_or_else(|| Arc::new(whole.f32s().to_vec()), Arc::clone))
     }
 
     /// The matrix that came as words. Panics if there are not as many as [`Words::count`] says.
@@ -163,6 +175,10 @@ impl Tensor {
     /// Rows of all, one matrix after another: the same data as long as nothing asks for it in one piece.
     /// Panics if there is none.
     pub(crate) fn stacked(parts: &[Self]) -> Self {
+        if let [only] = parts {
+            // With the forms that products have asked for.
+            return only.clone();
+        }
         Self::rejoined(parts).unwrap_or_else(|| {
             let (rows, columns) = (parts.iter().map(Self::rows).sum(), parts[0].columns);
             let alike = |part: &Self| part.columns == columns && part.is_bf16() == parts[0].is_bf16();

@@ -4,14 +4,11 @@ use super::Ledger;
 use super::ledger::Receipt;
 use crate::ids::{ActorId, Step};
 use crate::message::{Commit, ParameterState};
-use crate::spec::{JobSpec, Layout};
+use crate::spec::{JobSpec, Layout, OptimizerSpec};
 use everstep_kernels::{
     AdamW, Group, Parameter, Tensor, Update, adamw_step, add_to, averaged, power, square_sums, state_sum, sum,
 };
 use std::sync::Arc;
-
-/// Where a state's average of the weight is.
-const AVERAGE: usize = 3;
 
 /// Weight and moments of one parameter, and the average of the weight if the job keeps one.
 #[derive(Debug, Clone)]
@@ -50,16 +47,18 @@ impl ParameterData {
     }
 }
 
+/// The state that training begins with from a weight: moments of zero and, with `ema`, the weight as its average.
+pub fn first_state(weight: Vec<f32>, ema: bool) -> Vec<Arc<Vec<f32>>> {
+    let (zeros, weight) = (Arc::new(vec![0.0; weight.len()]), Arc::new(weight));
+    let average = ema.then(|| Arc::clone(&weight));
+    [weight, Arc::clone(&zeros), zeros].into_iter().chain(average).collect()
+}
+
 /// The state before the first step.
 pub(crate) fn initial(seed: u64, std: f64, ema: bool, parameters: &[Parameter]) -> Applied {
     let parameters: Vec<ParameterData> = parameters
         .iter()
-        .map(|p| {
-            let (weight, zeros) = (Arc::new(p.initial(seed, std)), Arc::new(vec![0.0; p.len()]));
-            let average = ema.then(|| Arc::clone(&weight));
-            let data = [weight, Arc::clone(&zeros), zeros].into_iter().chain(average).collect();
-            ParameterData { rows: p.rows, columns: p.columns, data }
-        })
+        .map(|p| ParameterData { rows: p.rows, columns: p.columns, data: first_state(p.initial(seed, std), ema) })
         .collect();
     let sums = parameters.iter().map(ParameterData::sum).collect();
     Applied { step: 0, parameters, sums }
@@ -289,7 +288,8 @@ impl Apply {
                         let bias: &mut Vec<f32> = Arc::make_mut(&mut p.data[0]);
                         balance(bias, &loads, self.bias_step);
                         if let Some(keep) = self.adamw.ema {
-                            p.data[AVERAGE] = Arc::new(averaged(&p.data[AVERAGE], &p.data[0], keep));
+                            let average = averaged(&p.data[OptimizerSpec::AVERAGE], &p.data[0], keep);
+                            p.data[OptimizerSpec::AVERAGE] = Arc::new(average);
                         }
                         p.sum()
                     }

@@ -3,7 +3,7 @@
 use super::{Causal, Columns, Matrix, Path, Quantised, Rows, Scaling, TILE, Target, product, scaled_product};
 use crate::backend::{Precision, Role};
 use crate::element::Element;
-use crate::tensor::Tensor;
+use crate::tensor::{Tensor, with_elements};
 
 /// How a role's products are made in a precision; none: in f32.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -51,34 +51,19 @@ impl Form {
 /// A tensor as rows of a product in BF16: itself, if it is stored so and has whole blocks of columns.
 fn rounded(x: &Tensor) -> Rows<'_> {
     let (rows, columns) = (x.rows(), x.columns());
-    let form = || {
-        if x.is_bf16() {
-            Matrix::round(x.bf16s(), rows, columns, columns)
-        } else {
-            Matrix::round(x.f32s(), rows, columns, columns)
-        }
-    };
+    let form = || with_elements!(x, elements => Matrix::round(elements, rows, columns, columns));
     Rows::of(x).unwrap_or_else(|| x.forms().rounded.get_or_init(form).view())
 }
 
 fn along_rows(x: &Tensor, scaling: Scaling) -> &Quantised {
-    x.forms().along_rows[scaling as usize].get_or_init(|| {
-        if x.is_bf16() {
-            Quantised::rows(x.bf16s(), x.rows(), x.columns(), scaling)
-        } else {
-            Quantised::rows(x.f32s(), x.rows(), x.columns(), scaling)
-        }
-    })
+    let form = || with_elements!(x, elements => Quantised::rows(elements, x.rows(), x.columns(), scaling));
+    x.forms().along_rows[scaling as usize].get_or_init(form)
 }
 
 /// A gradient in tiles along its columns, which are the rows of a weight gradient.
 fn along_columns(x: &Tensor, scaling: Scaling) -> &Quantised {
     x.forms().along_columns[scaling as usize].get_or_init(|| {
-        let q = if x.is_bf16() {
-            Quantised::columns(x.bf16s(), x.rows(), x.columns(), scaling)
-        } else {
-            Quantised::columns(x.f32s(), x.rows(), x.columns(), scaling)
-        };
+        let q = with_elements!(x, elements => Quantised::columns(elements, x.rows(), x.columns(), scaling));
         Quantised { values: q.values.view().transposed(), scales: q.scales }
     })
 }

@@ -97,7 +97,7 @@ impl Matrix {
         Self { rows, columns, stride, data }
     }
 
-    /// Rounds `rows x columns` that are `row_stride` apart.
+    /// Of `rows x columns` that are `row_stride` apart, rounded if they are not BF16.
     pub(crate) fn round<E: Element>(x: &[E], rows: usize, columns: usize, row_stride: usize) -> Self {
         let mut out = Self::padded(rows, columns);
         crate::wide::run(
@@ -105,7 +105,7 @@ impl Matrix {
             || {
                 for (row, to) in (0..rows).zip(out.data.chunks_exact_mut(out.stride)) {
                     for (to, x) in to.iter_mut().zip(&x[row * row_stride..][..columns]) {
-                        *to = Bf16::nearest(x.value());
+                        *to = x.bf16();
                     }
                 }
             },

@@ -47,13 +47,13 @@ impl Dispatch {
 
     /// Rows of all experts, one expert after another, by expert.
     pub(crate) fn by_expert(&self, rows: &Tensor) -> Vec<Tensor> {
-        let mut from = 0;
-        let part = |tokens: &Vec<u32>| {
-            let part = rows.view(from, tokens.len());
-            from += tokens.len();
-            part
-        };
-        self.tokens.iter().map(part).collect()
+        self.starts().into_iter().zip(&self.tokens).map(|(from, tokens)| rows.view(from, tokens.len())).collect()
+    }
+
+    /// Each expert's first row, where the rows of all lie one expert after another.
+    pub fn starts(&self) -> Vec<usize> {
+        let first = |end: &mut usize, tokens: &Vec<u32>| Some(std::mem::replace(end, *end + tokens.len()));
+        self.tokens.iter().scan(0, first).collect()
     }
 
     /// Rows that each expert gets.
@@ -112,12 +112,7 @@ pub(crate) fn backward<E: Element>(
     // Results are written token by token: one that is missing would leave some unwritten.
     assert_eq!(dy.len() * plan.top_k, plan.slots.len() * d, "a gradient of every token");
     assert_eq!(weights.len(), plan.slots.len(), "a weight of every slot");
-    let first = |end: &mut usize, rows: &&[E]| {
-        let at = *end;
-        *end += rows.len();
-        Some(at)
-    };
-    let starts: Vec<usize> = rows.iter().scan(0, first).collect();
+    let starts = plan.starts();
     let mut drows = wide::unwritten(plan.slots.len() * d);
     let mut dweights = wide::unwritten(weights.len());
     let (mut of_dy, mut of_row) = (vec![0.0; d], vec![0.0; d]);
@@ -128,10 +123,10 @@ pub(crate) fn backward<E: Element>(
                 let dy = E::row(dy, &mut of_dy);
                 for (k, slot) in slots.iter().enumerate() {
                     let (at, expert) = (t * plan.top_k + k, slot.expert as usize);
-                    let from = slot.row as usize * d;
-                    let row = E::row(&rows[expert][from..][..d], &mut of_row);
+                    let of_expert = slot.row as usize;
+                    let row = E::row(&rows[expert][of_expert * d..][..d], &mut of_row);
                     dweights[at] = sum_of([dy, row], |[dy, row]| dy * row);
-                    let out = &mut drows[starts[expert] + from..][..d];
+                    let out = &mut drows[(starts[expert] + of_expert) * d..][..d];
                     out.iter_mut().zip(dy).for_each(|(out, dy)| *out = E::nearest(weights[at] * dy));
                 }
             }

@@ -11,7 +11,7 @@ mod files;
 mod megatron;
 mod tokenizer;
 
-pub(crate) use tokenizer::{Vocabulary, export, keep_config, of_folder};
+pub(crate) use tokenizer::{Vocabulary, export, keep_config, of_folder, read_json};
 
 use anyhow::{Context, Result, ensure};
 use everstep_actors::{Config, Corpus, RunFolder, RunIdentity, SourceInfo, Tokens};

@@ -136,7 +136,8 @@ fn of_bytes() -> serde_json::Value {
     })
 }
 
-fn read_json(path: &Path) -> Result<serde_json::Value> {
+/// Reads a JSON file.
+pub(crate) fn read_json(path: &Path) -> Result<serde_json::Value> {
     let text = fs::read(path).with_context(|| format!("cannot read {}", path.display()))?;
     serde_json::from_slice(&text).with_context(|| format!("{} is not JSON", path.display()))
 }

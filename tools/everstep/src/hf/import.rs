@@ -5,17 +5,12 @@
 
 use super::config_json;
 use super::read::Folder;
+use crate::data;
 use anyhow::{Context, Result, bail};
-use everstep_actors::{Config, RunFolder};
+use everstep_actors::{Config, RunFolder, first_state};
 use everstep_checkpoint::{Store, StoredTensor};
 use everstep_kernels::ModelConfig;
 use std::path::Path;
-use std::sync::Arc;
-
-pub(super) fn read_json(path: &Path) -> Result<serde_json::Value> {
-    let text = std::fs::read_to_string(path).with_context(|| format!("cannot read {}", path.display()))?;
-    serde_json::from_str(&text).with_context(|| format!("{} is not JSON", path.display()))
-}
 
 /// Missing or unexpected names in an error.
 const SHOWN: usize = 5;
@@ -35,7 +30,7 @@ impl Source {
     /// Opens a folder and checks it against the model, without reading its weights.
     pub(crate) fn open(path: &Path, model: &ModelConfig) -> Result<Self> {
         let json = path.join("config.json");
-        config_json::compare(&read_json(&json)?, model).with_context(|| json.display().to_string())?;
+        config_json::compare(&data::read_json(&json)?, model).with_context(|| json.display().to_string())?;
         let folder = Folder::open(path, &["model", "mtp"])?;
         let parameters = model.parameters();
         let missing = parameters.iter().map(|p| p.name.to_string()).filter(|n| !folder.has(n));
@@ -66,10 +61,8 @@ impl Source {
         let parameters = config.spec.model.parameters();
         let bar = indicatif::ProgressBar::new(parameters.len() as u64).with_message("tensors");
         for p in &parameters {
-            let weight = Arc::new(self.folder.read(&p.name, p.rows, p.columns)?);
-            let zeros = Arc::new(vec![0.0; p.len()]);
-            let average = config.spec.optimizer.ema.map(|_| Arc::clone(&weight));
-            let data = [weight, Arc::clone(&zeros), zeros].into_iter().chain(average).collect();
+            let weight = self.folder.read(&p.name, p.rows, p.columns)?;
+            let data = first_state(weight, config.spec.optimizer.ema.is_some());
             let tensor = StoredTensor { name: p.name.to_string(), rows: p.rows, columns: p.columns, data };
             store.put(0, &[tensor])?;
             bar.inc(1);

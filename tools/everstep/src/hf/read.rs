@@ -50,7 +50,7 @@ impl Folder {
     }
 
     fn add_index(&mut self, folder: &Path, path: &Path) -> Result<()> {
-        let index: serde_json::Value = super::import::read_json(path)?;
+        let index: serde_json::Value = crate::data::read_json(path)?;
         let map = index["weight_map"].as_object();
         let map = map.with_context(|| format!("{} has no weight_map", path.display()))?;
         let mut files: BTreeMap<&str, Vec<&String>> = BTreeMap::new();
