@@ -49,12 +49,8 @@ impl<E: Element> Target<'_, E> {
             #[inline(always)]
             || {
                 for (row, sums) in (0..rows - m * BLOCK).zip(part) {
-                    let to = &mut at[row * stride..];
-                    if let Some(to) = to.first_chunk_mut::<BLOCK>().filter(|_| width == BLOCK) {
-                        to.iter_mut().zip(sums).for_each(|(to, sum)| *to = E::nearest(*sum));
-                    } else {
-                        to[..width].iter_mut().zip(sums).for_each(|(to, sum)| *to = E::nearest(*sum));
-                    }
+                    let to = &mut at[row * stride..][..width];
+                    to.iter_mut().zip(sums).for_each(|(to, sum)| *to = E::nearest(*sum));
                 }
             },
         );
