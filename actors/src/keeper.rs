@@ -4,11 +4,13 @@
 //! syncing) is done elsewhere and reported back.
 //! - KE-1: a checkpoint exists once every shard of one step is stored and its manifest is published.
 //! - KE-3: snapshots of [`WAITING_MAX`] steps at most wait for the disk, and those of the job's last.
+//! - KE-4: a snapshot that is not its shard's state, as the layout has it, is not stored.
 //! - KE-2: a snapshot is acknowledged when the checkpoint that it is part of exists.
 
 use crate::ids::{ActorId, Address, Step};
 use crate::message::{Body, ParameterState};
-use crate::spec::JobSpec;
+use crate::reducer::states;
+use crate::spec::{JobSpec, Layout};
 use crate::table::Table;
 use everstep_kernels::Tensor;
 use std::collections::BTreeMap;
@@ -81,11 +83,8 @@ pub(crate) enum KeeperEffect {
 /// See the module.
 #[derive(Debug)]
 pub(crate) struct KeeperCore {
-    shards: u32,
-    /// The job's last step, whose checkpoint is never left out.
-    last: Step,
-    /// Whether there is a checkpoint of step 0.
-    imported: bool,
+    spec: Arc<JobSpec>,
+    layout: Arc<Layout>,
     table: Arc<Table>,
     published: Step,
     /// Shards of each step that are being stored, and whether they are.
@@ -94,9 +93,8 @@ pub(crate) struct KeeperCore {
 
 impl KeeperCore {
     /// A keeper of a job whose newest checkpoint is of step `published` (0: none, or the imported one).
-    pub(crate) fn new(spec: &JobSpec, published: Step) -> Self {
-        let (shards, last, imported) = (spec.shards, spec.steps, spec.imported);
-        Self { shards, last, imported, table: Arc::default(), published, storing: BTreeMap::new() }
+    pub(crate) fn new(spec: Arc<JobSpec>, layout: Arc<Layout>, published: Step) -> Self {
+        Self { spec, layout, table: Arc::default(), published, storing: BTreeMap::new() }
     }
 
     /// Takes an event and gives what is to be done.
@@ -116,7 +114,7 @@ impl KeeperCore {
             KeeperEvent::Published(step) => {
                 self.published = self.published.max(step);
                 self.storing.retain(|s, _| *s > step);
-                let primaries = (0..self.shards).filter_map(|shard| self.table.primary(shard));
+                let primaries = (0..self.spec.shards).filter_map(|shard| self.table.primary(shard));
                 let kept = primaries.map(|to| KeeperEffect::Send(to, Body::SnapshotKept { step }));
                 kept.chain([KeeperEffect::Checkpointed(step)]).collect()
             }
@@ -133,8 +131,11 @@ impl KeeperCore {
                 vec![KeeperEffect::Send(from.actor, Body::SnapshotKept { step })]
             }
             Body::Snapshot { step, parameters } => {
+                if states(&parameters, &self.layout.of_shard(shard), &self.spec, &self.layout).is_none() {
+                    return Vec::new();
+                }
                 let writing = self.storing.iter().filter(|(s, of)| **s != step && of.values().any(|stored| !stored));
-                if writing.count() >= WAITING_MAX && step != self.last {
+                if writing.count() >= WAITING_MAX && step != self.spec.steps {
                     // The disk does not keep up: this checkpoint is left out, memory stays bounded (KE-3).
                     return Vec::new();
                 }
@@ -146,7 +147,7 @@ impl KeeperCore {
                 vec![KeeperEffect::Store { step, shard, parameters }]
             }
             // Whoever asks the keeper has no primary to ask, so it starts from the table's checkpoint.
-            Body::Fetch { .. } if self.table.base > 0 || self.imported => {
+            Body::Fetch { .. } if self.table.base > 0 || self.spec.imported => {
                 vec![KeeperEffect::Load { step: self.table.base, shard, to: from.actor }]
             }
             Body::Fetch { .. }
@@ -168,7 +169,7 @@ impl KeeperCore {
     fn stored(&mut self, step: Step, shard: u32) -> Vec<KeeperEffect> {
         let Some(of_step) = self.storing.get_mut(&step) else { return Vec::new() };
         of_step.insert(shard, true);
-        let complete = of_step.len() == self.shards as usize && of_step.values().all(|stored| *stored);
+        let complete = of_step.len() == self.spec.shards as usize && of_step.values().all(|stored| *stored);
         if complete { vec![KeeperEffect::Publish(step)] } else { Vec::new() }
     }
 }
@@ -181,7 +182,8 @@ mod tests {
     fn of_shards(shards: u32, published: Step) -> KeeperCore {
         let mut spec = crate::sim::spec(0);
         (spec.shards, spec.steps) = (shards, 9);
-        KeeperCore::new(&spec, published)
+        let layout = Layout::new(&spec);
+        KeeperCore::new(Arc::new(spec), layout, published)
     }
 
     /// An imported state is the checkpoint of step 0; without one there is nothing to give.
@@ -193,13 +195,52 @@ mod tests {
         };
         let mut keeper = of_shards(2, 0);
         assert!(keeper.on(ask()).is_empty());
-        keeper.imported = true;
+        Arc::make_mut(&mut keeper.spec).imported = true;
         assert!(matches!(keeper.on(ask())[..], [KeeperEffect::Load { step: 0, shard: 1, .. }]));
     }
 
-    fn snapshot(step: Step, shard: u32) -> KeeperEvent {
+    fn snapshot(keeper: &KeeperCore, step: Step, shard: u32) -> KeeperEvent {
         let from = address(ActorId::Reducer { shard, replica: 0 }, 1);
-        KeeperEvent::Message { from, body: Body::Snapshot { step, parameters: Vec::new() } }
+        let state = |n: u32| {
+            let p = &keeper.layout.parameters[n as usize];
+            vec![Tensor::from_vec(p.rows, p.columns, vec![0.5; p.len()]); keeper.spec.optimizer.parts()]
+        };
+        let parameters = keeper.layout.of_shard(shard).into_iter().map(state).collect();
+        KeeperEvent::Message { from, body: Body::Snapshot { step, parameters } }
+    }
+
+    fn give(keeper: &mut KeeperCore, step: Step, shard: u32) -> Vec<KeeperEffect> {
+        keeper.on(snapshot(keeper, step, shard))
+    }
+
+    /// KE-4.
+    #[test]
+    fn what_is_not_the_shards_state_is_not_stored() {
+        let mut keeper = of_shards(2, 0);
+        keeper.on(KeeperEvent::Table(Arc::new(table(&materials()))));
+        let whole = || {
+            let KeeperEvent::Message { from, body: Body::Snapshot { parameters, .. } } = snapshot(&keeper, 3, 0) else {
+                unreachable!()
+            };
+            (from, parameters)
+        };
+        let spoilt: [fn(&mut Vec<ParameterState<Tensor>>); 4] = [
+            |p| drop(p.pop()),
+            |p| drop(p[0].pop()),
+            |p| p[0] = Vec::new(),
+            |p| p[0][1] = Tensor::from_vec(1, 1, vec![0.0]),
+        ];
+        let all: Vec<_> = spoilt
+            .iter()
+            .map(|spoil| {
+                let (from, mut parameters) = whole();
+                spoil(&mut parameters);
+                KeeperEvent::Message { from, body: Body::Snapshot { step: 3, parameters } }
+            })
+            .collect();
+        all.into_iter().for_each(|event| assert!(keeper.on(event).is_empty()));
+        let good = snapshot(&keeper, 3, 0);
+        assert_eq!(keeper.on(good).len(), 1);
     }
 
     /// KE-1, KE-2: published when all shards are stored, acknowledged when it is published.
@@ -207,10 +248,10 @@ mod tests {
     fn a_checkpoint_exists_when_every_shard_is_stored_and_the_manifest_is() {
         let mut keeper = of_shards(2, 0);
         keeper.on(KeeperEvent::Table(Arc::new(table(&materials()))));
-        assert!(matches!(keeper.on(snapshot(3, 0))[..], [KeeperEffect::Store { step: 3, shard: 0, .. }]));
-        assert!(keeper.on(snapshot(3, 0)).is_empty(), "a second copy is not stored again");
+        assert!(matches!(give(&mut keeper, 3, 0)[..], [KeeperEffect::Store { step: 3, shard: 0, .. }]));
+        assert!(give(&mut keeper, 3, 0).is_empty(), "a second copy is not stored again");
         assert!(keeper.on(KeeperEvent::Stored { step: 3, shard: 0 }).is_empty());
-        keeper.on(snapshot(3, 1));
+        give(&mut keeper, 3, 1);
         let effects = keeper.on(KeeperEvent::Stored { step: 3, shard: 1 });
         assert!(matches!(effects[..], [KeeperEffect::Publish(3)]));
         let effects = keeper.on(KeeperEvent::Published(3));
@@ -222,7 +263,7 @@ mod tests {
                 KeeperEffect::Checkpointed(3)
             ]
         ));
-        assert!(matches!(keeper.on(snapshot(3, 0))[..], [KeeperEffect::Send(_, Body::SnapshotKept { step: 3 })]));
+        assert!(matches!(give(&mut keeper, 3, 0)[..], [KeeperEffect::Send(_, Body::SnapshotKept { step: 3 })]));
     }
 
     /// KE-3: a slow disk costs checkpoints, not memory; the last one is taken all the same.
@@ -231,14 +272,14 @@ mod tests {
         let mut keeper = of_shards(2, 0);
         keeper.on(KeeperEvent::Table(Arc::new(table(&materials()))));
         for step in 1..=WAITING_MAX as Step {
-            assert_eq!(keeper.on(snapshot(step, 0)).len(), 1);
+            assert_eq!(give(&mut keeper, step, 0).len(), 1);
         }
-        assert!(keeper.on(snapshot(6, 0)).is_empty());
-        assert_eq!(keeper.on(snapshot(9, 0)).len(), 1);
+        assert!(give(&mut keeper, 6, 0).is_empty());
+        assert_eq!(give(&mut keeper, 9, 0).len(), 1);
         keeper.on(KeeperEvent::Stored { step: 1, shard: 0 });
         keeper.on(KeeperEvent::Stored { step: 9, shard: 0 });
         // The other shard of step 1 never came: later steps need not wait for it.
-        assert_eq!(keeper.on(snapshot(6, 1)).len(), 1);
+        assert_eq!(give(&mut keeper, 6, 1).len(), 1);
     }
 
     /// A way back in the middle of a checkpoint: it is not published, and made again later.
@@ -247,11 +288,11 @@ mod tests {
         let mut keeper = of_shards(1, 0);
         let mut table = table(&materials());
         keeper.on(KeeperEvent::Table(Arc::new(table.clone())));
-        keeper.on(snapshot(3, 0));
+        give(&mut keeper, 3, 0);
         (table.primaries, table.epoch) = (vec![None, None], 2);
         keeper.on(KeeperEvent::Table(Arc::new(table)));
         assert!(keeper.on(KeeperEvent::Stored { step: 3, shard: 0 }).is_empty());
-        assert!(matches!(keeper.on(snapshot(3, 0))[..], [KeeperEffect::Store { .. }]));
+        assert!(matches!(give(&mut keeper, 3, 0)[..], [KeeperEffect::Store { .. }]));
     }
 
     /// Whoever asks is given the table's checkpoint, and nothing when the job began from none.

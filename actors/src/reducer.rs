@@ -8,12 +8,13 @@
 //! - RE-4: a copy without state, or that missed a step, asks until it has one; sums that arrive
 //!   meanwhile are kept, so it need not miss the next step.
 //! - RE-5: the primary hands its weights to every user of them, and again to a user's new life.
+//! - RE-6: sums and states whose tensors are not what the layout says are not taken.
 
 mod arithmetic;
 mod ledger;
 
 pub use arithmetic::first_state;
-pub(crate) use arithmetic::{Applied, Apply, ParameterData, Reduce, Reduced, initial};
+pub(crate) use arithmetic::{Applied, Apply, ParameterData, Reduce, Reduced, initial, states};
 pub(crate) use ledger::{Ledger, Receipt};
 
 use crate::compute::{Job, Outcome};
@@ -23,6 +24,7 @@ use crate::message::{Body, Commit, ParameterState};
 use crate::plant::Bug;
 use crate::spec::{JobSpec, Layout};
 use crate::table::Table;
+use arithmetic::fits;
 use everstep_kernels::{Group, Tensor};
 use std::collections::BTreeMap;
 use std::sync::Arc;
@@ -178,9 +180,13 @@ impl ReducerCore {
         }
         let group = self.layout.all_groups.get(group as usize).copied();
         let Some(group) = group.filter(|g| self.groups.contains(g)) else { return Vec::new() };
+        let receipt = Receipt { micro_batches, samples, gradients, loads, losses };
+        if !fits(&receipt, from.actor, group, &self.spec, &self.layout) {
+            return Vec::new();
+        }
         let ledger =
             self.ledgers.entry(step).or_insert_with(|| Ledger::new(&self.spec, step, &self.groups, self.plant));
-        ledger.credit(from.actor, group, Receipt { micro_batches, samples, gradients, loads, losses });
+        ledger.credit(from.actor, group, receipt);
         self.advance()
     }
 
@@ -238,15 +244,10 @@ impl ReducerCore {
 
     fn on_state(&mut self, step: Step, parameters: &[ParameterState<Tensor>]) -> Vec<Effect> {
         self.asked = None;
-        if self.step().is_some_and(|s| s >= step) || parameters.len() != self.numbers.len() {
+        if self.step().is_some_and(|s| s >= step) {
             return Vec::new();
         }
-        let parts = self.spec.optimizer.parts();
-        let of = |(n, p): (&u32, &ParameterState<Tensor>)| {
-            ParameterData::from_tensors(p, &self.layout.parameters[*n as usize], parts)
-        };
-        let whole: Option<Vec<ParameterData>> = self.numbers.iter().zip(parameters).map(of).collect();
-        let Some(parameters) = whole else { return Vec::new() };
+        let Some(parameters) = states(parameters, &self.numbers, &self.spec, &self.layout) else { return Vec::new() };
         let sums = self.numbers.iter().copied().zip(parameters.iter().map(ParameterData::sum)).collect();
         self.reduced = None;
         self.enter(State { step, parameters, sums })

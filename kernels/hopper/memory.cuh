@@ -42,6 +42,8 @@ template <class F> __device__ __forceinline__ Eight make8(F f) {
     for (int i = 0; i < 4; i++) v.pair[i] = pack(f(2 * i), f(2 * i + 1));
     return v;
 }
+// To the nearest BF16.
+__device__ __forceinline__ float rounded(float x) { return first_of(pack(x, 0)); }
 
 // ---- a tile's scale ---------------------------------------------------------------------------------------------
 

@@ -67,7 +67,7 @@ scales_by_tile(const float* __restrict__ by_row, float* __restrict__ by_tile, in
 }
 
 // y = the sum over a token's rows of weight * row, in the reference's order: within a group of experts the products, each
-// rounded and then added, in ascending order of expert; then the groups' sums, ascending.
+// rounded and then added, in ascending order of expert; then the groups' sums, each rounded to BF16, ascending.
 extern "C" __global__ void __launch_bounds__(THREADS)
 combine(const u16* __restrict__ rows, const int* __restrict__ place, const float* __restrict__ weights, const int* __restrict__ experts,
         u16* __restrict__ y, int tokens, int top_k, int columns, int group_size) {
@@ -95,10 +95,10 @@ combine(const u16* __restrict__ rows, const int* __restrict__ place, const float
             const float w = __shfl_sync(~0u, weight, k + i);
             if (starts >> (k + i) & 1)
 #pragma unroll
-                for (int j = 0; j < 8; j++) { total[j] = __fadd_rn(total[j], sum[j]); sum[j] = 0; }
+                for (int j = 0; j < 8; j++) { total[j] = __fadd_rn(total[j], rounded(sum[j])); sum[j] = 0; }
 #pragma unroll
             for (int j = 0; j < 8; j++) sum[j] = __fadd_rn(sum[j], __fmul_rn(w, v[i][j]));
         }
     }
-    if (column < columns) store8(y + (size_t)token * columns + column, make8([&](int j) { return __fadd_rn(total[j], sum[j]); }));
+    if (column < columns) store8(y + (size_t)token * columns + column, make8([&](int j) { return __fadd_rn(total[j], rounded(sum[j])); }));
 }

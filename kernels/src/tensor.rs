@@ -89,7 +89,8 @@ pub struct Tensor {
     data: Data,
     /// The first element, in f32 or BF16.
     from: usize,
-    forms: Arc<Forms>,
+    /// Most handles are never asked for one: a small place for a large one.
+    forms: Arc<OnceLock<Box<Forms>>>,
 }
 
 impl Tensor {
@@ -200,7 +201,7 @@ impl Tensor {
     /// Itself, in one piece.
     fn whole(&self) -> &Self {
         let Some(parts) = self.parts() else { return self };
-        self.forms.whole.get_or_init(|| {
+        self.forms().whole.get_or_init(|| {
             if self.is_bf16() {
                 let data: Vec<&[Bf16]> = parts.iter().map(Self::bf16s).collect();
                 Self::bf16(self.rows, self.columns, Arc::new(data.concat()))
@@ -209,6 +210,11 @@ impl Tensor {
                 Self::from_vec(self.rows, self.columns, data.concat())
             }
         })
+    }
+
+    /// The same elements without the parts that they came from.
+    pub(crate) fn in_one_piece(&self) -> Self {
+        self.whole().clone()
     }
 
     /// Rows `from..from + rows`, of the same data.
@@ -255,7 +261,7 @@ impl Tensor {
     }
 
     pub(crate) fn forms(&self) -> &Forms {
-        &self.forms
+        self.forms.get_or_init(Box::default)
     }
 
     /// Whether its elements are BF16 in host memory.

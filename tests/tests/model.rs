@@ -1,8 +1,9 @@
 //! What a trained model is used for: text, perplexity, pictures.
 
 use anyhow::{Result, ensure};
-use everstep_tests::{Place, fingerprints, text};
+use everstep_tests::{Place, fingerprints, program, text};
 use serde_json::Value;
+use std::process::Command;
 
 fn said(place: &Place, arguments: &[&str]) -> Result<String> {
     let output = place.everstep(arguments)?;
@@ -107,5 +108,24 @@ fn an_average_of_the_weights_is_kept_and_used() -> Result<()> {
     let refused = place.everstep(&["eval", &plain, "--data", "text.txt", "--ema"])?;
     let words = String::from_utf8_lossy(&refused.stderr).into_owned();
     assert!(words.contains("has no average: the job keeps none (optimizer.ema)"), "{words}");
+    Ok(())
+}
+
+/// The published model is planned, and its export listed, in an address space of a gigabyte.
+#[test]
+fn the_published_model_is_planned_in_little_memory() -> Result<()> {
+    let config = concat!(env!("CARGO_MANIFEST_DIR"), "/../configs/deepseek-v3.toml");
+    let plan = |more: &str| -> Result<String> {
+        let script = format!("ulimit -v {}; exec \"$0\" plan \"$1\" {more}", 1_000_000_000 / 1024);
+        let output = Command::new("sh").args(["-c", &script]).arg(program()).arg(config).output()?;
+        ensure!(output.status.success(), "{more}: {}", String::from_utf8_lossy(&output.stderr));
+        Ok(String::from_utf8(output.stdout)?)
+    };
+    // 671 billion parameters, and a module of multi-token prediction.
+    assert!(plan("")?.contains("682636487424  in all"));
+    let list = plan("--inventory fp8")?;
+    assert!(list.ends_with("91991 tensors, 688574839360 bytes\n"));
+    assert!(list.contains("model.layers.60.mlp.experts.255.down_proj.weight [7168, 2048] F8_E4M3 14680064\n"));
+    assert!(list.contains("model.layers.60.mlp.experts.255.down_proj.weight_scale_inv [56, 16] F32 3584\n"));
     Ok(())
 }

@@ -47,6 +47,29 @@ impl ParameterData {
     }
 }
 
+/// A shard's state from the tensors of a message, by number; none if they are not what its layout says.
+pub(crate) fn states(
+    tensors: &[ParameterState<Tensor>],
+    numbers: &[u32],
+    spec: &JobSpec,
+    layout: &Layout,
+) -> Option<Vec<ParameterData>> {
+    let of = |(n, tensors): (&u32, &ParameterState<Tensor>)| {
+        ParameterData::from_tensors(tensors, &layout.parameters[*n as usize], spec.optimizer.parts())
+    };
+    (tensors.len() == numbers.len()).then(|| numbers.iter().zip(tensors).map(of).collect())?
+}
+
+/// Whether a sender's sums of a group are what the layout says: f32 gradients of each use of its parameters, and as many
+/// loads as experts that are balanced.
+pub(super) fn fits(receipt: &Receipt, sender: ActorId, group: Group, spec: &JobSpec, layout: &Layout) -> bool {
+    let (with, without): (Vec<u32>, Vec<u32>) = layout.of_group[&group].iter().partition(|n| layout.has_gradient(**n));
+    let parameter = |n: &u32| &layout.parameters[*n as usize];
+    let expected = with.iter().map(parameter).flat_map(|p| spec.uses(p, sender).iter().map(|_| (p.rows, p.columns)));
+    let given = receipt.gradients.iter().map(|t| t.as_host().map(|_| (t.rows(), t.columns())));
+    given.eq(expected.map(Some)) && receipt.loads.len() == without.iter().map(|n| parameter(n).len()).sum::<usize>()
+}
+
 /// The state that training begins with from a weight: moments of zero and, with `ema`, the weight as its average.
 pub fn first_state(weight: Vec<f32>, ema: bool) -> Vec<Arc<Vec<f32>>> {
     let (zeros, weight) = (Arc::new(vec![0.0; weight.len()]), Arc::new(weight));
@@ -94,9 +117,6 @@ impl GroupSums {
             let mut uses: [Use; 2] = Default::default();
             for (r, (sender, _)) in receipts.iter().enumerate() {
                 for n in spec.uses(parameter, *sender) {
-                    let sum = &receipts[r].1.gradients[at[r]];
-                    let shapes = [(sum.rows(), sum.columns()), (parameter.rows, parameter.columns)];
-                    assert_eq!(shapes[0], shapes[1], "{sender}'s gradient of {}", parameter.name);
                     uses[*n].push((r, at[r]));
                     at[r] += 1;
                 }
@@ -110,7 +130,7 @@ impl GroupSums {
     fn gradient(&self, uses: &[Use]) -> Arc<Vec<f32>> {
         let of_use = |parts: &Use| {
             let host = |(r, at): &(usize, usize)| {
-                Arc::clone(self.receipts[*r].gradients[*at].as_host().expect("sums travel through host memory"))
+                Arc::clone(self.receipts[*r].gradients[*at].as_host().expect("the ledger counts f32 sums only"))
             };
             tree(&parts.iter().map(host).collect::<Vec<_>>(), &add_vectors)
         };

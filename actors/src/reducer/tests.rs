@@ -3,6 +3,7 @@
 use super::*;
 use crate::testing::{Asked, address, bits, drive, materials, message, of, replace, table};
 use crate::worker::Materials;
+use everstep_kernels::Bf16;
 
 fn reducer(materials: &Materials, replica: u32) -> ReducerCore {
     ReducerCore::new(Arc::clone(&materials.spec), Arc::clone(&materials.layout), 0, replica, None)
@@ -182,6 +183,31 @@ fn weights_go_to_users_and_to_their_new_lives() {
 }
 
 /// LE-1, LE-2: a sum over fewer micro-batches is not counted; nothing balances without it.
+/// RE-6.
+#[test]
+fn sums_of_other_shapes_are_not_counted() {
+    let materials = materials();
+    let spoilt: [fn(&mut Vec<Tensor>, &mut Vec<u64>); 5] = [
+        |gradients, _| drop(gradients.pop()),
+        |gradients, _| gradients.push(gradients[0].clone()),
+        |gradients, _| gradients[0] = Tensor::from_vec(1, 1, vec![0.0]),
+        |gradients, _| {
+            let (rows, columns) = (gradients[0].rows(), gradients[0].columns());
+            gradients[0] = Tensor::bf16(rows, columns, Arc::new(vec![Bf16(0); rows * columns]));
+        },
+        |_, loads| loads.push(1),
+    ];
+    for spoil in spoilt {
+        let mut core = primary(&materials);
+        let mut all = sums(&materials, 1);
+        let Body::Sums { gradients, loads, .. } = &mut all[0].1 else { unreachable!() };
+        spoil(gradients, loads);
+        let (good, bad) = (sums(&materials, 1), all);
+        assert_eq!(prepared(&give(&mut core, &bad)), 0);
+        assert_eq!(prepared(&give(&mut core, &good[..1])), 1);
+    }
+}
+
 #[test]
 fn an_incomplete_sum_is_not_counted() {
     let materials = materials();

@@ -159,7 +159,7 @@ impl Actor for SupervisorProcess {
         let layout = crate::spec::Layout::new(&spec);
         let checkpoint = restored.checkpoint;
         let identity_class = identity.class.clone();
-        let keeper = KeeperCore::new(&spec, checkpoint);
+        let keeper = KeeperCore::new(Arc::clone(&spec), Arc::clone(&layout), checkpoint);
         let (supervisor, first) =
             Supervisor::new(spec, config.nodes, &restored.records, checkpoint, restored.reported, Duration::ZERO, None);
         let (root, effects) = Root::new(supervisor, first, keeper, None);

@@ -47,7 +47,8 @@ impl World {
                 format!("step {} was announced, the next supervisor knows {}", self.announced, supervisor.committed());
             return Err(("C2", what));
         }
-        let keeper = KeeperCore::new(&self.materials.spec, self.published);
+        let (spec, layout) = (Arc::clone(&self.materials.spec), Arc::clone(&self.materials.layout));
+        let keeper = KeeperCore::new(spec, layout, self.published);
         let (root, effects) = Root::new(supervisor, first, keeper, plant);
         self.root = Some(SimRoot { life, root, lives: BTreeMap::new(), joining: BTreeMap::new() });
         self.after_root(TICK, ForRoot::Tick);

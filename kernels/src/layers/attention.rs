@@ -98,8 +98,10 @@ impl Attention {
         let (latent, k_rope) = b.split(&b.linear(&x, &self.kv_a.value, self.kv_a.role), config.kv_rank);
         let k_rope = b.rope(&k_rope, &at(config.key_rope()), false);
         let latent = b.rms_norm(&latent, &self.kv_norm.value, NORM_EPS);
+        // A stack holds its parts and, once it is read, the whole: over many positions, everything twice.
+        let after = |earlier: Tensor, new: Tensor| b.stack(&[earlier, new]).in_one_piece();
         let cache = match cache {
-            Some(c) => LatentCache { latent: b.stack(&[c.latent, latent]), k_rope: b.stack(&[c.k_rope, k_rope]) },
+            Some(c) => LatentCache { latent: after(c.latent, latent), k_rope: after(c.k_rope, k_rope) },
             None => LatentCache { latent, k_rope },
         };
         let o = b.attention_cached(&q, &cache.latent, &cache.k_rope, &self.kv_b.value, &config.attention());

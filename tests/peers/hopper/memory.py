@@ -95,10 +95,10 @@ def norm_backward(x, w, dy, eps):
 def combine(rows, place, weights, experts, size):
     t, k = place.shape; y, s = (torch.zeros(t, rows.shape[1], device=dev) for _ in range(2)); group = experts//size
     for i in range(k):
-        if i: new = (group[:, i] != group[:, i-1])[:, None]; y, s = torch.where(new, y + s, y), torch.where(new, f32(0), s)
+        if i: new = (group[:, i] != group[:, i-1])[:, None]; y, s = torch.where(new, y + s.to(bf16).float(), y), torch.where(new, f32(0), s)
         p = rows[place[:, i].clamp(min=0).long()].float(); p = p*weights[:, i:i+1] if weights is not None else p
         s = torch.where((place[:, i] >= 0)[:, None], s + p, s)
-    return (y + s).to(bf16)
+    return (y + s.to(bf16).float()).to(bf16)
 def turn(v, counts, power):
     """Codes [columns][128 blocks] and scales [blocks][columns] of float rows."""
     c = v.shape[1]; parts = []; at = 0

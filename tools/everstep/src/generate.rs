@@ -42,8 +42,8 @@ pub(crate) fn write(run: &RunFolder, which: Which, choice: &Choice, out: &mut im
     let (mut decoder, b) = (Decoder::new(weights.model(), &weights.map), weights.backend());
     let random = Philox::new(choice.seed, PURPOSE_SAMPLE, 0);
     let size = weights.config.spec.model.vocabulary;
-    let mut shown = vocabulary.decode(&tokens)?;
-    write!(out, "{shown}")?;
+    let mut text = Shown::new(&vocabulary, &tokens);
+    write!(out, "{}", vocabulary.decode(&tokens)?)?;
     for n in 0..choice.tokens {
         let logits = decoder.feed(&b, &tokens[decoder.positions()..])?;
         let all = b.read(&logits)?;
@@ -53,16 +53,44 @@ pub(crate) fn write(run: &RunFolder, which: Which, choice: &Choice, out: &mut im
             break;
         }
         tokens.push(next);
-        let text = vocabulary.decode(&tokens)?;
-        // A character may take several tokens: what is not whole yet is held back.
-        if let Some(new) = text.strip_prefix(&shown).filter(|new| !new.ends_with('\u{fffd}')) {
-            write!(out, "{new}")?;
-            out.flush()?;
-            shown = text;
-        }
+        write!(out, "{}", text.next(next)?)?;
+        out.flush()?;
     }
     writeln!(out)?;
     Ok(())
+}
+
+/// Turns tokens to text as they come. A token's text may depend on the one before it (a space), and a
+/// character may take up to four tokens: what is not whole yet is held back that long.
+struct Shown<'a> {
+    vocabulary: &'a Vocabulary,
+    /// Tokens shown last, then those held back.
+    tail: Vec<u32>,
+    held: usize,
+}
+
+impl<'a> Shown<'a> {
+    const LONGEST: usize = 4;
+
+    fn new(vocabulary: &'a Vocabulary, before: &[u32]) -> Self {
+        let tail = before[before.len().saturating_sub(Self::LONGEST)..].to_vec();
+        Self { vocabulary, tail, held: 0 }
+    }
+
+    /// What can be shown with one more token.
+    fn next(&mut self, token: u32) -> Result<String> {
+        self.tail.push(token);
+        self.held += 1;
+        let shown = self.tail.len() - self.held;
+        let (before, now) = (self.vocabulary.decode(&self.tail[..shown])?, self.vocabulary.decode(&self.tail)?);
+        if now.ends_with('\u{fffd}') && self.held < Self::LONGEST {
+            return Ok(String::new());
+        }
+        self.tail.drain(..shown);
+        self.held = 0;
+        let same = now.chars().zip(before.chars()).take_while(|(a, b)| a == b).map(|(a, _)| a.len_utf8()).sum();
+        Ok(now.split_at(same).1.to_owned())
+    }
 }
 
 /// Writes the logits of the texts in a file.
@@ -120,6 +148,20 @@ fn choose(logits: &[f32], choice: &Choice, uniform: f64) -> u32 {
 #[cfg(test)]
 mod tests {
     use super::*;
+
+    #[test]
+    fn characters_of_several_tokens_are_shown_whole() -> Result<()> {
+        let text = "aü€😀b€".repeat(3);
+        let mut shown = Shown::new(&Vocabulary::Bytes, b"a ".map(u32::from).as_slice());
+        let parts = text.bytes().map(|byte| shown.next(byte.into())).collect::<Result<Vec<_>>>()?;
+        assert_eq!(parts.concat(), text);
+        assert_eq!(parts[..4], ["a", "", "ü", ""]);
+        // What is no text is shown as that, in the end.
+        let junk = (0..8).map(|_| shown.next(0xff)).collect::<Result<String>>()?;
+        assert_eq!(junk, "\u{fffd}".repeat(8));
+        assert_eq!(shown.next(u32::from(b'!'))?, "!");
+        Ok(())
+    }
 
     #[test]
     fn choices_follow_temperature_and_nucleus() {
