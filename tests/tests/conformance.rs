@@ -115,17 +115,23 @@ fn exports_hold_what_was_imported() -> Result<()> {
     Ok(())
 }
 
-/// Also what found that experts' gradients went to the wrong matrices: no test of equal bits can.
+/// A hundred steps where no choice of experts is near a tie, some elsewhere (fixtures.py says why). Also what found that
+/// experts' gradients went to the wrong matrices: no test of equal bits can.
 #[test]
-fn a_hundred_steps_of_adamw_have_the_losses_of_pytorch() -> Result<()> {
-    let (scratch, run) = import("training")?;
-    everstep(scratch.path(), &["resume", &run])?;
-    let want: Vec<f64> = json(&fixtures().join("training/losses.json"))?;
-    let got: Vec<f64> = metrics(&everstep_actors::RunFolder(run.into()))?.iter().map(|l| l.loss).collect();
-    assert_eq!(got.len(), want.len());
-    let worst = got.iter().zip(&want).map(|(a, b)| (a - b).abs() / b).fold(0.0, f64::max);
-    println!("largest relative difference of a step's loss: {worst:e}");
-    assert!(worst < 1e-3, "{worst:e}");
+fn steps_of_adamw_have_the_losses_of_pytorch() -> Result<()> {
+    let mut hundreds = 0;
+    for name in MODELS {
+        let (scratch, run) = import(name)?;
+        everstep(scratch.path(), &["resume", &run])?;
+        let want: Vec<f64> = json(&fixtures().join(name).join("losses.json"))?;
+        let got: Vec<f64> = metrics(&everstep_actors::RunFolder(run.into()))?.iter().map(|l| l.loss).collect();
+        assert_eq!(got.len(), want.len());
+        let worst = got.iter().zip(&want).map(|(a, b)| (a - b).abs() / b).fold(0.0, f64::max);
+        println!("{name}: {} steps, largest relative difference of a step's loss {worst:e}", want.len());
+        assert!(worst < 1e-3, "{name}: {worst:e}");
+        hundreds += usize::from(want.len() >= 100);
+    }
+    assert_eq!(hundreds, 2);
     Ok(())
 }
 
