@@ -9,7 +9,8 @@ from transformers import DeepseekV3Config, DeepseekV3ForCausalLM
 
 YARN = dict(type="yarn", original_max_position_embeddings=16, beta_fast=32.0, beta_slow=1.0)
 
-# name: sizes. "dense" has no routed experts; "yarn" is stretched; "direct" has no query compression.
+# name: sizes. "dense" has no routed experts, and several blocks of FP8 (transformers wants them whole); "yarn" is
+# stretched; "direct" has no query compression.
 MODELS = {
     "plain": dict(vocab_size=256, hidden_size=32, intermediate_size=48, moe_intermediate_size=16, num_hidden_layers=3,
                   first_k_dense_replace=1, num_attention_heads=2, q_lora_rank=24, kv_lora_rank=16, qk_nope_head_dim=8,
@@ -29,7 +30,7 @@ MODELS = {
                    qk_rope_head_dim=6, v_head_dim=6, n_routed_experts=16, n_shared_experts=1, num_experts_per_tok=6,
                    n_group=8, topk_group=4, routed_scaling_factor=2.2, rope_theta=20000.0,
                    rope_scaling=YARN | dict(factor=8.0, mscale=0.7, mscale_all_dim=1.3)),
-    "dense": dict(vocab_size=258, hidden_size=36, intermediate_size=72, moe_intermediate_size=1, num_hidden_layers=1,
+    "dense": dict(vocab_size=258, hidden_size=256, intermediate_size=384, moe_intermediate_size=1, num_hidden_layers=1,
                   first_k_dense_replace=1, num_attention_heads=5, q_lora_rank=10, kv_lora_rank=24, qk_nope_head_dim=10,
                   qk_rope_head_dim=10, v_head_dim=14, n_routed_experts=1, n_shared_experts=1, num_experts_per_tok=1,
                   n_group=1, topk_group=1, routed_scaling_factor=2.5, rope_theta=10000.0),
