@@ -4,20 +4,30 @@ NOW := $(shell date +%Y%m%d-%H%M%S)
 CONFIG ?= configs/quickstart.toml
 PROGRAM := target/release/everstep
 PEERS := target/peers
+NVRTC := target/nvrtc
 # Text that is the same everywhere: sources of packages that Cargo.lock pins.
 TEXT := tokio syn rustls zerocopy chrono time quinn-proto winnow clap_builder ractor tokenizers futures-util proptest \
 	tracing-subscriber rayon
 
-.PHONY: train test conformance precision rate verify bench chaos chaos-full simulate gpu-check setup setup-test setup-peers build
+.PHONY: train test kernels conformance precision rate verify bench chaos chaos-full simulate gpu-check setup setup-test \
+	setup-python setup-peers build
 
 ## Build, then train the quickstart: a supervisor and three nodes on this machine.
 train: build
 	$(PROGRAM) train $(CONFIG) --set run.folder=runs/train-$(NOW)
 
-## All tests: units, simulation, whole jobs of real processes.
-test: setup-test
+## All tests: units, simulation, whole jobs of real processes, and every GPU kernel compiled.
+test: setup-test kernels
 	cargo build --workspace
 	cargo nextest run --workspace
+
+## Every kernel compiled for Hopper, on any machine: fails where registers go to memory, or where the table is not true.
+kernels: setup setup-python
+	@test -x $(NVRTC)/bin/python || python3 -m venv $(NVRTC)
+	$(NVRTC)/bin/pip install --quiet nvidia-cuda-nvrtc==13.0.88
+	LD_LIBRARY_PATH=$$(echo $(NVRTC)/lib/python3*/site-packages/nvidia/cu13/lib) \
+		cargo run -p everstep-kernels --features cuda --example compile_kernels > target/kernels.md
+	grep '^|' docs/measurements/hopper-resources.md | diff - target/kernels.md
 
 ## The model against Hugging Face transformers on fresh models (some 3 GB of packages the first time).
 conformance: build setup-test setup-peers
@@ -75,8 +85,10 @@ setup:
 	@command -v cargo >/dev/null || { echo "Rust 1.95 or newer is needed: https://rustup.rs"; exit 1; }
 	@command -v cc >/dev/null || { apt-get update && apt-get install --yes gcc libc6-dev; }
 
-setup-peers:
-	@command -v python3 >/dev/null || { apt-get update && apt-get install --yes python3 python3-venv; }
+setup-python:
+	@python3 -c 'import ensurepip' 2>/dev/null || { apt-get update && apt-get install --yes python3 python3-venv; }
+
+setup-peers: setup-python
 	@test -x $(PEERS)/bin/python || python3 -m venv $(PEERS)
 	$(PEERS)/bin/pip install --quiet -r tests/peers/requirements.txt
 

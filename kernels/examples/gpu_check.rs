@@ -1,10 +1,12 @@
-//! Runs what the CUDA backend has against the CPU backend through the same trait, on a real GPU, and
-//! measures it. Prints JSON lines; fails if anything differs more than it may, or if there is no GPU.
+//! Runs what there is for the GPU against the CPU backend, on a real GPU. Prints JSON lines; fails if anything differs
+//! more than it may, or if there is no GPU. Speed is `everstep bench`.
 
-use everstep_kernels::{Backend, BackendError, CpuBackend, CudaBackend, Philox, Role, Tensor};
+use everstep_kernels::{
+    Backend, BackendError, Blocks, Codes, CpuBackend, CudaBackend, Gpu, Groups, NoCubins, Philox, Precision, Role,
+    Tensor, bf16_bits, bf16_value, quantise_blocks,
+};
 use std::process::ExitCode;
 use std::sync::Arc;
-use std::time::Instant;
 
 fn random(rows: usize, columns: usize, name: u32) -> Arc<Vec<f32>> {
     Arc::new(Philox::new(3, 50, name).normals(rows * columns, 1.0))
@@ -16,66 +18,157 @@ fn difference(a: &[f32], b: &[f32]) -> f64 {
     a.iter().zip(b).map(|(a, b)| f64::from((a - b).abs())).fold(0.0, f64::max) / scale
 }
 
-fn seconds(backend: &dyn Backend, mut f: impl FnMut() -> Tensor) -> Result<f64, BackendError> {
-    f();
-    backend.synchronize()?;
-    let mut times = Vec::new();
-    for _ in 0..9 {
-        let began = Instant::now();
-        for _ in 0..10 {
-            f();
-        }
-        backend.synchronize()?;
-        times.push(began.elapsed().as_secs_f64() / 10.0);
-    }
-    times.sort_by(f64::total_cmp);
-    Ok(times[times.len() / 2])
+/// Root of the sum of squared differences relative to that of squares.
+fn norm_difference(a: &[f32], b: &[f32]) -> f64 {
+    assert_eq!(a.len(), b.len());
+    let squares = |f: &dyn Fn(f64, f64) -> f64| -> f64 {
+        a.iter().zip(b).map(|(a, b)| f(f64::from(*a), f64::from(*b)).powi(2)).sum()
+    };
+    (squares(&|a, b| a - b) / squares(&|_, b| b).max(1e-300)).sqrt()
+}
+
+fn report(what: &str, shape: impl std::fmt::Debug, difference: f64, most: f64) -> bool {
+    let good = difference <= most;
+    println!(
+        "{{\"check\":\"{what}\",\"shape\":\"{shape:?}\",\"difference\":{difference:.2e},\"most\":{most:e},\"good\":{good}}}"
+    );
+    good
 }
 
 fn rms_norm(gpu: &dyn Backend, rows: usize, columns: usize) -> Result<bool, BackendError> {
     let (x, w) = (random(rows, columns, 1), random(1, columns, 2));
     let run = |b: &dyn Backend| b.rms_norm(&b.upload(rows, columns, x.clone()), &b.upload(1, columns, w.clone()), 1e-6);
     let (got, want) = (gpu.read(&run(gpu))?, CpuBackend::FP32.read(&run(&CpuBackend::FP32))?);
-    let same = got.iter().zip(want.iter()).all(|(a, b)| a.to_bits() == b.to_bits());
-    let (gx, gw) = (gpu.upload(rows, columns, x), gpu.upload(1, columns, w));
-    let time = seconds(gpu, || gpu.rms_norm(&gx, &gw, 1e-6))?;
-    let bytes = 8.0 * (rows * columns) as f64;
-    println!(
-        "{{\"op\":\"rms_norm\",\"rows\":{rows},\"columns\":{columns},\"same_bits_as_cpu\":{same},\"us\":{:.1},\"gb_per_s\":{:.0},\"limit_gb_per_s\":3350}}",
-        time * 1e6,
-        bytes / time / 1e9
-    );
-    Ok(same)
+    let other = got.iter().zip(want.iter()).filter(|(a, b)| a.to_bits() != b.to_bits()).count();
+    Ok(report("rms_norm, f32: elements of other bits", (rows, columns), other as f64, 0.0))
 }
 
 fn linear(gpu: &dyn Backend, rows: usize, out: usize, input: usize) -> Result<bool, BackendError> {
     let (x, w, dy) = (random(rows, input, 3), random(out, input, 4), random(rows, out, 5));
-    let forward = |b: &dyn Backend| b.linear(&b.upload(rows, input, x.clone()), &b.upload(out, input, w.clone()));
-    let backward =
-        |b: &dyn Backend| b.linear_backward_input(&b.upload(rows, out, dy.clone()), &b.upload(out, input, w.clone()));
+    let forward =
+        |b: &dyn Backend| b.linear(&b.upload(rows, input, x.clone()), &b.upload(out, input, w.clone()), Role::Head);
+    let backward = |b: &dyn Backend| {
+        let (dy, w) = (b.upload(rows, out, dy.clone()), b.upload(out, input, w.clone()));
+        b.linear_backward_input(&dy, &w, Role::Head)
+    };
     let y = difference(&gpu.read(&forward(gpu))?, &CpuBackend::FP32.read(&forward(&CpuBackend::FP32))?);
     let dx = difference(&gpu.read(&backward(gpu))?, &CpuBackend::FP32.read(&backward(&CpuBackend::FP32))?);
-    let (gx, gw) = (gpu.upload(rows, input, x), gpu.upload(out, input, w));
-    let time = seconds(gpu, || gpu.linear(&gx, &gw, Role::Head))?;
-    println!(
-        "{{\"op\":\"linear f32\",\"rows\":{rows},\"out\":{out},\"in\":{input},\"difference_y\":{y:e},\"difference_dx\":{dx:e},\"us\":{:.1},\"tflops\":{:.2},\"limit_tflops\":67}}",
-        time * 1e6,
-        2.0 * (rows * out * input) as f64 / time / 1e12
-    );
     // Rounding of sums of `input` f32 terms in another order, relative to the largest element.
-    let tolerance = 1e-5;
-    Ok(y < tolerance && dx < tolerance)
+    Ok(report("linear, f32", (rows, out, input), y.max(dx), 1e-5))
+}
+
+/// BF16 of random rows, as the CPU's backend stores them and as words of the GPU.
+fn low(b: &CpuBackend, rows: usize, columns: usize, name: u32) -> Result<(Tensor, Vec<u16>), BackendError> {
+    let x = b.upload(rows, columns, random(rows, columns, name));
+    let words = b.read(&x)?.iter().map(|x| bf16_bits(*x)).collect();
+    Ok((x, words))
+}
+
+/// Rows in E4M3 by the GPU; they must be the CPU's to the last bit.
+fn quantised(gpu: &Gpu, b: &CpuBackend, x: &Tensor, words: &[u16]) -> Result<(Codes, bool), BackendError> {
+    let (rows, columns) = (x.rows(), x.columns());
+    let mut codes = gpu.codes(rows, columns)?;
+    gpu.quantise_rows(&gpu.upload(words)?, &mut codes, false)?;
+    let q = b.quantise(x);
+    let (want_codes, want_scales) = q.as_quantised().expect("a quantised matrix");
+    let (got_codes, got_scales) = (gpu.download(&codes.codes)?, gpu.download(&codes.scales)?);
+    let tiles = columns / 128;
+    let scale = |row: usize, tile: usize| got_scales[tile * Codes::stride(rows) + row].to_bits();
+    let same = (0..rows * tiles).all(|at| scale(at / tiles, at % tiles) == want_scales[at].to_bits());
+    let good = report("quantise: other bits", (rows, columns), f64::from(!same || got_codes != want_codes), 0.0);
+    Ok((codes, good))
+}
+
+/// Weights in E4M3 by the CPU.
+fn blocks(gpu: &Gpu, weights: &[Arc<Vec<f32>>], rows: usize, columns: usize) -> Result<Blocks, BackendError> {
+    let all: Vec<_> = weights.iter().map(|w| quantise_blocks(w, rows, columns)).collect();
+    let codes: Vec<u8> = all.iter().flat_map(|(codes, _)| codes.iter().copied()).collect();
+    let scales: Vec<f32> = all.iter().flat_map(|(_, scales)| scales.iter().copied()).collect();
+    Ok(Blocks { groups: weights.len(), rows, columns, codes: gpu.upload(&codes)?, scales: gpu.upload(&scales)? })
+}
+
+fn values(words: &[u16]) -> Vec<f32> {
+    words.iter().map(|w| bf16_value(*w)).collect()
+}
+
+/// Both round the same sums, in other orders, to BF16: a result in some hundred is another neighbour.
+const PRODUCT: f64 = 1e-3;
+/// Sums of FP32 in other orders.
+const GRADIENT: f64 = 1e-4;
+
+fn offsets(counts: &[u32]) -> Vec<i32> {
+    let ends = counts.iter().scan(0, |end, n| {
+        *end += *n as i32;
+        Some(*end)
+    });
+    [0].into_iter().chain(ends).collect()
+}
+
+/// Products in FP8: rows of groups, each against its weight.
+fn fp8(gpu: &Gpu, counts: &[u32], out: usize, input: usize) -> Result<bool, BackendError> {
+    let b = CpuBackend::new(Precision::Fp8);
+    let rows = counts.iter().sum::<u32>() as usize;
+    let (x, words) = low(&b, rows, input, 7)?;
+    let weights: Vec<_> = (0..counts.len()).map(|g| random(out, input, 20 + g as u32)).collect();
+    let (codes, mut good) = quantised(gpu, &b, &x, &words)?;
+    let w = blocks(gpu, &weights, out, input)?;
+    let host: Vec<Tensor> = weights.iter().map(|w| Tensor::host(out, input, Arc::clone(w))).collect();
+    let poison = vec![0x7fff; rows * out];
+    let mut y = gpu.upload(&poison)?;
+    if counts.len() == 1 {
+        gpu.fp8_linear(&codes, &w, &mut y)?;
+        let want = b.read(&b.linear(&x, &host[0], Role::Projection))?;
+        good &=
+            report("product, FP8", (rows, out, input), norm_difference(&values(&gpu.download(&y)?), &want), PRODUCT);
+    }
+    let mut y = gpu.upload(&poison)?;
+    gpu.fp8_grouped(&codes, &w, &gpu.upload(&offsets(counts))?, &mut y)?;
+    let grouped = b.grouped_linear(&x, &b.upload_indices(counts.to_vec()), &host, Role::Projection);
+    let error = norm_difference(&values(&gpu.download(&y)?), &b.read(&grouped)?);
+    Ok(good & report("grouped product, FP8", (counts, out, input), error, PRODUCT))
+}
+
+/// The weight gradient of rows that are turned on the GPU, added to what is there.
+fn weight_gradient(gpu: &Gpu, tokens: usize, out: usize, input: usize) -> Result<bool, BackendError> {
+    let b = CpuBackend::new(Precision::Fp8);
+    let ((dy, dy_words), (x, x_words)) = (low(&b, tokens, out, 8)?, low(&b, tokens, input, 9)?);
+    let filled = tokens.next_multiple_of(128);
+    let groups = Groups { offsets: gpu.upload(&[0, tokens as i32])?, blocks: gpu.upload(&[0, (filled / 128) as i32])? };
+    let (mut of_dy, mut of_x) = (gpu.codes(out, filled)?, gpu.codes(input, filled)?);
+    gpu.turn(&gpu.upload(&dy_words)?, &groups, &mut of_dy, false)?;
+    let (kept, good) = quantised(gpu, &b, &x, &x_words)?;
+    gpu.turn_codes(&kept, &groups, &mut of_x, false)?;
+    let before = random(out, input, 10);
+    let mut dw = gpu.upload(&before)?;
+    gpu.fp8_weight_gradient(&of_dy, &of_x, &groups.blocks, &mut dw)?;
+    let product = b.read(&b.linear_backward_weight(&dy, &x, Role::Projection))?;
+    let got: Vec<f32> = gpu.download(&dw)?.iter().zip(before.iter()).map(|(sum, before)| sum - before).collect();
+    Ok(good & report("weight gradient, FP8", (tokens, out, input), norm_difference(&got, &product), GRADIENT))
 }
 
 fn check() -> Result<bool, BackendError> {
-    let gpu = CudaBackend::new(0)?;
-    println!("{{\"device_class\":\"{}\"}}", gpu.class());
+    let gpu = CudaBackend::new(0, Box::new(NoCubins))?;
+    println!("{{\"device_class\":\"{}\",\"card\":\"{}\"}}", gpu.class(), gpu.gpu().card()?);
     let mut good = true;
     for (rows, columns) in [(1, 7), (3, 16), (17, 129), (1000, 1536), (4096, 7168)] {
         good &= rms_norm(&gpu, rows, columns)?;
     }
     for (rows, out, input) in [(1, 5, 3), (17, 33, 65), (300, 70, 40), (512, 384, 128), (4096, 2112, 1024)] {
         good &= linear(&gpu, rows, out, input)?;
+    }
+    for (counts, out, input) in [
+        (&[1][..], 8, 128),
+        (&[77], 136, 256),
+        (&[300], 2112, 1024),
+        (&[1000], 1000, 640),
+        (&[2047], 520, 1536),
+        (&[5, 0, 0, 131, 256, 257, 1, 300], 256, 512),
+        (&[0, 1000, 33, 0], 1000, 384),
+    ] {
+        good &= fp8(gpu.gpu(), counts, out, input)?;
+    }
+    for (tokens, out, input) in [(1, 128, 128), (128, 256, 128), (1000, 384, 256), (4096, 640, 512)] {
+        good &= weight_gradient(gpu.gpu(), tokens, out, input)?;
     }
     // What is not there yet is an error at the next read, and it sticks.
     let x = gpu.upload(2, 2, random(2, 2, 6));

@@ -20,7 +20,7 @@ mod wide;
 pub use backend::{AttentionState, Backend, BackendError, DeviceClass, Precision, Role};
 pub use cpu::CpuBackend;
 #[cfg(feature = "cuda")]
-pub use cuda::CudaBackend;
+pub use cuda::{Blocks, Codes, Cubins, CublasPeer, CudaBackend, Gpu, Groups, NoCubins, Places, SOURCES, Source};
 pub use element::Bf16;
 pub use layers::decode::Decoder;
 pub use layers::expert::{

@@ -187,7 +187,8 @@ fn weights_go_to_users_and_to_their_new_lives() {
 #[test]
 fn sums_of_other_shapes_are_not_counted() {
     let materials = materials();
-    let spoilt: [fn(&mut Vec<Tensor>, &mut Vec<u64>); 5] = [
+    type Spoil = fn(&mut Vec<Tensor>, &mut Vec<u64>);
+    let spoilt: [Spoil; 5] = [
         |gradients, _| drop(gradients.pop()),
         |gradients, _| gradients.push(gradients[0].clone()),
         |gradients, _| gradients[0] = Tensor::from_vec(1, 1, vec![0.0]),

@@ -105,8 +105,14 @@ pub(crate) enum Command {
         #[arg(long = "set", value_name = "KEY=VALUE")]
         set: Vec<String>,
     },
-    /// Measure: one JSON object per figure, with its limit.
-    Bench,
+    /// Measure: one JSON object per figure, with its peer and its limit.
+    Bench {
+        /// What the GPU is to run; the CPU's products by default.
+        what: Option<bench::What>,
+        /// Every line is an object, with or without this.
+        #[arg(long)]
+        json: bool,
+    },
 }
 
 /// Runs one.
@@ -167,6 +173,6 @@ pub(crate) fn run(command: Command) -> Result<ExitCode> {
             Ok(ExitCode::SUCCESS)
         }
         Command::Plan { config, inventory, json, set } => plan::run(&read_config(&config, &set)?, inventory, json),
-        Command::Bench => bench::run(),
+        Command::Bench { what, json: _ } => bench::run(what),
     }
 }

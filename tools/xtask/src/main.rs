@@ -36,7 +36,7 @@ fn verify() -> Result<()> {
     tidy::check()?;
     cargo(&["fmt", "--all", "--check"], false)?;
     cargo(&["clippy", "--workspace", "--all-targets", "--", "-D", "warnings"], false)?;
-    cargo(&["clippy", "-p", "everstep-kernels", "--features", "cuda", "--", "-D", "warnings"], false)?;
+    cargo(&["clippy", "-p", "everstep-kernels", "--features", "cuda", "--all-targets", "--", "-D", "warnings"], false)?;
     cargo(&["doc", "--workspace", "--no-deps", "--document-private-items"], true)
 }
 

@@ -8,6 +8,18 @@
 //! cuBLASLt's, whose order of sums is its own choice by shape; it agrees with the CPU's within
 //! rounding, and is not yet independent of the number of rows.
 
+mod device;
+mod measure;
+mod products;
+mod rows;
+mod sources;
+
+pub use device::{Cubins, Gpu, NoCubins};
+pub use measure::CublasPeer;
+pub use products::{Blocks, Codes};
+pub use rows::{Groups, Places};
+pub use sources::{SOURCES, Source};
+
 use crate::backend::{AttentionState, Backend, BackendError, DeviceClass, Role};
 use crate::ops::attention::AttentionShape;
 use crate::ops::combine::Dispatch;
@@ -15,7 +27,7 @@ use crate::ops::gate::GateShape;
 use crate::ops::rope::RopeShape;
 use crate::tensor::{DeviceBuffer, Tensor};
 use cudarc::cublaslt::{CudaBlasLT, Matmul, MatmulConfig, MatmulShared, Workspace, sys};
-use cudarc::driver::{CudaContext, CudaFunction, CudaSlice, CudaStream, LaunchConfig, PushKernelArg};
+use cudarc::driver::{CudaFunction, CudaSlice, CudaStream, LaunchConfig, PushKernelArg};
 use std::any::Any;
 use std::sync::{Arc, Mutex, PoisonError};
 
@@ -87,6 +99,7 @@ impl Matmul<f32> for FullF32 {
 /// See the module.
 #[derive(Debug)]
 pub struct CudaBackend {
+    gpu: Gpu,
     stream: Arc<CudaStream>,
     blas: FullF32,
     rms_norm: CudaFunction,
@@ -94,35 +107,22 @@ pub struct CudaBackend {
     failed: Mutex<Option<BackendError>>,
 }
 
-/// Whether the libraries are there: cudarc panics at the first call into one that is not.
-fn libraries() -> Result<(), String> {
-    // SAFETY: these only look for shared libraries and have no other effect.
-    let found = unsafe {
-        [
-            ("the CUDA driver", cudarc::driver::sys::is_culib_present()),
-            ("NVRTC", cudarc::nvrtc::sys::is_culib_present()),
-            ("cuBLASLt", cudarc::cublaslt::sys::is_culib_present()),
-        ]
-    };
-    let missing: Vec<&str> = found.iter().filter(|(_, there)| !there).map(|(name, _)| *name).collect();
-    if missing.is_empty() { Ok(()) } else { Err(format!("not found: {}", missing.join(", "))) }
-}
-
 impl CudaBackend {
-    /// The backend of one GPU.
-    pub fn new(ordinal: usize) -> Result<Self, BackendError> {
-        let device = || format!("cuda:{ordinal}");
-        let failed = |reason: String| BackendError::Device { device: device(), reason };
-        libraries().map_err(failed)?;
-        let context = CudaContext::new(ordinal).map_err(|e| failed(e.to_string()))?;
-        let stream = context.default_stream();
-        let ptx = cudarc::nvrtc::compile_ptx(RMS_NORM).map_err(|e| failed(e.to_string()))?;
-        let module = context.load_module(ptx).map_err(|e| failed(e.to_string()))?;
-        let rms_norm = module.load_function("rms_norm").map_err(|e| failed(e.to_string()))?;
-        let blas = FullF32(CudaBlasLT::new(Arc::clone(&stream)).map_err(|e| failed(e.to_string()))?);
-        let (major, minor) = context.compute_capability().map_err(|e| failed(e.to_string()))?;
-        let class = format!("cuda sm_{major}{minor} f32");
-        Ok(Self { stream, blas, rms_norm, class, failed: Mutex::new(None) })
+    /// The backend of one GPU; machine code of kernels is kept in `cubins`.
+    pub fn new(ordinal: usize, cubins: Box<dyn Cubins>) -> Result<Self, BackendError> {
+        let gpu = Gpu::new(ordinal, cubins)?;
+        let stream = Arc::clone(&gpu.stream);
+        let ptx = cudarc::nvrtc::compile_ptx(RMS_NORM).map_err(|e| gpu.error(e))?;
+        let module = stream.context().load_module(ptx).map_err(|e| gpu.error(e))?;
+        let rms_norm = module.load_function("rms_norm").map_err(|e| gpu.error(e))?;
+        let blas = FullF32(CudaBlasLT::new(Arc::clone(&stream)).map_err(|e| gpu.error(e))?);
+        let class = format!("cuda {} f32", gpu.architecture());
+        Ok(Self { gpu, stream, blas, rms_norm, class, failed: Mutex::new(None) })
+    }
+
+    /// Its GPU, for the kernels that are not operations yet.
+    pub fn gpu(&self) -> &Gpu {
+        &self.gpu
     }
 
     fn error(&self, reason: impl std::fmt::Display) -> BackendError {

@@ -1,5 +1,10 @@
 //! `everstep bench`: figures as JSON lines, each with what bounds it, all measured in this run.
 
+mod cubins;
+mod gpu;
+
+pub(crate) use gpu::What;
+
 use anyhow::Result;
 use everstep_kernels::{Backend, CpuBackend, Philox, Role, Tensor, multiply_add_limit, peer_linear};
 use std::process::ExitCode;
@@ -26,8 +31,17 @@ fn matrix(rows: usize, columns: usize) -> Tensor {
     Tensor::from_vec(rows, columns, Philox::new(1, 9, rows as u32).normals(rows * columns, 1.0))
 }
 
+/// Measures the GPU's kernels, or the CPU's.
+pub(crate) fn run(what: Option<What>) -> Result<ExitCode> {
+    match what {
+        Some(what) => gpu::run(what)?,
+        None => products()?,
+    }
+    Ok(ExitCode::SUCCESS)
+}
+
 /// Our product, the library's own beside it, and the machine's limit.
-pub(crate) fn run() -> Result<ExitCode> {
+fn products() -> Result<()> {
     let limit = multiply_add_limit();
     for (rows, out, input) in [(2048, 512, 768), (2048, 2048, 2048), (512, 128, 128), (512, 384, 128), (3, 128, 128)] {
         let (x, w) = (matrix(rows, input), matrix(out, input));
@@ -45,5 +59,5 @@ pub(crate) fn run() -> Result<ExitCode> {
         });
         println!("{line}");
     }
-    Ok(ExitCode::SUCCESS)
+    Ok(())
 }

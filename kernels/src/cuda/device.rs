@@ -1,0 +1,215 @@
+//! One GPU: its stream, the kernels that were asked for, descriptors of the copy engine, and launches.
+
+use super::sources::Source;
+use crate::backend::BackendError;
+use cudarc::driver::sys::{
+    CUfunction_attribute, CUtensorMap, CUtensorMapDataType, CUtensorMapFloatOOBfill, CUtensorMapInterleave,
+    CUtensorMapL2promotion, CUtensorMapSwizzle, cuTensorMapEncodeTiled,
+};
+use cudarc::driver::{CudaContext, CudaFunction, CudaModule, CudaStream, DeviceRepr, LaunchConfig, sys};
+use cudarc::nvrtc::Ptx;
+use std::collections::BTreeMap;
+use std::fmt::{Debug, Display};
+use std::mem::MaybeUninit;
+use std::sync::{Arc, Mutex, PoisonError};
+
+/// Where machine code is kept between processes: compiling takes seconds. Keys name contents, so nothing grows stale.
+pub trait Cubins: Send + Sync + Debug {
+    /// What was kept under a key.
+    fn get(&self, key: &str) -> Option<Vec<u8>>;
+    /// Keeps it, if that can be done.
+    fn put(&self, key: &str, cubin: &[u8]);
+}
+
+/// Keeps nothing.
+#[derive(Debug)]
+pub struct NoCubins;
+
+impl Cubins for NoCubins {
+    fn get(&self, _: &str) -> Option<Vec<u8>> {
+        None
+    }
+
+    fn put(&self, _: &str, _: &[u8]) {}
+}
+
+/// Whether the libraries are there: cudarc panics at the first call into one that is not.
+fn libraries() -> Result<(), String> {
+    // SAFETY: these only look for shared libraries and have no other effect.
+    let found = unsafe {
+        [
+            ("the CUDA driver (libcuda)", cudarc::driver::sys::is_culib_present()),
+            ("NVRTC (libnvrtc)", cudarc::nvrtc::sys::is_culib_present()),
+            ("cuBLASLt (libcublasLt)", cudarc::cublaslt::sys::is_culib_present()),
+        ]
+    };
+    all_there(&found)
+}
+
+fn all_there(found: &[(&str, bool)]) -> Result<(), String> {
+    let missing: Vec<&str> = found.iter().filter(|(_, there)| !there).map(|(name, _)| *name).collect();
+    if missing.is_empty() { Ok(()) } else { Err(format!("not found: {}", missing.join(", "))) }
+}
+
+/// See the module.
+#[derive(Debug)]
+pub struct Gpu {
+    name: String,
+    pub(super) stream: Arc<CudaStream>,
+    /// Multiprocessors.
+    pub(super) processors: u32,
+    capability: (i32, i32),
+    cubins: Box<dyn Cubins>,
+    modules: Mutex<BTreeMap<&'static str, Arc<CudaModule>>>,
+}
+
+impl Gpu {
+    /// The GPU with this number.
+    pub fn new(ordinal: usize, cubins: Box<dyn Cubins>) -> Result<Self, BackendError> {
+        let name = format!("cuda:{ordinal}");
+        let failed = |reason: String| BackendError::Device { device: name.clone(), reason };
+        libraries().map_err(&failed)?;
+        let say = |e: cudarc::driver::DriverError| failed(e.to_string());
+        let context = CudaContext::new(ordinal).map_err(say)?;
+        let processors = sys::CUdevice_attribute::CU_DEVICE_ATTRIBUTE_MULTIPROCESSOR_COUNT;
+        let processors = context.attribute(processors).map_err(say)? as u32;
+        let capability = context.compute_capability().map_err(say)?;
+        let stream = context.default_stream();
+        Ok(Self { name, stream, processors, capability, cubins, modules: Mutex::default() })
+    }
+
+    /// The card's own name.
+    pub fn card(&self) -> Result<String, BackendError> {
+        self.stream.context().name().map_err(|e| self.error(e))
+    }
+
+    /// "sm_90" and the like.
+    pub(super) fn architecture(&self) -> String {
+        format!("sm_{}{}", self.capability.0, self.capability.1)
+    }
+
+    pub(super) fn error(&self, reason: impl Display) -> BackendError {
+        BackendError::Device { device: self.name.clone(), reason: reason.to_string() }
+    }
+
+    pub(super) fn synchronize(&self) -> Result<(), BackendError> {
+        self.stream.synchronize().map_err(|e| self.error(e))
+    }
+
+    /// A function of a kernel file, compiled at its first use, with so much shared memory.
+    pub(super) fn function(&self, source: &Source, name: &str, shared: u32) -> Result<CudaFunction, BackendError> {
+        let module = self.module(source)?;
+        let function = module.load_function(name).map_err(|e| self.error(format!("{name} of {}: {e}", source.name)))?;
+        let attribute = CUfunction_attribute::CU_FUNC_ATTRIBUTE_MAX_DYNAMIC_SHARED_SIZE_BYTES;
+        function.set_attribute(attribute, shared as i32).map_err(|e| self.error(format!("{name}: {e}")))?;
+        Ok(function)
+    }
+
+    fn module(&self, source: &Source) -> Result<Arc<CudaModule>, BackendError> {
+        if self.capability != (9, 0) {
+            let needs = format!("{} is compiled for sm_90a, this GPU is {}", source.name, self.architecture());
+            return Err(self.error(needs));
+        }
+        let mut modules = self.modules.lock().unwrap_or_else(PoisonError::into_inner);
+        if let Some(module) = modules.get(source.name) {
+            return Ok(Arc::clone(module));
+        }
+        let key = source.key().map_err(|e| self.error(e))?;
+        let load = |cubin: Vec<u8>| self.stream.context().load_module(Ptx::from_binary(cubin));
+        // What was kept may be damaged, and is then made again.
+        let module = match self.cubins.get(&key).map(load) {
+            Some(Ok(module)) => module,
+            Some(Err(_)) | None => {
+                let compiled = source.compile().map_err(|e| self.error(e))?;
+                self.cubins.put(&key, &compiled.cubin);
+                load(compiled.cubin).map_err(|e| self.error(format!("{}: {e}", source.name)))?
+            }
+        };
+        modules.insert(source.name, Arc::clone(&module));
+        Ok(module)
+    }
+}
+
+/// A launch of `grid` blocks in one dimension.
+pub(super) fn launch_of(grid: u32, threads: u32, shared: u32) -> LaunchConfig {
+    LaunchConfig { grid_dim: (grid.max(1), 1, 1), block_dim: (threads, 1, 1), shared_mem_bytes: shared }
+}
+
+/// A box of a matrix for the copy engine.
+#[derive(Clone, Copy)]
+#[repr(transparent)]
+pub(super) struct TensorMap(CUtensorMap);
+
+// SAFETY: it is plain data that kernels take by value.
+unsafe impl DeviceRepr for TensorMap {}
+
+/// Elements as the copy engine counts them.
+#[derive(Debug, Clone, Copy)]
+pub(super) enum Kind {
+    Byte,
+    F32,
+    Bf16,
+}
+
+/// What a box is cut from: dimensions and box innermost first; strides in bytes of all but the innermost.
+pub(super) struct Boxes<'a> {
+    pub(super) kind: Kind,
+    pub(super) dimensions: &'a [usize],
+    pub(super) strides: &'a [usize],
+    pub(super) size: &'a [usize],
+    /// Rows of 128 bytes are swizzled.
+    pub(super) swizzled: bool,
+}
+
+impl Gpu {
+    /// The descriptor of boxes in the memory at `address`.
+    pub(super) fn tensor_map(&self, address: sys::CUdeviceptr, boxes: &Boxes<'_>) -> Result<TensorMap, BackendError> {
+        let rank = boxes.dimensions.len();
+        let wide = |list: &[usize]| list.iter().map(|n| *n as u64).collect::<Vec<_>>();
+        let (dimensions, strides) = (wide(boxes.dimensions), wide(boxes.strides));
+        let size: Vec<u32> = boxes.size.iter().map(|n| *n as u32).collect();
+        let kind = match boxes.kind {
+            Kind::Byte => CUtensorMapDataType::CU_TENSOR_MAP_DATA_TYPE_UINT8,
+            Kind::F32 => CUtensorMapDataType::CU_TENSOR_MAP_DATA_TYPE_FLOAT32,
+            Kind::Bf16 => CUtensorMapDataType::CU_TENSOR_MAP_DATA_TYPE_BFLOAT16,
+        };
+        let swizzle = if boxes.swizzled {
+            CUtensorMapSwizzle::CU_TENSOR_MAP_SWIZZLE_128B
+        } else {
+            CUtensorMapSwizzle::CU_TENSOR_MAP_SWIZZLE_NONE
+        };
+        let mut map = MaybeUninit::uninit();
+        // SAFETY: the lists have `rank` elements (strides one less), and outlive the call; the driver checks the rest
+        // and writes the descriptor whole if it is content.
+        unsafe {
+            cuTensorMapEncodeTiled(
+                map.as_mut_ptr(),
+                kind,
+                rank as u32,
+                address as *mut std::ffi::c_void,
+                dimensions.as_ptr(),
+                strides.as_ptr(),
+                size.as_ptr(),
+                vec![1; rank].as_ptr(),
+                CUtensorMapInterleave::CU_TENSOR_MAP_INTERLEAVE_NONE,
+                swizzle,
+                CUtensorMapL2promotion::CU_TENSOR_MAP_L2_PROMOTION_L2_256B,
+                CUtensorMapFloatOOBfill::CU_TENSOR_MAP_FLOAT_OOB_FILL_NONE,
+            )
+            .result()
+            .map_err(|e| self.error(format!("boxes {:?} of {dimensions:?}: {e}", boxes.size)))?;
+            Ok(TensorMap(map.assume_init()))
+        }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn what_is_missing_is_named() {
+        assert_eq!(all_there(&[("a", true), ("b", true)]), Ok(()));
+        assert_eq!(all_there(&[("a", false), ("b", true), ("c", false)]), Err("not found: a, c".to_owned()));
+    }
+}

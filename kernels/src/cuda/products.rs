@@ -1,0 +1,246 @@
+//! FP8 products on the tensor cores: dense, grouped by expert, and the weight gradient. Layouts and orders of sums are
+//! told in `hopper/fp8_gemm.cu` and `hopper/fp8_wgrad.cu`.
+
+use super::device::{Boxes, Gpu, Kind, TensorMap, launch_of};
+use super::sources::{DENSE_128X176, DENSE_192X128, DENSE_256X128, GROUPED, Source, WGRAD};
+use crate::backend::BackendError;
+use cudarc::driver::{CudaSlice, CudaView, DevicePtr, DevicePtrMut, PushKernelArg};
+
+/// Elements under one scale, along a row.
+const TILE: usize = 128;
+
+/// `x_RC` in E4M3 on the device, with a scale for each 128 of its columns, stored `[C/128][R]` with rows padded to a
+/// multiple of four.
+#[derive(Debug)]
+pub struct Codes {
+    /// Rows, of activations or of a transposed operand.
+    pub rows: usize,
+    /// Columns, a multiple of 128.
+    pub columns: usize,
+    /// Row by row.
+    pub codes: CudaSlice<u8>,
+    /// By tile, then by row.
+    pub scales: CudaSlice<f32>,
+}
+
+impl Codes {
+    /// Distance of two tiles' scales.
+    pub fn stride(rows: usize) -> usize {
+        rows.next_multiple_of(4)
+    }
+
+    /// Scales of a matrix.
+    pub fn scale_count(rows: usize, columns: usize) -> usize {
+        Self::stride(rows) * columns / TILE
+    }
+}
+
+/// `w_GOI` in E4M3 on the device, with a scale for each block of 128 x 128, stored `[G][O/128][I/128]`.
+#[derive(Debug)]
+pub struct Blocks {
+    /// Matrices, one after another.
+    pub groups: usize,
+    /// Rows of each, a multiple of 8.
+    pub rows: usize,
+    /// Columns, a multiple of 128.
+    pub columns: usize,
+    /// Row by row.
+    pub codes: CudaSlice<u8>,
+    /// By group, row of blocks and column of blocks.
+    pub scales: CudaSlice<f32>,
+}
+
+/// The rows and columns of a tile and what else a launch needs to know of a variant.
+#[derive(Clone, Copy)]
+struct Tile {
+    math: usize,
+    rows: usize,
+    columns: usize,
+    stages: usize,
+    grouped: bool,
+    shares_rows: bool,
+}
+
+impl Tile {
+    fn of(source: &Source) -> Self {
+        let value = |name| source.value(name) as usize;
+        Self {
+            math: value("MATH"),
+            rows: value("BM"),
+            columns: value("BN"),
+            stages: value("STAGES"),
+            grouped: value("GROUPED") == 1,
+            shares_rows: value("SHARE") == 1,
+        }
+    }
+
+    /// Columns of a store.
+    fn store(&self) -> usize {
+        if self.columns.is_multiple_of(64) { 64 } else { self.columns }
+    }
+
+    /// Bytes of shared memory, as `fp8_gemm.cu` lays them out.
+    fn shared(&self) -> usize {
+        let scales = if self.grouped { self.rows.div_ceil(TILE) * 512 + 128 } else { self.rows * 4 };
+        self.stages * ((self.rows + self.columns) * TILE + scales + 16) + self.rows * self.columns * 2 + 16 * self.math
+    }
+}
+
+/// The variant that takes least: waves of tiles, by what a tile of that kind costs.
+fn choose(m: usize, n: usize, k: usize, processors: usize) -> &'static Source {
+    let cost = |source: &Source, weight: f64| {
+        let tile = Tile::of(source);
+        let waves = (m.div_ceil(tile.rows) * n.div_ceil(tile.columns)).div_ceil(processors);
+        (waves * tile.rows * tile.columns) as f64 * weight
+    };
+    let costs = [
+        (&DENSE_256X128, cost(&DENSE_256X128, 1.0)),
+        (&DENSE_128X176, cost(&DENSE_128X176, 1.06)),
+        (&DENSE_192X128, cost(&DENSE_192X128, if k >= 4096 { 0.98 } else { 1.05 })),
+    ];
+    costs.iter().min_by(|a, b| a.1.total_cmp(&b.1)).expect("there are three").0
+}
+
+impl Gpu {
+    /// `x_TI, w_OI -> y_TO` in BF16: block-scaled operands, FP32 sums that are promoted every 128 of I.
+    pub fn fp8_linear(&self, x: &Codes, w: &Blocks, y: &mut CudaSlice<u16>) -> Result<(), BackendError> {
+        assert_eq!((w.groups, w.columns, y.len()), (1, x.columns, x.rows * w.rows), "shapes of a product");
+        let source = choose(x.rows, w.rows, x.columns, self.processors as usize);
+        self.fp8_product(source, x, w, None, y)
+    }
+
+    /// The same with each group of rows of `x` against its own matrix; `offsets` holds the groups' first rows, and the end.
+    pub fn fp8_grouped(
+        &self,
+        x: &Codes,
+        w: &Blocks,
+        offsets: &CudaSlice<i32>,
+        y: &mut CudaSlice<u16>,
+    ) -> Result<(), BackendError> {
+        let shapes = (w.columns, y.len(), offsets.len());
+        assert_eq!(shapes, (x.columns, x.rows * w.rows, w.groups + 1), "shapes of a grouped product");
+        self.fp8_product(&GROUPED, x, w, Some(offsets), y)
+    }
+
+    fn fp8_product(
+        &self,
+        source: &Source,
+        x: &Codes,
+        w: &Blocks,
+        offsets: Option<&CudaSlice<i32>>,
+        y: &mut CudaSlice<u16>,
+    ) -> Result<(), BackendError> {
+        let (m, n, k, tile) = (x.rows, w.rows, x.columns, Tile::of(source));
+        assert!(n.is_multiple_of(8) && k.is_multiple_of(TILE), "a product of {n} columns over {k}");
+        if m == 0 {
+            return Ok(());
+        }
+        let half = if tile.shares_rows { 2 } else { 1 };
+        let map_x = self.bytes(&x.codes.as_view(), m, k, tile.rows / half)?;
+        let map_w = self.bytes(&w.codes.as_view(), n * w.groups, k, tile.columns)?;
+        let map_s = self.scales(&x.scales, m, k / TILE, if tile.grouped { 132 } else { tile.rows })?;
+        let function = self.function(source, "fp8_gemm", tile.shared() as u32)?;
+        let map_y = {
+            let (address, _held) = y.device_ptr_mut(&self.stream);
+            let swizzled = tile.columns.is_multiple_of(64);
+            let (dimensions, strides, size) = ([n, m], [2 * n], [tile.store(), 32]);
+            let boxes = Boxes { kind: Kind::Bf16, dimensions: &dimensions, strides: &strides, size: &size, swizzled };
+            self.tensor_map(address, &boxes)?
+        };
+        let (groups, m, n, k) = (w.groups as i32, m as i32, n as i32, k as i32);
+        let mut launch = self.stream.launch_builder(&function);
+        launch.arg(&map_x).arg(&map_w).arg(&map_y).arg(&map_s).arg(y).arg(&w.scales);
+        match offsets {
+            Some(offsets) => launch.arg(offsets),
+            // A dense product reads none.
+            None => launch.arg(&w.scales),
+        };
+        launch.arg(&groups).arg(&m).arg(&n).arg(&k);
+        let config = launch_of(self.processors, 128 * (tile.math as u32 + 1), tile.shared() as u32);
+        // SAFETY: the operands have the shapes that the descriptors and numbers say (asserted above and by the types'
+        // lengths, which the descriptors' makers check); the kernel stays within them.
+        unsafe { launch.launch(config) }.map_err(|e| self.error(format!("{}: {e}", source.name)))?;
+        Ok(())
+    }
+
+    /// `dw_GOI += dy^T x`, for each group of tokens: `dy` and `x` are transposed, `[O][T]` and `[I][T]`, each group's
+    /// tokens filling whole blocks of 128; `offsets` holds the groups' first blocks, and the end.
+    pub fn fp8_weight_gradient(
+        &self,
+        dy: &Codes,
+        x: &Codes,
+        offsets: &CudaSlice<i32>,
+        dw: &mut CudaSlice<f32>,
+    ) -> Result<(), BackendError> {
+        let (m, n, tokens, groups) = (dy.rows, x.rows, dy.columns, offsets.len() - 1);
+        assert_eq!((x.columns, dw.len()), (tokens, groups * m * n), "shapes of a weight gradient");
+        assert!(
+            n.is_multiple_of(4) && tokens.is_multiple_of(TILE),
+            "a weight gradient of {n} columns, {tokens} tokens"
+        );
+        if tokens == 0 {
+            return Ok(());
+        }
+        let value = |name| WGRAD.value(name) as usize;
+        let (math, columns, stages) = (value("MATH"), value("BN"), value("STAGES"));
+        let rows = 64 * math;
+        let shared = stages * ((rows + columns) * (TILE + 4) + 16) + rows * columns * 4 + 48;
+        let map_a = self.bytes(&dy.codes.as_view(), m, tokens, rows)?;
+        let map_b = self.bytes(&x.codes.as_view(), n, tokens, columns)?;
+        let (map_sa, map_sb) =
+            (self.scales(&dy.scales, m, tokens / TILE, rows)?, self.scales(&x.scales, n, tokens / TILE, columns)?);
+        let function = self.function(&WGRAD, "fp8_wgrad", shared as u32)?;
+        let map_d = {
+            let (address, _held) = dw.device_ptr_mut(&self.stream);
+            let (dimensions, strides, size) = ([n, m, groups], [4 * n, 4 * n * m], [32, 64, 1]);
+            let kind = Kind::F32;
+            let boxes = Boxes { kind, dimensions: &dimensions, strides: &strides, size: &size, swizzled: true };
+            self.tensor_map(address, &boxes)?
+        };
+        let (groups, m, n) = (groups as i32, m as i32, n as i32);
+        let mut launch = self.stream.launch_builder(&function);
+        launch.arg(&map_a).arg(&map_b).arg(&map_d).arg(&map_sa).arg(&map_sb);
+        launch.arg(offsets).arg(&groups).arg(&m).arg(&n);
+        let config = launch_of(self.processors, 128 * (math as u32 + 1), shared as u32);
+        // SAFETY: as for the products; the kernel writes `dw` through its descriptor alone, on this stream.
+        unsafe { launch.launch(config) }.map_err(|e| self.error(format!("{}: {e}", WGRAD.name)))?;
+        Ok(())
+    }
+
+    /// Boxes of `rows` x 128 codes.
+    fn bytes(
+        &self,
+        codes: &CudaView<'_, u8>,
+        height: usize,
+        width: usize,
+        rows: usize,
+    ) -> Result<TensorMap, BackendError> {
+        assert_eq!(codes.len(), height * width, "codes of a {height} x {width} matrix");
+        let (address, _held) = codes.device_ptr(&self.stream);
+        let (dimensions, strides, size) = ([width, height], [width], [TILE, rows]);
+        let kind = Kind::Byte;
+        self.tensor_map(
+            address,
+            &Boxes { kind, dimensions: &dimensions, strides: &strides, size: &size, swizzled: true },
+        )
+    }
+
+    /// Boxes of `count` scales of a tile.
+    fn scales(
+        &self,
+        scales: &CudaSlice<f32>,
+        rows: usize,
+        tiles: usize,
+        count: usize,
+    ) -> Result<TensorMap, BackendError> {
+        let stride = Codes::stride(rows);
+        assert_eq!(scales.len(), stride * tiles, "scales of {rows} rows, {tiles} tiles");
+        let (address, _held) = scales.device_ptr(&self.stream);
+        let (dimensions, strides, size) = ([rows, tiles], [4 * stride], [count, 1]);
+        let kind = Kind::F32;
+        self.tensor_map(
+            address,
+            &Boxes { kind, dimensions: &dimensions, strides: &strides, size: &size, swizzled: false },
+        )
+    }
+}

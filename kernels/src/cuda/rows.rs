@@ -1,0 +1,254 @@
+//! What is done to rows at the speed of memory: quantise, norms, SwiGLU, dispatch, combine, and the turn of tokens into
+//! columns. Layouts and roundings are told in the files of `hopper/`.
+
+use super::device::{Gpu, launch_of};
+use super::products::Codes;
+use super::sources::{NORM, PERMUTE, QUANTISE, SWIGLU, TURN};
+use crate::backend::BackendError;
+use cudarc::driver::{CudaSlice, PushKernelArg};
+
+/// Warps of a block, except in norms.
+const WARPS: usize = 8;
+const TILE: usize = 128;
+
+/// Blocks for warps that take `rows` rows of a tile each.
+fn by_tiles(rows: usize, columns: usize, each: usize) -> usize {
+    (rows.div_ceil(each) * (columns / TILE)).div_ceil(WARPS)
+}
+
+/// Launches a function with its arguments, in its order, whose lengths the caller has asserted.
+macro_rules! run {
+    ($gpu:ident, $source:ident, $name:literal, $shape:expr, $($argument:expr),+) => {{
+        let (blocks, threads, shared): (usize, u32, usize) = $shape;
+        let function = $gpu.function(&$source, $name, shared as u32)?;
+        let mut launch = $gpu.stream.launch_builder(&function);
+        $(launch.arg($argument);)+
+        // SAFETY: the arguments are the kernel's, and as long as it expects; it checks its rows.
+        unsafe { launch.launch(launch_of(blocks as u32, threads, shared as u32)) }
+            .map_err(|e| $gpu.error(format!("{}: {e}", $name)))?;
+        Ok(())
+    }};
+}
+
+/// Where tokens go: `place` holds the row of each of a token's choices, or -1; choices ascend by expert.
+#[derive(Debug)]
+pub struct Places {
+    /// Choices of a token, at most 32.
+    pub top_k: usize,
+    /// Experts of a group.
+    pub group_size: usize,
+    /// `[tokens][top_k]`.
+    pub place: CudaSlice<i32>,
+    /// `[tokens][top_k]`.
+    pub experts: CudaSlice<i32>,
+}
+
+impl Places {
+    /// Tokens that go somewhere.
+    pub fn tokens(&self) -> usize {
+        self.place.len() / self.top_k
+    }
+}
+
+/// Groups of consecutive rows, and the blocks of 128 that they fill once they are columns.
+#[derive(Debug)]
+pub struct Groups {
+    /// First rows, and the end.
+    pub offsets: CudaSlice<i32>,
+    /// First blocks, and the end.
+    pub blocks: CudaSlice<i32>,
+}
+
+impl Gpu {
+    /// Memory of the operation's result; nothing is in it yet.
+    pub(super) fn room<T: cudarc::driver::DeviceRepr>(&self, elements: usize) -> Result<CudaSlice<T>, BackendError> {
+        // SAFETY: every element is written by the operation that asked for the memory before anything reads it.
+        unsafe { self.stream.alloc(elements) }.map_err(|e| self.error(format!("{elements} elements: {e}")))
+    }
+
+    /// Memory for codes and scales.
+    pub fn codes(&self, rows: usize, columns: usize) -> Result<Codes, BackendError> {
+        assert!(columns.is_multiple_of(TILE), "{columns} columns in tiles of {TILE}");
+        let scales = self.room(Codes::scale_count(rows, columns))?;
+        Ok(Codes { rows, columns, codes: self.room(rows * columns)?, scales })
+    }
+
+    /// `x_RC` to E4M3; scales are powers of two if `power`.
+    pub fn quantise_rows(&self, x: &CudaSlice<u16>, out: &mut Codes, power: bool) -> Result<(), BackendError> {
+        assert_eq!(x.len(), out.rows * out.columns, "elements of a matrix");
+        let (rows, columns) = (out.rows, out.columns);
+        let (r, c, stride, power) = (rows as i32, columns as i32, Codes::stride(rows) as i32, i32::from(power));
+        run!(
+            self,
+            QUANTISE,
+            "quantise_rows",
+            (by_tiles(rows, columns, 8), 256, 0),
+            x,
+            &mut out.codes,
+            &mut out.scales,
+            &r,
+            &c,
+            &stride,
+            &power
+        )
+    }
+
+    /// RMSNorm of `x_RC` with weights `w_C` to BF16 and to E4M3.
+    pub fn rms_norm_quantised(
+        &self,
+        x: &CudaSlice<u16>,
+        w: &CudaSlice<f32>,
+        y: &mut CudaSlice<u16>,
+        out: &mut Codes,
+        eps: f32,
+    ) -> Result<(), BackendError> {
+        assert_eq!((x.len(), w.len(), y.len()), (out.rows * out.columns, out.columns, x.len()), "elements of a norm");
+        let (rows, columns) = (out.rows, out.columns);
+        let (r, c, stride, power) = (rows as i32, columns as i32, Codes::stride(rows) as i32, 0);
+        let shared = 4 * (2 * columns + 32);
+        run!(
+            self,
+            NORM,
+            "rms_norm",
+            (rows.div_ceil(4), 512, shared),
+            x,
+            w,
+            y,
+            &mut out.codes,
+            &mut out.scales,
+            &r,
+            &c,
+            &stride,
+            &power,
+            &eps
+        )
+    }
+
+    /// SwiGLU of `gate_RC` and `up_RC` to BF16 and to E4M3.
+    pub fn swiglu_quantised(
+        &self,
+        gate: &CudaSlice<u16>,
+        up: &CudaSlice<u16>,
+        h: &mut CudaSlice<u16>,
+        out: &mut Codes,
+    ) -> Result<(), BackendError> {
+        assert_eq!([gate.len(), up.len(), h.len()], [out.rows * out.columns; 3], "elements of a SwiGLU");
+        let (rows, columns) = (out.rows, out.columns);
+        let (r, c, stride, power) = (rows as i32, columns as i32, Codes::stride(rows) as i32, 0);
+        run!(
+            self,
+            SWIGLU,
+            "swiglu",
+            (by_tiles(rows, columns, 4), 256, 0),
+            gate,
+            up,
+            h,
+            &mut out.codes,
+            &mut out.scales,
+            &r,
+            &c,
+            &stride,
+            &power
+        )
+    }
+
+    /// Rows of experts to rows of tokens: `weights` of their choices, groups of experts rounded and added in order.
+    pub fn combine_rows(
+        &self,
+        rows: &CudaSlice<u16>,
+        places: &Places,
+        weights: &CudaSlice<f32>,
+        y: &mut CudaSlice<u16>,
+        columns: usize,
+    ) -> Result<(), BackendError> {
+        let (tokens, top_k) = (places.tokens(), places.top_k);
+        assert_eq!((y.len(), weights.len()), (tokens * columns, tokens * top_k), "elements of a combine");
+        let blocks = (tokens * columns.div_ceil(256)).div_ceil(WARPS);
+        let (t, k, c, size) = (tokens as i32, top_k as i32, columns as i32, places.group_size as i32);
+        run!(
+            self,
+            PERMUTE,
+            "combine",
+            (blocks, 256, 0),
+            rows,
+            &places.place,
+            weights,
+            &places.experts,
+            y,
+            &t,
+            &k,
+            &c,
+            &size
+        )
+    }
+
+    /// `x_TC` to the rows of the experts of its tokens, in E4M3 with scales `[rows][C/128]`.
+    pub fn dispatch_quantised(
+        &self,
+        x: &CudaSlice<u16>,
+        places: &Places,
+        codes: &mut CudaSlice<u8>,
+        scales: &mut CudaSlice<f32>,
+        columns: usize,
+    ) -> Result<(), BackendError> {
+        let tokens = places.tokens();
+        assert_eq!((x.len(), codes.len()), (tokens * columns, scales.len() * TILE), "elements of a dispatch");
+        let blocks = (tokens * (columns / TILE).div_ceil(8)).div_ceil(WARPS);
+        let (t, k, c, power) = (tokens as i32, places.top_k as i32, columns as i32, 1);
+        run!(self, PERMUTE, "dispatch", (blocks, 256, 0), x, &places.place, codes, scales, &t, &k, &c, &power)
+    }
+
+    /// `x_TC` by groups of tokens to `[C][T]` in E4M3, each group filled up to whole blocks of 128 with zeros.
+    pub fn turn(&self, x: &CudaSlice<u16>, groups: &Groups, out: &mut Codes, power: bool) -> Result<(), BackendError> {
+        let ((count, columns, width), power) = (turned(groups, out), i32::from(power));
+        let blocks = out.columns / TILE * (out.rows / 64);
+        run!(
+            self,
+            TURN,
+            "turn_bf16",
+            (blocks, 256, 0),
+            x,
+            &groups.offsets,
+            &groups.blocks,
+            &count,
+            &mut out.codes,
+            &mut out.scales,
+            &columns,
+            &width,
+            &power
+        )
+    }
+
+    /// The same of rows that are in E4M3 already: an activation is kept so from its forward product.
+    pub fn turn_codes(&self, x: &Codes, groups: &Groups, out: &mut Codes, power: bool) -> Result<(), BackendError> {
+        assert_eq!(x.columns, out.rows, "columns become rows");
+        let ((count, columns, width), power) = (turned(groups, out), i32::from(power));
+        let from = Codes::stride(x.rows) as i32;
+        let blocks = out.columns / TILE * (out.rows / TILE);
+        run!(
+            self,
+            TURN,
+            "turn_e4m3",
+            (blocks, 256, 0),
+            &x.codes,
+            &x.scales,
+            &groups.offsets,
+            &groups.blocks,
+            &count,
+            &mut out.codes,
+            &mut out.scales,
+            &columns,
+            &from,
+            &width,
+            &power
+        )
+    }
+}
+
+/// Groups, columns that become rows, and the width of those, as a kernel takes them.
+fn turned(groups: &Groups, out: &Codes) -> (i32, i32, i32) {
+    assert_eq!(groups.offsets.len(), groups.blocks.len(), "rows and blocks of the same groups");
+    let whole = out.rows.is_multiple_of(TILE) && out.columns.is_multiple_of(TILE);
+    assert!(whole, "a turn to {} rows of {} tokens", out.rows, out.columns);
+    (groups.offsets.len() as i32 - 1, out.rows as i32, out.columns as i32)
+}

@@ -1,0 +1,257 @@
+//! `everstep bench gemm|grouped|wgrad|quantise`: the Hopper kernels beside cuBLASLt and the copy of the same card. Times are
+//! medians by the card's clock, the cache emptied before each run. Operands are random codes: the power that a product
+//! draws, and so its clock, depends on them.
+
+use super::cubins::Folder;
+use anyhow::Result;
+use everstep_kernels::{Blocks, Codes, CublasPeer, Gpu, Groups, Philox, Places};
+use serde_json::json;
+use std::time::Duration;
+
+const REPETITIONS: usize = 20;
+/// Rounds of ours and peer in turns; the best of each counts.
+const ROUNDS: usize = 3;
+/// The card draws all it may: each timing begins after the same rest.
+const REST: Duration = Duration::from_millis(100);
+/// Dense E4M3 of an H100 SXM by its data sheet.
+const LIMIT_TFLOPS: f64 = 1979.0;
+
+/// What can be measured on a GPU.
+#[derive(Debug, Clone, Copy, clap::ValueEnum)]
+pub(crate) enum What {
+    /// Dense products in FP8.
+    Gemm,
+    /// Products grouped by expert.
+    Grouped,
+    /// Weight gradients grouped over tokens.
+    Wgrad,
+    /// What is done to rows: quantise, norm, SwiGLU, dispatch, combine, turn.
+    Quantise,
+}
+
+pub(crate) fn run(what: What) -> Result<()> {
+    let gpu = Gpu::new(0, Box::new(Folder::find()))?;
+    println!("{}", json!({ "card": gpu.card()? }));
+    match what {
+        What::Gemm => gemm(&gpu),
+        What::Grouped => grouped(&gpu),
+        What::Wgrad => wgrad(&gpu),
+        What::Quantise => rows(&gpu),
+    }
+}
+
+/// Random codes of values within (-2, 2): no NaN among them.
+fn random_codes(count: usize, name: u32) -> Vec<u8> {
+    let random = Philox::new(7, 51, name);
+    (0..count.div_ceil(16) as u64)
+        .flat_map(|n| {
+            let bits = ((random.uniform(2 * n) * (1u64 << 53) as f64) as u128) << 64;
+            (bits | (random.uniform(2 * n + 1) * (1u64 << 53) as f64) as u128).to_le_bytes()
+        })
+        .map(|byte| byte & 0xbf)
+        .take(count)
+        .collect()
+}
+
+fn random_scales(count: usize, name: u32) -> Vec<f32> {
+    let random = Philox::new(7, 52, name);
+    (0..count as u64).map(|n| 0.005 + 0.01 * random.uniform(n) as f32).collect()
+}
+
+fn codes(gpu: &Gpu, rows: usize, columns: usize, name: u32) -> Result<Codes> {
+    let scales = gpu.upload(&random_scales(Codes::scale_count(rows, columns), name))?;
+    Ok(Codes { rows, columns, codes: gpu.upload(&random_codes(rows * columns, name))?, scales })
+}
+
+fn blocks(gpu: &Gpu, groups: usize, rows: usize, columns: usize) -> Result<Blocks> {
+    let scales = gpu.upload(&random_scales(groups * rows.div_ceil(128) * columns / 128, 3))?;
+    Ok(Blocks { groups, rows, columns, codes: gpu.upload(&random_codes(groups * rows * columns, 3))?, scales })
+}
+
+/// The best of several rounds, each after a rest.
+fn best(mut timed: impl FnMut() -> Result<f64>) -> Result<f64> {
+    let mut least = f64::INFINITY;
+    for _ in 0..ROUNDS {
+        std::thread::sleep(REST);
+        least = least.min(timed()?);
+    }
+    Ok(least)
+}
+
+fn geometric_mean(all: &[f64]) -> f64 {
+    (all.iter().map(|x| x.ln()).sum::<f64>() / all.len() as f64).exp()
+}
+
+/// Dense products with the shapes of the published model, and a cube.
+fn gemm(gpu: &Gpu) -> Result<()> {
+    let cublas = CublasPeer::new(gpu)?;
+    let mut ratios = Vec::new();
+    for (m, n, k) in [
+        (4096, 2112, 7168),
+        (4096, 24576, 1536),
+        (4096, 32768, 512),
+        (4096, 7168, 16384),
+        (4096, 4096, 7168),
+        (4096, 7168, 2048),
+        (8192, 8192, 8192),
+    ] {
+        let (x, w) = (codes(gpu, m, k, 1)?, blocks(gpu, 1, n, k)?);
+        let (mut y, mut theirs) = (gpu.upload(&vec![0u16; m * n])?, gpu.upload(&vec![0u16; m * n])?);
+        let ours = best(|| Ok(gpu.seconds(REPETITIONS, || gpu.fp8_linear(&x, &w, &mut y))?))?;
+        let peer = best(|| Ok(cublas.block_scaled(&x, &w, &mut theirs)?))?;
+        let (got, want) = (gpu.download(&y)?, gpu.download(&theirs)?);
+        let wide = best(|| Ok(cublas.tensor_wide(&x, &w, &mut theirs)?))?;
+        let (a, b) = (gpu.upload(&random_bf16(m * k, 4))?, gpu.upload(&random_bf16(n * k, 5))?);
+        let bf16 = best(|| Ok(cublas.bf16([m, n, k], &a, &b, &mut theirs)?))?;
+        let tflops = |time: f64| 2.0 * (m * n * k) as f64 / time / 1e12;
+        ratios.push(peer / ours);
+        println!(
+            "{}",
+            json!({
+                "bench": "dense FP8, scales 1x128 by 128x128", "m": m, "n": n, "k": k, "tflops": tflops(ours),
+                "peer": "cuBLASLt, block-scaled", "peer_tflops": tflops(peer), "ratio": peer / ours,
+                "results_differ": differ(&got, &want), "tensor_wide_tflops": tflops(wide), "bf16_tflops": tflops(bf16),
+                "limit": "tensor cores by the data sheet", "limit_tflops": LIMIT_TFLOPS,
+            })
+        );
+    }
+    println!("{}", json!({ "bench": "dense FP8", "geometric_mean_of_ratios": geometric_mean(&ratios) }));
+    Ok(())
+}
+
+/// Relative difference of two results in BF16: the root of the sums of squares.
+fn differ(a: &[u16], b: &[u16]) -> f64 {
+    let value = |x: &u16| f64::from(everstep_kernels::bf16_value(*x));
+    let (mut apart, mut whole) = (0.0, 0.0);
+    for (a, b) in a.iter().zip(b) {
+        apart += (value(a) - value(b)).powi(2);
+        whole += value(b).powi(2);
+    }
+    (apart / whole).sqrt()
+}
+
+fn random_bf16(count: usize, name: u32) -> Vec<u16> {
+    Philox::new(7, 53, name).normals(count, 1.0).into_iter().map(everstep_kernels::bf16_bits).collect()
+}
+
+/// First rows of groups of one size, and the end.
+fn offsets(groups: usize, each: usize) -> Vec<i32> {
+    (0..=groups).map(|g| (g * each) as i32).collect()
+}
+
+/// Experts' products; the peer runs them one after another.
+fn grouped(gpu: &Gpu) -> Result<()> {
+    let cublas = CublasPeer::new(gpu)?;
+    for (groups, rows, n, k) in [
+        (8, 4096, 6144, 7168),
+        (8, 4096, 7168, 3072),
+        (8, 4096, 4096, 4096),
+        (8, 4096, 4096, 2048),
+        (64, 1536, 1024, 2048),
+        (64, 1536, 2048, 512),
+    ] {
+        let (x, w) = (codes(gpu, groups * rows, k, 1)?, blocks(gpu, groups, n, k)?);
+        let at = gpu.upload(&offsets(groups, rows))?;
+        let mut y = gpu.upload(&vec![0u16; groups * rows * n])?;
+        let ours = best(|| Ok(gpu.seconds(REPETITIONS, || gpu.fp8_grouped(&x, &w, &at, &mut y))?))?;
+        let (one_x, one_w) = (codes(gpu, rows, k, 1)?, blocks(gpu, 1, n, k)?);
+        let mut one_y = gpu.upload(&vec![0u16; rows * n])?;
+        let peer = best(|| Ok(groups as f64 * cublas.block_scaled(&one_x, &one_w, &mut one_y)?))?;
+        let tflops = |time: f64| 2.0 * (groups * rows * n * k) as f64 / time / 1e12;
+        println!(
+            "{}",
+            json!({
+                "bench": "FP8 grouped by expert", "groups": groups, "rows": rows, "n": n, "k": k, "tflops": tflops(ours),
+                "peer": "cuBLASLt, block-scaled, one group after another", "peer_tflops": tflops(peer),
+                "ratio": peer / ours, "limit": "tensor cores by the data sheet", "limit_tflops": LIMIT_TFLOPS,
+            })
+        );
+    }
+    Ok(())
+}
+
+/// Weight gradients; no library has scales 1x128 by 1x128 with a sum in FP32.
+fn wgrad(gpu: &Gpu) -> Result<()> {
+    for (groups, m, n, tokens) in [(8, 7168, 2048, 4096), (8, 4096, 7168, 4096), (64, 2048, 1024, 1536)] {
+        let (dy, x) = (codes(gpu, m, groups * tokens, 1)?, codes(gpu, n, groups * tokens, 2)?);
+        let at = gpu.upload(&offsets(groups, tokens / 128))?;
+        let mut dw = gpu.upload(&vec![0f32; groups * m * n])?;
+        let ours = best(|| Ok(gpu.seconds(REPETITIONS, || gpu.fp8_weight_gradient(&dy, &x, &at, &mut dw))?))?;
+        println!(
+            "{}",
+            json!({
+                "bench": "weight gradient, FP8, added to FP32", "groups": groups, "m": m, "n": n, "tokens": tokens,
+                "tflops": 2.0 * (groups * m * n * tokens) as f64 / ours / 1e12,
+                "limit": "tensor cores by the data sheet", "limit_tflops": LIMIT_TFLOPS,
+            })
+        );
+    }
+    Ok(())
+}
+
+/// What is done to rows, against the copy of as many bytes.
+fn rows(gpu: &Gpu) -> Result<()> {
+    let (tokens, top_k, experts) = (8192usize, 8usize, 64usize);
+    for columns in [2048usize, 7168] {
+        let n = tokens * columns;
+        let scales = 4 * n / 128;
+        let x = gpu.upload(&random_bf16(n, 6))?;
+        let up = gpu.upload(&random_bf16(n, 7))?;
+        let weight = gpu.upload(&vec![1.0f32; columns])?;
+        let mut y = gpu.upload(&vec![0u16; n])?;
+        let mut out = gpu.codes(tokens, columns)?;
+        let line = |what: &str, bytes: usize, time: f64| -> Result<()> {
+            let (rate, copy) = (bytes as f64 / time, best(|| Ok(1.0 / gpu.copy_rate(bytes / 2)?))?);
+            println!(
+                "{}",
+                json!({
+                    "bench": what, "rows": tokens, "columns": columns, "gb_per_s": rate / 1e9,
+                    "limit": "copy of as many bytes", "limit_gb_per_s": 1e-9 / copy, "share": rate * copy,
+                })
+            );
+            Ok(())
+        };
+        let time = best(|| Ok(gpu.seconds(REPETITIONS, || gpu.quantise_rows(&x, &mut out, false))?))?;
+        line("quantise", 3 * n + scales, time)?;
+        let norm = |y: &mut _, out: &mut _| gpu.rms_norm_quantised(&x, &weight, y, out, 1e-6);
+        let time = best(|| Ok(gpu.seconds(REPETITIONS, || norm(&mut y, &mut out))?))?;
+        line("RMSNorm and quantise", 5 * n + scales, time)?;
+        let time = best(|| Ok(gpu.seconds(REPETITIONS, || gpu.swiglu_quantised(&x, &up, &mut y, &mut out))?))?;
+        line("SwiGLU and quantise", 7 * n + scales, time)?;
+        let groups = Groups {
+            offsets: gpu.upload(&offsets(8, tokens / 8))?,
+            blocks: gpu.upload(&offsets(8, tokens / 8 / 128))?,
+        };
+        let mut turned = gpu.codes(columns, tokens)?;
+        let time = best(|| Ok(gpu.seconds(REPETITIONS, || gpu.turn(&x, &groups, &mut turned, false))?))?;
+        line("turn and quantise", 3 * n + scales, time)?;
+        // Each token's choices, spread over the experts; rows lie by expert.
+        let choice = |t: usize, k: usize| (t * 11 + k * (experts / top_k)) % experts;
+        let mut chosen: Vec<Vec<usize>> = (0..tokens).map(|t| (0..top_k).map(|k| choice(t, k)).collect()).collect();
+        chosen.iter_mut().for_each(|list| list.sort_unstable());
+        let mut next = vec![0i32; experts];
+        let each = (tokens * top_k / experts) as i32;
+        let flat: Vec<usize> = chosen.concat();
+        let place: Vec<i32> = flat
+            .iter()
+            .map(|e| {
+                next[*e] += 1;
+                *e as i32 * each + next[*e] - 1
+            })
+            .collect();
+        let named: Vec<i32> = flat.iter().map(|e| *e as i32).collect();
+        let (place, experts) = (gpu.upload(&place)?, gpu.upload(&named)?);
+        let places = Places { top_k, group_size: 8, place, experts };
+        let made = gpu.upload(&random_bf16(n * top_k, 8))?;
+        let weights = gpu.upload(&vec![0.125f32; tokens * top_k])?;
+        let time =
+            best(|| Ok(gpu.seconds(REPETITIONS, || gpu.combine_rows(&made, &places, &weights, &mut y, columns))?))?;
+        line("combine", 2 * n * (top_k + 1) + 12 * tokens * top_k, time)?;
+        let (mut sent, mut sent_scales) =
+            (gpu.upload(&vec![0u8; n * top_k])?, gpu.upload(&vec![0f32; n * top_k / 128])?);
+        let dispatch = |sent: &mut _, scales: &mut _| gpu.dispatch_quantised(&x, &places, sent, scales, columns);
+        let time = best(|| Ok(gpu.seconds(REPETITIONS, || dispatch(&mut sent, &mut sent_scales))?))?;
+        line("dispatch and quantise", 2 * n + top_k * (n + scales) + 4 * tokens * top_k, time)?;
+    }
+    Ok(())
+}
