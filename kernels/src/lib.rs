@@ -20,7 +20,10 @@ mod wide;
 pub use backend::{AttentionState, Backend, BackendError, DeviceClass, Precision, Role};
 pub use cpu::CpuBackend;
 #[cfg(feature = "cuda")]
-pub use cuda::{Blocks, Codes, Cubins, CublasPeer, CudaBackend, Gpu, Groups, NoCubins, Places, SOURCES, Source};
+pub use cuda::{
+    Blocks, CausalAttention, CausalGradients, CausalShape, Codes, Cubins, CublasPeer, CudaBackend, Gpu, Groups,
+    NoCubins, Places, Qkv, SOURCES, Source,
+};
 pub use element::Bf16;
 pub use layers::decode::Decoder;
 pub use layers::expert::{

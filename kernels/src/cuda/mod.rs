@@ -8,12 +8,15 @@
 //! cuBLASLt's, whose order of sums is its own choice by shape; it agrees with the CPU's within
 //! rounding, and is not yet independent of the number of rows.
 
+mod attention;
+mod cudnn;
 mod device;
 mod measure;
 mod products;
 mod rows;
 mod sources;
 
+pub use attention::{CausalAttention, CausalGradients, CausalShape, Qkv};
 pub use device::{Cubins, Gpu, NoCubins};
 pub use measure::CublasPeer;
 pub use products::{Blocks, Codes};

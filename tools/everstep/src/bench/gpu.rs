@@ -4,7 +4,9 @@
 
 use super::cubins::Folder;
 use anyhow::Result;
-use everstep_kernels::{Blocks, Codes, CublasPeer, Gpu, Groups, Philox, Places};
+use everstep_kernels::{
+    Blocks, CausalAttention, CausalGradients, CausalShape, Codes, CublasPeer, Gpu, Groups, Philox, Places, Qkv,
+};
 use serde_json::json;
 use std::time::Duration;
 
@@ -13,8 +15,9 @@ const REPETITIONS: usize = 20;
 const ROUNDS: usize = 3;
 /// The card draws all it may: each timing begins after the same rest.
 const REST: Duration = Duration::from_millis(100);
-/// Dense E4M3 of an H100 SXM by its data sheet.
+/// Dense E4M3 of an H100 SXM by its data sheet, and BF16.
 const LIMIT_TFLOPS: f64 = 1979.0;
+const LIMIT_BF16: f64 = 989.0;
 
 /// What can be measured on a GPU.
 #[derive(Debug, Clone, Copy, clap::ValueEnum)]
@@ -27,6 +30,8 @@ pub(crate) enum What {
     Wgrad,
     /// What is done to rows: quantise, norm, SwiGLU, dispatch, combine, turn.
     Quantise,
+    /// Causal attention, forward and backward, deterministic.
+    Attention,
 }
 
 pub(crate) fn run(what: What) -> Result<()> {
@@ -37,6 +42,7 @@ pub(crate) fn run(what: What) -> Result<()> {
         What::Grouped => grouped(&gpu),
         What::Wgrad => wgrad(&gpu),
         What::Quantise => rows(&gpu),
+        What::Attention => attention(&gpu),
     }
 }
 
@@ -253,5 +259,34 @@ fn rows(gpu: &Gpu) -> Result<()> {
         let time = best(|| Ok(gpu.seconds(REPETITIONS, || dispatch(&mut sent, &mut sent_scales))?))?;
         line("dispatch and quantise", 2 * n + top_k * (n + scales) + 4 * tokens * top_k, time)?;
     }
+    Ok(())
+}
+
+/// Attention as latent attention trains it. Products count once for each score that a token sees: two forward, five
+/// backward.
+fn attention(gpu: &Gpu) -> Result<()> {
+    let shape = CausalShape { batch: 4, heads: 16, tokens: 4096, keys: 192, values: 128 };
+    let passes = CausalAttention::new(gpu, shape)?;
+    let random = |count, name| gpu.upload(&random_bf16(count, name));
+    let x = Qkv { q: random(shape.wide(), 1)?, k: random(shape.wide(), 2)?, v: random(shape.thin(), 3)? };
+    let (d_o, mut o) = (random(shape.thin(), 4)?, gpu.upload(&vec![0u16; shape.thin()])?);
+    let (mut statistics, mut sums) = (gpu.upload(&vec![0f32; shape.rows()])?, gpu.upload(&vec![0f32; shape.rows()])?);
+    let empty = |count| gpu.upload(&vec![0u16; count]);
+    let mut out = CausalGradients { dq: empty(shape.wide())?, dk: empty(shape.wide())?, dv: empty(shape.thin())? };
+    let forward = best(|| Ok(gpu.seconds(REPETITIONS, || passes.forward(&x, &mut o, &mut statistics))?))?;
+    let run = |out: &mut _, sums: &mut _| passes.backward(&x, (&o, &statistics), &d_o, out, sums);
+    let backward = best(|| Ok(gpu.seconds(REPETITIONS, || run(&mut out, &mut sums))?))?;
+    let scores = (shape.batch * shape.heads * shape.tokens * (shape.tokens + 1) / 2) as f64;
+    let flops = 2.0 * scores * (3 * shape.keys + 2 * shape.values + shape.keys + shape.values) as f64;
+    println!(
+        "{}",
+        json!({
+            "bench": "causal attention, BF16, deterministic, by cuDNN", "batch": shape.batch, "heads": shape.heads,
+            "tokens": shape.tokens, "keys": shape.keys, "values": shape.values, "forward_ms": forward * 1e3,
+            "backward_ms": backward * 1e3, "both_ms": (forward + backward) * 1e3,
+            "tflops": flops / (forward + backward) / 1e12, "limit": "tensor cores by the data sheet",
+            "limit_tflops": LIMIT_BF16,
+        })
+    );
     Ok(())
 }
