@@ -4,7 +4,8 @@ NOW := $(shell date +%Y%m%d-%H%M%S)
 CONFIG ?= configs/quickstart.toml
 PROGRAM := target/release/everstep
 PEERS := target/peers
-NVRTC := target/nvrtc
+# Small packages: a compiler of kernels, a trainer of tokenizers.
+PYTHON := target/python
 # Text that is the same everywhere: sources of packages that Cargo.lock pins.
 TEXT := tokio syn rustls zerocopy chrono time quinn-proto winnow clap_builder ractor tokenizers futures-util proptest \
 	tracing-subscriber rayon
@@ -23,9 +24,8 @@ test: setup-test kernels
 
 ## Every kernel compiled for Hopper, on any machine: fails where registers go to memory, or where the table is not true.
 kernels: setup setup-python
-	@test -x $(NVRTC)/bin/python || python3 -m venv $(NVRTC)
-	$(NVRTC)/bin/pip install --quiet nvidia-cuda-nvrtc==13.0.88
-	LD_LIBRARY_PATH=$$(echo $(NVRTC)/lib/python3*/site-packages/nvidia/cu13/lib) \
+	$(PYTHON)/bin/pip install --quiet nvidia-cuda-nvrtc==13.0.88
+	LD_LIBRARY_PATH=$$(echo $(PYTHON)/lib/python3*/site-packages/nvidia/cu13/lib) \
 		cargo run -p everstep-kernels --features cuda --example compile_kernels > target/kernels.md
 	grep '^|' docs/measurements/hopper-resources.md | diff - target/kernels.md
 
@@ -40,15 +40,17 @@ rate: build setup-peers
 	$(PEERS)/bin/python tests/peers/rate.py $(PROGRAM) large 6
 
 ## fp32, bf16 (in two orders of sums) and fp8 on the same samples, compared.
-precision: build
+precision: build setup-python
 	cargo vendor --locked target/vendor >/dev/null
 	for crate in $(TEXT); do mkdir -p target/text/$$crate && cp -r target/vendor/$$crate/src target/text/$$crate/ || exit 1; done
+	$(PYTHON)/bin/pip install --quiet tokenizers==0.23.3
+	$(PYTHON)/bin/python tests/peers/bpe.py target/text 4096 target/text.json
 	for run in fp32:fp32:2:1 bf16:bf16:2:1 bf16-order:bf16:1:2 fp8:fp8:2:1; do \
 		set -- $$(echo $$run | tr : ' '); \
 		$(PROGRAM) train configs/precision.toml --set run.folder=runs/precision-$(NOW)/$$1 --set train.precision=$$2 \
 			--set job.lanes=$$3 --set job.micro_batches=$$4 || exit 1; done
 	$(PROGRAM) compare runs/precision-$(NOW)/fp32 runs/precision-$(NOW)/bf16 runs/precision-$(NOW)/bf16-order \
-		runs/precision-$(NOW)/fp8 --picture runs/precision-$(NOW)/precision.svg
+		runs/precision-$(NOW)/fp8 --picture runs/precision-$(NOW)/precision.svg --mean 0.25 --largest 1
 
 ## Formatting, lints, documentation and house rules; edits nothing.
 verify: setup
@@ -87,6 +89,7 @@ setup:
 
 setup-python:
 	@python3 -c 'import ensurepip' 2>/dev/null || { apt-get update && apt-get install --yes python3 python3-venv; }
+	@test -x $(PYTHON)/bin/python || python3 -m venv $(PYTHON)
 
 setup-peers: setup-python
 	@test -x $(PEERS)/bin/python || python3 -m venv $(PEERS)

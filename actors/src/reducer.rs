@@ -50,6 +50,8 @@ pub(crate) struct ReducerCore {
     state: Option<State>,
     /// Sums by step: of the next step, and of the one after it while a commit is on its way.
     ledgers: BTreeMap<Step, Ledger>,
+    /// The last sum that was not what the layout says: operators see why a step waits.
+    refused: Option<(ActorId, Group)>,
     /// Sums over the lanes of the step after the state's.
     reduced: Option<Reduced>,
     commits: BTreeMap<Step, Commit>,
@@ -77,6 +79,7 @@ impl ReducerCore {
             groups,
             table: Arc::default(),
             state: None,
+            refused: None,
             ledgers: BTreeMap::new(),
             reduced: None,
             commits: BTreeMap::new(),
@@ -182,6 +185,7 @@ impl ReducerCore {
         let Some(group) = group.filter(|g| self.groups.contains(g)) else { return Vec::new() };
         let receipt = Receipt { micro_batches, samples, gradients, loads, losses };
         if !fits(&receipt, from.actor, group, &self.spec, &self.layout) {
+            self.refused = Some((from.actor, group));
             return Vec::new();
         }
         let ledger =
@@ -369,7 +373,10 @@ impl Core for ReducerCore {
         let role = if self.is_primary() { "primary" } else { "mirror" };
         let missing = self.step().and_then(|s| self.ledgers.get(&(s + 1))).map_or(0, Ledger::missing);
         let snapshot = self.snapshot.map_or(String::new(), |s| format!(", snapshot of step {s} on its way"));
-        format!("{role}, {state}, {} parameters; the next step lacks {missing} sums{snapshot}", self.size())
+        let refused = self.refused.map_or(String::new(), |(sender, group)| {
+            format!(", refused {sender}'s sum of {group:?}: its shapes are not the layout's")
+        });
+        format!("{role}, {state}, {} parameters; the next step lacks {missing} sums{snapshot}{refused}", self.size())
     }
 }
 

@@ -14,13 +14,14 @@ fn random(rows: usize, columns: usize, name: u32) -> Arc<Vec<f32>> {
 
 /// Largest difference relative to the largest element.
 fn difference(a: &[f32], b: &[f32]) -> f64 {
+    assert!(a.len() == b.len() && a.iter().all(|x| x.is_finite()), "numbers, and as many as expected");
     let scale = b.iter().fold(0.0f64, |m, x| m.max(f64::from(x.abs())));
     a.iter().zip(b).map(|(a, b)| f64::from((a - b).abs())).fold(0.0, f64::max) / scale
 }
 
 /// Root of the sum of squared differences relative to that of squares.
 fn norm_difference(a: &[f32], b: &[f32]) -> f64 {
-    assert_eq!(a.len(), b.len());
+    assert!(a.len() == b.len() && a.iter().all(|x| x.is_finite()), "numbers, and as many as expected");
     let squares = |f: &dyn Fn(f64, f64) -> f64| -> f64 {
         a.iter().zip(b).map(|(a, b)| f(f64::from(*a), f64::from(*b)).powi(2)).sum()
     };

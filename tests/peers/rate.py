@@ -16,6 +16,8 @@ import time
 import tomllib
 from pathlib import Path
 
+# Our best against the best of all peers: below this, the comparison fails.
+BARS = {"small": 2.0, "large": 1.5}
 ROOT = Path(__file__).parents[2]
 BATCH = 8
 VARIANTS = [("eager", "fp32", 0), ("grouped_mm", "fp32", 0), ("grouped_mm", "fp32", 1), ("grouped_mm", "bf16", 0),
@@ -115,6 +117,9 @@ def main():
         spread = f"({min(all_of):.0f} to {max(all_of):.0f})"
         share = f", {rate / limits[precision]:.0%} of the limit" if precision in limits else ""
         print(f"{'everstep ' + precision:40} {rate:10.0f} tokens/s {spread}, {rate / best:.2f} of the best peer{share}")
+    lead = max(map(statistics.median, mine.values())) / best
+    if lead < BARS[size]:
+        sys.exit(f"{lead:.2f} of the best peer: expected {BARS[size]}")
 
 
 if sys.argv[1] == "--peak":

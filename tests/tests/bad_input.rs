@@ -48,6 +48,8 @@ fn text_that_is_missing_or_empty_is_named() -> Result<()> {
     refused(&place.try_train("run", &["data.paths=[\"empty.txt\"]"])?, &["empty.txt", "no text"]);
     std::fs::write(place.path().join("short.txt"), "short")?;
     refused(&place.try_train("run", &["data.paths=[\"short.txt\"]"])?, &["short.txt", "6 tokens", "33"]);
+    std::fs::write(place.path().join("tokens.bin"), [1, 0, 2, 0])?;
+    refused(&place.try_train("run", &["data.paths=[\"tokens.bin\"]"])?, &["tokens.bin", "tokens.idx", "missing"]);
     assert!(!place.run("run").0.exists());
     Ok(())
 }

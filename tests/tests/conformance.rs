@@ -53,6 +53,7 @@ fn import(name: &str) -> Result<(tempfile::TempDir, String)> {
 /// other orders differ by some 1e-6 here.
 fn difference(got: &[f32], want: &[f32]) -> f32 {
     let largest = want.iter().fold(0.0f32, |m, x| m.max(x.abs()));
+    assert!(got.len() == want.len() && got.iter().all(|x| x.is_finite()), "numbers, and as many as expected");
     got.iter().zip(want).fold(0.0f32, |m, (a, b)| m.max((a - b).abs())) / largest
 }
 
@@ -125,7 +126,7 @@ fn steps_of_adamw_have_the_losses_of_pytorch() -> Result<()> {
         everstep(scratch.path(), &["resume", &run])?;
         let want: Vec<f64> = json(&fixtures().join(name).join("losses.json"))?;
         let got: Vec<f64> = metrics(&everstep_actors::RunFolder(run.into()))?.iter().map(|l| l.loss).collect();
-        assert_eq!(got.len(), want.len());
+        assert!(got.len() == want.len() && got.iter().all(|loss| loss.is_finite()), "{name}: {got:?}");
         let worst = got.iter().zip(&want).map(|(a, b)| (a - b).abs() / b).fold(0.0, f64::max);
         println!("{name}: {} steps, largest relative difference of a step's loss {worst:e}", want.len());
         assert!(worst < 1e-3, "{name}: {worst:e}");

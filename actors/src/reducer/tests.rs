@@ -182,7 +182,6 @@ fn weights_go_to_users_and_to_their_new_lives() {
     assert!(!got.is_empty() && got.iter().all(|to| *to == users[0]), "{got:?}");
 }
 
-/// LE-1, LE-2: a sum over fewer micro-batches is not counted; nothing balances without it.
 /// RE-6.
 #[test]
 fn sums_of_other_shapes_are_not_counted() {
@@ -205,10 +204,12 @@ fn sums_of_other_shapes_are_not_counted() {
         spoil(gradients, loads);
         let (good, bad) = (sums(&materials, 1), all);
         assert_eq!(prepared(&give(&mut core, &bad)), 0);
+        assert!(core.describe().contains(&format!("refused {}'s sum", bad[0].0)), "{}", core.describe());
         assert_eq!(prepared(&give(&mut core, &good[..1])), 1);
     }
 }
 
+/// LE-1, LE-2: a sum over fewer micro-batches is not counted; nothing balances without it.
 #[test]
 fn an_incomplete_sum_is_not_counted() {
     let materials = materials();

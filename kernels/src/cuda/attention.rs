@@ -117,9 +117,10 @@ fn backward(s: &CausalShape) -> Result<Graph, String> {
 /// Both passes of one shape.
 pub struct CausalAttention<'a> {
     gpu: &'a Gpu,
-    handle: Handle,
     shape: CausalShape,
+    // Dropped before the handle that made them.
     plans: [Plan; 2],
+    handle: Handle,
     space: CudaSlice<u8>,
 }
 

@@ -98,6 +98,8 @@ impl Gpu {
 
     /// A function of a kernel file, compiled at its first use, with so much shared memory.
     pub(super) fn function(&self, source: &Source, name: &str, shared: u32) -> Result<CudaFunction, BackendError> {
+        // The driver's own calls work on the thread's context.
+        self.stream.context().bind_to_thread().map_err(|e| self.error(e))?;
         let module = self.module(source)?;
         let function = module.load_function(name).map_err(|e| self.error(format!("{name} of {}: {e}", source.name)))?;
         let attribute = CUfunction_attribute::CU_FUNC_ATTRIBUTE_MAX_DYNAMIC_SHARED_SIZE_BYTES;
@@ -164,6 +166,7 @@ pub(super) struct Boxes<'a> {
 impl Gpu {
     /// The descriptor of boxes in the memory at `address`.
     pub(super) fn tensor_map(&self, address: sys::CUdeviceptr, boxes: &Boxes<'_>) -> Result<TensorMap, BackendError> {
+        self.stream.context().bind_to_thread().map_err(|e| self.error(e))?;
         let rank = boxes.dimensions.len();
         let wide = |list: &[usize]| list.iter().map(|n| *n as u64).collect::<Vec<_>>();
         let (dimensions, strides) = (wide(boxes.dimensions), wide(boxes.strides));

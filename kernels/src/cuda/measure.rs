@@ -89,17 +89,32 @@ impl<'a> CublasPeer<'a> {
         Ok(Self { gpu, handle, workspace: gpu.room(WORKSPACE)?, one: gpu.upload(&[1.0f32])? })
     }
 
-    /// Median seconds of the block-scaled product, which has the operands' meaning; its result is in `y`.
-    pub fn block_scaled(&self, x: &Codes, w: &Blocks, y: &mut CudaSlice<u16>) -> Result<f64, BackendError> {
-        self.fp8(x, w, y, Scaling::Blocks)
+    /// Median seconds of `times` block-scaled products, which have the operands' meaning; the result is in `y`. The columns
+    /// are a multiple of 512: cuBLASLt wants rows of four blocks' scales.
+    pub fn block_scaled(
+        &self,
+        times: usize,
+        x: &Codes,
+        w: &Blocks,
+        y: &mut CudaSlice<u16>,
+    ) -> Result<f64, BackendError> {
+        assert!(x.columns.is_multiple_of(512), "{} columns in rows of four blocks", x.columns);
+        self.fp8(times, x, w, y, Scaling::Blocks)
     }
 
     /// Median seconds of the product of the same codes with one scale each: what the tensor cores give.
     pub fn tensor_wide(&self, x: &Codes, w: &Blocks, y: &mut CudaSlice<u16>) -> Result<f64, BackendError> {
-        self.fp8(x, w, y, Scaling::Whole)
+        self.fp8(1, x, w, y, Scaling::Whole)
     }
 
-    fn fp8(&self, x: &Codes, w: &Blocks, y: &mut CudaSlice<u16>, scaling: Scaling) -> Result<f64, BackendError> {
+    fn fp8(
+        &self,
+        times: usize,
+        x: &Codes,
+        w: &Blocks,
+        y: &mut CudaSlice<u16>,
+        scaling: Scaling,
+    ) -> Result<f64, BackendError> {
         let stream = &self.gpu.stream;
         let scales = match scaling {
             Scaling::Whole => [self.one.device_ptr(stream).0; 2],
@@ -107,7 +122,7 @@ impl<'a> CublasPeer<'a> {
         };
         let operands = [w.codes.device_ptr(stream).0, x.codes.device_ptr(stream).0];
         let kind = sys::cudaDataType_t::CUDA_R_8F_E4M3;
-        self.product(kind, [x.rows, w.rows, x.columns], operands, Some((scales, scaling)), y)
+        self.product(times, kind, [x.rows, w.rows, x.columns], operands, Some((scales, scaling)), y)
     }
 
     /// Median seconds of `x_MK, w_NK` in BF16.
@@ -120,11 +135,12 @@ impl<'a> CublasPeer<'a> {
     ) -> Result<f64, BackendError> {
         assert_eq!((x.len(), w.len()), (m * k, n * k), "operands of a product");
         let operands = [w.device_ptr(&self.gpu.stream).0, x.device_ptr(&self.gpu.stream).0];
-        self.product(sys::cudaDataType_t::CUDA_R_16BF, [m, n, k], operands, None, y)
+        self.product(1, sys::cudaDataType_t::CUDA_R_16BF, [m, n, k], operands, None, y)
     }
 
     fn product(
         &self,
+        times: usize,
         kind: sys::cudaDataType_t,
         [m, n, k]: [usize; 3],
         operands: [driver::CUdeviceptr; 2],
@@ -158,7 +174,7 @@ impl<'a> CublasPeer<'a> {
                 self.gpu.stream.cu_stream().cast(),
             )
         };
-        let time = self.gpu.seconds(20, || go().map_err(say));
+        let time = self.gpu.seconds(20, || (0..times).try_for_each(|_| go()).map_err(say));
         // SAFETY: made by `plan`, not used afterwards.
         unsafe {
             for layout in plan.layouts {

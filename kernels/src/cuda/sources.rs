@@ -101,7 +101,7 @@ impl Source {
         width + self.text
     }
 
-    /// What its machine code depends on, with the compiler's version.
+    /// What its machine code depends on, with the compiler's version. Needs NVRTC, as [`Self::compile`].
     pub(super) fn key(&self) -> Result<String, String> {
         let (mut major, mut minor) = (0, 0);
         // SAFETY: both pointers are of live integers.
@@ -116,8 +116,12 @@ impl Source {
         Ok(format!("{}-{major}.{minor}", hash.finalize().to_hex()))
     }
 
-    /// Compiles it. The error is the compiler's log.
+    /// Compiles it. The error is the compiler's log, or that there is no compiler.
     pub fn compile(&self) -> Result<Compiled, String> {
+        // SAFETY: this only looks for the library; cudarc panics at the first call into one that is not there.
+        if !unsafe { sys::is_culib_present() } {
+            return Err(format!("{}: not found: NVRTC (libnvrtc)", self.name));
+        }
         let text = |text: &str| CString::new(text).map_err(|e| e.to_string());
         let program = text(&self.program())?;
         let names = HEADERS.iter().map(|(name, _)| text(name)).collect::<Result<Vec<_>, _>>()?;

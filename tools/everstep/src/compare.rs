@@ -47,8 +47,19 @@ fn last_half(differences: &[f64]) -> (f64, f64) {
     (half.iter().sum::<f64>() / half.len() as f64, half.iter().fold(0.0, |m, x| f64::max(m, *x)))
 }
 
-/// Prints each pair's differences; draws the curves.
-pub(crate) fn run(runs: &[PathBuf], picture: Option<&Path>) -> Result<()> {
+/// What a pair's differences may be, in percent; no limit by default.
+#[derive(Debug, Clone, Copy, clap::Args)]
+pub(crate) struct Bars {
+    /// Fail if the mean difference of a pair is above this, in percent.
+    #[arg(long, default_value_t = f64::INFINITY)]
+    mean: f64,
+    /// Fail if the largest difference of a pair is above this, in percent.
+    #[arg(long, default_value_t = f64::INFINITY)]
+    largest: f64,
+}
+
+/// Prints each pair's differences; draws the curves. Fails if a pair is further apart than it may be.
+pub(crate) fn run(runs: &[PathBuf], picture: Option<&Path>, bars: Bars) -> Result<()> {
     let curve = |path: &PathBuf| -> Result<Curve> {
         let (lines, _) = MetricsLine::read_all(&RunFolder(path.clone()).metrics())?;
         let name = path.file_name().unwrap_or(path.as_os_str()).to_string_lossy().into_owned();
@@ -59,6 +70,7 @@ pub(crate) fn run(runs: &[PathBuf], picture: Option<&Path>) -> Result<()> {
     let steps = curves.iter().map(|c| c.losses.len()).min().context("expected runs")?;
     ensure!(steps >= 2 && curves.len() >= 2, "expected two runs of two steps and more");
     curves.iter_mut().for_each(|c| c.losses.truncate(steps));
+    let mut apart = Vec::new();
     for (n, a) in curves.iter().enumerate() {
         for b in &curves[..n] {
             let (mean, largest) = last_half(&differences(a, b));
@@ -69,9 +81,17 @@ pub(crate) fn run(runs: &[PathBuf], picture: Option<&Path>) -> Result<()> {
                 b.name,
                 steps / 2
             );
+            // Also where a difference is no number.
+            if !(mean <= bars.mean && largest <= bars.largest) {
+                apart.push(format!("{} from {}", a.name, b.name));
+            }
         }
     }
-    picture.map_or(Ok(()), |path| draw(path, &curves, steps))
+    if let Some(path) = picture {
+        draw(path, &curves, steps)?;
+    }
+    ensure!(apart.is_empty(), "further apart than {}% or {}%: {}", bars.mean, bars.largest, apart.join(", "));
+    Ok(())
 }
 
 fn draw(path: &Path, curves: &[Curve], steps: usize) -> Result<()> {

@@ -69,6 +69,8 @@ pub(crate) enum Command {
         /// A picture to draw (SVG).
         #[arg(long)]
         picture: Option<PathBuf>,
+        #[command(flatten)]
+        bars: compare::Bars,
     },
     /// The tokens that steps are trained on, one JSON object for each micro-batch of a lane.
     Samples {
@@ -105,7 +107,7 @@ pub(crate) enum Command {
         #[arg(long = "set", value_name = "KEY=VALUE")]
         set: Vec<String>,
     },
-    /// Measure: one JSON object per figure, with its peer and its limit.
+    /// Measure: one JSON object per figure, with what bounds it and, where there is one, a peer.
     Bench {
         /// What the GPU is to run; the CPU's products by default.
         what: Option<bench::What>,
@@ -160,8 +162,8 @@ pub(crate) fn run(command: Command) -> Result<ExitCode> {
             }
             Ok(ExitCode::SUCCESS)
         }
-        Command::Compare { runs, picture } => {
-            compare::run(&runs, picture.as_deref())?;
+        Command::Compare { runs, picture, bars } => {
+            compare::run(&runs, picture.as_deref(), bars)?;
             Ok(ExitCode::SUCCESS)
         }
         Command::Logits { run, which, tokens, out } => {

@@ -56,6 +56,7 @@ pub(crate) fn write(run: &RunFolder, which: Which, choice: &Choice, out: &mut im
         write!(out, "{}", text.next(next)?)?;
         out.flush()?;
     }
+    write!(out, "{}", text.rest()?)?;
     writeln!(out)?;
     Ok(())
 }
@@ -88,9 +89,20 @@ impl<'a> Shown<'a> {
         }
         self.tail.drain(..shown);
         self.held = 0;
-        let same = now.chars().zip(before.chars()).take_while(|(a, b)| a == b).map(|(a, _)| a.len_utf8()).sum();
-        Ok(now.split_at(same).1.to_owned())
+        Ok(after(&before, &now))
     }
+
+    /// What is held back at the end, whole or not.
+    fn rest(&self) -> Result<String> {
+        let shown = self.tail.len() - self.held;
+        Ok(after(&self.vocabulary.decode(&self.tail[..shown])?, &self.vocabulary.decode(&self.tail)?))
+    }
+}
+
+/// What `now` has beyond the characters that it shares with `before`.
+fn after(before: &str, now: &str) -> String {
+    let same = now.chars().zip(before.chars()).take_while(|(a, b)| a == b).map(|(a, _)| a.len_utf8()).sum();
+    now.split_at(same).1.to_owned()
 }
 
 /// Writes the logits of the texts in a file.
@@ -160,6 +172,8 @@ mod tests {
         let junk = (0..8).map(|_| shown.next(0xff)).collect::<Result<String>>()?;
         assert_eq!(junk, "\u{fffd}".repeat(8));
         assert_eq!(shown.next(u32::from(b'!'))?, "!");
+        // A text that ends within a character.
+        assert_eq!((shown.next(0xc3)?.as_str(), shown.rest()?.as_str()), ("", "\u{fffd}"));
         Ok(())
     }
 

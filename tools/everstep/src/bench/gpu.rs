@@ -49,11 +49,9 @@ pub(crate) fn run(what: What) -> Result<()> {
 /// Random codes of values within (-2, 2): no NaN among them.
 fn random_codes(count: usize, name: u32) -> Vec<u8> {
     let random = Philox::new(7, 51, name);
-    (0..count.div_ceil(16) as u64)
-        .flat_map(|n| {
-            let bits = ((random.uniform(2 * n) * (1u64 << 53) as f64) as u128) << 64;
-            (bits | (random.uniform(2 * n + 1) * (1u64 << 53) as f64) as u128).to_le_bytes()
-        })
+    // A uniform number has 53 random bits: six bytes.
+    (0..count.div_ceil(6) as u64)
+        .flat_map(|n| ((random.uniform(n) * (1u64 << 48) as f64) as u64).to_le_bytes().into_iter().take(6))
         .map(|byte| byte & 0xbf)
         .take(count)
         .collect()
@@ -76,10 +74,17 @@ fn blocks(gpu: &Gpu, groups: usize, rows: usize, columns: usize) -> Result<Block
 
 /// The best of several rounds, each after a rest.
 fn best(mut timed: impl FnMut() -> Result<f64>) -> Result<f64> {
-    let mut least = f64::INFINITY;
+    Ok(in_turns(&mut [&mut timed])?[0])
+}
+
+/// The best of several rounds of each, in turns, each after a rest.
+fn in_turns(timed: &mut [&mut dyn FnMut() -> Result<f64>]) -> Result<Vec<f64>> {
+    let mut least = vec![f64::INFINITY; timed.len()];
     for _ in 0..ROUNDS {
-        std::thread::sleep(REST);
-        least = least.min(timed()?);
+        for (least, timed) in least.iter_mut().zip(timed.iter_mut()) {
+            std::thread::sleep(REST);
+            *least = least.min(timed()?);
+        }
     }
     Ok(least)
 }
@@ -103,8 +108,9 @@ fn gemm(gpu: &Gpu) -> Result<()> {
     ] {
         let (x, w) = (codes(gpu, m, k, 1)?, blocks(gpu, 1, n, k)?);
         let (mut y, mut theirs) = (gpu.upload(&vec![0u16; m * n])?, gpu.upload(&vec![0u16; m * n])?);
-        let ours = best(|| Ok(gpu.seconds(REPETITIONS, || gpu.fp8_linear(&x, &w, &mut y))?))?;
-        let peer = best(|| Ok(cublas.block_scaled(&x, &w, &mut theirs)?))?;
+        let mut run = || Ok(gpu.seconds(REPETITIONS, || gpu.fp8_linear(&x, &w, &mut y))?);
+        let times = in_turns(&mut [&mut run, &mut || Ok(cublas.block_scaled(1, &x, &w, &mut theirs)?)])?;
+        let (ours, peer) = (times[0], times[1]);
         let (got, want) = (gpu.download(&y)?, gpu.download(&theirs)?);
         let wide = best(|| Ok(cublas.tensor_wide(&x, &w, &mut theirs)?))?;
         let (a, b) = (gpu.upload(&random_bf16(m * k, 4))?, gpu.upload(&random_bf16(n * k, 5))?);
@@ -145,7 +151,7 @@ fn offsets(groups: usize, each: usize) -> Vec<i32> {
     (0..=groups).map(|g| (g * each) as i32).collect()
 }
 
-/// Experts' products; the peer runs them one after another.
+/// Experts' products; the peer runs as many of one group, one after another, in one timing.
 fn grouped(gpu: &Gpu) -> Result<()> {
     let cublas = CublasPeer::new(gpu)?;
     for (groups, rows, n, k) in [
@@ -159,10 +165,11 @@ fn grouped(gpu: &Gpu) -> Result<()> {
         let (x, w) = (codes(gpu, groups * rows, k, 1)?, blocks(gpu, groups, n, k)?);
         let at = gpu.upload(&offsets(groups, rows))?;
         let mut y = gpu.upload(&vec![0u16; groups * rows * n])?;
-        let ours = best(|| Ok(gpu.seconds(REPETITIONS, || gpu.fp8_grouped(&x, &w, &at, &mut y))?))?;
         let (one_x, one_w) = (codes(gpu, rows, k, 1)?, blocks(gpu, 1, n, k)?);
         let mut one_y = gpu.upload(&vec![0u16; rows * n])?;
-        let peer = best(|| Ok(groups as f64 * cublas.block_scaled(&one_x, &one_w, &mut one_y)?))?;
+        let mut run = || Ok(gpu.seconds(REPETITIONS, || gpu.fp8_grouped(&x, &w, &at, &mut y))?);
+        let times = in_turns(&mut [&mut run, &mut || Ok(cublas.block_scaled(groups, &one_x, &one_w, &mut one_y)?)])?;
+        let (ours, peer) = (times[0], times[1]);
         let tflops = |time: f64| 2.0 * (groups * rows * n * k) as f64 / time / 1e12;
         println!(
             "{}",

@@ -18,6 +18,14 @@ pub(super) fn collect(paths: &[PathBuf]) -> Result<Vec<PathBuf>> {
         if meta.is_dir() {
             walk(path, &mut files)?;
         } else if meta.is_file() {
+            let index = path.with_extension("idx");
+            if path.extension().is_some_and(|e| e == "bin") && !index.exists() && !is_text(path)? {
+                bail!(
+                    "data: {} is no text, and the index of its tokens, {}, is missing",
+                    path.display(),
+                    index.display()
+                );
+            }
             files.push(path.clone());
         } else {
             bail!("data: {} is neither a file nor a folder", path.display());
