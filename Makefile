@@ -22,7 +22,7 @@ test: setup-test kernels
 	cargo build --workspace
 	cargo nextest run --workspace
 
-## Every kernel compiled for Hopper, on any machine: fails where registers go to memory, or where the table is not true.
+## Every kernel of kernels/hopper/ compiled, on any machine: fails where registers go to memory, or where the table is not true.
 kernels: setup setup-python
 	$(PYTHON)/bin/pip install --quiet nvidia-cuda-nvrtc==13.0.88
 	LD_LIBRARY_PATH=$$(echo $(PYTHON)/lib/python3*/site-packages/nvidia/cu13/lib) \

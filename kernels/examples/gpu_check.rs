@@ -2,14 +2,22 @@
 //! more than it may, or if there is no GPU. Speed is `everstep bench`.
 
 use everstep_kernels::{
-    Backend, BackendError, Blocks, CausalAttention, CausalGradients, CausalShape, Codes, CpuBackend, CudaBackend, Gpu,
-    Groups, NoCubins, Philox, Precision, Qkv, Role, Tensor, bf16_bits, bf16_value, quantise_blocks,
+    Backend, BackendError, Blocks, CausalAttention, CausalGradients, CausalShape, Codes, CpuBackend, CudaBackend,
+    Dispatch, GateShape, Gpu, Groups, NoCubins, Philox, Places, Precision, Qkv, Role, Tensor, bf16_bits, bf16_value,
+    quantise_blocks,
 };
 use std::process::ExitCode;
-use std::sync::Arc;
+use std::sync::{Arc, OnceLock};
+use std::time::{SystemTime, UNIX_EPOCH};
+
+/// Another one in each run.
+fn seed() -> u64 {
+    static SEED: OnceLock<u64> = OnceLock::new();
+    *SEED.get_or_init(|| SystemTime::now().duration_since(UNIX_EPOCH).map_or(0, |time| time.as_secs()))
+}
 
 fn random(rows: usize, columns: usize, name: u32) -> Arc<Vec<f32>> {
-    Arc::new(Philox::new(3, 50, name).normals(rows * columns, 1.0))
+    Arc::new(Philox::new(seed(), 50, name).normals(rows * columns, 1.0))
 }
 
 /// Largest difference relative to the largest element.
@@ -72,7 +80,7 @@ fn quantised(gpu: &Gpu, b: &CpuBackend, x: &Tensor, words: &[u16]) -> Result<(Co
     gpu.quantise_rows(&gpu.upload(words)?, &mut codes, false)?;
     let q = b.quantise(x);
     let (want_codes, want_scales) = q.as_quantised().expect("a quantised matrix");
-    let (got_codes, got_scales) = (gpu.download(&codes.codes)?, gpu.download(&codes.scales)?);
+    let (got_codes, got_scales) = (gpu.download(codes.codes())?, gpu.download(codes.scales())?);
     let tiles = columns / 128;
     let scale = |row: usize, tile: usize| got_scales[tile * Codes::stride(rows) + row].to_bits();
     let same = (0..rows * tiles).all(|at| scale(at / tiles, at % tiles) == want_scales[at].to_bits());
@@ -85,7 +93,7 @@ fn blocks(gpu: &Gpu, weights: &[Arc<Vec<f32>>], rows: usize, columns: usize) -> 
     let all: Vec<_> = weights.iter().map(|w| quantise_blocks(w, rows, columns)).collect();
     let codes: Vec<u8> = all.iter().flat_map(|(codes, _)| codes.iter().copied()).collect();
     let scales: Vec<f32> = all.iter().flat_map(|(_, scales)| scales.iter().copied()).collect();
-    Ok(Blocks { groups: weights.len(), rows, columns, codes: gpu.upload(&codes)?, scales: gpu.upload(&scales)? })
+    Ok(Blocks::new(weights.len(), rows, columns, gpu.upload(&codes)?, gpu.upload(&scales)?))
 }
 
 fn values(words: &[u16]) -> Vec<f32> {
@@ -97,14 +105,6 @@ const PRODUCT: f64 = 1e-3;
 /// The tensor cores add 128 products of E4M3 with some 14 bits (technical report 3.3.2), the CPU with 24: against f64
 /// too the difference is 1.3e-4, whatever the number of tokens.
 const GRADIENT: f64 = 3e-4;
-
-fn offsets(counts: &[u32]) -> Vec<i32> {
-    let ends = counts.iter().scan(0, |end, n| {
-        *end += *n as i32;
-        Some(*end)
-    });
-    [0].into_iter().chain(ends).collect()
-}
 
 /// Products in FP8: rows of groups, each against its weight.
 fn fp8(gpu: &Gpu, counts: &[u32], out: usize, input: usize) -> Result<bool, BackendError> {
@@ -124,28 +124,114 @@ fn fp8(gpu: &Gpu, counts: &[u32], out: usize, input: usize) -> Result<bool, Back
             report("product, FP8", (rows, out, input), norm_difference(&values(&gpu.download(&y)?), &want), PRODUCT);
     }
     let mut y = gpu.upload(&poison)?;
-    gpu.fp8_grouped(&codes, &w, &gpu.upload(&offsets(counts))?, &mut y)?;
+    gpu.fp8_grouped(&codes, &w, &Groups::new(gpu, counts)?, &mut y)?;
     let grouped = b.grouped_linear(&x, &b.upload_indices(counts.to_vec()), &host, Role::Projection);
     let error = norm_difference(&values(&gpu.download(&y)?), &b.read(&grouped)?);
     Ok(good & report("grouped product, FP8", (counts, out, input), error, PRODUCT))
 }
 
-/// The weight gradient of rows that are turned on the GPU, added to what is there.
-fn weight_gradient(gpu: &Gpu, tokens: usize, out: usize, input: usize) -> Result<bool, BackendError> {
+/// Weight gradients of groups of rows that are turned on the GPU, added to what is there.
+fn weight_gradient(gpu: &Gpu, counts: &[u32], out: usize, input: usize) -> Result<bool, BackendError> {
     let b = CpuBackend::new(Precision::Fp8);
+    let tokens = counts.iter().sum::<u32>() as usize;
     let ((dy, dy_words), (x, x_words)) = (low(&b, tokens, out, 8)?, low(&b, tokens, input, 9)?);
-    let filled = tokens.next_multiple_of(128);
-    let groups = Groups { offsets: gpu.upload(&[0, tokens as i32])?, blocks: gpu.upload(&[0, (filled / 128) as i32])? };
-    let (mut of_dy, mut of_x) = (gpu.codes(out, filled)?, gpu.codes(input, filled)?);
+    let groups = Groups::new(gpu, counts)?;
+    let (mut of_dy, mut of_x) = (gpu.codes(out, groups.filled())?, gpu.codes(input, groups.filled())?);
     gpu.turn(&gpu.upload(&dy_words)?, &groups, &mut of_dy, false)?;
-    let (kept, good) = quantised(gpu, &b, &x, &x_words)?;
+    let (kept, mut good) = quantised(gpu, &b, &x, &x_words)?;
     gpu.turn_codes(&kept, &groups, &mut of_x, false)?;
-    let before = random(out, input, 10);
+    let before = random(counts.len() * out, input, 10);
     let mut dw = gpu.upload(&before)?;
-    gpu.fp8_weight_gradient(&of_dy, &of_x, &groups.blocks, &mut dw)?;
-    let product = b.read(&b.linear_backward_weight(&dy, &x, Role::Projection))?;
+    gpu.fp8_weight_gradient(&of_dy, &of_x, &groups, &mut dw)?;
     let got: Vec<f32> = gpu.download(&dw)?.iter().zip(before.iter()).map(|(sum, before)| sum - before).collect();
-    Ok(good & report("weight gradient, FP8", (tokens, out, input), norm_difference(&got, &product), GRADIENT))
+    let mut from = 0;
+    for (count, got) in counts.iter().map(|n| *n as usize).zip(got.chunks(out * input)) {
+        let (dy, x) = (b.rows(&dy, from, count), b.rows(&x, from, count));
+        from += count;
+        let error = if count == 0 {
+            got.iter().fold(0.0, |m, x| f64::from(x.abs()).max(m))
+        } else {
+            norm_difference(got, &b.read(&b.linear_backward_weight(&dy, &x, Role::Projection))?)
+        };
+        good &= report("weight gradient, FP8", (count, out, input), error, GRADIENT);
+    }
+    Ok(good)
+}
+
+/// Elements that differ, of results that must not.
+fn unlike<T: PartialEq>(got: &[T], want: &[T]) -> f64 {
+    assert_eq!(got.len(), want.len());
+    got.iter().zip(want).filter(|(a, b)| a != b).count() as f64
+}
+
+/// What is done to rows: the bits of the CPU backend in BF16.
+fn rows(gpu: &Gpu, tokens: usize, columns: usize) -> Result<bool, BackendError> {
+    let b = CpuBackend::new(Precision::Bf16);
+    let words = |x: &Tensor| Ok::<Vec<u16>, BackendError>(b.read(x)?.iter().map(|x| bf16_bits(*x)).collect());
+    let ((x, x_words), (up, up_words)) = (low(&b, tokens, columns, 11)?, low(&b, tokens, columns, 12)?);
+    let (x_gpu, up_gpu, weight) = (gpu.upload(&x_words)?, gpu.upload(&up_words)?, random(1, columns, 13));
+    let same_codes = |what: &str, got: &Codes, rows: &Tensor| -> Result<bool, BackendError> {
+        let q = b.quantise(rows);
+        let (codes, scales) = q.as_quantised().expect("a quantised matrix");
+        let (mut other, tiles) = (unlike(&gpu.download(got.codes())?, codes), columns / 128);
+        let of_gpu = gpu.download(got.scales())?;
+        let at = |row: usize, tile: usize| of_gpu[tile * Codes::stride(rows.rows()) + row];
+        let by_row: Vec<f32> = (0..scales.len()).map(|n| at(n / tiles, n % tiles)).collect();
+        other += unlike(&by_row, scales);
+        Ok(report(&format!("{what}: codes and scales of other bits"), (rows.rows(), columns), other, 0.0))
+    };
+    let (mut y, mut codes) = (gpu.upload(&vec![0x7fffu16; tokens * columns])?, gpu.codes(tokens, columns)?);
+    gpu.rms_norm_quantised(&x_gpu, &gpu.upload(&weight)?, &mut y, &mut codes, 1e-6)?;
+    let want = b.rms_norm(&x, &Tensor::host(1, columns, Arc::clone(&weight)), 1e-6);
+    let mut good = report("norm: other bits", (tokens, columns), unlike(&gpu.download(&y)?, &words(&want)?), 0.0);
+    good &= same_codes("norm", &codes, &want)?;
+    gpu.swiglu_quantised(&x_gpu, &up_gpu, &mut y, &mut codes)?;
+    let want = b.swiglu(&x, &up);
+    good &= report("SwiGLU: other bits", (tokens, columns), unlike(&gpu.download(&y)?, &words(&want)?), 0.0);
+    good &= same_codes("SwiGLU", &codes, &want)?;
+    // Experts by a gate's choice.
+    let shape = GateShape { experts: 32, top_k: 8, groups: 8, groups_kept: 4, routed_scale: 2.5, sequence: tokens };
+    let logits = Tensor::host(tokens, shape.experts, random(tokens, shape.experts, 14));
+    let (experts, weights) = b.gate(&logits, &Tensor::from_vec(1, shape.experts, vec![0.0; shape.experts]), &shape);
+    let chosen = b.read_indices(&experts)?;
+    let plan = Dispatch::new(&chosen, shape.top_k, shape.experts, shape.groups);
+    let starts = plan.starts();
+    let place: Vec<i32> = plan.slots.iter().map(|s| (starts[s.expert as usize] as u32 + s.row) as i32).collect();
+    let named: Vec<i32> = chosen.iter().map(|e| *e as i32).collect();
+    let places = Places::new(gpu, (shape.top_k, shape.experts / shape.groups, place.len()), &place, &named)?;
+    let (made, made_words) = low(&b, place.len(), columns, 15)?;
+    let of_experts: Vec<Tensor> =
+        starts.iter().zip(plan.counts()).map(|(from, count)| b.rows(&made, *from, count as usize)).collect();
+    gpu.combine_rows(&gpu.upload(&made_words)?, &places, &gpu.upload(&b.read(&weights)?)?, &mut y, columns)?;
+    let want = words(&b.combine(&of_experts, Some(&weights), &plan))?;
+    good &= report("combine: other bits", (tokens, columns), unlike(&gpu.download(&y)?, &want), 0.0);
+    let mut sent = gpu.upload(&vec![0xffu8; place.len() * columns])?;
+    let mut scales = gpu.upload(&vec![f32::NAN; place.len() * columns / 128])?;
+    gpu.dispatch_quantised(&x_gpu, &places, (&mut sent, &mut scales), columns, false)?;
+    let want = b.quantise(&b.stack(&b.dispatch(&x, &plan)));
+    let (codes, of_rows) = want.as_quantised().expect("a quantised matrix");
+    let other = unlike(&gpu.download(&sent)?, codes) + unlike(&gpu.download(&scales)?, of_rows);
+    Ok(good & report("dispatch: other bits", (tokens, columns), other, 0.0))
+}
+
+/// A thousand times the same product of each kind: no bit differs.
+fn repeated(gpu: &Gpu) -> Result<bool, BackendError> {
+    let b = CpuBackend::new(Precision::Fp8);
+    let mut good = true;
+    for (rows, out, input) in [(2816, 1536, 128), (300, 2112, 1024), (2112, 1536, 128)] {
+        let (x, words) = low(&b, rows, input, 16)?;
+        let (codes, _) = quantised(gpu, &b, &x, &words)?;
+        let w = blocks(gpu, &[random(out, input, 17)], out, input)?;
+        let (mut first, mut other) = (None, 0.0);
+        let mut y = gpu.upload(&vec![0x7fff; rows * out])?;
+        for _ in 0..1000 {
+            gpu.fp8_linear(&codes, &w, &mut y)?;
+            let got = gpu.download(&y)?;
+            other += unlike(&got, first.get_or_insert_with(|| got.clone()));
+        }
+        good &= report("a product a thousand times: other bits", (rows, out, input), other, 0.0);
+    }
+    Ok(good)
 }
 
 /// One head of one sequence in f64: result, logarithms, and the gradients of queries, keys and values.
@@ -238,6 +324,7 @@ fn attention(gpu: &Gpu, shape: CausalShape) -> Result<bool, BackendError> {
 
 fn check() -> Result<bool, BackendError> {
     let gpu = CudaBackend::new(0, Box::new(NoCubins))?;
+    println!("{{\"seed\":{}}}", seed());
     println!("{{\"device_class\":\"{}\",\"card\":\"{}\"}}", gpu.class(), gpu.gpu().card()?);
     let mut good = true;
     for (rows, columns) in [(1, 7), (3, 16), (17, 129), (1000, 1536), (4096, 7168)] {
@@ -252,14 +339,23 @@ fn check() -> Result<bool, BackendError> {
         (&[300], 2112, 1024),
         (&[1000], 1000, 640),
         (&[2047], 520, 1536),
+        // Those that take the other tiles.
+        (&[2816], 1536, 128),
+        (&[2112], 1536, 128),
         (&[5, 0, 0, 131, 256, 257, 1, 300], 256, 512),
         (&[0, 1000, 33, 0], 1000, 384),
     ] {
         good &= fp8(gpu.gpu(), counts, out, input)?;
     }
-    for (tokens, out, input) in [(1, 128, 128), (128, 256, 128), (1000, 384, 256), (4096, 640, 512)] {
-        good &= weight_gradient(gpu.gpu(), tokens, out, input)?;
+    for (counts, out, input) in
+        [(&[1][..], 128, 128), (&[128], 256, 128), (&[4096], 640, 512), (&[5, 0, 131, 256, 0, 1, 300], 384, 256)]
+    {
+        good &= weight_gradient(gpu.gpu(), counts, out, input)?;
     }
+    for (tokens, columns) in [(1, 128), (1001, 1152), (77, 7168)] {
+        good &= rows(gpu.gpu(), tokens, columns)?;
+    }
+    good &= repeated(gpu.gpu())?;
     for (batch, heads, tokens) in [(2, 3, 256), (1, 2, 333)] {
         good &= attention(gpu.gpu(), CausalShape { batch, heads, tokens, keys: 192, values: 128 })?;
     }

@@ -54,6 +54,18 @@ fn text_that_is_missing_or_empty_is_named() -> Result<()> {
     Ok(())
 }
 
+/// Without a GPU, or where none is visible.
+#[test]
+fn a_bench_of_the_gpu_says_what_is_missing() -> Result<()> {
+    let place = Place::new()?;
+    for what in ["gemm", "attention"] {
+        let mut command = std::process::Command::new(everstep_tests::program());
+        let output = command.args(["bench", what]).env("CUDA_VISIBLE_DEVICES", "").current_dir(place.path()).output()?;
+        refused(&output, &["error: cuda:0: "]);
+    }
+    Ok(())
+}
+
 #[test]
 fn a_port_in_use_and_a_folder_that_exists_are_named() -> Result<()> {
     let place = Place::new()?;

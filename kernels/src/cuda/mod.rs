@@ -19,8 +19,8 @@ mod sources;
 pub use attention::{CausalAttention, CausalGradients, CausalShape, Qkv};
 pub use device::{Cubins, Gpu, NoCubins};
 pub use measure::CublasPeer;
-pub use products::{Blocks, Codes};
-pub use rows::{Groups, Places};
+pub use products::{Blocks, Codes, Groups};
+pub use rows::Places;
 pub use sources::{SOURCES, Source};
 
 use crate::backend::{AttentionState, Backend, BackendError, DeviceClass, Role};

@@ -13,17 +13,31 @@ const TILE: usize = 128;
 /// multiple of four.
 #[derive(Debug)]
 pub struct Codes {
-    /// Rows, of activations or of a transposed operand.
-    pub rows: usize,
-    /// Columns, a multiple of 128.
-    pub columns: usize,
-    /// Row by row.
-    pub codes: CudaSlice<u8>,
-    /// By tile, then by row.
-    pub scales: CudaSlice<f32>,
+    pub(super) rows: usize,
+    pub(super) columns: usize,
+    pub(super) codes: CudaSlice<u8>,
+    pub(super) scales: CudaSlice<f32>,
 }
 
 impl Codes {
+    /// Of codes row by row, and scales by tile. Panics if there are not as many as the shape says.
+    pub fn new(rows: usize, columns: usize, codes: CudaSlice<u8>, scales: CudaSlice<f32>) -> Self {
+        assert!(columns.is_multiple_of(TILE), "{columns} columns in tiles of {TILE}");
+        let lengths = (codes.len(), scales.len());
+        assert_eq!(lengths, (rows * columns, Self::scale_count(rows, columns)), "a {rows} x {columns} matrix");
+        Self { rows, columns, codes, scales }
+    }
+
+    /// Codes, row by row.
+    pub fn codes(&self) -> &CudaSlice<u8> {
+        &self.codes
+    }
+
+    /// Scales, by tile, then by row.
+    pub fn scales(&self) -> &CudaSlice<f32> {
+        &self.scales
+    }
+
     /// Distance of two tiles' scales.
     pub fn stride(rows: usize) -> usize {
         rows.next_multiple_of(4)
@@ -38,16 +52,56 @@ impl Codes {
 /// `w_GOI` in E4M3 on the device, with a scale for each block of 128 x 128, stored `[G][O/128][I/128]`.
 #[derive(Debug)]
 pub struct Blocks {
-    /// Matrices, one after another.
-    pub groups: usize,
-    /// Rows of each, a multiple of 8.
-    pub rows: usize,
-    /// Columns, a multiple of 128.
-    pub columns: usize,
-    /// Row by row.
-    pub codes: CudaSlice<u8>,
-    /// By group, row of blocks and column of blocks.
-    pub scales: CudaSlice<f32>,
+    pub(super) groups: usize,
+    pub(super) rows: usize,
+    pub(super) columns: usize,
+    pub(super) codes: CudaSlice<u8>,
+    pub(super) scales: CudaSlice<f32>,
+}
+
+impl Blocks {
+    /// `groups` matrices of rows that are a multiple of 8 and columns that are one of 128, by codes row by row and scales
+    /// by group, row and column of blocks. Panics if there are not as many as that.
+    pub fn new(groups: usize, rows: usize, columns: usize, codes: CudaSlice<u8>, scales: CudaSlice<f32>) -> Self {
+        assert!(rows.is_multiple_of(8) && columns.is_multiple_of(TILE), "weights of {rows} x {columns}");
+        let expected = (groups * rows * columns, groups * rows.div_ceil(TILE) * (columns / TILE));
+        assert_eq!((codes.len(), scales.len()), expected, "{groups} weights of {rows} x {columns}");
+        Self { groups, rows, columns, codes, scales }
+    }
+}
+
+/// Consecutive groups of tokens, and the blocks of 128 that each fills once its tokens are columns.
+#[derive(Debug)]
+pub struct Groups {
+    pub(super) count: usize,
+    /// Tokens of all.
+    pub(super) rows: usize,
+    /// Blocks of all.
+    pub(super) filled: usize,
+    /// First rows, and the end.
+    pub(super) offsets: CudaSlice<i32>,
+    /// First blocks, and the end.
+    pub(super) blocks: CudaSlice<i32>,
+}
+
+impl Groups {
+    /// Of so many tokens each.
+    pub fn new(gpu: &Gpu, counts: &[u32]) -> Result<Self, BackendError> {
+        let ends = |each: &dyn Fn(u32) -> u32| -> Vec<i32> {
+            let mut ends = vec![0];
+            counts.iter().for_each(|n| ends.push(ends[ends.len() - 1] + each(*n) as i32));
+            ends
+        };
+        let (offsets, blocks) = (ends(&|n| n), ends(&|n| n.div_ceil(TILE as u32)));
+        let (rows, filled) = (offsets[counts.len()] as usize, blocks[counts.len()] as usize);
+        let (offsets, blocks) = (gpu.upload(&offsets)?, gpu.upload(&blocks)?);
+        Ok(Self { count: counts.len(), rows, filled, offsets, blocks })
+    }
+
+    /// Tokens of all groups once each fills whole blocks.
+    pub fn filled(&self) -> usize {
+        self.filled * TILE
+    }
 }
 
 /// The rows and columns of a tile and what else a launch needs to know of a variant.
@@ -109,17 +163,17 @@ impl Gpu {
         self.fp8_product(source, x, w, None, y)
     }
 
-    /// The same with each group of rows of `x` against its own matrix; `offsets` holds the groups' first rows, and the end.
+    /// The same with each group of rows of `x` against its own matrix.
     pub fn fp8_grouped(
         &self,
         x: &Codes,
         w: &Blocks,
-        offsets: &CudaSlice<i32>,
+        groups: &Groups,
         y: &mut CudaSlice<u16>,
     ) -> Result<(), BackendError> {
-        let shapes = (w.columns, y.len(), offsets.len());
-        assert_eq!(shapes, (x.columns, x.rows * w.rows, w.groups + 1), "shapes of a grouped product");
-        self.fp8_product(&GROUPED, x, w, Some(offsets), y)
+        let shapes = (w.columns, y.len(), w.groups, x.rows);
+        assert_eq!(shapes, (x.columns, x.rows * w.rows, groups.count, groups.rows), "shapes of a grouped product");
+        self.fp8_product(&GROUPED, x, w, Some(&groups.offsets), y)
     }
 
     fn fp8_product(
@@ -131,7 +185,6 @@ impl Gpu {
         y: &mut CudaSlice<u16>,
     ) -> Result<(), BackendError> {
         let (m, n, k, tile) = (x.rows, w.rows, x.columns, Tile::of(source));
-        assert!(n.is_multiple_of(8) && k.is_multiple_of(TILE), "a product of {n} columns over {k}");
         if m == 0 {
             return Ok(());
         }
@@ -157,27 +210,25 @@ impl Gpu {
         };
         launch.arg(&groups).arg(&m).arg(&n).arg(&k);
         let config = launch_of(self.processors, 128 * (tile.math as u32 + 1), tile.shared() as u32);
-        // SAFETY: the operands have the shapes that the descriptors and numbers say (asserted above and by the types'
-        // lengths, which the descriptors' makers check); the kernel stays within them.
+        // SAFETY: the operands are as long as their shapes say, which their constructors assert; groups end with the rows;
+        // `y` and the shapes among each other are asserted by the callers.
         unsafe { launch.launch(config) }.map_err(|e| self.error(format!("{}: {e}", source.name)))?;
         Ok(())
     }
 
     /// `dw_GOI += dy^T x`, for each group of tokens: `dy` and `x` are transposed, `[O][T]` and `[I][T]`, each group's
-    /// tokens filling whole blocks of 128; `offsets` holds the groups' first blocks, and the end.
+    /// tokens filling whole blocks of 128.
     pub fn fp8_weight_gradient(
         &self,
         dy: &Codes,
         x: &Codes,
-        offsets: &CudaSlice<i32>,
+        groups: &Groups,
         dw: &mut CudaSlice<f32>,
     ) -> Result<(), BackendError> {
-        let (m, n, tokens, groups) = (dy.rows, x.rows, dy.columns, offsets.len() - 1);
-        assert_eq!((x.columns, dw.len()), (tokens, groups * m * n), "shapes of a weight gradient");
-        assert!(
-            n.is_multiple_of(4) && tokens.is_multiple_of(TILE),
-            "a weight gradient of {n} columns, {tokens} tokens"
-        );
+        let (m, n, tokens, offsets, count) = (dy.rows, x.rows, groups.filled(), &groups.blocks, groups.count);
+        assert_eq!([dy.columns, x.columns], [tokens; 2], "tokens of a weight gradient");
+        assert_eq!(dw.len(), count * m * n, "elements of a weight gradient");
+        assert!(n.is_multiple_of(4), "a weight gradient of {n} columns");
         if tokens == 0 {
             return Ok(());
         }
@@ -192,12 +243,12 @@ impl Gpu {
         let function = self.function(&WGRAD, "fp8_wgrad", shared as u32)?;
         let map_d = {
             let (address, _held) = dw.device_ptr_mut(&self.stream);
-            let (dimensions, strides, size) = ([n, m, groups], [4 * n, 4 * n * m], [32, 64, 1]);
+            let (dimensions, strides, size) = ([n, m, count], [4 * n, 4 * n * m], [32, 64, 1]);
             let kind = Kind::F32;
             let boxes = Boxes { kind, dimensions: &dimensions, strides: &strides, size: &size, swizzled: true };
             self.tensor_map(address, &boxes)?
         };
-        let (groups, m, n) = (groups as i32, m as i32, n as i32);
+        let (groups, m, n) = (count as i32, m as i32, n as i32);
         let mut launch = self.stream.launch_builder(&function);
         launch.arg(&map_a).arg(&map_b).arg(&map_d).arg(&map_sa).arg(&map_sb);
         launch.arg(offsets).arg(&groups).arg(&m).arg(&n);

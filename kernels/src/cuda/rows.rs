@@ -2,7 +2,7 @@
 //! columns. Layouts and roundings are told in the files of `hopper/`.
 
 use super::device::{Gpu, launch_of};
-use super::products::Codes;
+use super::products::{Codes, Groups};
 use super::sources::{NORM, PERMUTE, QUANTISE, SWIGLU, TURN};
 use crate::backend::BackendError;
 use cudarc::driver::{CudaSlice, PushKernelArg};
@@ -23,54 +23,58 @@ macro_rules! run {
         let function = $gpu.function(&$source, $name, shared as u32)?;
         let mut launch = $gpu.stream.launch_builder(&function);
         $(launch.arg($argument);)+
-        // SAFETY: the arguments are the kernel's, and as long as it expects; it checks its rows.
+        // SAFETY: the arguments are the kernel's, and as long as it expects, which callers assert; it checks its rows.
         unsafe { launch.launch(launch_of(blocks as u32, threads, shared as u32)) }
             .map_err(|e| $gpu.error(format!("{}: {e}", $name)))?;
         Ok(())
     }};
 }
 
-/// Where tokens go: `place` holds the row of each of a token's choices, or -1; choices ascend by expert.
+/// Where tokens go, and come from.
 #[derive(Debug)]
 pub struct Places {
-    /// Choices of a token, at most 32.
-    pub top_k: usize,
-    /// Experts of a group.
-    pub group_size: usize,
-    /// `[tokens][top_k]`.
-    pub place: CudaSlice<i32>,
-    /// `[tokens][top_k]`.
-    pub experts: CudaSlice<i32>,
+    top_k: usize,
+    group_size: usize,
+    /// Rows of the experts.
+    rows: usize,
+    tokens: usize,
+    place: CudaSlice<i32>,
+    experts: CudaSlice<i32>,
 }
 
 impl Places {
-    /// Tokens that go somewhere.
-    pub fn tokens(&self) -> usize {
-        self.place.len() / self.top_k
+    /// `place` holds the row of each of a token's choices among `rows`, or -1; `experts` their numbers, ascending; both
+    /// `[tokens][top_k]`. Panics if a place is beyond the rows, or if there are more than 32 choices or none.
+    pub fn new(
+        gpu: &Gpu,
+        (top_k, group_size, rows): (usize, usize, usize),
+        place: &[i32],
+        experts: &[i32],
+    ) -> Result<Self, BackendError> {
+        assert!((1..=32).contains(&top_k) && group_size > 0, "{top_k} choices among groups of {group_size}");
+        assert!(
+            place.len() == experts.len() && place.len().is_multiple_of(top_k),
+            "a place and an expert of each choice"
+        );
+        assert!(place.iter().all(|at| *at >= -1 && *at < rows as i32), "places below {rows}");
+        let (tokens, place, experts) = (place.len() / top_k, gpu.upload(place)?, gpu.upload(experts)?);
+        Ok(Self { top_k, group_size, rows, tokens, place, experts })
     }
-}
-
-/// Groups of consecutive rows, and the blocks of 128 that they fill once they are columns.
-#[derive(Debug)]
-pub struct Groups {
-    /// First rows, and the end.
-    pub offsets: CudaSlice<i32>,
-    /// First blocks, and the end.
-    pub blocks: CudaSlice<i32>,
 }
 
 impl Gpu {
     /// Memory of the operation's result; nothing is in it yet.
     pub(super) fn room<T: cudarc::driver::DeviceRepr>(&self, elements: usize) -> Result<CudaSlice<T>, BackendError> {
-        // SAFETY: every element is written by the operation that asked for the memory before anything reads it.
+        // SAFETY: any bits are a number; callers write what they mean before they read it.
         unsafe { self.stream.alloc(elements) }.map_err(|e| self.error(format!("{elements} elements: {e}")))
     }
 
     /// Memory for codes and scales.
     pub fn codes(&self, rows: usize, columns: usize) -> Result<Codes, BackendError> {
-        assert!(columns.is_multiple_of(TILE), "{columns} columns in tiles of {TILE}");
-        let scales = self.room(Codes::scale_count(rows, columns))?;
-        Ok(Codes { rows, columns, codes: self.room(rows * columns)?, scales })
+        let zeros = |e: cudarc::driver::DriverError| self.error(e);
+        let codes = self.stream.alloc_zeros(rows * columns).map_err(zeros)?;
+        let scales = self.stream.alloc_zeros(Codes::scale_count(rows, columns)).map_err(zeros)?;
+        Ok(Codes::new(rows, columns, codes, scales))
     }
 
     /// `x_RC` to E4M3; scales are powers of two if `power`.
@@ -161,8 +165,10 @@ impl Gpu {
         y: &mut CudaSlice<u16>,
         columns: usize,
     ) -> Result<(), BackendError> {
-        let (tokens, top_k) = (places.tokens(), places.top_k);
-        assert_eq!((y.len(), weights.len()), (tokens * columns, tokens * top_k), "elements of a combine");
+        let (tokens, top_k) = (places.tokens, places.top_k);
+        assert!(columns.is_multiple_of(TILE), "{columns} columns in tiles of {TILE}");
+        let lengths = (rows.len(), y.len(), weights.len());
+        assert_eq!(lengths, (places.rows * columns, tokens * columns, tokens * top_k), "elements of a combine");
         let blocks = (tokens * columns.div_ceil(256)).div_ceil(WARPS);
         let (t, k, c, size) = (tokens as i32, top_k as i32, columns as i32, places.group_size as i32);
         run!(
@@ -187,20 +193,23 @@ impl Gpu {
         &self,
         x: &CudaSlice<u16>,
         places: &Places,
-        codes: &mut CudaSlice<u8>,
-        scales: &mut CudaSlice<f32>,
+        (codes, scales): (&mut CudaSlice<u8>, &mut CudaSlice<f32>),
         columns: usize,
+        power: bool,
     ) -> Result<(), BackendError> {
-        let tokens = places.tokens();
-        assert_eq!((x.len(), codes.len()), (tokens * columns, scales.len() * TILE), "elements of a dispatch");
+        let tokens = places.tokens;
+        assert!(columns.is_multiple_of(TILE), "{columns} columns in tiles of {TILE}");
+        let lengths = (x.len(), codes.len(), scales.len() * TILE);
+        let rows = places.rows * columns;
+        assert_eq!(lengths, (tokens * columns, rows, rows), "elements of a dispatch");
         let blocks = (tokens * (columns / TILE).div_ceil(8)).div_ceil(WARPS);
-        let (t, k, c, power) = (tokens as i32, places.top_k as i32, columns as i32, 1);
+        let (t, k, c, power) = (tokens as i32, places.top_k as i32, columns as i32, i32::from(power));
         run!(self, PERMUTE, "dispatch", (blocks, 256, 0), x, &places.place, codes, scales, &t, &k, &c, &power)
     }
 
     /// `x_TC` by groups of tokens to `[C][T]` in E4M3, each group filled up to whole blocks of 128 with zeros.
     pub fn turn(&self, x: &CudaSlice<u16>, groups: &Groups, out: &mut Codes, power: bool) -> Result<(), BackendError> {
-        let ((count, columns, width), power) = (turned(groups, out), i32::from(power));
+        let ((count, columns, width), power) = (turned(groups, x.len(), out), i32::from(power));
         let blocks = out.columns / TILE * (out.rows / 64);
         run!(
             self,
@@ -222,7 +231,7 @@ impl Gpu {
     /// The same of rows that are in E4M3 already: an activation is kept so from its forward product.
     pub fn turn_codes(&self, x: &Codes, groups: &Groups, out: &mut Codes, power: bool) -> Result<(), BackendError> {
         assert_eq!(x.columns, out.rows, "columns become rows");
-        let ((count, columns, width), power) = (turned(groups, out), i32::from(power));
+        let ((count, columns, width), power) = (turned(groups, x.rows * x.columns, out), i32::from(power));
         let from = Codes::stride(x.rows) as i32;
         let blocks = out.columns / TILE * (out.rows / TILE);
         run!(
@@ -246,9 +255,9 @@ impl Gpu {
 }
 
 /// Groups, columns that become rows, and the width of those, as a kernel takes them.
-fn turned(groups: &Groups, out: &Codes) -> (i32, i32, i32) {
-    assert_eq!(groups.offsets.len(), groups.blocks.len(), "rows and blocks of the same groups");
-    let whole = out.rows.is_multiple_of(TILE) && out.columns.is_multiple_of(TILE);
-    assert!(whole, "a turn to {} rows of {} tokens", out.rows, out.columns);
-    (groups.offsets.len() as i32 - 1, out.rows as i32, out.columns as i32)
+fn turned(groups: &Groups, elements: usize, out: &Codes) -> (i32, i32, i32) {
+    let whole = out.rows.is_multiple_of(TILE) && out.columns == groups.filled();
+    assert!(whole, "a turn of {} columns to {} tokens, not {}", out.rows, groups.filled(), out.columns);
+    assert_eq!(elements, groups.rows * out.rows, "elements of the groups' rows");
+    (groups.count as i32, out.rows as i32, out.columns as i32)
 }

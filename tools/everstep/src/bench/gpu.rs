@@ -64,12 +64,12 @@ fn random_scales(count: usize, name: u32) -> Vec<f32> {
 
 fn codes(gpu: &Gpu, rows: usize, columns: usize, name: u32) -> Result<Codes> {
     let scales = gpu.upload(&random_scales(Codes::scale_count(rows, columns), name))?;
-    Ok(Codes { rows, columns, codes: gpu.upload(&random_codes(rows * columns, name))?, scales })
+    Ok(Codes::new(rows, columns, gpu.upload(&random_codes(rows * columns, name))?, scales))
 }
 
 fn blocks(gpu: &Gpu, groups: usize, rows: usize, columns: usize) -> Result<Blocks> {
     let scales = gpu.upload(&random_scales(groups * rows.div_ceil(128) * columns / 128, 3))?;
-    Ok(Blocks { groups, rows, columns, codes: gpu.upload(&random_codes(groups * rows * columns, 3))?, scales })
+    Ok(Blocks::new(groups, rows, columns, gpu.upload(&random_codes(groups * rows * columns, 3))?, scales))
 }
 
 /// The best of several rounds, each after a rest.
@@ -146,11 +146,6 @@ fn random_bf16(count: usize, name: u32) -> Vec<u16> {
     Philox::new(7, 53, name).normals(count, 1.0).into_iter().map(everstep_kernels::bf16_bits).collect()
 }
 
-/// First rows of groups of one size, and the end.
-fn offsets(groups: usize, each: usize) -> Vec<i32> {
-    (0..=groups).map(|g| (g * each) as i32).collect()
-}
-
 /// Experts' products; the peer runs as many of one group, one after another, in one timing.
 fn grouped(gpu: &Gpu) -> Result<()> {
     let cublas = CublasPeer::new(gpu)?;
@@ -163,7 +158,7 @@ fn grouped(gpu: &Gpu) -> Result<()> {
         (64, 1536, 2048, 512),
     ] {
         let (x, w) = (codes(gpu, groups * rows, k, 1)?, blocks(gpu, groups, n, k)?);
-        let at = gpu.upload(&offsets(groups, rows))?;
+        let at = Groups::new(gpu, &vec![rows as u32; groups])?;
         let mut y = gpu.upload(&vec![0u16; groups * rows * n])?;
         let (one_x, one_w) = (codes(gpu, rows, k, 1)?, blocks(gpu, 1, n, k)?);
         let mut one_y = gpu.upload(&vec![0u16; rows * n])?;
@@ -187,7 +182,7 @@ fn grouped(gpu: &Gpu) -> Result<()> {
 fn wgrad(gpu: &Gpu) -> Result<()> {
     for (groups, m, n, tokens) in [(8, 7168, 2048, 4096), (8, 4096, 7168, 4096), (64, 2048, 1024, 1536)] {
         let (dy, x) = (codes(gpu, m, groups * tokens, 1)?, codes(gpu, n, groups * tokens, 2)?);
-        let at = gpu.upload(&offsets(groups, tokens / 128))?;
+        let at = Groups::new(gpu, &vec![tokens as u32; groups])?;
         let mut dw = gpu.upload(&vec![0f32; groups * m * n])?;
         let ours = best(|| Ok(gpu.seconds(REPETITIONS, || gpu.fp8_weight_gradient(&dy, &x, &at, &mut dw))?))?;
         println!(
@@ -231,10 +226,7 @@ fn rows(gpu: &Gpu) -> Result<()> {
         line("RMSNorm and quantise", 5 * n + scales, time)?;
         let time = best(|| Ok(gpu.seconds(REPETITIONS, || gpu.swiglu_quantised(&x, &up, &mut y, &mut out))?))?;
         line("SwiGLU and quantise", 7 * n + scales, time)?;
-        let groups = Groups {
-            offsets: gpu.upload(&offsets(8, tokens / 8))?,
-            blocks: gpu.upload(&offsets(8, tokens / 8 / 128))?,
-        };
+        let groups = Groups::new(gpu, &[tokens as u32 / 8; 8])?;
         let mut turned = gpu.codes(columns, tokens)?;
         let time = best(|| Ok(gpu.seconds(REPETITIONS, || gpu.turn(&x, &groups, &mut turned, false))?))?;
         line("turn and quantise", 3 * n + scales, time)?;
@@ -253,8 +245,7 @@ fn rows(gpu: &Gpu) -> Result<()> {
             })
             .collect();
         let named: Vec<i32> = flat.iter().map(|e| *e as i32).collect();
-        let (place, experts) = (gpu.upload(&place)?, gpu.upload(&named)?);
-        let places = Places { top_k, group_size: 8, place, experts };
+        let places = Places::new(gpu, (top_k, 8, tokens * top_k), &place, &named)?;
         let made = gpu.upload(&random_bf16(n * top_k, 8))?;
         let weights = gpu.upload(&vec![0.125f32; tokens * top_k])?;
         let time =
@@ -262,7 +253,8 @@ fn rows(gpu: &Gpu) -> Result<()> {
         line("combine", 2 * n * (top_k + 1) + 12 * tokens * top_k, time)?;
         let (mut sent, mut sent_scales) =
             (gpu.upload(&vec![0u8; n * top_k])?, gpu.upload(&vec![0f32; n * top_k / 128])?);
-        let dispatch = |sent: &mut _, scales: &mut _| gpu.dispatch_quantised(&x, &places, sent, scales, columns);
+        let dispatch =
+            |sent: &mut _, scales: &mut _| gpu.dispatch_quantised(&x, &places, (sent, scales), columns, true);
         let time = best(|| Ok(gpu.seconds(REPETITIONS, || dispatch(&mut sent, &mut sent_scales))?))?;
         line("dispatch and quantise", 2 * n + top_k * (n + scales) + 4 * tokens * top_k, time)?;
     }
