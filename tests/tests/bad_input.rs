@@ -60,7 +60,8 @@ fn a_bench_of_the_gpu_says_what_is_missing() -> Result<()> {
     let place = Place::new()?;
     for what in ["gemm", "attention"] {
         let mut command = std::process::Command::new(everstep_tests::program());
-        let output = command.args(["bench", what]).env("CUDA_VISIBLE_DEVICES", "").current_dir(place.path()).output()?;
+        let output =
+            command.args(["bench", what]).env("CUDA_VISIBLE_DEVICES", "").current_dir(place.path()).output()?;
         refused(&output, &["error: cuda:0: "]);
     }
     Ok(())
