@@ -17,7 +17,7 @@ constexpr int PAD = 32;                       // bytes between rows, so that the
 constexpr int ROWS = 4, BACK_ROWS = 2;
 constexpr int FORWARD = 512;                  // threads, forward
 constexpr int TERMS = THREADS * 8;            // of a row at a time, backward
-constexpr int AHEAD = 8;                      // elements of a chain that are fetched before they are added; divides columns / CHAINS
+constexpr int FORWARD_AHEAD = 8, BACK_AHEAD = 16; // elements of a chain that are fetched before they are added
 
 __device__ __forceinline__ u32 load_half(u32 address) {
     u16 v; asm volatile("ld.shared.u16 %0, [%1];" : "=h"(v) : "r"(address)); return v;
@@ -25,27 +25,30 @@ __device__ __forceinline__ u32 load_half(u32 address) {
 __device__ __forceinline__ Eight load_eight(u32 address) { return eight(load_shared4(address)); }
 
 // Adds `term` of n elements of a chain to its partial sum. `fetch` is given an element's number and comes early.
-template <class Fetch, class Term> __device__ __forceinline__ float add_chain(float sum, int n, Fetch fetch, Term term) {
+template <int AHEAD, class Fetch, class Term> __device__ __forceinline__ float add_chain(float sum, int n, Fetch fetch, Term term) {
     typedef decltype(fetch(0)) Item;
     Item even[AHEAD], odd[AHEAD];
+    const int whole = n / AHEAD * AHEAD;
     const auto get = [&](Item (&to)[AHEAD], int c) {
-        if (c < n)
+        if (c < whole)
 #pragma unroll
             for (int i = 0; i < AHEAD; i++) to[i] = fetch(c + i);
     };
     const auto add = [&](Item (&of)[AHEAD], int c) {
-        if (c < n)
+        if (c < whole)
 #pragma unroll
             for (int i = 0; i < AHEAD; i++) sum = __fadd_rn(sum, term(of[i]));
     };
     get(even, 0);
 #pragma unroll 1
-    for (int c = 0; c < n; c += 2 * AHEAD) {
+    for (int c = 0; c < whole; c += 2 * AHEAD) {
         get(odd, c + AHEAD);
         add(even, c);
         get(even, c + 2 * AHEAD);
         add(odd, c + AHEAD);
     }
+#pragma unroll 1
+    for (int c = whole; c < n; c++) sum = __fadd_rn(sum, term(fetch(c)));
     return sum;
 }
 // The reference's tree over a row's partial sums, in the first of its 16 lanes.
@@ -55,9 +58,9 @@ __device__ __forceinline__ float tree(float sum) {
     return sum;
 }
 // r of the row at this address, in the first of its 16 lanes.
-__device__ __forceinline__ float inverse_root(u32 row, int columns, float eps) {
+template <int AHEAD> __device__ __forceinline__ float inverse_root(u32 row, int columns, float eps) {
     const u32 from = row + threadIdx.x % CHAINS * 2;
-    const float squares = tree(add_chain(0, columns / CHAINS, [&](int c) { return load_half(from + c * (CHAINS * 2)); },
+    const float squares = tree(add_chain<AHEAD>(0, columns / CHAINS, [&](int c) { return load_half(from + c * (CHAINS * 2)); },
                                          [](u32 v) { return __fmul_rn(first_of(v), first_of(v)); }));
     return __fdiv_rn(1.f, __fsqrt_rn(__fadd_rn(__fdiv_rn(squares, (float)columns), eps)));
 }
@@ -106,7 +109,7 @@ rms_norm(const u16* __restrict__ x, const float* __restrict__ w, u16* y, u8* cod
     const u32 summed = row_to_sum<FORWARD, ROWS>();
     if (summed < ROWS) {
         // The sum of a row that is not there is made of what lies there, and not used.
-        const float root = inverse_root(in + summed * pitch, columns, eps);
+        const float root = inverse_root<FORWARD_AHEAD>(in + summed * pitch, columns, eps);
         if (threadIdx.x % CHAINS == 0) r[summed] = root;
     }
     __syncthreads();
@@ -160,7 +163,7 @@ rms_norm_backward(const u16* __restrict__ x, const float* __restrict__ w, const 
     const u32 summed = row_to_sum<THREADS, BACK_ROWS>(), chain = threadIdx.x % CHAINS;
     barrier_wait(bar, 0);
     if (summed < BACK_ROWS) {
-        const float root = inverse_root(in + summed * pitch, columns, eps);
+        const float root = inverse_root<BACK_AHEAD>(in + summed * pitch, columns, eps);
         if (chain == 0) r[summed] = root;
     }
     barrier_wait(bar + 8, 0);
@@ -186,7 +189,7 @@ rms_norm_backward(const u16* __restrict__ x, const float* __restrict__ w, const 
         weight = weights_at(from + TERMS < columns ? column + TERMS : threadIdx.x * 8);
         __syncthreads();
         if (summed < BACK_ROWS)
-            sum = add_chain(sum, min(TERMS, columns - from) / CHAINS, [&](int c) { return terms[summed][c * CHAINS + chain]; },
+            sum = add_chain<BACK_AHEAD>(sum, min(TERMS, columns - from) / CHAINS, [&](int c) { return terms[summed][c * CHAINS + chain]; },
                             [](float v) { return v; });
     }
     if (summed < BACK_ROWS) {
