@@ -6,7 +6,7 @@
 //! FP32 tensor that is rounded afterwards, blocks would add to dQ in whatever order they come.
 
 use super::cudnn::{BF16, F32, Four, Graph, Handle, Id, Plan, packed, turned};
-use super::device::Gpu;
+use super::device::{Gpu, all_there};
 use crate::backend::BackendError;
 use cudarc::cudnn::sys::{cudnnPointwiseMode_t as Mode, cudnnReduceTensorOp_t as Reduction};
 use cudarc::driver::{CudaSlice, DevicePtr, DevicePtrMut};
@@ -156,9 +156,8 @@ impl<'a> CausalAttention<'a> {
     /// Plans both passes: cuDNN compiles a kernel for each.
     pub fn new(gpu: &'a Gpu, shape: CausalShape) -> Result<Self, BackendError> {
         // SAFETY: this only looks for the library.
-        if !unsafe { cudarc::cudnn::sys::is_culib_present() } {
-            return Err(gpu.error("not found: cuDNN (libcudnn)"));
-        }
+        let there = unsafe { cudarc::cudnn::sys::is_culib_present() };
+        all_there(&[("cuDNN (libcudnn)", there)]).map_err(|e| gpu.error(e))?;
         let say = |e: String| gpu.error(format!("attention {shape:?}: {e}"));
         let handle = Handle::new().map_err(say)?;
         let plan = |graph: Result<Graph, String>| graph.and_then(|g| g.plan(&handle)).map_err(say);
@@ -175,16 +174,10 @@ impl<'a> CausalAttention<'a> {
         statistics: &mut CudaSlice<f32>,
     ) -> Result<(), BackendError> {
         let s = &self.shape;
-        assert_eq!([x.q.len(), x.k.len(), x.v.len()], [s.wide(), s.wide(), s.thin()], "elements of an attention");
         assert_eq!((o.len(), statistics.len()), (s.thin(), s.rows()), "elements of an attention's result");
         let stream = &self.gpu.stream;
-        let arguments = [
-            x.q.device_ptr(stream).0,
-            x.k.device_ptr(stream).0,
-            x.v.device_ptr(stream).0,
-            o.device_ptr_mut(stream).0,
-            statistics.device_ptr_mut(stream).0,
-        ];
+        let [q, k, v] = self.inputs(x);
+        let arguments = [q, k, v, o.device_ptr_mut(stream).0, statistics.device_ptr_mut(stream).0];
         self.run(0, &arguments)
     }
 
@@ -198,15 +191,15 @@ impl<'a> CausalAttention<'a> {
         sums: &mut CudaSlice<f32>,
     ) -> Result<(), BackendError> {
         let s = &self.shape;
-        assert_eq!([x.q.len(), x.k.len(), x.v.len()], [s.wide(), s.wide(), s.thin()], "elements of an attention");
         assert_eq!([o.len(), d_o.len()], [s.thin(); 2], "elements of an attention's result");
         assert_eq!([statistics.len(), sums.len()], [s.rows(); 2], "numbers of rows");
         assert_eq!([out.dq.len(), out.dk.len(), out.dv.len()], [s.wide(), s.wide(), s.thin()], "elements of gradients");
         let stream = &self.gpu.stream;
+        let [q, k, v] = self.inputs(x);
         let arguments = [
-            x.q.device_ptr(stream).0,
-            x.k.device_ptr(stream).0,
-            x.v.device_ptr(stream).0,
+            q,
+            k,
+            v,
             o.device_ptr(stream).0,
             statistics.device_ptr(stream).0,
             d_o.device_ptr(stream).0,
@@ -216,6 +209,13 @@ impl<'a> CausalAttention<'a> {
             sums.device_ptr_mut(stream).0,
         ];
         self.run(1, &arguments)
+    }
+
+    /// Where queries, keys and values are; they are as long as the shape says.
+    fn inputs(&self, x: &Qkv) -> [u64; 3] {
+        let (wide, thin) = (self.shape.wide(), self.shape.thin());
+        assert_eq!([x.q.len(), x.k.len(), x.v.len()], [wide, wide, thin], "elements of an attention");
+        [&x.q, &x.k, &x.v].map(|part| part.device_ptr(&self.gpu.stream).0)
     }
 
     fn run(&self, pass: usize, arguments: &[u64]) -> Result<(), BackendError> {

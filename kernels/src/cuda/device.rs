@@ -46,7 +46,7 @@ fn libraries() -> Result<(), String> {
     all_there(&found)
 }
 
-fn all_there(found: &[(&str, bool)]) -> Result<(), String> {
+pub(super) fn all_there(found: &[(&str, bool)]) -> Result<(), String> {
     let missing: Vec<&str> = found.iter().filter(|(_, there)| !there).map(|(name, _)| *name).collect();
     if missing.is_empty() { Ok(()) } else { Err(format!("not found: {}", missing.join(", "))) }
 }

@@ -4,10 +4,10 @@
 use super::device::{Boxes, Gpu, Kind, TensorMap, launch_of};
 use super::sources::{DENSE_128X176, DENSE_192X128, DENSE_256X128, GROUPED, Source, WGRAD};
 use crate::backend::BackendError;
-use cudarc::driver::{CudaSlice, CudaView, DevicePtr, DevicePtrMut, PushKernelArg};
+use cudarc::driver::{CudaSlice, DevicePtr, DevicePtrMut, PushKernelArg};
 
 /// Elements under one scale, along a row.
-const TILE: usize = 128;
+pub(super) const TILE: usize = 128;
 
 /// `x_RC` in E4M3 on the device, with a scale for each 128 of its columns, stored `[C/128][R]` with rows padded to a
 /// multiple of four.
@@ -36,6 +36,11 @@ impl Codes {
     /// Scales, by tile, then by row.
     pub fn scales(&self) -> &CudaSlice<f32> {
         &self.scales
+    }
+
+    /// Rows, columns and the distance of two tiles' scales, as kernels take them.
+    pub(super) fn sizes(&self) -> [i32; 3] {
+        [self.rows, self.columns, Self::stride(self.rows)].map(|n| n as i32)
     }
 
     /// Distance of two tiles' scales.
@@ -189,9 +194,9 @@ impl Gpu {
             return Ok(());
         }
         let half = if tile.shares_rows { 2 } else { 1 };
-        let map_x = self.bytes(&x.codes.as_view(), m, k, tile.rows / half)?;
-        let map_w = self.bytes(&w.codes.as_view(), n * w.groups, k, tile.columns)?;
-        let map_s = self.scales(&x.scales, m, k / TILE, if tile.grouped { 132 } else { tile.rows })?;
+        let map_x = self.bytes(&x.codes, m, k, tile.rows / half)?;
+        let map_w = self.bytes(&w.codes, n * w.groups, k, tile.columns)?;
+        let map_s = self.scales(x, if tile.grouped { 132 } else { tile.rows })?;
         let function = self.function(source, "fp8_gemm", tile.shared() as u32)?;
         let map_y = {
             let (address, _held) = y.device_ptr_mut(&self.stream);
@@ -236,10 +241,9 @@ impl Gpu {
         let (math, columns, stages) = (value("MATH"), value("BN"), value("STAGES"));
         let rows = 64 * math;
         let shared = stages * ((rows + columns) * (TILE + 4) + 16) + rows * columns * 4 + 48;
-        let map_a = self.bytes(&dy.codes.as_view(), m, tokens, rows)?;
-        let map_b = self.bytes(&x.codes.as_view(), n, tokens, columns)?;
-        let (map_sa, map_sb) =
-            (self.scales(&dy.scales, m, tokens / TILE, rows)?, self.scales(&x.scales, n, tokens / TILE, columns)?);
+        let map_a = self.bytes(&dy.codes, m, tokens, rows)?;
+        let map_b = self.bytes(&x.codes, n, tokens, columns)?;
+        let (map_sa, map_sb) = (self.scales(dy, rows)?, self.scales(x, columns)?);
         let function = self.function(&WGRAD, "fp8_wgrad", shared as u32)?;
         let map_d = {
             let (address, _held) = dw.device_ptr_mut(&self.stream);
@@ -261,7 +265,7 @@ impl Gpu {
     /// Boxes of `rows` x 128 codes.
     fn bytes(
         &self,
-        codes: &CudaView<'_, u8>,
+        codes: &CudaSlice<u8>,
         height: usize,
         width: usize,
         rows: usize,
@@ -277,17 +281,9 @@ impl Gpu {
     }
 
     /// Boxes of `count` scales of a tile.
-    fn scales(
-        &self,
-        scales: &CudaSlice<f32>,
-        rows: usize,
-        tiles: usize,
-        count: usize,
-    ) -> Result<TensorMap, BackendError> {
-        let stride = Codes::stride(rows);
-        assert_eq!(scales.len(), stride * tiles, "scales of {rows} rows, {tiles} tiles");
-        let (address, _held) = scales.device_ptr(&self.stream);
-        let (dimensions, strides, size) = ([rows, tiles], [4 * stride], [count, 1]);
+    fn scales(&self, of: &Codes, count: usize) -> Result<TensorMap, BackendError> {
+        let (address, _held) = of.scales.device_ptr(&self.stream);
+        let (dimensions, strides, size) = ([of.rows, of.columns / TILE], [4 * Codes::stride(of.rows)], [count, 1]);
         let kind = Kind::F32;
         self.tensor_map(
             address,

@@ -2,14 +2,13 @@
 //! columns. Layouts and roundings are told in the files of `hopper/`.
 
 use super::device::{Gpu, launch_of};
-use super::products::{Codes, Groups};
+use super::products::{Codes, Groups, TILE};
 use super::sources::{NORM, PERMUTE, QUANTISE, SWIGLU, TURN};
 use crate::backend::BackendError;
 use cudarc::driver::{CudaSlice, PushKernelArg};
 
 /// Warps of a block, except in norms.
 const WARPS: usize = 8;
-const TILE: usize = 128;
 
 /// Blocks for warps that take `rows` rows of a tile each.
 fn by_tiles(rows: usize, columns: usize, each: usize) -> usize {
@@ -81,7 +80,7 @@ impl Gpu {
     pub fn quantise_rows(&self, x: &CudaSlice<u16>, out: &mut Codes, power: bool) -> Result<(), BackendError> {
         assert_eq!(x.len(), out.rows * out.columns, "elements of a matrix");
         let (rows, columns) = (out.rows, out.columns);
-        let (r, c, stride, power) = (rows as i32, columns as i32, Codes::stride(rows) as i32, i32::from(power));
+        let ([r, c, stride], power) = (out.sizes(), i32::from(power));
         run!(
             self,
             QUANTISE,
@@ -108,7 +107,7 @@ impl Gpu {
     ) -> Result<(), BackendError> {
         assert_eq!((x.len(), w.len(), y.len()), (out.rows * out.columns, out.columns, x.len()), "elements of a norm");
         let (rows, columns) = (out.rows, out.columns);
-        let (r, c, stride, power) = (rows as i32, columns as i32, Codes::stride(rows) as i32, 0);
+        let ([r, c, stride], power) = (out.sizes(), 0);
         let shared = 4 * (2 * columns + 32);
         run!(
             self,
@@ -138,7 +137,7 @@ impl Gpu {
     ) -> Result<(), BackendError> {
         assert_eq!([gate.len(), up.len(), h.len()], [out.rows * out.columns; 3], "elements of a SwiGLU");
         let (rows, columns) = (out.rows, out.columns);
-        let (r, c, stride, power) = (rows as i32, columns as i32, Codes::stride(rows) as i32, 0);
+        let ([r, c, stride], power) = (out.sizes(), 0);
         run!(
             self,
             SWIGLU,
@@ -232,7 +231,7 @@ impl Gpu {
     pub fn turn_codes(&self, x: &Codes, groups: &Groups, out: &mut Codes, power: bool) -> Result<(), BackendError> {
         assert_eq!(x.columns, out.rows, "columns become rows");
         let ((count, columns, width), power) = (turned(groups, x.rows * x.columns, out), i32::from(power));
-        let from = Codes::stride(x.rows) as i32;
+        let [_, _, from] = x.sizes();
         let blocks = out.columns / TILE * (out.rows / TILE);
         run!(
             self,

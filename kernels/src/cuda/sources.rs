@@ -1,5 +1,6 @@
 //! The kernels of `hopper/`, and how NVRTC makes machine code for sm_90a of them. Nothing here needs a GPU.
 
+use super::device::all_there;
 use cudarc::nvrtc::{result, sys};
 use std::ffi::CString;
 
@@ -119,9 +120,8 @@ impl Source {
     /// Compiles it. The error is the compiler's log, or that there is no compiler.
     pub fn compile(&self) -> Result<Compiled, String> {
         // SAFETY: this only looks for the library; cudarc panics at the first call into one that is not there.
-        if !unsafe { sys::is_culib_present() } {
-            return Err(format!("{}: not found: NVRTC (libnvrtc)", self.name));
-        }
+        let there = unsafe { sys::is_culib_present() };
+        all_there(&[("NVRTC (libnvrtc)", there)]).map_err(|e| format!("{}: {e}", self.name))?;
         let text = |text: &str| CString::new(text).map_err(|e| e.to_string());
         let program = text(&self.program())?;
         let names = HEADERS.iter().map(|(name, _)| text(name)).collect::<Result<Vec<_>, _>>()?;
