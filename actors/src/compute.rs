@@ -36,7 +36,12 @@ pub enum StageOperation {
         /// By expert.
         rows: Vec<Tensor>,
     },
-    /// Weight part of the backward.
+    /// Weight part of the backward, as far as its input part has come: it waits for experts.
+    WeightSoFar {
+        /// Which.
+        micro_batch: u32,
+    },
+    /// The rest of the weight part.
     Weight {
         /// Which.
         micro_batch: u32,
@@ -151,6 +156,7 @@ fn run_stage(model: &mut StageModel, operation: StageOperation, b: &dyn Backend)
         StageOperation::Resume { micro_batch, pass: Pass::Backward, rows } => {
             (Pass::Backward, model.resume_backward(b, micro_batch, rows))
         }
+        StageOperation::WeightSoFar { micro_batch } => (Pass::Backward, model.weight_so_far(b, micro_batch)),
         StageOperation::Weight { micro_batch } => {
             model.weight(b, micro_batch);
             (Pass::Backward, Progress::Finished)

@@ -53,7 +53,10 @@ impl HostCore {
         }
         self.computing += batches.len() as u64;
         self.batches += batches.len() as u64;
-        let compute = |items: Vec<WorkItem>| {
+        let compute = |mut items: Vec<WorkItem>| {
+            // Experts answer in any order. The rows that a stage gave out lie in order of expert, and so do those
+            // that were made of them: in one piece nothing is copied.
+            items.sort_by_key(|item| item.expert.actor);
             let rows: u64 = items.iter().map(|i| i.work.rows() as u64).sum();
             let cost = rows * 3 * self.spec.model.hidden as u64 * self.spec.model.expert_inner as u64;
             Effect::Compute { job: Job::Experts(items), cost }

@@ -254,8 +254,13 @@ impl StageCore {
                     let to = ActorId::Expert { layer, expert: expert as u32 };
                     effects.push(self.outbox.send(self.step, to, Body::Rows { turn, pass, rows }));
                 }
+                if pass == Pass::Backward && self.weight_comes_next(micro_batch) {
+                    effects.extend(self.compute(model, micro_batch, StageOperation::WeightSoFar { micro_batch }, 0));
+                    return effects;
+                }
                 self.phase = Phase::Experts { model, micro_batch, pass, layer };
             }
+            Progress::Waits { layer } => self.phase = Phase::Experts { model, micro_batch, pass, layer },
             Progress::Hidden(rows) => {
                 let (stage, body) = match pass {
                     Pass::Forward => (self.stage + 1, Body::Hidden { turn, rows }),
@@ -268,6 +273,12 @@ impl StageCore {
         }
         effects.extend(self.advance());
         effects
+    }
+
+    /// Whether weight products of a micro-batch may be made while it waits for experts: nobody waits for the first
+    /// stage's gradient, and no other micro-batch's products come before.
+    fn weight_comes_next(&self, micro_batch: u32) -> bool {
+        self.stage == 0 && self.program.get(self.next) == Some(&Operation::BackwardWeight(micro_batch))
     }
 
     /// Sends the lane's sums to every copy of their shards.

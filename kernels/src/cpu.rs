@@ -2,7 +2,7 @@
 //! run when they are called, on the caller's thread.
 
 use crate::backend::{AttentionState, Backend, BackendError, DeviceClass, Precision, Role};
-use crate::element::{self, Bf16, Element};
+use crate::element::{self, Bf16, Element, in_pieces};
 use crate::low::linear::Form;
 use crate::low::{self, Path};
 use crate::ops::attention::{self, AttentionShape};
@@ -207,10 +207,15 @@ impl Backend for CpuBackend {
     fn add(&self, a: &Tensor, b: &Tensor) -> Tensor {
         assert_eq!((a.rows(), a.columns()), (b.rows(), b.columns()), "shapes of a sum");
         as_stored!(self, E => filled::<E>(a.rows(), a.columns(), |sum| {
-            let terms = E::of(a).iter().zip(E::of(b));
+            let (a, b) = (E::of(a), E::of(b));
             wide::run(
                 #[inline(always)]
-                || sum.iter_mut().zip(terms).for_each(|(sum, (a, b))| *sum = E::nearest(a.value() + b.value())),
+                || {
+                    in_pieces(sum, |at, sum| {
+                        let terms = a[at.clone()].iter().zip(&b[at]);
+                        sum.iter_mut().zip(terms).for_each(|(sum, (a, b))| *sum = a.value() + b.value());
+                    });
+                },
             );
         }))
     }

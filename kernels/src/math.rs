@@ -48,7 +48,8 @@ pub(crate) fn sum_of<const N: usize>(slices: [&[f32]; N], term: impl Fn([f32; N]
     let parts = slices.map(|s| s[..n].as_chunks::<LANES>());
     let mut lanes = [0.0f32; LANES];
     for chunk in 0..n / LANES {
-        let of = parts.map(|(whole, _)| whole[chunk]);
+        // By reference: arrays of values go through memory, one by one.
+        let of = parts.map(|(whole, _)| &whole[chunk]);
         for (lane, sum) in lanes.iter_mut().enumerate() {
             *sum += term(of.map(|x| x[lane]));
         }

@@ -38,6 +38,29 @@ impl Pattern for u32 {
     const POISON: Self = 0x7fc1_7fc1;
 }
 
+/// A copy past the caches, for what is read much later: where it goes is not read first, and nothing else leaves.
+pub(crate) fn stream(from: &[f32], to: &mut [f32]) {
+    assert_eq!(from.len(), to.len(), "elements of a copy");
+    #[cfg(target_arch = "x86_64")]
+    {
+        use std::arch::x86_64::{__m128, _mm_loadu_ps, _mm_sfence, _mm_stream_ps};
+        // SAFETY: four f32 are a vector.
+        let (head, whole, tail) = unsafe { to.align_to_mut::<__m128>() };
+        let (first, rest) = from.split_at(head.len());
+        let (middle, last) = rest.split_at(4 * whole.len());
+        head.copy_from_slice(first);
+        tail.copy_from_slice(last);
+        for (to, from) in whole.iter_mut().zip(middle.as_chunks::<4>().0) {
+            // SAFETY: both have four elements, and `to` lies as a vector does.
+            unsafe { _mm_stream_ps(std::ptr::from_mut(to).cast(), _mm_loadu_ps(from.as_ptr())) };
+        }
+        // SAFETY: every CPU of this kind has it. Whoever the data is given to sees what was stored.
+        unsafe { _mm_sfence() };
+    }
+    #[cfg(not(target_arch = "x86_64"))]
+    to.copy_from_slice(from);
+}
+
 /// `a + b`, element by element.
 pub fn sum(a: &[f32], b: &[f32]) -> Vec<f32> {
     assert_eq!(a.len(), b.len(), "terms of a sum");

@@ -261,9 +261,13 @@ fn train(
         }
     }
     let mut gradient = None;
-    for stage in stages.iter_mut().rev() {
+    for (s, stage) in stages.iter_mut().enumerate().rev() {
         let mut progress = stage.backward_input(b, 0, gradient.take());
         while let Progress::Experts { layer, rows } = progress {
+            if s == 0 {
+                let made = stage.weight_so_far(b, 0);
+                assert!(matches!(made, Progress::Waits { layer: of } if of == layer), "{made:?}");
+            }
             let items = saved.remove(&layer).unwrap().into_iter().zip(rows);
             let (dx, held): (Vec<_>, Vec<_>) =
                 expert_backward_input(b, experts(layer).zip(items).collect()).into_iter().unzip();

@@ -48,6 +48,11 @@ pub enum Progress {
         /// Rows by expert.
         rows: Vec<Tensor>,
     },
+    /// It still needs them: weight products were made meanwhile.
+    Waits {
+        /// The layer.
+        layer: u32,
+    },
     /// It is done; `[T, D]` goes to the next stage, or back to the one before.
     Hidden(Tensor),
     /// It is done, and nothing leaves the stage (a loss, or the gradient of the embedding).
@@ -345,10 +350,28 @@ impl StageModel {
         Progress::Finished
     }
 
-    /// Makes the weight products of a micro-batch, adds them to the sums and forgets the micro-batch.
+    /// Makes the weight products of a micro-batch whose input part waits for experts, as far as it has come:
+    /// their operands are still in the caches.
+    pub fn weight_so_far(&mut self, b: &dyn Backend, micro_batch: u32) -> Progress {
+        let batch = batch_of(&mut self.batches, micro_batch);
+        let Some((at, _)) = &batch.waiting else {
+            unreachable!("only a micro-batch that waits has a part of its products");
+        };
+        let layer = self.layers[*at].index;
+        let products = std::mem::take(&mut batch.products);
+        self.add(b, products);
+        Progress::Waits { layer }
+    }
+
+    /// Makes the weight products of a micro-batch that are left, adds them to the sums and forgets the micro-batch.
     pub fn weight(&mut self, b: &dyn Backend, micro_batch: u32) {
         let batch = self.batches.remove(&micro_batch).expect("a weight operation follows its backward function");
-        for (name, product) in batch.products {
+        self.add(b, batch.products);
+    }
+
+    /// Adds products to the sums. Those of one parameter come in order of their micro-batches.
+    fn add(&mut self, b: &dyn Backend, products: Products) {
+        for (name, product) in products {
             let product = product.make(b);
             let sum = match self.sums.gradients.get(&name) {
                 Some(sum) => b.accumulate(sum, &product),

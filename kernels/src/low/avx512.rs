@@ -1,15 +1,20 @@
 //! Products by AVX-512-BF16: one chain for each element over all of `K`, each step adding a pair's second
 //! product and then its first, both fused. Another order than the tiles': a device class of its own.
 
-use super::Part;
-
 #[cfg(not(target_arch = "x86_64"))]
 mod without {
     pub(crate) fn available() -> bool {
         false
     }
 
-    pub(crate) fn part(_: &[crate::element::Bf16], _: usize, _: [&[u32]; 2], _: usize, _: usize, _: &mut super::Part) {
+    pub(crate) fn part<E>(
+        _: &super::Block<'_>,
+        _: usize,
+        _: [&[u32]; 2],
+        _: std::ops::Range<usize>,
+        _: usize,
+        _: &mut super::Target<'_, E>,
+    ) {
         unreachable!("the path was not detected");
     }
 }
@@ -18,17 +23,51 @@ pub(super) use without::{available, part};
 
 #[cfg(target_arch = "x86_64")]
 pub(super) use with::{available, has_shuffles, pair_rows, part, turn_halves, turn_words};
+#[cfg(target_arch = "x86_64")]
+pub(crate) use with::{round, rounds};
 
 #[cfg(target_arch = "x86_64")]
 mod with {
-    use super::Part;
-    use crate::element::Bf16;
-    use crate::low::{Columns, K_BLOCK};
+    use crate::element::{Bf16, Element};
+    use crate::low::{BLOCK, Block, Columns, Target};
     use std::arch::x86_64::*;
+    use std::ops::Range;
 
     /// Whether the CPU has the instructions.
     pub(crate) fn available() -> bool {
-        is_x86_feature_detected!("avx512bf16") && is_x86_feature_detected!("avx512f")
+        is_x86_feature_detected!("avx512bf16") && has_shuffles()
+    }
+
+    /// Whether [`round`] can be used.
+    #[inline(always)]
+    pub(crate) fn rounds() -> bool {
+        is_x86_feature_detected!("avx512bf16")
+            && is_x86_feature_detected!("avx512f")
+            && is_x86_feature_detected!("avx512bw")
+            && is_x86_feature_detected!("avx512dq")
+    }
+
+    /// The nearest BF16 of each, ties to even. The instruction makes subnormal numbers zero: where there is one,
+    /// it is not used.
+    #[target_feature(enable = "avx512f,avx512bw,avx512dq,avx512bf16")]
+    pub(crate) fn round(x: &[f32], out: &mut [Bf16]) {
+        assert_eq!(x.len(), out.len(), "numbers to round");
+        const SUBNORMAL: i32 = 0x20;
+        let ((x, rest), (out, last)) = (x.as_chunks::<32>(), out.as_chunks_mut::<32>());
+        for (x, out) in x.iter().zip(out) {
+            // SAFETY: 32 numbers are there.
+            let (low, high) = unsafe { (_mm512_loadu_ps(x.as_ptr()), _mm512_loadu_ps(x.as_ptr().add(16))) };
+            if _mm512_fpclass_ps_mask::<SUBNORMAL>(low) | _mm512_fpclass_ps_mask::<SUBNORMAL>(high) == 0 {
+                // SAFETY: 512 bits are 512 bits, and there is room for 32 elements.
+                unsafe {
+                    let rounded: __m512i = std::mem::transmute(_mm512_cvtne2ps_pbh(high, low));
+                    _mm512_storeu_si512(out.as_mut_ptr().cast(), rounded);
+                }
+            } else {
+                out.iter_mut().zip(x).for_each(|(out, x)| *out = Bf16::nearest(*x));
+            }
+        }
+        last.iter_mut().zip(rest).for_each(|(out, x)| *out = Bf16::nearest(*x));
     }
 
     /// Whether [`turn_words`], [`turn_halves`] and [`pair_rows`] can be used.
@@ -58,6 +97,11 @@ mod with {
             // SAFETY: the lengths were checked.
             let (low, high) = unsafe {
                 let at = from.as_ptr().add(2 * pair * stride);
+                // The rows of the square below, which has its turn after those beside this one: they are far away
+                // where they were written long ago. Past the end it is an address that nothing reads.
+                for row in [32, 33] {
+                    _mm_prefetch::<_MM_HINT_T1>(at.wrapping_add(row * stride).cast());
+                }
                 (_mm512_loadu_si512(at.cast()), _mm512_loadu_si512(at.add(stride).cast()))
             };
             for (to, halves) in to.iter_mut().zip(halves) {
@@ -68,32 +112,58 @@ mod with {
         }
     }
 
-    /// See [`super::super::Path::part`].
-    pub(crate) fn part(a: &[Bf16], stride: usize, b: [&[u32]; 2], from: usize, to: usize, out: &mut Part) {
+    /// See [`super::super::Path::part`]: eight rows at a time, from registers to where they go.
+    pub(crate) fn part<E: Element>(
+        left: &Block<'_>,
+        rows: usize,
+        b: [&[u32]; 2],
+        pairs: Range<usize>,
+        columns: usize,
+        to: &mut Target<'_, E>,
+    ) {
         debug_assert!(available());
-        for m in (0..out.len()).step_by(8) {
-            // SAFETY: the instructions are there, and the caller has checked that the operands reach to block `to`.
-            unsafe { rows(&a[m * stride..], stride, b, from, to, &mut out[m..m + 8]) };
+        assert!(rows > 0 && rows <= BLOCK && columns > 0 && columns <= BLOCK, "a part of {rows} x {columns}");
+        assert!(to.data.len() >= (rows - 1) * to.stride + columns, "room for a part");
+        let wanted = u32::MAX >> (BLOCK - columns);
+        for m in (0..rows).step_by(8) {
+            let to = (to.data[m * to.stride..].as_mut_ptr(), to.stride);
+            let rows = rows.min(m + 8) - m;
+            match left {
+                // SAFETY: the path was detected; the caller has checked that both sides have the terms.
+                Block::Rows { data, stride: row } => unsafe {
+                    let a = data.as_ptr().add(m * row).cast();
+                    eight::<E, 4>(a, 2 * row, b, pairs.clone(), to, rows, wanted);
+                },
+                // SAFETY: as above.
+                Block::Pairs(panels) => unsafe {
+                    let a = panels[m / 16].as_ptr().add(m % 16).cast();
+                    eight::<E, 64>(a, 4, b, pairs.clone(), to, rows, wanted);
+                },
+            }
         }
     }
 
-    /// Eight rows: sixteen sums of sixteen columns in registers.
-    #[target_feature(enable = "avx512f,avx512bf16")]
-    unsafe fn rows(a: &[Bf16], stride: usize, b: [&[u32]; 2], from: usize, to: usize, out: &mut [[f32; 32]]) {
+    /// Eight rows: sixteen sums of sixteen columns in registers. A pair of terms of row `m` is at
+    /// `a + m * row + pair * PAIR` bytes. The first `rows` of them and the `wanted` columns are written.
+    #[target_feature(enable = "avx512f,avx512bw,avx512bf16")]
+    unsafe fn eight<E: Element, const PAIR: usize>(
+        a: *const u8,
+        row: usize,
+        b: [&[u32]; 2],
+        pairs: Range<usize>,
+        (to, stride): (*mut E, usize),
+        rows: usize,
+        wanted: u32,
+    ) {
         let mut sums = [[_mm512_setzero_ps(); 2]; 8];
-        for pair in from * K_BLOCK / 2..to * K_BLOCK / 2 {
+        for pair in pairs {
             // Tiles follow each other: pair p of the whole panel is its p-th row of 16 words.
             const { assert!(Columns::TILE == 16 * 16) };
-            // SAFETY: both panels have at least `to * 16` rows of 16 words.
-            let columns = unsafe {
-                [
-                    _mm512_loadu_si512(b[0].as_ptr().add(16 * pair).cast()),
-                    _mm512_loadu_si512(b[1].as_ptr().add(16 * pair).cast()),
-                ]
-            };
+            // SAFETY: the caller has checked that both panels have the pairs.
+            let columns = b.map(|b| unsafe { _mm512_loadu_si512(b.as_ptr().add(16 * pair).cast()) });
             for (m, sums) in sums.iter_mut().enumerate() {
-                // SAFETY: rows are `stride` apart and have at least `to * 32` terms.
-                let two = unsafe { a.as_ptr().add(m * stride + 2 * pair).cast::<i32>().read_unaligned() };
+                // SAFETY: and so have eight rows.
+                let two = unsafe { a.add(m * row + pair * PAIR).cast::<i32>().read_unaligned() };
                 // SAFETY: 512 bits are 512 bits.
                 let two: __m512bh = unsafe { std::mem::transmute(_mm512_set1_epi32(two)) };
                 for (sum, column) in sums.iter_mut().zip(columns) {
@@ -102,11 +172,30 @@ mod with {
                 }
             }
         }
-        for (out, sums) in out.iter_mut().zip(sums) {
-            // SAFETY: a row has 32 elements.
+        for (m, [left, right]) in sums.into_iter().enumerate() {
+            // Not a shorter loop: it would put the sums into memory.
+            if m == rows {
+                break;
+            }
+            // SAFETY: the caller has checked that there is room for the wanted columns of each row.
             unsafe {
-                _mm512_storeu_ps(out.as_mut_ptr(), sums[0]);
-                _mm512_storeu_ps(out.as_mut_ptr().add(16), sums[1]);
+                let to = to.add(m * stride);
+                if E::IS_BF16 {
+                    // Sums are never subnormal, so this rounds as `Element::nearest` does.
+                    let halves: __m512i = std::mem::transmute(_mm512_cvtne2ps_pbh(right, left));
+                    // Stores under a mask are slow.
+                    if wanted == u32::MAX {
+                        _mm512_storeu_si512(to.cast(), halves);
+                    } else {
+                        _mm512_mask_storeu_epi16(to.cast(), wanted, halves);
+                    }
+                } else if wanted == u32::MAX {
+                    _mm512_storeu_ps(to.cast(), left);
+                    _mm512_storeu_ps(to.cast::<f32>().add(16), right);
+                } else {
+                    _mm512_mask_storeu_ps(to.cast(), wanted as u16, left);
+                    _mm512_mask_storeu_ps(to.cast::<f32>().wrapping_add(16), (wanted >> 16) as u16, right);
+                }
             }
         }
     }

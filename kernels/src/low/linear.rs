@@ -1,6 +1,6 @@
 //! Linear layers in low precision, on tensors that keep the forms that products read.
 
-use super::{Causal, Columns, Matrix, Path, Quantised, Rows, Scaling, TILE, Target, product, scaled_product};
+use super::{Columns, Left, Matrix, Path, Quantised, Rows, Scaling, TILE, Target, Turned, product, scaled_product};
 use crate::backend::{Precision, Role};
 use crate::element::Element;
 use crate::tensor::{Tensor, with_elements};
@@ -112,7 +112,7 @@ fn times<E: Element>(
     to: &mut Target<'_, E>,
 ) {
     match scaling {
-        None => product(path, rounded(x), b, Causal::No, to),
+        None => product(path, Left::Rows(rounded(x)), b, to),
         Some(scaling) => {
             let x = along_rows(x, scaling);
             scaled_product(path, (x.values.view(), &x.scales), (b, scales, TILE), to);
@@ -136,7 +136,7 @@ pub(crate) fn backward_weight(path: Path, form: Form, dy: &Tensor, x: &Tensor) -
     let to = &mut Target { data: &mut dw, stride: x.columns() };
     match form {
         Form::Rounded => {
-            product(path, rounded(dy).transposed().view(), &by_columns(x, form).0, Causal::No, to);
+            product(path, Turned::of(path, rounded(dy)).left(), &by_columns(x, form).0, to);
         }
         Form::Quantised { x: x_scaling, dy: dy_scaling } => {
             let (a, (b, scales)) = (along_columns(dy, dy_scaling), again_along_columns(x, x_scaling));

@@ -1,10 +1,11 @@
 //! BF16 matrices in the two layouts that products read: rows, and columns in tiles.
 
-use super::{BLOCK, K_BLOCK};
+use super::{BLOCK, K_BLOCK, Path};
 use crate::element::{Bf16, Element};
 use crate::tensor::Tensor;
 use crate::wide::unwritten;
 use std::borrow::Cow;
+use std::ops::Range;
 
 /// Rows that a product reads: whole blocks of columns, those after the last zero. Nothing need follow the
 /// last row.
@@ -65,12 +66,7 @@ impl<'a> Rows<'a> {
     pub(crate) fn transposed(&self) -> Matrix {
         let mut out = Matrix::padded(self.columns, self.rows);
         for m in 0..self.rows.div_ceil(BLOCK) {
-            let block = self.block(m);
-            // Squares of 32 stay in the nearest cache.
-            for c in (0..self.columns).step_by(BLOCK) {
-                let to = &mut out.data[c * out.stride + m * BLOCK..];
-                turn_halves(&block[c..], self.stride, to, out.stride);
-            }
+            out.put_turned(m, &self.block(m), self.stride, 0..self.columns.div_ceil(BLOCK));
         }
         out
     }
@@ -100,20 +96,27 @@ impl Matrix {
     /// Of `rows x columns` that are `row_stride` apart, rounded if they are not BF16.
     pub(crate) fn round<E: Element>(x: &[E], rows: usize, columns: usize, row_stride: usize) -> Self {
         let mut out = Self::padded(rows, columns);
-        crate::wide::run(
-            #[inline(always)]
-            || {
-                for (row, to) in (0..rows).zip(out.data.chunks_exact_mut(out.stride)) {
-                    for (to, x) in to.iter_mut().zip(&x[row * row_stride..][..columns]) {
-                        *to = x.bf16();
-                    }
-                }
-            },
-        );
+        for (row, to) in (0..rows).zip(out.data.chunks_exact_mut(out.stride)) {
+            E::round(&x[row * row_stride..][..columns], &mut to[..columns]);
+        }
         out
     }
 
-    /// As a product reads it.
+    /// Takes columns `32 m` to `32 m + 31` of the rows of blocks `n` from the rows that are the columns.
+    fn put_turned(&mut self, m: usize, rows: &[Bf16], stride: usize, n: Range<usize>) {
+        for n in n {
+            // Squares of 32 stay in the nearest cache.
+            let to = &mut self.data[n * BLOCK * self.stride + m * BLOCK..];
+            turn_halves(&rows[n * BLOCK..], stride, to, self.stride);
+        }
+    }
+
+    /// As a product's left side.
+    pub(crate) fn left(&self) -> Left<'_> {
+        Left::Rows(self.view())
+    }
+
+    /// Its rows.
     pub(crate) fn view(&self) -> Rows<'_> {
         Rows { rows: self.rows, columns: self.columns, stride: self.stride, data: Source::Slice(&self.data) }
     }
@@ -168,6 +171,89 @@ fn word(low: Bf16, high: Bf16) -> u32 {
     u32::from(low.0) | u32::from(high.0) << 16
 }
 
+/// The left side of a product.
+#[derive(Debug, Clone, Copy)]
+pub(crate) enum Left<'a> {
+    /// Its rows.
+    Rows(Rows<'a>),
+    /// Columns that are its rows, in pairs of terms.
+    Pairs(&'a Columns),
+}
+
+/// 32 rows of a product's left side.
+#[derive(Debug)]
+pub(crate) enum Block<'a> {
+    /// `stride` apart.
+    Rows { data: Cow<'a, [Bf16]>, stride: usize },
+    /// Tiles of 16 rows each.
+    Pairs([&'a [u32]; 2]),
+}
+
+impl<'a> Left<'a> {
+    pub(super) fn rows(self) -> usize {
+        match self {
+            Self::Rows(rows) => rows.rows,
+            Self::Pairs(columns) => columns.columns,
+        }
+    }
+
+    pub(super) fn terms(self) -> usize {
+        match self {
+            Self::Rows(rows) => rows.columns,
+            Self::Pairs(columns) => columns.terms,
+        }
+    }
+
+    /// The 32 rows from `32 m` on; those after the last are zero.
+    pub(crate) fn block(self, m: usize) -> Block<'a> {
+        match self {
+            Self::Rows(rows) => Block::Rows { data: rows.block(m), stride: rows.stride },
+            Self::Pairs(columns) => Block::Pairs(columns.pair(m)),
+        }
+    }
+}
+
+/// A matrix whose columns are the rows of a product's left side, as a path reads them.
+#[derive(Debug)]
+pub(crate) enum Turned {
+    Rows(Matrix),
+    Pairs(Columns),
+}
+
+impl Turned {
+    /// Of `m_KM` that is still to be written.
+    pub(crate) fn unwritten(path: Path, rows: usize, columns: usize) -> Self {
+        match path {
+            // It takes a pair of terms at a time, wherever it is: that is half the way to turning rows.
+            Path::Avx512 => Self::Pairs(Columns::unwritten(columns, rows)),
+            Path::Amx | Path::Portable => Self::Rows(Matrix::padded(columns, rows)),
+        }
+    }
+
+    /// Of `m_KM`.
+    pub(crate) fn of(path: Path, m: Rows<'_>) -> Self {
+        match path {
+            Path::Avx512 => Self::Pairs(Columns::of_columns(m)),
+            Path::Amx | Path::Portable => Self::Rows(m.transposed()),
+        }
+    }
+
+    /// Takes the columns of blocks `n` of the 32 rows from `32 m` on; those after the last are zero.
+    pub(crate) fn put(&mut self, m: usize, rows: &[Bf16], stride: usize, n: Range<usize>) {
+        match self {
+            Self::Rows(turned) => turned.put_turned(m, rows, stride, n),
+            Self::Pairs(columns) => columns.put_rows(m, rows, stride, n),
+        }
+    }
+
+    pub(crate) fn left(&self) -> Left<'_> {
+        match self {
+            Self::Rows(rows) => rows.left(),
+            Self::Pairs(columns) => Left::Pairs(columns),
+        }
+    }
+}
+
 /// Columns in tiles of 16 pairs of terms by 16 columns, the pairs' two terms side by side; the tiles of
 /// 16 columns follow each other along `K`.
 #[derive(Debug, Clone)]
@@ -207,14 +293,18 @@ impl Columns {
     pub(crate) fn of_columns(m: Rows<'_>) -> Self {
         let mut out = Self::unwritten(m.columns, m.rows);
         for block in 0..m.rows.div_ceil(K_BLOCK) {
-            let rows = m.block(block);
-            for (n, panels) in out.data.chunks_exact_mut(2 * out.panel).enumerate() {
-                let (left, right) = panels.split_at_mut(out.panel);
-                let tiles = [left, right].map(|panel| &mut panel[block * Self::TILE..][..Self::TILE]);
-                pair_rows(&rows[BLOCK * n..], m.stride, tiles);
-            }
+            out.put_rows(block, &m.block(block), m.stride, 0..m.columns.div_ceil(BLOCK));
         }
         out
+    }
+
+    /// Takes block `block` of `K` of the columns of blocks `n`, from the 32 rows that have it.
+    fn put_rows(&mut self, block: usize, rows: &[Bf16], stride: usize, n: Range<usize>) {
+        for n in n {
+            let (left, right) = self.data[2 * n * self.panel..][..2 * self.panel].split_at_mut(self.panel);
+            let tiles = [left, right].map(|panel| &mut panel[block * Self::TILE..][..Self::TILE]);
+            pair_rows(&rows[BLOCK * n..], stride, tiles);
+        }
     }
 
     /// Tiles of the 32 columns from `32 n` on.

@@ -21,14 +21,17 @@ mod quantised;
 #[cfg(test)]
 mod tests;
 
-pub(crate) use matrix::{Columns, Matrix, Rows};
-pub(crate) use product::{Causal, Target, product, scaled_product};
+#[cfg(target_arch = "x86_64")]
+pub(crate) use avx512::{round, rounds};
+pub(crate) use matrix::{Block, Columns, Left, Matrix, Rows, Turned};
+pub(crate) use product::{Causal, Maker, Strip, Target, product, scaled_product};
 pub(crate) use quantised::{Quantised, Scaling};
 
 /// Terms that share scales.
 pub(crate) use crate::ops::quantise::TILE;
 
-use crate::element::Bf16;
+use crate::element::Element;
+use std::ops::Range;
 use std::sync::OnceLock;
 
 /// Terms that a matrix tile sums at once.
@@ -67,14 +70,27 @@ impl Path {
         (self == Self::Amx).then(amx::Tiles::take)
     }
 
-    /// `sum a b` of 32 rows and 32 columns over blocks `from..to` of `K`.
-    fn part(self, a: &[Bf16], stride: usize, b: [&[u32]; 2], from: usize, to: usize, out: &mut Part) {
-        assert!(a.len() >= (BLOCK - 1) * stride + to * K_BLOCK, "rows of a part");
-        assert!(b.iter().all(|b| b.len() >= to * Columns::TILE), "columns of a part");
-        match self {
-            Self::Amx => amx::part(a, stride, b, from, to, out),
-            Self::Avx512 => avx512::part(a, stride, b, from, to, out),
-            Self::Portable => portable::part(a, stride, b, from, to, out),
+    /// The strip's rows times block `n` of the columns. Where sums are made in memory, they are made in `scratch`.
+    fn part<E: Element>(self, a: &Strip<'_>, columns: &Columns, n: usize, scratch: &mut Part, to: &mut Target<'_, E>) {
+        let (b, wanted) = (columns.pair(n), BLOCK.min(columns.columns - n * BLOCK));
+        let Range { start, end } = a.terms;
+        assert!(b.iter().all(|b| b.len() >= end * Columns::TILE), "columns of a part");
+        match &a.left {
+            Block::Rows { data, stride } => {
+                assert!(data.len() >= (BLOCK - 1) * stride + end * K_BLOCK, "rows of a part")
+            }
+            Block::Pairs(a) => assert!(a.iter().all(|a| a.len() >= end * Columns::TILE), "rows of a part"),
         }
+        match (self, &a.left) {
+            (Self::Avx512, left) => {
+                // One pair of zeros after the last gives the bits that all of them give.
+                let pairs = start * K_BLOCK / 2..(end * K_BLOCK / 2).min(columns.terms.div_ceil(2) + 1);
+                return avx512::part(left, a.rows, b, pairs, wanted, to);
+            }
+            (Self::Amx, Block::Rows { data, stride }) => amx::part(data, *stride, b, start, end, scratch),
+            (Self::Portable, Block::Rows { data, stride }) => portable::part(data, *stride, b, start, end, scratch),
+            (Self::Amx | Self::Portable, Block::Pairs(_)) => unreachable!("these paths read rows: see `Turned`"),
+        }
+        to.put(scratch, a.rows, wanted);
     }
 }

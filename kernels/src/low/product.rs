@@ -1,33 +1,24 @@
 //! Whole products, part by part.
 
-use super::{BLOCK, Columns, K_BLOCK, Part, Path, Rows, TILE};
+use super::{BLOCK, Block, Columns, K_BLOCK, Left, Part, Path, Rows, TILE};
 use crate::element::Element;
 use std::ops::Range;
 
-/// Which parts of a product of one sequence with itself are needed or not zero.
+/// Which terms of a product of one sequence with itself are not zero.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub(crate) enum Causal {
     /// All.
     No,
-    /// Columns after the row are not wanted (scores).
-    Columns,
-    /// Terms after the row are zero (probabilities by values).
-    TermsUpTo,
-    /// Terms before the row are zero (the transposed of that).
+    /// Terms before the row are zero (the transposed of probabilities).
     TermsFrom,
 }
 
 impl Causal {
-    fn wants(self, m: usize, n: usize) -> bool {
-        self != Self::Columns || n <= m
-    }
-
     /// Blocks of `K` for the rows from `32 m` on.
-    fn blocks(self, m: usize, all: usize) -> Range<usize> {
+    fn terms(self, m: usize, all: usize) -> Range<usize> {
         const { assert!(K_BLOCK == BLOCK) };
         match self {
-            Self::No | Self::Columns => 0..all,
-            Self::TermsUpTo => 0..(m + 1).min(all),
+            Self::No => 0..all,
             Self::TermsFrom => m.min(all)..all,
         }
     }
@@ -41,15 +32,18 @@ pub(crate) struct Target<'a, E> {
 }
 
 impl<E: Element> Target<'_, E> {
-    /// Takes the part at `(32 m, 32 n)` of a matrix of `rows x columns`.
-    fn put(&mut self, part: &Part, rows: usize, columns: usize, m: usize, n: usize) {
-        let (width, stride) = (BLOCK.min(columns - n * BLOCK), self.stride);
-        let at = &mut self.data[m * BLOCK * stride + n * BLOCK..];
+    /// What follows row `row` and column `column`.
+    pub(crate) fn at(&mut self, row: usize, column: usize) -> Target<'_, E> {
+        Target { data: &mut self.data[row * self.stride + column..], stride: self.stride }
+    }
+
+    /// Takes the first rows and columns of a part.
+    pub(super) fn put(&mut self, part: &Part, rows: usize, columns: usize) {
         crate::wide::run(
             #[inline(always)]
             || {
-                for (row, sums) in (0..rows - m * BLOCK).zip(part) {
-                    let to = &mut at[row * stride..][..width];
+                for (row, sums) in part.iter().take(rows).enumerate() {
+                    let to = &mut self.data[row * self.stride..][..columns];
                     to.iter_mut().zip(sums).for_each(|(to, sum)| *to = E::nearest(*sum));
                 }
             },
@@ -57,19 +51,54 @@ impl<E: Element> Target<'_, E> {
     }
 }
 
-/// `a_MK b_KN`.
-pub(crate) fn product<E: Element>(path: Path, a: Rows<'_>, b: &Columns, causal: Causal, to: &mut Target<'_, E>) {
-    let terms = check(a, b);
-    let _held = path.begin();
-    let mut part: Part = [[0.0; BLOCK]; BLOCK];
-    for m in 0..a.rows.div_ceil(BLOCK) {
-        // The rows stay in the nearest cache while the columns pass.
-        let (rows, blocks) = (a.block(m), causal.blocks(m, terms));
-        for n in (0..b.columns.div_ceil(BLOCK)).filter(|n| causal.wants(m, *n)) {
-            path.part(&rows, a.stride, b.pair(n), blocks.start, blocks.end, &mut part);
-            to.put(&part, a.rows, b.columns, m, n);
+/// 32 rows of a product's left side, of which `rows` are wanted, and the blocks of `K` that are summed.
+#[derive(Debug)]
+pub(crate) struct Strip<'a> {
+    pub(crate) left: Block<'a>,
+    pub(crate) rows: usize,
+    pub(crate) terms: Range<usize>,
+}
+
+/// Makes products on this thread. A thread has one at a time: what the CPU keeps for it goes with it.
+#[derive(Debug)]
+pub(crate) struct Maker {
+    path: Path,
+    part: Part,
+    _tiles: Option<super::amx::Tiles>,
+}
+
+impl Maker {
+    pub(crate) fn new(path: Path) -> Self {
+        Self { path, part: [[0.0; BLOCK]; BLOCK], _tiles: path.begin() }
+    }
+
+    /// `a_MK b_KN`.
+    pub(crate) fn product<E: Element>(&mut self, a: Left<'_>, b: &Columns, causal: Causal, to: &mut Target<'_, E>) {
+        let terms = check(a, b);
+        for m in 0..a.rows().div_ceil(BLOCK) {
+            // The rows stay in the nearest cache while the columns pass.
+            let rows = BLOCK.min(a.rows() - m * BLOCK);
+            let strip = Strip { left: a.block(m), rows, terms: causal.terms(m, terms) };
+            self.multiply(&strip, b, 0..b.columns.div_ceil(BLOCK), &mut to.at(m * BLOCK, 0));
         }
     }
+
+    /// A strip times the columns of blocks `n`. Columns before the first of `n` are left as they are.
+    pub(crate) fn multiply<E: Element>(&mut self, a: &Strip<'_>, b: &Columns, n: Range<usize>, to: &mut Target<'_, E>) {
+        for n in n {
+            self.multiply_block(a, b, n, &mut to.at(0, n * BLOCK));
+        }
+    }
+
+    /// A strip times the columns of one block, to the first columns.
+    fn multiply_block<E: Element>(&mut self, a: &Strip<'_>, b: &Columns, n: usize, to: &mut Target<'_, E>) {
+        self.path.part(a, b, n, &mut self.part, to);
+    }
+}
+
+/// `a_MK b_KN`.
+pub(crate) fn product<E: Element>(path: Path, a: Left<'_>, b: &Columns, to: &mut Target<'_, E>) {
+    Maker::new(path).product(a, b, Causal::No, to);
 }
 
 /// The same with scales of every [`TILE`] terms: `scales_a_M,K/128`, and those of `b` by tile and
@@ -80,17 +109,19 @@ pub(crate) fn scaled_product<E: Element>(
     (b, scales_b, columns_per_scale): (&Columns, &[f32], usize),
     out: &mut Target<'_, E>,
 ) {
-    let terms = check(a, b);
-    let _held = path.begin();
+    let terms = check(Left::Rows(a), b);
+    let mut maker = Maker::new(path);
     let tiles = a.columns.div_ceil(TILE);
     let mut part: Part = [[0.0; BLOCK]; BLOCK];
     for m in 0..a.rows.div_ceil(BLOCK) {
-        let block = a.block(m);
+        let rows = BLOCK.min(a.rows - m * BLOCK);
+        let mut strip = Strip { left: Left::Rows(a).block(m), rows, terms: 0..0 };
         for n in 0..b.columns.div_ceil(BLOCK) {
             let mut total: Part = [[0.0; BLOCK]; BLOCK];
             for tile in 0..tiles {
-                let (from, to) = (tile * TILE / K_BLOCK, ((tile + 1) * TILE / K_BLOCK).min(terms));
-                path.part(&block, a.stride, b.pair(n), from, to, &mut part);
+                strip.terms = tile * TILE / K_BLOCK..((tile + 1) * TILE / K_BLOCK).min(terms);
+                let to = &mut Target { data: part.as_flattened_mut(), stride: BLOCK };
+                maker.multiply_block(&strip, b, n, to);
                 let mut of_columns = [0.0f32; BLOCK];
                 for (of, c) in of_columns.iter_mut().zip(n * BLOCK..b.columns) {
                     *of = scales_b[c / columns_per_scale * tiles + tile];
@@ -107,13 +138,13 @@ pub(crate) fn scaled_product<E: Element>(
                     },
                 );
             }
-            out.put(&total, a.rows, b.columns, m, n);
+            out.at(m * BLOCK, n * BLOCK).put(&total, rows, BLOCK.min(b.columns - n * BLOCK));
         }
     }
 }
 
 /// Blocks of `K`.
-fn check(a: Rows<'_>, b: &Columns) -> usize {
-    assert_eq!(a.columns, b.terms, "inner dimensions of a product");
-    a.columns.div_ceil(K_BLOCK)
+fn check(a: Left<'_>, b: &Columns) -> usize {
+    assert_eq!(a.terms(), b.terms, "inner dimensions of a product");
+    b.terms.div_ceil(K_BLOCK)
 }

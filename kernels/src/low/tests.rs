@@ -71,8 +71,8 @@ fn every_path_follows_its_order_bit_for_bit() {
                     assert_eq!(sum.to_bits(), want.to_bits(), "{path:?} {m}x{n}x{k} ({row}, {column}): {sum} {want}");
                 }
             };
-            check(&|to| product(path, a.view(), &Columns::of_rows(b.view()), Causal::No, to));
-            check(&|to| product(path, a.view(), &Columns::of_columns(b.view().transposed().view()), Causal::No, to));
+            check(&|to| product(path, a.left(), &Columns::of_rows(b.view()), to));
+            check(&|to| product(path, a.left(), &Columns::of_columns(b.view().transposed().view()), to));
         }
     }
 }

@@ -54,7 +54,7 @@ fn mix(key: u64, [w, m, v]: [f32; 3], last: u64) -> (u64, u64) {
 const KEY: u64 = 0xD6E8_FEB8_6659_FD93;
 
 /// Elements of a block: few enough for the nearest cache, and for sums of halves of words in a word.
-const BLOCK: usize = 2048;
+const BLOCK: usize = 1024;
 
 /// The wrapping sum of a block's mixed elements, the first of which has index `first`.
 #[inline(always)]
@@ -124,13 +124,15 @@ pub fn step(state: &[&[f32]], g: &[f32], a: &AdamW) -> (Vec<Vec<f32>>, u128) {
     let mut out: [Vec<f32>; 3] = [(); 3].map(|()| wide::unwritten(n));
     let mut averaged = average.map(|_| wide::unwritten(n));
     let mut sum = 0u128;
+    let mut moments = [[0.0f32; BLOCK]; 2];
     wide::run(
         #[inline(always)]
         || {
             for from in (0..n).step_by(BLOCK) {
                 let at = from..n.min(from + BLOCK);
-                let [new_w, new_m, new_v] = &mut out;
-                let (new_w, new_m, new_v) = (&mut new_w[at.clone()], &mut new_m[at.clone()], &mut new_v[at.clone()]);
+                let [new_w, out_m, out_v] = &mut out;
+                let [new_m, new_v] = moments.each_mut().map(|block| &mut block[..at.len()]);
+                let (new_w, out_m, out_v) = (&mut new_w[at.clone()], &mut out_m[at.clone()], &mut out_v[at.clone()]);
                 let (w, m, v, g) = (&w[at.clone()], &m[at.clone()], &v[at.clone()], &g[at.clone()]);
                 for i in 0..w.len() {
                     let g = g[i] * a.clip;
@@ -149,6 +151,9 @@ pub fn step(state: &[&[f32]], g: &[f32], a: &AdamW) -> (Vec<Vec<f32>>, u128) {
                     &*new
                 });
                 sum = sum.wrapping_add(block_sum([new_w, new_m, new_v], kept, from));
+                // Nobody reads them before the next step.
+                wide::stream(new_m, out_m);
+                wide::stream(new_v, out_v);
             }
         },
     );

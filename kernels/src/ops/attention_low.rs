@@ -6,9 +6,10 @@
 
 use super::attention::{AttentionShape, Head, Saved, heads};
 use crate::element::{Bf16, Element, rounded};
-use crate::low::{BLOCK, Causal, Columns, Matrix, Path, Target, product};
+use crate::low::{BLOCK, Block, Causal, Columns, Maker, Matrix, Path, Strip, Target, Turned};
 use crate::math::{exp, largest, sum_of};
 use crate::wide::unwritten;
+use std::ops::Range;
 
 impl Head<'_> {
     fn queries(&self, q: &[Bf16]) -> Matrix {
@@ -35,15 +36,41 @@ impl Head<'_> {
     }
 }
 
-/// Columns of a row up to which the mask lets products be made: whole parts.
-fn reach(i: usize, n: usize) -> usize {
-    (i / BLOCK * BLOCK + BLOCK).min(n)
+/// One head's rows in strips of 32, each as far as the mask lets it reach.
+struct Strips {
+    maker: Maker,
+    /// Tokens, and those of whole blocks.
+    n: usize,
+    padded: usize,
 }
 
-/// Scores, of which those after the row's part are left as they are.
-fn scores(path: Path, q: &Matrix, keys: &Matrix, out: &mut [f32]) {
-    let n = q.rows;
-    product(path, q.view(), &Columns::of_rows(keys.view()), Causal::Columns, &mut Target { data: out, stride: n });
+impl Strips {
+    fn new(path: Path, n: usize) -> Self {
+        Self { maker: Maker::new(path), n, padded: n.next_multiple_of(BLOCK) }
+    }
+
+    /// Rows of strip `m`.
+    fn rows(&self, m: usize) -> Range<usize> {
+        m * BLOCK..self.n.min((m + 1) * BLOCK)
+    }
+
+    /// A strip of numbers, zero at first.
+    fn strip<E: Element>(&self) -> Vec<E> {
+        vec![E::default(); BLOCK * self.padded]
+    }
+
+    /// Strip `m` of `a b^T`, up to the block of its last column that the mask leaves.
+    fn scores(&mut self, m: usize, a: &Matrix, b: &Columns, out: &mut [f32]) {
+        let strip = Strip { left: a.left().block(m), rows: self.rows(m).len(), terms: 0..a.columns.div_ceil(BLOCK) };
+        self.maker.multiply(&strip, b, 0..m + 1, &mut Target { data: out, stride: self.padded });
+    }
+
+    /// Strip `m`, whose columns after that block are zero or were not made, times a matrix.
+    fn times<E: Element>(&mut self, m: usize, strip: &[Bf16], b: &Columns, to: &mut Target<'_, E>) {
+        let left = Block::Rows { data: strip.into(), stride: self.padded };
+        let strip = Strip { left, rows: self.rows(m).len(), terms: 0..m + 1 };
+        self.maker.multiply(&strip, b, 0..b.columns.div_ceil(BLOCK), to);
+    }
 }
 
 /// `q, kv, k_rope -> (o, lse)`.
@@ -54,35 +81,39 @@ pub(crate) fn forward(
     k_rope: &[Bf16],
     s: &AttentionShape,
 ) -> (Vec<Bf16>, Vec<f32>) {
-    let (tokens, n) = (q.len() / s.q_row(), s.sequence);
+    let tokens = q.len() / s.q_row();
     assert!(tokens.is_multiple_of(s.sequence), "whole sequences");
     let (mut o, mut lse) = (unwritten(tokens * s.o_row()), unwritten(tokens * s.heads));
-    let mut p = vec![0.0; n * n];
+    let mut strips = Strips::new(path, s.sequence);
+    let (mut scores, mut p) = (strips.strip::<f32>(), strips.strip::<Bf16>());
     for at in heads(s, tokens) {
-        scores(path, &at.queries(q), &at.keys(kv, k_rope), &mut p);
-        crate::wide::run(
-            #[inline(always)]
-            || {
-                for (i, row) in p.chunks_exact_mut(n).enumerate() {
-                    let row = &mut row[..reach(i, n)];
-                    let (past, future) = row.split_at_mut(i + 1);
-                    let max = largest(past) * s.scale;
-                    for x in past.iter_mut() {
-                        *x = exp(*x * s.scale - max);
+        let (queries, keys) = (at.queries(q), Columns::of_rows(at.keys(kv, k_rope).view()));
+        let values = Columns::of_columns(at.rounded_values(kv).view());
+        for m in 0..s.sequence.div_ceil(BLOCK) {
+            strips.scores(m, &queries, &keys, &mut scores);
+            crate::wide::run(
+                #[inline(always)]
+                || {
+                    let (rows, reach) = (strips.rows(m), strips.rows(m).end);
+                    let of_rows = scores.chunks_exact_mut(strips.padded).zip(p.chunks_exact_mut(strips.padded));
+                    for (i, (row, p)) in rows.zip(of_rows) {
+                        let (row, p) = (&mut row[..reach], &mut p[..reach]);
+                        let (past, future) = row.split_at_mut(i + 1);
+                        let max = largest(past) * s.scale;
+                        for x in past.iter_mut() {
+                            *x = exp(*x * s.scale - max);
+                        }
+                        future.fill(0.0);
+                        let sum = sum_of([row], |[p]| p);
+                        row.iter_mut().for_each(|x| *x /= sum);
+                        Bf16::store(row, p);
+                        lse[(at.first + i) * s.heads + at.head] = max + libm::log(f64::from(sum)) as f32;
                     }
-                    future.fill(0.0);
-                    let sum = sum_of([row], |[p]| p);
-                    for x in row.iter_mut() {
-                        *x /= sum;
-                    }
-                    lse[(at.first + i) * s.heads + at.head] = max + libm::log(f64::from(sum)) as f32;
-                }
-            },
-        );
-        // Stale scores lie in parts that are not read.
-        let p = Matrix::round(&p, n, n, n);
-        let to = &mut Target { data: &mut o[at.o_at()..], stride: s.o_row() };
-        product(path, p.view(), &Columns::of_columns(at.rounded_values(kv).view()), Causal::TermsUpTo, to);
+                },
+            );
+            let to = &mut Target { data: &mut o[at.o_at()..], stride: s.o_row() };
+            strips.times(m, &p, &values, &mut to.at(m * BLOCK, 0));
+        }
     }
     (o, lse)
 }
@@ -97,46 +128,62 @@ pub(crate) fn backward(
     let Saved { q, kv, k_rope, o, lse } = saved;
     let (tokens, n, width) = (q.len() / s.q_row(), s.sequence, s.nope + s.rope);
     let (mut dq, mut dkv, mut dk_rope) = (unwritten(q.len()), unwritten(kv.len()), vec![0.0; k_rope.len()]);
-    let (mut p, mut ds, mut inner) = (vec![0.0; n * n], vec![0.0; n * n], vec![0.0; s.value]);
+    let mut strips = Strips::new(path, n);
+    let [mut scores, mut dscores] = [strips.strip::<f32>(), strips.strip()];
+    let [mut p, mut ds] = [strips.strip::<Bf16>(), strips.strip()];
+    let [mut turned_p, mut turned_ds] = [(); 2].map(|()| Turned::unwritten(path, n, n));
+    let (mut inner, mut dkeys) = (vec![0.0; s.value], unwritten::<f32>(n * width));
     for at in heads(s, tokens) {
         let (queries, keys, outputs) = (at.queries(q), at.keys(kv, k_rope), at.outputs(d_o));
-        scores(path, &queries, &keys, &mut p);
-        let values = at.rounded_values(kv);
-        let to = &mut Target { data: &mut ds, stride: n };
-        product(path, outputs.view(), &Columns::of_rows(values.view()), Causal::Columns, to);
-        crate::wide::run(
-            #[inline(always)]
-            || {
-                for (i, (p, ds)) in p.chunks_exact_mut(n).zip(ds.chunks_exact_mut(n)).enumerate() {
-                    let (p, ds) = (&mut p[..reach(i, n)], &mut ds[..reach(i, n)]);
-                    let lse = lse[(at.first + i) * s.heads + at.head];
-                    for x in &mut p[..=i] {
-                        *x = exp(*x * s.scale - lse);
+        let keys_by_rows = Columns::of_rows(keys.view());
+        let keys_by_columns = Columns::of_columns(keys.view());
+        let values = Columns::of_rows(at.rounded_values(kv).view());
+        for m in 0..n.div_ceil(BLOCK) {
+            strips.scores(m, &queries, &keys_by_rows, &mut scores);
+            strips.scores(m, &outputs, &values, &mut dscores);
+            let (rows, padded) = (strips.rows(m), strips.padded);
+            crate::wide::run(
+                #[inline(always)]
+                || {
+                    let of_scores = scores.chunks_exact_mut(padded).zip(dscores.chunks_exact_mut(padded));
+                    let results = p.chunks_exact_mut(padded).zip(ds.chunks_exact_mut(padded));
+                    for (i, ((x, dx), (p, ds))) in rows.clone().zip(of_scores.zip(results)) {
+                        let (x, dx, p, ds) = (&mut x[..=i], &mut dx[..=i], &mut p[..rows.end], &mut ds[..rows.end]);
+                        let lse = lse[(at.first + i) * s.heads + at.head];
+                        for x in x.iter_mut() {
+                            *x = exp(*x * s.scale - lse);
+                        }
+                        let from = at.o_at() + i * s.o_row();
+                        let at = from..from + s.value;
+                        let [d_o, o] = [&d_o[at.clone()], &o[at]].map(|x| x.iter().map(|x| x.value()));
+                        inner.iter_mut().zip(d_o.zip(o)).for_each(|(to, (d_o, o))| *to = d_o * o);
+                        let inner = sum_of([&inner], |[x]| x);
+                        for (dx, x) in dx.iter_mut().zip(x.iter()) {
+                            *dx = (*x * (*dx - inner)) * s.scale;
+                        }
+                        for (to, x) in [(p, x), (ds, dx)] {
+                            Bf16::store(x, &mut to[..=i]);
+                            to[i + 1..].fill(Bf16::default());
+                        }
                     }
-                    p[i + 1..].fill(0.0);
-                    let from = at.o_at() + i * s.o_row();
-                    let at = from..from + s.value;
-                    let [d_o, o] = [&d_o[at.clone()], &o[at]].map(|x| x.iter().map(|x| x.value()));
-                    inner.iter_mut().zip(d_o.zip(o)).for_each(|(to, (d_o, o))| *to = d_o * o);
-                    let inner = sum_of([&inner], |[x]| x);
-                    for (ds, p) in ds.iter_mut().zip(p) {
-                        *ds = (*p * (*ds - inner)) * s.scale;
-                    }
-                    ds[i + 1..].fill(0.0);
-                }
-            },
-        );
-        let (p, ds) = (Matrix::round(&p, n, n, n), Matrix::round(&ds, n, n, n));
+                },
+            );
+            // Rows after the last are terms of the turned.
+            for rest in [&mut p, &mut ds] {
+                rest[rows.len() * padded..].fill(Bf16::default());
+            }
+            turned_p.put(m, &p, padded, 0..m + 1);
+            turned_ds.put(m, &ds, padded, 0..m + 1);
+            let to = &mut Target { data: &mut dq[at.q_at()..], stride: s.q_row() };
+            strips.times(m, &ds, &keys_by_columns, &mut to.at(m * BLOCK, 0));
+        }
         let to = &mut Target { data: &mut dkv[at.kv_at() + s.nope..], stride: s.kv_row() };
-        product(path, p.view().transposed().view(), &Columns::of_columns(outputs.view()), Causal::TermsFrom, to);
-        let to = &mut Target { data: &mut dq[at.q_at()..], stride: s.q_row() };
-        product(path, ds.view(), &Columns::of_columns(keys.view()), Causal::TermsUpTo, to);
-        let mut dkeys: Vec<f32> = unwritten(n * width);
+        strips.maker.product(turned_p.left(), &Columns::of_columns(outputs.view()), Causal::TermsFrom, to);
         let to = &mut Target { data: &mut dkeys, stride: width };
-        product(path, ds.view().transposed().view(), &Columns::of_columns(queries.view()), Causal::TermsFrom, to);
+        strips.maker.product(turned_ds.left(), &Columns::of_columns(queries.view()), Causal::TermsFrom, to);
         for (row, dkey) in dkeys.chunks_exact(width).enumerate() {
             let own = &mut dkv[at.kv_at() + row * s.kv_row()..][..s.nope];
-            own.iter_mut().zip(dkey).for_each(|(to, x)| *to = Bf16::nearest(*x));
+            Bf16::store(&dkey[..s.nope], own);
             let shared = &mut dk_rope[(at.first + row) * s.rope..][..s.rope];
             shared.iter_mut().zip(&dkey[s.nope..]).for_each(|(sum, x)| *sum += x);
         }

@@ -6,7 +6,7 @@
 //! rows travel in; then the groups' sums are added in ascending order of group. So a token's result
 //! does not depend on where its experts are, nor on who adds the rows of a whole group.
 
-use crate::element::Element;
+use crate::element::{Element, in_pieces};
 use crate::math::sum_of;
 use crate::tensor::Tensor;
 use crate::wide;
@@ -74,7 +74,7 @@ pub(crate) fn dispatch<E: Element>(x: &[E], plan: &Dispatch, d: usize) -> Vec<E>
 pub(crate) fn forward<E: Element>(rows: &[&[E]], weights: Option<&[f32]>, plan: &Dispatch, d: usize) -> Vec<E> {
     let tokens = plan.slots.len() / plan.top_k;
     let mut out = wide::unwritten(tokens * d);
-    let (mut y, mut group) = (vec![0.0f32; d], vec![0.0f32; d]);
+    let (mut y, mut group, mut rounded) = (vec![0.0f32; d], vec![0.0f32; d], vec![E::default(); d]);
     wide::run(
         #[inline(always)]
         || {
@@ -90,9 +90,10 @@ pub(crate) fn forward<E: Element>(rows: &[&[E]], weights: Option<&[f32]>, plan: 
                         group.iter_mut().zip(row).for_each(|(sum, x)| *sum += w * x.value());
                         k += 1;
                     }
-                    y.iter_mut().zip(&group).for_each(|(y, sum)| *y += E::nearest(*sum).value());
+                    E::store(&group, &mut rounded);
+                    y.iter_mut().zip(&rounded).for_each(|(y, sum)| *y += sum.value());
                 }
-                out.iter_mut().zip(&y).for_each(|(out, y)| *out = E::nearest(*y));
+                E::store(&y, out);
             }
         },
     );
@@ -128,7 +129,8 @@ pub(crate) fn backward<E: Element>(
                     let row = E::row(&rows[expert][of_expert * d..][..d], &mut of_row);
                     dweights[at] = sum_of([dy, row], |[dy, row]| dy * row);
                     let out = &mut drows[(starts[expert] + of_expert) * d..][..d];
-                    out.iter_mut().zip(dy).for_each(|(out, dy)| *out = E::nearest(weights[at] * dy));
+                    let weight = weights[at];
+                    in_pieces(out, |at, out| out.iter_mut().zip(&dy[at]).for_each(|(out, dy)| *out = weight * dy));
                 }
             }
         },

@@ -30,7 +30,7 @@ pub(crate) fn forward_backward<E: Element>(logits: &[E], targets: &[u32], v: usi
                 let sum = sum_of([&d], |[d]| d);
                 d.iter_mut().for_each(|d| *d = (*d / sum) * scale);
                 d[target] -= scale;
-                out.iter_mut().zip(&d).for_each(|(out, d)| *out = E::nearest(*d));
+                E::store(&d, out);
                 (row[target] - max, sum)
             },
         );

@@ -4,7 +4,11 @@ use crate::element::Element;
 
 /// `tokens_T, table_VD -> y_TD`. Panics on a token outside the table: data is checked when it is read.
 pub(crate) fn forward<E: Element>(tokens: &[u32], table: &[f32], d: usize) -> Vec<E> {
-    tokens.iter().flat_map(|t| &table[*t as usize * d..][..d]).map(|x| E::nearest(*x)).collect()
+    let mut y = crate::wide::unwritten(tokens.len() * d);
+    for (t, y) in tokens.iter().zip(y.chunks_exact_mut(d)) {
+        E::store(&table[*t as usize * d..][..d], y);
+    }
+    y
 }
 
 /// `tokens_T, dy_TD -> dtable_VD`.

@@ -10,6 +10,7 @@
 //! `i`, and `P_i` the mean of the scores' share of their row. Perfect balance gives `alpha`.
 
 use crate::math::{sigmoid, sum_of};
+use crate::wide;
 
 /// Experts, and how many of them a token is sent to.
 #[derive(Debug, Clone, Copy, PartialEq)]
@@ -28,36 +29,81 @@ pub struct GateShape {
     pub sequence: usize,
 }
 
-/// Indices of the `k` highest, equal ones by lower index; in ascending order of index.
-fn highest(scores: impl Iterator<Item = (usize, f32)>, k: usize) -> Vec<usize> {
-    let mut all: Vec<(usize, f32)> = scores.collect();
-    all.sort_by(|a, b| b.1.total_cmp(&a.1).then(a.0.cmp(&b.0)));
-    let mut chosen: Vec<usize> = all[..k].iter().map(|(i, _)| *i).collect();
-    chosen.sort_unstable();
-    chosen
+/// The `k` highest of some scores with their indices: equal ones by lower index, in ascending order of index.
+#[derive(Debug, Default)]
+struct Highest(Vec<(i32, usize)>);
+
+impl Highest {
+    /// Of scores whose indices ascend.
+    fn find(&mut self, scores: impl Iterator<Item = (usize, f32)>, k: usize) -> &[(i32, usize)] {
+        let best = &mut self.0;
+        best.clear();
+        for (i, score) in scores {
+            // The order of `f32::total_cmp`.
+            let bits = score.to_bits().cast_signed();
+            let key = bits ^ (((bits >> 31).cast_unsigned() >> 1).cast_signed());
+            if best.len() == k {
+                // An equal one before it stays.
+                if best.last().is_none_or(|last| last.0 >= key) {
+                    continue;
+                }
+                best.pop();
+            }
+            let at = best.iter().position(|other| other.0 < key).unwrap_or(best.len());
+            best.insert(at, (key, i));
+        }
+        best.sort_unstable_by_key(|(_, i)| *i);
+        best
+    }
+
+    fn indices(&self) -> impl Iterator<Item = usize> {
+        self.0.iter().map(|(_, i)| *i)
+    }
 }
 
-fn choose(biased: &[f32], shape: &GateShape) -> Vec<usize> {
-    let size = shape.experts / shape.groups;
-    let group_scores = biased.chunks_exact(size).map(|group| {
-        let best = highest(group.iter().copied().enumerate(), size.min(2));
-        best.iter().map(|i| group[*i]).sum::<f32>()
-    });
-    let kept = highest(group_scores.enumerate(), shape.groups_kept);
-    let allowed = kept.iter().flat_map(|g| g * size..(g + 1) * size);
-    highest(allowed.map(|e| (e, biased[e])), shape.top_k)
+/// Chooses experts, row after row.
+#[derive(Debug, Default)]
+struct Chooser {
+    of_group: Highest,
+    groups: Highest,
+    experts: Highest,
+}
+
+impl Chooser {
+    fn choose(&mut self, biased: &[f32], shape: &GateShape) {
+        let size = shape.experts / shape.groups;
+        let of_group = &mut self.of_group;
+        let group_scores = biased.chunks_exact(size).map(|group| {
+            of_group.find(group.iter().copied().enumerate(), size.min(2));
+            of_group.indices().map(|i| group[i]).sum::<f32>()
+        });
+        self.groups.find(group_scores.enumerate(), shape.groups_kept);
+        let allowed = self.groups.indices().flat_map(|g| g * size..(g + 1) * size);
+        self.experts.find(allowed.map(|e| (e, biased[e])), shape.top_k);
+    }
+}
+
+fn sigmoids(logits: &[f32]) -> Vec<f32> {
+    let mut scores = wide::unwritten(logits.len());
+    wide::run(
+        #[inline(always)]
+        || scores.iter_mut().zip(logits).for_each(|(s, x)| *s = sigmoid(*x)),
+    );
+    scores
 }
 
 /// `logits_TE, bias_E -> (experts_TK, weights_TK)`.
 pub(crate) fn forward(logits: &[f32], bias: &[f32], shape: &GateShape) -> (Vec<u32>, Vec<f32>) {
-    let (mut experts, mut weights) = (Vec::new(), Vec::new());
-    for row in logits.chunks_exact(shape.experts) {
-        let scores: Vec<f32> = row.iter().map(|x| sigmoid(*x)).collect();
-        let biased: Vec<f32> = scores.iter().zip(bias).map(|(s, b)| s + b).collect();
-        let chosen = choose(&biased, shape);
-        let total: f32 = chosen.iter().map(|e| scores[*e]).sum::<f32>() + 1e-20;
-        weights.extend(chosen.iter().map(|e| scores[*e] / total * shape.routed_scale));
-        experts.extend(chosen.iter().map(|e| *e as u32));
+    let choices = logits.len() / shape.experts * shape.top_k;
+    let (mut experts, mut weights) = (Vec::with_capacity(choices), Vec::with_capacity(choices));
+    let (mut biased, mut chooser) = (vec![0.0; shape.experts], Chooser::default());
+    for scores in sigmoids(logits).chunks_exact(shape.experts) {
+        biased.iter_mut().zip(scores.iter().zip(bias)).for_each(|(to, (s, b))| *to = s + b);
+        chooser.choose(&biased, shape);
+        let chosen = || chooser.experts.indices();
+        let total: f32 = chosen().map(|e| scores[e]).sum::<f32>() + 1e-20;
+        weights.extend(chosen().map(|e| scores[e] / total * shape.routed_scale));
+        experts.extend(chosen().map(|e| e as u32));
     }
     (experts, weights)
 }
@@ -83,24 +129,29 @@ pub(crate) fn backward(logits: &[f32], experts: &[u32], dweights: &[f32], shape:
 /// over the targets of the step, the losses' mean over the step's sequences times `alpha`.
 pub(crate) fn balance_backward(logits: &[f32], shape: &GateShape, factor: f32) -> Vec<f32> {
     let e = shape.experts;
-    let mut dlogits = vec![0.0; logits.len()];
+    let (mut dlogits, mut chosen) = (vec![0.0; logits.len()], Highest::default());
     for (rows, d) in logits.chunks(shape.sequence * e).zip(dlogits.chunks_mut(shape.sequence * e)) {
         let mut counts = vec![0u32; e];
         for row in rows.chunks_exact(e) {
-            let chosen = highest(row.iter().copied().enumerate(), shape.top_k);
-            chosen.iter().for_each(|i| counts[*i] += 1);
+            chosen.find(row.iter().copied().enumerate(), shape.top_k);
+            chosen.indices().for_each(|i| counts[i] += 1);
         }
         let per_count = e as f32 / (shape.top_k * (rows.len() / e)) as f32;
         let f: Vec<f32> = counts.iter().map(|c| *c as f32 * per_count).collect();
-        for (row, d) in rows.chunks_exact(e).zip(d.chunks_exact_mut(e)) {
-            let scores: Vec<f32> = row.iter().map(|x| sigmoid(*x)).collect();
-            let total = sum_of([&scores], |[s]| s);
-            let mean = sum_of([&f, &scores], |[f, s]| f * s) / total;
-            for i in 0..e {
-                let ds = factor * (f[i] - mean) / total;
-                d[i] = ds * (scores[i] * (1.0 - scores[i]));
-            }
-        }
+        let scores = sigmoids(rows);
+        wide::run(
+            #[inline(always)]
+            || {
+                for (scores, d) in scores.chunks_exact(e).zip(d.chunks_exact_mut(e)) {
+                    let total = sum_of([scores], |[s]| s);
+                    let mean = sum_of([&f, scores], |[f, s]| f * s) / total;
+                    for ((d, s), f) in d.iter_mut().zip(scores).zip(&f) {
+                        let ds = factor * (f - mean) / total;
+                        *d = ds * (s * (1.0 - s));
+                    }
+                }
+            },
+        );
     }
     dlogits
 }

@@ -3,7 +3,7 @@
 //! `x_TD`, `w_D`. Sums over a row run in the fixed order of [`crate::math::sum_of`]; the weight
 //! gradient sums over rows in ascending order.
 
-use crate::element::Element;
+use crate::element::{Element, in_pieces};
 use crate::math::sum_of;
 use crate::wide;
 
@@ -23,9 +23,10 @@ pub(crate) fn forward<E: Element>(x: &[E], w: &[f32], eps: f32) -> Vec<E> {
             for (x, y) in x.chunks_exact(w.len()).zip(y.chunks_exact_mut(w.len())) {
                 let x = E::row(x, &mut scratch);
                 let r = scale(x, eps);
-                for ((y, x), w) in y.iter_mut().zip(x).zip(w) {
-                    *y = E::nearest((x * r) * w);
-                }
+                in_pieces(y, |at, y| {
+                    let of = x[at.clone()].iter().zip(&w[at]);
+                    y.iter_mut().zip(of).for_each(|(y, (x, w))| *y = (x * r) * w);
+                });
             }
         },
     );
@@ -45,9 +46,12 @@ pub(crate) fn backward_input<E: Element>(x: &[E], w: &[f32], dy: &[E], eps: f32)
                 let (x, dy) = (E::row(x, of_x), E::row(dy, of_dy));
                 let r = scale(x, eps);
                 let mean = sum_of([x, w, dy], |[x, w, dy]| (dy * w) * (x * r)) / d as f32;
-                for (((dx, x), dy), w) in dx.iter_mut().zip(x).zip(dy).zip(w) {
-                    *dx = E::nearest(r * (dy * w - (x * r) * mean));
-                }
+                in_pieces(dx, |at, dx| {
+                    let of = x[at.clone()].iter().zip(&w[at.clone()]).zip(&dy[at]);
+                    for (dx, ((x, w), dy)) in dx.iter_mut().zip(of) {
+                        *dx = r * (dy * w - (x * r) * mean);
+                    }
+                });
             }
         },
     );

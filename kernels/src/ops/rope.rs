@@ -8,6 +8,8 @@
 //! rotations are slowed down by a factor, fast ones stay, those between are mixed.
 
 use crate::element::Element;
+use std::cell::RefCell;
+use std::rc::Rc;
 
 /// Which columns of a row are rotated: `width` columns from `offset` on in each of `heads` pieces of
 /// `head_width` columns.
@@ -97,9 +99,29 @@ fn table(shape: &RopeShape) -> Vec<(f32, f32)> {
     (shape.first..shape.first + shape.sequence).flat_map(at).collect()
 }
 
+/// A table, and the shape that it was made for.
+type Kept = (RopeShape, Rc<[(f32, f32)]>);
+
+/// The same, of which a thread keeps the last one: all layers ask for it.
+fn kept_table(shape: &RopeShape) -> Rc<[(f32, f32)]> {
+    thread_local! {
+        static LAST: RefCell<Option<Kept>> = const { RefCell::new(None) };
+    }
+    // Pieces of a row share it.
+    let key = RopeShape { heads: 1, head_width: shape.width, offset: 0, ..*shape };
+    LAST.with_borrow_mut(|last| match last {
+        Some((of, table)) if *of == key => Rc::clone(table),
+        _ => {
+            let table: Rc<[_]> = table(&key).into();
+            *last = Some((key, Rc::clone(&table)));
+            table
+        }
+    })
+}
+
 /// Rotates forward, or back when `inverse`.
 pub(crate) fn rotate<E: Element>(x: &[E], shape: &RopeShape, inverse: bool) -> Vec<E> {
-    let table = table(shape);
+    let table = kept_table(shape);
     let (row, pairs) = (shape.heads * shape.head_width, shape.width / 2);
     let mut y = x.to_vec();
     for (t, y) in y.chunks_exact_mut(row).enumerate() {

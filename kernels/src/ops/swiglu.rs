@@ -1,6 +1,6 @@
 //! SwiGLU: `h = silu(gate) * up`, element by element. `gate_TI`, `up_TI`, `h_TI`.
 
-use crate::element::Element;
+use crate::element::{Element, PIECE, in_pieces};
 use crate::math::sigmoid;
 use crate::wide;
 
@@ -11,10 +11,12 @@ pub(crate) fn forward<E: Element>(gate: &[E], up: &[E]) -> Vec<E> {
     wide::run(
         #[inline(always)]
         || {
-            for ((h, g), u) in h.iter_mut().zip(gate).zip(up) {
-                let g = g.value();
-                *h = E::nearest((g * sigmoid(g)) * u.value());
-            }
+            in_pieces(&mut h, |at, h| {
+                for (h, (g, u)) in h.iter_mut().zip(gate[at.clone()].iter().zip(&up[at])) {
+                    let g = g.value();
+                    *h = (g * sigmoid(g)) * u.value();
+                }
+            });
         },
     );
     h
@@ -27,13 +29,22 @@ pub(crate) fn backward<E: Element>(gate: &[E], up: &[E], dh: &[E]) -> [Vec<E>; 3
     wide::run(
         #[inline(always)]
         || {
-            let out = h.iter_mut().zip(&mut dgate).zip(&mut dup);
-            for (((g, u), dh), ((h, dgate), dup)) in gate.iter().zip(up).zip(dh).zip(out) {
-                let (g, u, dh) = (g.value(), u.value(), dh.value());
-                let s = sigmoid(g);
-                *h = E::nearest((g * s) * u);
-                *dup = E::nearest(dh * (g * s));
-                *dgate = E::nearest((dh * u) * (s * (1.0 + g * (1.0 - s))));
+            let mut made = [[0.0f32; PIECE]; 3];
+            for at in (0..gate.len()).step_by(PIECE) {
+                let at = at..gate.len().min(at + PIECE);
+                let [g, u, dh] = [gate, up, dh].map(|x| &x[at.clone()]);
+                let [of_h, of_gate, of_up] = made.each_mut().map(|made| &mut made[..g.len()]);
+                let out = of_h.iter_mut().zip(of_gate.iter_mut()).zip(of_up.iter_mut());
+                for (((g, u), dh), ((h, dgate), dup)) in g.iter().zip(u).zip(dh).zip(out) {
+                    let (g, u, dh) = (g.value(), u.value(), dh.value());
+                    let s = sigmoid(g);
+                    *h = (g * s) * u;
+                    *dup = dh * (g * s);
+                    *dgate = (dh * u) * (s * (1.0 + g * (1.0 - s)));
+                }
+                E::store(of_h, &mut h[at.clone()]);
+                E::store(of_gate, &mut dgate[at.clone()]);
+                E::store(of_up, &mut dup[at]);
             }
         },
     );
