@@ -5,6 +5,8 @@
 //! - ST-2: a message is used once; a second copy of the same key changes nothing.
 //! - ST-3: a new life started with the same weights sends the same messages.
 //! - ST-4: sums leave once the program is done; the step ends with the weights of its commit.
+//! - ST-5: while the first stage waits for experts in a backward function, it makes weight products: nobody waits for
+//!   its gradient, and their operands are still in the caches. They are added in the same order.
 
 use crate::compute::{Job, Outcome, StageOperation};
 use crate::data::Corpus;
@@ -457,6 +459,47 @@ mod tests {
         let mine: Vec<_> = asked.sent.iter().filter(|(to, _)| *to == expert).cloned().collect();
         let again = drive(&mut core, Event::Table(Arc::new(replace(&table(&materials), expert))));
         assert_eq!(bits(&again.sent), bits(&mine));
+    }
+
+    /// ST-5: one job more for each wait of a backward function, and sums of everything at the end.
+    #[test]
+    fn weight_products_fill_the_waits_of_the_first_stage() {
+        let materials = materials();
+        let corpus = materials.corpus.clone();
+        let mut core = StageCore::new(Arc::clone(&materials.spec), Arc::clone(&materials.layout), corpus, 0, 0);
+        drive(&mut core, Event::Table(Arc::new(table(&materials))));
+        let groups = materials.spec.groups_of_stage(0);
+        let mut queue = std::collections::VecDeque::new();
+        let (mut jobs, mut waits, mut sums) = (0, std::collections::BTreeSet::new(), 0);
+        let mut take = |asked: Asked, queue: &mut std::collections::VecDeque<_>| {
+            jobs += asked.jobs;
+            queue.extend(asked.sent);
+        };
+        for group in &groups {
+            take(drive(&mut core, weights(&materials, *group)), &mut queue);
+        }
+        while let Some((to, body)) = queue.pop_front() {
+            let next_stage = ActorId::Stage { lane: 0, stage: 1 };
+            let event = match body {
+                Body::Rows { turn, pass, rows } => {
+                    let ActorId::Expert { layer, .. } = to else { unreachable!("rows go to experts") };
+                    waits.insert((turn.micro_batch, pass == Pass::Backward, layer));
+                    message(to, Body::Answer { turn, pass, rows })
+                }
+                Body::Hidden { turn, rows } => message(next_stage, Body::Gradient { turn, rows }),
+                Body::Sums { .. } => {
+                    sums += 1;
+                    continue;
+                }
+                other => unreachable!("not a stage's message: {other:?}"),
+            };
+            take(drive(&mut core, event), &mut queue);
+        }
+        let backward = waits.iter().filter(|(_, backward, _)| *backward).count();
+        assert!(backward > 0 && 2 * backward == waits.len(), "{waits:?}");
+        // Two micro-batches of three operations, each resumed after its waits.
+        assert_eq!(jobs, 2 * 3 + waits.len() + backward);
+        assert_eq!(sums, groups.len() * 2, "both copies of each shard");
     }
 
     /// ST-4: sums go to every copy of their shards; the next weights end the step.

@@ -244,8 +244,12 @@ fn range(text: &str) -> Result<std::ops::Range<u64>> {
     Ok(from..to)
 }
 
+/// Its threads only pass messages on, beside threads that compute on every core: more of them than a quarter of the
+/// cores would wake each other and take turns with those.
 fn runtime() -> Result<tokio::runtime::Runtime> {
-    Ok(tokio::runtime::Builder::new_multi_thread().worker_threads(2).enable_all().build()?)
+    let cores = std::thread::available_parallelism().map_or(1, usize::from);
+    let threads = (cores / 4).clamp(1, 8);
+    Ok(tokio::runtime::Builder::new_multi_thread().worker_threads(threads).enable_all().build()?)
 }
 
 fn read_config(path: &Path, set: &[String]) -> Result<Config> {
