@@ -1,9 +1,10 @@
 //! Operations of a training step in BF16 on one thread, at the sizes of configs/peers/small.toml: the time of each for
-//! an element, and the rate of its products. With a name, only operations that begin with it.
+//! an element, and the rate of its products beside that of their instruction alone. With a name, only operations that
+//! begin with it.
 
 use everstep_kernels::{
     AdamW, AttentionShape, Backend, CpuBackend, Dispatch, GateShape, Philox, Precision, Role, RopeShape, Tensor,
-    adamw_step,
+    adamw_step, bf16_limit,
 };
 use std::cell::Cell;
 use std::hint::black_box;
@@ -17,9 +18,12 @@ static ALLOCATOR: mimalloc::MiMalloc = mimalloc::MiMalloc;
 const TOKENS: usize = 1024;
 const HIDDEN: usize = 256;
 const REPETITIONS: usize = 25;
+/// Bytes that caches don't hold.
+const FAR: usize = 200 << 20;
 
 /// Median seconds of a few runs.
 fn time(f: &dyn Fn()) -> f64 {
+    f();
     let run = |_| {
         let began = Instant::now();
         f();
@@ -37,7 +41,11 @@ fn numbers(rows: usize, columns: usize, name: u32) -> Arc<Vec<f32>> {
 struct Bench {
     b: CpuBackend,
     only: String,
+    limit: Option<f64>,
 }
+
+/// Rows, gradients of results and weights of a product.
+type Set = (Tensor, Tensor, Tensor);
 
 impl Bench {
     fn activation(&self, columns: usize, name: u32) -> Tensor {
@@ -138,15 +146,22 @@ impl Bench {
         if name.starts_with(&self.only) {
             let rate = |f| 2.0 * (rows * out * input) as f64 / time(f) / 1e9;
             let (cold, warm) = (rate(cold), rate(warm));
-            println!("{name:24} {rows:5} x {out:4} x {input:4}: {cold:6.1} GFLOPS, all made and near {warm:6.1}");
+            let limit = self.limit.map_or_else(|| "unknown".to_owned(), |limit| format!("{limit:6.1}"));
+            println!(
+                "{name:24} {rows:5} x {out:4} x {input:4}: {cold:6.1} GFLOPS, all made and near {warm:6.1}; limit {limit}"
+            );
         }
     }
 
     fn products(&self, shape: [usize; 3]) {
+        if !"linear_backward_weight".starts_with(&self.only) && !self.only.starts_with("linear") {
+            return;
+        }
         let (b, [rows, out, input]) = (&self.b, shape);
         let fresh = |columns, name| b.upload(rows, columns, numbers(rows, columns, name));
-        // More than the caches hold.
-        let many: Vec<[Tensor; 3]> = (0..64).map(|_| [fresh(input, 1), fresh(out, 2), matrix(out, input)]).collect();
+        let bytes = 2 * rows * (input + out) + 4 * out * input;
+        let sets = FAR / bytes + 1;
+        let many: Vec<[Tensor; 3]> = (0..sets).map(|_| [fresh(input, 1), fresh(out, 2), matrix(out, input)]).collect();
         let next = Cell::new(0);
         let cold = || {
             next.set((next.get() + 1) % many.len());
@@ -156,12 +171,16 @@ impl Bench {
             (b.rows(x, 0, rows), b.rows(dy, 0, rows), w)
         };
         let [x, dy, w] = &many[0];
-        let forward = |x: &Tensor, w: &Tensor| drop(black_box(b.linear(x, w, Role::Projection)));
-        self.product("linear", shape, &|| forward(&cold().0, &cold().2), &|| forward(x, w));
-        let backward = |dy: &Tensor, w: &Tensor| drop(black_box(b.linear_backward_input(dy, w, Role::Projection)));
-        self.product("linear_backward_input", shape, &|| backward(&cold().1, &cold().2), &|| backward(dy, w));
-        let weight = |dy: &Tensor, x: &Tensor| drop(black_box(b.linear_backward_weight(dy, x, Role::Projection)));
-        self.product("linear_backward_weight", shape, &|| weight(&cold().1, &cold().0), &|| weight(dy, x));
+        let forward = |(x, _, w): Set| drop(black_box(b.linear(&x, &w, Role::Projection)));
+        self.product("linear", shape, &|| forward(cold()), &|| forward((x.clone(), dy.clone(), w.clone())));
+        let backward = |(_, dy, w): Set| drop(black_box(b.linear_backward_input(&dy, &w, Role::Projection)));
+        self.product("linear_backward_input", shape, &|| backward(cold()), &|| {
+            backward((x.clone(), dy.clone(), w.clone()))
+        });
+        let weight = |(x, dy, _): Set| drop(black_box(b.linear_backward_weight(&dy, &x, Role::Projection)));
+        self.product("linear_backward_weight", shape, &|| weight(cold()), &|| {
+            weight((x.clone(), dy.clone(), w.clone()))
+        });
     }
 }
 
@@ -170,7 +189,8 @@ fn matrix(rows: usize, columns: usize) -> Tensor {
 }
 
 fn main() {
-    let bench = Bench { b: CpuBackend::new(Precision::Bf16), only: std::env::args().nth(1).unwrap_or_default() };
+    let only = std::env::args().nth(1).unwrap_or_default();
+    let bench = Bench { b: CpuBackend::new(Precision::Bf16), only, limit: bf16_limit() };
     bench.element_by_element();
     bench.mixture();
     bench.attention();

@@ -92,12 +92,16 @@ impl Element for Bf16 {
 
     #[inline(always)]
     fn store(x: &[f32], out: &mut [Self]) {
+        assert_eq!(x.len(), out.len(), "numbers to round");
         #[cfg(target_arch = "x86_64")]
-        if crate::low::rounds() {
+        if crate::low::has_rounding() {
             // SAFETY: the instructions are there.
             return unsafe { crate::low::round(x, out) };
         }
-        out.iter_mut().zip(x).for_each(|(out, x)| *out = Self::nearest(*x));
+        wide::run(
+            #[inline(always)]
+            || out.iter_mut().zip(x).for_each(|(out, x)| *out = Self::nearest(*x)),
+        );
     }
 
     fn tensor(rows: usize, columns: usize, data: Arc<Vec<Self>>) -> Tensor {

@@ -31,7 +31,7 @@ pub use layers::expert::{
 };
 pub use layers::stage::{Progress, Scales, StageInput, StageModel, StageSums};
 pub use layers::{ParameterMap, Weight, second_use};
-pub use limits::{multiply_add_limit, peer_linear};
+pub use limits::{bf16_limit, multiply_add_limit, peer_linear};
 pub use math::{bf16_bits, bf16_value, cosine, power};
 pub use model::{Group, ModelConfig, Parameter, Update};
 pub use ops::adamw::{AdamW, NORM_CHUNK, averaged, square_sums, state_sum, step as adamw_step};

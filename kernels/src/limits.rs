@@ -26,6 +26,16 @@ pub fn multiply_add_limit() -> f64 {
     })
 }
 
+/// The same of pairs of BF16 with FP32 sums; none where the CPU has no such instruction of its vectors.
+pub fn bf16_limit() -> Option<f64> {
+    #[cfg(target_arch = "x86_64")]
+    if std::arch::is_x86_feature_detected!("avx512bf16") && std::arch::is_x86_feature_detected!("avx512f") {
+        // SAFETY: the CPU has the instructions.
+        return Some(best_of(2 * 16 * CHAINS, || unsafe { x86::chains_bf16(STEPS) }));
+    }
+    None
+}
+
 /// Independent chains: enough to hide the latency of an instruction.
 const CHAINS: usize = 12;
 
@@ -51,6 +61,20 @@ mod x86 {
         for _ in 0..steps {
             for x in &mut x {
                 *x = _mm512_fmadd_ps(*x, a, b);
+            }
+        }
+        x.into_iter().map(|x| _mm512_reduce_add_ps(x)).sum()
+    }
+
+    #[target_feature(enable = "avx512f,avx512bf16")]
+    pub(super) fn chains_bf16(steps: usize) -> f32 {
+        // SAFETY: 512 bits are 512 bits. 32 times 0.5 in BF16, and a tiny number.
+        let halves = |bits| unsafe { std::mem::transmute::<__m512i, __m512bh>(_mm512_set1_epi16(bits)) };
+        let (a, b) = (halves(std::hint::black_box(0x3f00)), halves(0x2000));
+        let mut x = [_mm512_set1_ps(1.0); CHAINS];
+        for _ in 0..steps {
+            for x in &mut x {
+                *x = _mm512_dpbf16_ps(*x, a, b);
             }
         }
         x.into_iter().map(|x| _mm512_reduce_add_ps(x)).sum()

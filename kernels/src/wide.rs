@@ -86,3 +86,19 @@ pub fn add_to(a: &mut [f32], b: &[f32]) {
 pub(crate) fn run<R>(f: impl FnOnce() -> R) -> R {
     pulp::Arch::new().dispatch(f)
 }
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_streamed_copy_is_a_copy_wherever_it_lies() {
+        let from: Vec<f32> = (0..40).map(|i| i as f32).collect();
+        for (at, start, n) in (0..4).flat_map(|at| (0..4).flat_map(move |s| (0..20).map(move |n| (at, s, n)))) {
+            let mut to = [-1.0; 40];
+            stream(&from[start..start + n], &mut to[at..at + n]);
+            assert_eq!(to[at..at + n], from[start..start + n], "{n} elements to {at}");
+            assert!(to[..at].iter().chain(&to[at + n..]).all(|x| *x == -1.0), "{n} elements to {at}");
+        }
+    }
+}

@@ -6,9 +6,10 @@ use cudarc::driver::sys::{
     CUfunction_attribute, CUtensorMap, CUtensorMapDataType, CUtensorMapFloatOOBfill, CUtensorMapInterleave,
     CUtensorMapL2promotion, CUtensorMapSwizzle, cuTensorMapEncodeTiled,
 };
-use cudarc::driver::{CudaContext, CudaFunction, CudaModule, CudaStream, DeviceRepr, LaunchConfig, sys};
+use cudarc::driver::{CudaContext, CudaFunction, CudaModule, CudaStream, DeviceRepr, DriverError, LaunchConfig, sys};
 use cudarc::nvrtc::Ptx;
 use std::collections::BTreeMap;
+use std::collections::btree_map::Entry;
 use std::fmt::{Debug, Display};
 use std::mem::MaybeUninit;
 use std::sync::{Arc, Mutex, PoisonError};
@@ -60,7 +61,14 @@ pub struct Gpu {
     pub(super) processors: u32,
     capability: (i32, i32),
     cubins: Box<dyn Cubins>,
-    modules: Mutex<BTreeMap<&'static str, Arc<CudaModule>>>,
+    loaded: Mutex<BTreeMap<&'static str, Loaded>>,
+}
+
+/// A kernel file on the GPU, and its functions that were asked for, with the shared memory that they may use.
+#[derive(Debug)]
+struct Loaded {
+    module: Arc<CudaModule>,
+    functions: BTreeMap<&'static str, (CudaFunction, u32)>,
 }
 
 impl Gpu {
@@ -75,7 +83,7 @@ impl Gpu {
         let processors = context.attribute(processors).map_err(say)? as u32;
         let capability = context.compute_capability().map_err(say)?;
         let stream = context.default_stream();
-        Ok(Self { name, stream, processors, capability, cubins, modules: Mutex::default() })
+        Ok(Self { name, stream, processors, capability, cubins, loaded: Mutex::default() })
     }
 
     /// The card's own name.
@@ -96,14 +104,31 @@ impl Gpu {
         self.stream.synchronize().map_err(|e| self.error(e))
     }
 
-    /// A function of a kernel file, compiled at its first use, with so much shared memory.
-    pub(super) fn function(&self, source: &Source, name: &str, shared: u32) -> Result<CudaFunction, BackendError> {
+    /// A function of a kernel file, compiled at its first use, that may use so much shared memory.
+    pub(super) fn function(
+        &self,
+        source: &'static Source,
+        name: &'static str,
+        shared: u32,
+    ) -> Result<CudaFunction, BackendError> {
         // The driver's own calls work on the thread's context.
         self.stream.context().bind_to_thread().map_err(|e| self.error(e))?;
-        let module = self.module(source)?;
-        let function = module.load_function(name).map_err(|e| self.error(format!("{name} of {}: {e}", source.name)))?;
+        // Held while a file is compiled: whoever needs it too waits for it.
+        let mut loaded = self.loaded.lock().unwrap_or_else(PoisonError::into_inner);
+        let file = match loaded.entry(source.name) {
+            Entry::Occupied(file) => file.into_mut(),
+            Entry::Vacant(place) => place.insert(Loaded { module: self.module(source)?, functions: BTreeMap::new() }),
+        };
+        if let Some((function, allowed)) = file.functions.get(name)
+            && *allowed >= shared
+        {
+            return Ok(function.clone());
+        }
+        let say = |e: DriverError| self.error(format!("{name} of {}: {e}", source.name));
+        let function = file.module.load_function(name).map_err(say)?;
         let attribute = CUfunction_attribute::CU_FUNC_ATTRIBUTE_MAX_DYNAMIC_SHARED_SIZE_BYTES;
-        function.set_attribute(attribute, shared as i32).map_err(|e| self.error(format!("{name}: {e}")))?;
+        function.set_attribute(attribute, shared as i32).map_err(say)?;
+        file.functions.insert(name, (function.clone(), shared));
         Ok(function)
     }
 
@@ -112,23 +137,15 @@ impl Gpu {
             let needs = format!("{} is compiled for sm_90a, this GPU is {}", source.name, self.architecture());
             return Err(self.error(needs));
         }
-        let mut modules = self.modules.lock().unwrap_or_else(PoisonError::into_inner);
-        if let Some(module) = modules.get(source.name) {
-            return Ok(Arc::clone(module));
-        }
         let key = source.key().map_err(|e| self.error(e))?;
         let load = |cubin: Vec<u8>| self.stream.context().load_module(Ptx::from_binary(cubin));
         // What was kept may be damaged, and is then made again.
-        let module = match self.cubins.get(&key).map(load) {
-            Some(Ok(module)) => module,
-            Some(Err(_)) | None => {
-                let compiled = source.compile().map_err(|e| self.error(e))?;
-                self.cubins.put(&key, &compiled.cubin);
-                load(compiled.cubin).map_err(|e| self.error(format!("{}: {e}", source.name)))?
-            }
-        };
-        modules.insert(source.name, Arc::clone(&module));
-        Ok(module)
+        if let Some(Ok(module)) = self.cubins.get(&key).map(load) {
+            return Ok(module);
+        }
+        let compiled = source.compile().map_err(|e| self.error(e))?;
+        self.cubins.put(&key, &compiled.cubin);
+        load(compiled.cubin).map_err(|e| self.error(format!("{}: {e}", source.name)))
     }
 }
 

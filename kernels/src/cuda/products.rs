@@ -183,7 +183,7 @@ impl Gpu {
 
     fn fp8_product(
         &self,
-        source: &Source,
+        source: &'static Source,
         x: &Codes,
         w: &Blocks,
         offsets: Option<&CudaSlice<i32>>,

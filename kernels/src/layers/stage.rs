@@ -4,8 +4,8 @@
 //! resumed with what they made of them. Between operations everything is here: saved activations,
 //! weight products that wait, and the sums of the lane.
 //!
-//! Sums: weight products are added in the order of the calls of [`StageModel::weight`]; the caller
-//! keeps it ascending in micro-batches (DESIGN 3.1).
+//! Sums: weight products are added in the order of the calls of [`StageModel::weight`] and
+//! [`StageModel::weight_so_far`]; the caller keeps it ascending in micro-batches (DESIGN 3.1).
 
 use super::attention::{Attention, AttentionSaved};
 use super::mixture::{FeedForwardSaved, Half, Mixture, Sent, SentBack};
@@ -351,7 +351,7 @@ impl StageModel {
     }
 
     /// Makes the weight products of a micro-batch whose input part waits for experts, as far as it has come:
-    /// their operands are still in the caches.
+    /// their operands are still in the caches. For the micro-batch whose [`Self::weight`] comes next.
     pub fn weight_so_far(&mut self, b: &dyn Backend, micro_batch: u32) -> Progress {
         let batch = batch_of(&mut self.batches, micro_batch);
         let Some((at, _)) = &batch.waiting else {

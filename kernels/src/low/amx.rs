@@ -34,6 +34,8 @@ mod with {
     use crate::low::{BLOCK, Columns, K_BLOCK};
     use std::arch::asm;
     use std::arch::x86_64::__cpuid_count;
+    use std::cell::Cell;
+    use std::marker::PhantomData;
     use std::sync::OnceLock;
 
     /// Shapes of the eight tiles: 16 rows of 64 bytes each.
@@ -89,17 +91,22 @@ mod with {
         false
     }
 
-    /// Tiles in use by this thread, given back at the end.
+    thread_local! {
+        static HELD: Cell<bool> = const { Cell::new(false) };
+    }
+
+    /// Tiles in use by this thread, given back at the end. They are the thread's, which has them once.
     #[derive(Debug)]
-    pub(crate) struct Tiles(());
+    pub(crate) struct Tiles(PhantomData<*const ()>);
 
     impl Tiles {
         /// Takes them.
         pub(crate) fn take() -> Self {
             assert!(available(), "the path was detected");
+            assert!(!HELD.replace(true), "a thread's tiles are held once");
             // SAFETY: the CPU has tiles and the kernel lets this process use them.
             unsafe { asm!("ldtilecfg [{}]", in(reg) &raw const SHAPES, options(nostack, readonly)) };
-            Self(())
+            Self(PhantomData)
         }
     }
 
@@ -107,6 +114,7 @@ mod with {
         fn drop(&mut self) {
             // SAFETY: as above.
             unsafe { asm!("tilerelease", options(nostack, nomem)) };
+            HELD.set(false);
         }
     }
 

@@ -7,13 +7,13 @@ mod without {
         false
     }
 
-    pub(crate) fn part<E>(
-        _: &super::Block<'_>,
+    pub(crate) unsafe fn part<E>(
+        _: &crate::low::Block<'_>,
         _: usize,
         _: [&[u32]; 2],
         _: std::ops::Range<usize>,
         _: usize,
-        _: &mut super::Target<'_, E>,
+        _: &mut crate::low::Target<'_, E>,
     ) {
         unreachable!("the path was not detected");
     }
@@ -24,7 +24,7 @@ pub(super) use without::{available, part};
 #[cfg(target_arch = "x86_64")]
 pub(super) use with::{available, has_shuffles, pair_rows, part, turn_halves, turn_words};
 #[cfg(target_arch = "x86_64")]
-pub(crate) use with::{round, rounds};
+pub(crate) use with::{has_rounding, round};
 
 #[cfg(target_arch = "x86_64")]
 mod with {
@@ -40,7 +40,7 @@ mod with {
 
     /// Whether [`round`] can be used.
     #[inline(always)]
-    pub(crate) fn rounds() -> bool {
+    pub(crate) fn has_rounding() -> bool {
         is_x86_feature_detected!("avx512bf16")
             && is_x86_feature_detected!("avx512f")
             && is_x86_feature_detected!("avx512bw")
@@ -97,7 +97,7 @@ mod with {
             // SAFETY: the lengths were checked.
             let (low, high) = unsafe {
                 let at = from.as_ptr().add(2 * pair * stride);
-                // The rows of the square below, which has its turn after those beside this one: they are far away
+                // Of a whole matrix, the square below has its turn after those beside this one: its rows are far away
                 // where they were written long ago. Past the end it is an address that nothing reads.
                 for row in [32, 33] {
                     _mm_prefetch::<_MM_HINT_T1>(at.wrapping_add(row * stride).cast());
@@ -113,7 +113,11 @@ mod with {
     }
 
     /// See [`super::super::Path::part`]: eight rows at a time, from registers to where they go.
-    pub(crate) fn part<E: Element>(
+    ///
+    /// # Safety
+    ///
+    /// The path was detected, and both sides have the pairs: 32 rows of the left one, and both tiles of the right.
+    pub(crate) unsafe fn part<E: Element>(
         left: &Block<'_>,
         rows: usize,
         b: [&[u32]; 2],
@@ -129,7 +133,7 @@ mod with {
             let to = (to.data[m * to.stride..].as_mut_ptr(), to.stride);
             let rows = rows.min(m + 8) - m;
             match left {
-                // SAFETY: the path was detected; the caller has checked that both sides have the terms.
+                // SAFETY: the caller's promise; the room was checked.
                 Block::Rows { data, stride: row } => unsafe {
                     let a = data.as_ptr().add(m * row).cast();
                     eight::<E, 4>(a, 2 * row, b, pairs.clone(), to, rows, wanted);
@@ -155,6 +159,7 @@ mod with {
         rows: usize,
         wanted: u32,
     ) {
+        const { assert!(size_of::<E>() == if E::IS_BF16 { 2 } else { 4 }) };
         let mut sums = [[_mm512_setzero_ps(); 2]; 8];
         for pair in pairs {
             // Tiles follow each other: pair p of the whole panel is its p-th row of 16 words.

@@ -22,7 +22,7 @@ mod quantised;
 mod tests;
 
 #[cfg(target_arch = "x86_64")]
-pub(crate) use avx512::{round, rounds};
+pub(crate) use avx512::{has_rounding, round};
 pub(crate) use matrix::{Block, Columns, Left, Matrix, Rows, Turned};
 pub(crate) use product::{Causal, Maker, Strip, Target, product, scaled_product};
 pub(crate) use quantised::{Quantised, Scaling};
@@ -85,7 +85,8 @@ impl Path {
             (Self::Avx512, left) => {
                 // One pair of zeros after the last gives the bits that all of them give.
                 let pairs = start * K_BLOCK / 2..(end * K_BLOCK / 2).min(columns.terms.div_ceil(2) + 1);
-                return avx512::part(left, a.rows, b, pairs, wanted, to);
+                // SAFETY: the path was detected, and both sides were held against the terms.
+                return unsafe { avx512::part(left, a.rows, b, pairs, wanted, to) };
             }
             (Self::Amx, Block::Rows { data, stride }) => amx::part(data, *stride, b, start, end, scratch),
             (Self::Portable, Block::Rows { data, stride }) => portable::part(data, *stride, b, start, end, scratch),

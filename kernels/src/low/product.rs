@@ -59,7 +59,7 @@ pub(crate) struct Strip<'a> {
     pub(crate) terms: Range<usize>,
 }
 
-/// Makes products on this thread. A thread has one at a time: what the CPU keeps for it goes with it.
+/// Makes products on this thread. A thread has one at a time, since it has one set of tiles.
 #[derive(Debug)]
 pub(crate) struct Maker {
     path: Path,
@@ -79,13 +79,13 @@ impl Maker {
             // The rows stay in the nearest cache while the columns pass.
             let rows = BLOCK.min(a.rows() - m * BLOCK);
             let strip = Strip { left: a.block(m), rows, terms: causal.terms(m, terms) };
-            self.multiply(&strip, b, 0..b.columns.div_ceil(BLOCK), &mut to.at(m * BLOCK, 0));
+            self.multiply(&strip, b, b.columns.div_ceil(BLOCK), &mut to.at(m * BLOCK, 0));
         }
     }
 
-    /// A strip times the columns of blocks `n`. Columns before the first of `n` are left as they are.
-    pub(crate) fn multiply<E: Element>(&mut self, a: &Strip<'_>, b: &Columns, n: Range<usize>, to: &mut Target<'_, E>) {
-        for n in n {
+    /// A strip times the first `blocks` blocks of columns. Other columns are left as they are.
+    pub(crate) fn multiply<E: Element>(&mut self, a: &Strip<'_>, b: &Columns, blocks: usize, to: &mut Target<'_, E>) {
+        for n in 0..blocks {
             self.multiply_block(a, b, n, &mut to.at(0, n * BLOCK));
         }
     }

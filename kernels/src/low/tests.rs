@@ -71,9 +71,48 @@ fn every_path_follows_its_order_bit_for_bit() {
                     assert_eq!(sum.to_bits(), want.to_bits(), "{path:?} {m}x{n}x{k} ({row}, {column}): {sum} {want}");
                 }
             };
-            check(&|to| product(path, a.left(), &Columns::of_rows(b.view()), to));
+            let (by_rows, turned) = (Columns::of_rows(b.view()), a.view().transposed());
+            check(&|to| product(path, a.left(), &by_rows, to));
             check(&|to| product(path, a.left(), &Columns::of_columns(b.view().transposed().view()), to));
+            check(&|to| product(path, Turned::of(path, turned.view()).left(), &by_rows, to));
+            writes_its_elements_and_no_others(path, &a, &by_rows);
         }
+    }
+}
+
+/// Results in BF16 are the rounded ones in f32; what lies beside the rows stays.
+fn writes_its_elements_and_no_others(path: Path, a: &Matrix, b: &Columns) {
+    let (m, n) = (a.rows, b.columns);
+    let mut sums = vec![0.0f32; m * n];
+    product(path, a.left(), b, &mut Target { data: &mut sums, stride: n });
+    let beside = Bf16(0x4242);
+    let (mut low, mut wide) = (vec![beside; m * (n + 5)], vec![f32::INFINITY; m * (n + 5)]);
+    product(path, a.left(), b, &mut Target { data: &mut low, stride: n + 5 });
+    product(path, a.left(), b, &mut Target { data: &mut wide, stride: n + 5 });
+    for (row, sums) in sums.chunks_exact(n).enumerate() {
+        let (low, wide) = (&low[row * (n + 5)..][..n + 5], &wide[row * (n + 5)..][..n + 5]);
+        let rounded: Vec<Bf16> = sums.iter().map(|x| Bf16::nearest(*x)).collect();
+        assert!(low[..n] == rounded && same_bits(&wide[..n], sums), "{path:?} {m} x {n}, row {row}");
+        assert!(low[n..].iter().all(|x| *x == beside) && wide[n..].iter().all(|x| x.is_infinite()), "{path:?}");
+    }
+}
+
+/// Terms before a row's block that are left out are as good as zeros.
+#[test]
+fn causal_products_leave_out_what_is_zero() {
+    let (n, columns) = (70, 40);
+    let mut a = ragged(n, n, 1);
+    for (row, terms) in a.data.chunks_exact_mut(a.stride).take(n).enumerate() {
+        terms[..row].fill(Bf16::default());
+    }
+    let b = Columns::of_rows(ragged(columns, n, 2).view());
+    for path in Path::available() {
+        let mut out = [vec![0.0f32; n * columns], vec![0.0; n * columns]];
+        for (out, causal) in out.iter_mut().zip([Causal::No, Causal::TermsFrom]) {
+            let to = &mut Target { data: out, stride: columns };
+            Maker::new(path).product(a.left(), &b, causal, to);
+        }
+        assert!(same_bits(&out[0], &out[1]), "{path:?}");
     }
 }
 

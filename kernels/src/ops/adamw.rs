@@ -151,7 +151,7 @@ pub fn step(state: &[&[f32]], g: &[f32], a: &AdamW) -> (Vec<Vec<f32>>, u128) {
                     &*new
                 });
                 sum = sum.wrapping_add(block_sum([new_w, new_m, new_v], kept, from));
-                // Nobody reads them before the next step.
+                // Hardly anyone reads them before the next step.
                 wide::stream(new_m, out_m);
                 wide::stream(new_v, out_v);
             }

@@ -59,17 +59,17 @@ impl Strips {
         vec![E::default(); BLOCK * self.padded]
     }
 
-    /// Strip `m` of `a b^T`, up to the block of its last column that the mask leaves.
+    /// Strip `m` of `a b^T`, up to block `m` of the columns: the mask leaves nothing after it.
     fn scores(&mut self, m: usize, a: &Matrix, b: &Columns, out: &mut [f32]) {
         let strip = Strip { left: a.left().block(m), rows: self.rows(m).len(), terms: 0..a.columns.div_ceil(BLOCK) };
-        self.maker.multiply(&strip, b, 0..m + 1, &mut Target { data: out, stride: self.padded });
+        self.maker.multiply(&strip, b, m + 1, &mut Target { data: out, stride: self.padded });
     }
 
-    /// Strip `m`, whose columns after that block are zero or were not made, times a matrix.
+    /// Strip `m` times a matrix: columns after block `m` are not read.
     fn times<E: Element>(&mut self, m: usize, strip: &[Bf16], b: &Columns, to: &mut Target<'_, E>) {
         let left = Block::Rows { data: strip.into(), stride: self.padded };
         let strip = Strip { left, rows: self.rows(m).len(), terms: 0..m + 1 };
-        self.maker.multiply(&strip, b, 0..b.columns.div_ceil(BLOCK), to);
+        self.maker.multiply(&strip, b, b.columns.div_ceil(BLOCK), to);
     }
 }
 

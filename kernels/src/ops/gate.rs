@@ -34,8 +34,8 @@ pub struct GateShape {
 struct Highest(Vec<(i32, usize)>);
 
 impl Highest {
-    /// Of scores whose indices ascend.
-    fn find(&mut self, scores: impl Iterator<Item = (usize, f32)>, k: usize) -> &[(i32, usize)] {
+    /// Of scores whose indices ascend. Panics if there are fewer than `k`.
+    fn find(&mut self, scores: impl Iterator<Item = (usize, f32)>, k: usize) {
         let best = &mut self.0;
         best.clear();
         for (i, score) in scores {
@@ -52,8 +52,8 @@ impl Highest {
             let at = best.iter().position(|other| other.0 < key).unwrap_or(best.len());
             best.insert(at, (key, i));
         }
+        assert_eq!(best.len(), k, "scores to choose from");
         best.sort_unstable_by_key(|(_, i)| *i);
-        best
     }
 
     fn indices(&self) -> impl Iterator<Item = usize> {
@@ -190,6 +190,27 @@ mod tests {
         let balanced = vec![0.0f64; t * e];
         let even: Vec<f32> = (0..t * e).map(|n| if (n % e) / 3 == n / e { 1.0 } else { 0.0 }).collect();
         assert!((loss(&balanced, &even) * 2.0 - f64::from(alpha)).abs() < 1e-7, "perfect balance gives alpha");
+    }
+
+    /// The order of `total_cmp`, equal ones by lower index, whatever the numbers are.
+    #[test]
+    fn the_highest_are_those_of_a_sort() {
+        let odd =
+            [0.0, -0.0, 1.0, -1.0, f32::NAN, -f32::NAN, f32::INFINITY, f32::NEG_INFINITY, f32::MIN_POSITIVE, 1e-40];
+        let mut highest = Highest::default();
+        for round in 0..200 {
+            let n = 1 + round % 17;
+            let scores: Vec<f32> =
+                random(n, round as u32).iter().map(|x| odd[(x.abs() * 1000.0) as usize % odd.len()]).collect();
+            for k in 0..=n {
+                let mut sorted: Vec<usize> = (0..n).collect();
+                sorted.sort_by(|a, b| scores[*b].total_cmp(&scores[*a]).then(a.cmp(b)));
+                sorted.truncate(k);
+                sorted.sort_unstable();
+                highest.find(scores.iter().copied().enumerate(), k);
+                assert_eq!(highest.indices().collect::<Vec<_>>(), sorted, "{k} of {scores:?}");
+            }
+        }
     }
 
     /// Chooses by brute force over all sets; weights in f64.

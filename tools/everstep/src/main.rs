@@ -202,7 +202,7 @@ fn run(command: Command) -> Result<ExitCode> {
         }
         Command::Supervisor { run, listen, nodes, parent } => {
             launcher::end_with(parent)?;
-            match runtime()?.block_on(everstep_actors::run_supervisor(RunFolder(run), listen, nodes)) {
+            match runtime(2)?.block_on(everstep_actors::run_supervisor(RunFolder(run), listen, nodes)) {
                 Ok(SupervisorEnd::Finished) => Ok(ExitCode::SUCCESS),
                 Ok(SupervisorEnd::Failed(why)) => bail!("{why}"),
                 Ok(SupervisorEnd::Panicked) => Ok(ExitCode::FAILURE),
@@ -216,7 +216,7 @@ fn run(command: Command) -> Result<ExitCode> {
                 Admin::Kill { actor } => AdminRequest::Kill(actor),
             };
             let run = run.map_or_else(admin::newest_run, |run| Ok(RunFolder(run)))?;
-            println!("{}", runtime()?.block_on(admin::ask(&run, request))?.trim_end());
+            println!("{}", runtime(1)?.block_on(admin::ask(&run, request))?.trim_end());
             Ok(ExitCode::SUCCESS)
         }
         Command::Chaos { plan, config, set } => chaos::run(&plan, &config, &set),
@@ -244,11 +244,7 @@ fn range(text: &str) -> Result<std::ops::Range<u64>> {
     Ok(from..to)
 }
 
-/// Its threads only pass messages on, beside threads that compute on every core: more of them than a quarter of the
-/// cores would wake each other and take turns with those.
-fn runtime() -> Result<tokio::runtime::Runtime> {
-    let cores = std::thread::available_parallelism().map_or(1, usize::from);
-    let threads = (cores / 4).clamp(1, 8);
+fn runtime(threads: usize) -> Result<tokio::runtime::Runtime> {
     Ok(tokio::runtime::Builder::new_multi_thread().worker_threads(threads).enable_all().build()?)
 }
 
@@ -294,8 +290,11 @@ fn keep_memory() -> Result<()> {
 
 /// A node of a job; when it is fenced, the process joins as a new one.
 fn be_node(options: &NodeOptions) -> Result<ExitCode> {
+    // The runtime passes messages on beside threads that compute on every core: more than a quarter as many threads
+    // would wake each other and take turns with those.
+    let threads = (options.threads / 4).clamp(1, 8);
     loop {
-        match runtime()?.block_on(everstep_actors::run_node(options)) {
+        match runtime(threads)?.block_on(everstep_actors::run_node(options)) {
             Ok(NodeEnd::Fenced) => eprintln!("this node is not a member any more: it joins as new"),
             Ok(NodeEnd::Dismissed(why)) => {
                 eprintln!("the node ends: {why}");
