@@ -132,6 +132,8 @@ pub enum Body<T> {
         losses: Option<[f64; 2]>,
         /// Samples that each group of the shard counted, which must all be equal.
         samples: u64,
+        /// Hash of the sums, bit for bit, if the shard has another copy.
+        digest: Option<u128>,
     },
     /// A reducer to the supervisor: it has the state after a step.
     Applied {
@@ -198,7 +200,9 @@ impl<T> Body<T> {
                 Body::Weights { step, group, tensors: tensors.into_iter().map(f).collect() }
             }
             Self::Fetch { step } => Body::Fetch { step },
-            Self::Prepared { step, norm, losses, samples } => Body::Prepared { step, norm, losses, samples },
+            Self::Prepared { step, norm, losses, samples, digest } => {
+                Body::Prepared { step, norm, losses, samples, digest }
+            }
             Self::Applied { step, sums } => Body::Applied { step, sums },
             Self::Stateless => Body::Stateless,
             Self::Commit(commit) => Body::Commit(commit),

@@ -224,7 +224,8 @@ impl ReducerCore {
 
     fn prepared(&self) -> Option<Effect> {
         let r = self.reduced.as_ref()?;
-        let body = Body::Prepared { step: r.step, norm: r.norm.clone(), losses: r.losses, samples: r.samples };
+        let (norm, digest) = (r.norm.clone(), r.digest);
+        let body = Body::Prepared { step: r.step, norm, losses: r.losses, samples: r.samples, digest };
         Some(Effect::send(ActorId::Supervisor, body))
     }
 

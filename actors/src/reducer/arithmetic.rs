@@ -93,6 +93,8 @@ pub struct Reduce {
     step: Step,
     groups: Vec<GroupSums>,
     head: Option<usize>,
+    /// Whether there are other copies, which must have the same sums.
+    compared: bool,
 }
 
 /// Where the sums of one use are: by lane, the receipt and the place in it.
@@ -164,6 +166,8 @@ pub struct Reduced {
     pub losses: Option<[f64; 2]>,
     /// Samples that each group counted.
     pub samples: u64,
+    /// Hash of gradients and loads, if they are compared.
+    pub digest: Option<u128>,
 }
 
 /// Adds `parts` as a binary tree that splits at the largest power of two below their number (DESIGN 3.1).
@@ -200,7 +204,7 @@ impl Reduce {
             GroupSums::new(ledger.receipts(*g), &numbers, spec, layout)
         };
         let head = groups.iter().position(|g| *g == Group::Head);
-        Self { step, groups: groups.iter().map(sums).collect(), head }
+        Self { step, groups: groups.iter().map(sums).collect(), head, compared: spec.mirrors > 0 }
     }
 
     /// Does it.
@@ -220,8 +224,23 @@ impl Reduce {
             tree(&losses, &|a, b| [a[0] + b[0], a[1] + b[1]])
         });
         let samples = same(self.groups.iter().map(GroupSums::samples));
-        Reduced { step: self.step, gradients, loads, norm, losses, samples }
+        let digest = self.compared.then(|| digest(&gradients, &loads));
+        Reduced { step: self.step, gradients, loads, norm, losses, samples, digest }
     }
+}
+
+/// A hash of sums in which every bit counts: the norm beside it, of squares, does not see a sign.
+fn digest(gradients: &[(u32, Arc<Vec<f32>>)], loads: &[Vec<u64>]) -> u128 {
+    let mut hasher = blake3::Hasher::new();
+    for (number, gradient) in gradients {
+        hasher.update(&number.to_le_bytes());
+        hasher.update(bytemuck::cast_slice(gradient));
+    }
+    for load in loads.iter().flatten() {
+        hasher.update(&load.to_le_bytes());
+    }
+    let hash = hasher.finalize();
+    u128::from_le_bytes(*hash.as_bytes().first_chunk().expect("a hash of 32 bytes"))
 }
 
 /// What an optimizer step changes one parameter with.
@@ -362,6 +381,17 @@ mod tests {
         assert_eq!(shown(5), "(((01)(23))4)");
         assert_eq!(shown(6), "(((01)(23))(45))");
         assert_eq!(shown(8), "(((01)(23))((45)(67)))");
+    }
+
+    #[test]
+    fn a_digest_sees_every_bit() {
+        let of = |a: f32, number: u32, load: u64| {
+            digest(&[(number, Arc::new(vec![1.0, a])), (9, Arc::new(vec![0.5]))], &[vec![3, load]])
+        };
+        let all = [of(0.0, 4, 1), of(-0.0, 4, 1), of(f32::from_bits(1), 4, 1), of(0.0, 5, 1), of(0.0, 4, 2)];
+        let distinct: std::collections::BTreeSet<u128> = all.into_iter().collect();
+        assert_eq!(distinct.len(), all.len());
+        assert_eq!(all[0], of(0.0, 4, 1));
     }
 
     #[test]

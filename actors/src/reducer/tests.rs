@@ -96,6 +96,35 @@ fn a_step_is_prepared_when_every_sum_is_there_once() {
     assert_eq!(*samples, 4);
 }
 
+/// RE-1: what is reported tells sums apart that have one norm; a shard without another copy is not hashed.
+#[test]
+fn a_flipped_sign_shows_in_the_digest_alone() {
+    let materials = materials();
+    let report = |materials: &Materials, all: &[(ActorId, Body<Tensor>)]| {
+        let asked = give(&mut primary(materials), all);
+        let prepared = asked.sent.into_iter().find_map(|(_, body)| match body {
+            Body::Prepared { norm, digest, .. } => Some((norm, digest)),
+            _ => None,
+        });
+        prepared.expect("all sums are there")
+    };
+    let all = sums(&materials, 1);
+    let (norm, digest) = report(&materials, &all);
+    assert_eq!(report(&materials, &all), (norm.clone(), digest));
+    // An expert has one sum: its sign is the result's.
+    let mut other = all.clone();
+    let expert = other.iter_mut().find(|(from, _)| matches!(from, ActorId::Expert { .. })).expect("an expert");
+    let Body::Sums { gradients, .. } = &mut expert.1 else { unreachable!("sums are sums") };
+    let (rows, columns) = (gradients[0].rows(), gradients[0].columns());
+    let mut data = gradients[0].as_host().expect("on the host").to_vec();
+    data[1] = -data[1];
+    gradients[0] = Tensor::from_vec(rows, columns, data);
+    let (same, differs) = report(&materials, &other);
+    assert!(same == norm && digest.is_some() && differs != digest);
+    let alone = of(JobSpec { mirrors: 0, ..(*materials.spec).clone() });
+    assert_eq!(report(&alone, &sums(&alone, 1)).1, None);
+}
+
 /// RE-2: the order of arrival does not show.
 #[test]
 fn lanes_are_added_in_one_order() {

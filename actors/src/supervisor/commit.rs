@@ -5,7 +5,7 @@
 //! - CO-1: steps are committed one after another; the next not before the last is reported.
 //! - CO-2: every shard has a copy in sync, and all copies in sync are prepared.
 //! - CO-3: every group of every shard counted every sample of the step once.
-//! - CO-4: copies of a shard report the same sums and the same norm; a difference stops the job.
+//! - CO-4: copies of a shard report the same sums, by their hash, and the same norm; a difference stops the job.
 //! - CO-5: the norm adds f64 parts by parameter name and chunk, never by shard.
 
 use super::record::CommitRecord;
@@ -27,6 +27,8 @@ pub(crate) struct Prepared {
     pub losses: Option<[f64; 2]>,
     /// Samples that each of its groups counted.
     pub samples: u64,
+    /// Hash of the sums, if the shard has another copy.
+    pub digest: Option<u128>,
 }
 
 impl Prepared {
@@ -36,7 +38,7 @@ impl Prepared {
             x.norm.iter().map(|(n, parts)| (*n, parts.iter().map(|p| p.to_bits()).collect())).collect()
         };
         let losses = |x: &Self| x.losses.map(|l| l.map(f64::to_bits));
-        (self.step, self.samples, losses(self)) == (other.step, other.samples, losses(other))
+        (self.step, self.samples, losses(self), self.digest) == (other.step, other.samples, losses(other), other.digest)
             && norm(self) == norm(other)
     }
 }
@@ -45,7 +47,10 @@ impl Prepared {
 #[derive(Debug, Clone, PartialEq, Eq, thiserror::Error)]
 pub(crate) enum CommitError {
     /// Copies of a shard differ.
-    #[error("copies {first} and {second} of shard {shard} differ in {what} of step {step}: one of them is corrupt")]
+    #[error(
+        "copies {first} and {second} of shard {shard} differ in {what} of step {step} (hashes {:032x} and {:032x}): one of \
+         them is corrupt", hashes[0], hashes[1]
+    )]
     CopiesDiffer {
         /// The shard.
         shard: u32,
@@ -57,6 +62,8 @@ pub(crate) enum CommitError {
         step: Step,
         /// What differs.
         what: &'static str,
+        /// Of the sums, or of the first parameter whose state differs.
+        hashes: [u128; 2],
     },
     /// A sample is missing or was counted twice.
     #[error("shard {shard} counted {got} samples in step {step}, expected {expected}")]
@@ -170,7 +177,16 @@ impl CommitCore {
         self.unheard.remove(&(shard, replica));
         if let Some((first, known)) = self.applied.get(&shard) {
             if *known != sums {
-                return Err(CommitError::CopiesDiffer { shard, first: *first, second: replica, step, what: "state" });
+                let differ = known.iter().zip(&sums).find(|(known, new)| known != new);
+                let hashes = differ.map_or([0; 2], |(known, new)| [known.1, new.1]);
+                return Err(CommitError::CopiesDiffer {
+                    shard,
+                    first: *first,
+                    second: replica,
+                    step,
+                    what: "state",
+                    hashes,
+                });
             }
         } else {
             self.applied.insert(shard, (replica, sums));
@@ -207,7 +223,8 @@ impl CommitCore {
             for (second, other) in reports {
                 of_shard += 1;
                 if !other.same(report) {
-                    return Err(CommitError::CopiesDiffer { shard, first, second, step, what: "sums" });
+                    let hashes = [report, other].map(|r| r.digest.unwrap_or_default());
+                    return Err(CommitError::CopiesDiffer { shard, first, second, step, what: "sums", hashes });
                 }
             }
             if report.samples != expected {

@@ -15,8 +15,8 @@ impl Supervisor {
         }
         let mut effects = Vec::new();
         match body {
-            Body::Prepared { step, norm, losses, samples } => {
-                self.commit.prepared(shard, replica, Prepared { step, norm, losses, samples });
+            Body::Prepared { step, norm, losses, samples, digest } => {
+                self.commit.prepared(shard, replica, Prepared { step, norm, losses, samples, digest });
             }
             Body::Applied { step, sums } => {
                 if let Err(e) = self.commit.applied(shard, replica, step, sums) {

@@ -71,6 +71,7 @@ fn prepared(step: Step, samples: u64) -> impl Fn(u32) -> Body<Tensor> {
         norm: vec![(shard, vec![0.25])],
         losses: (shard == 0).then_some([8.0, 0.0]),
         samples,
+        digest: Some(u128::from(shard)),
     }
 }
 
@@ -194,12 +195,17 @@ fn unbalanced_books_end_the_job() {
 /// CO-4: copies that differ end the job, by sums or by state.
 #[test]
 fn copies_that_differ_end_the_job() {
-    let mut job = started();
-    job.say(0, 0, prepared(1, 4)(0));
-    job.say(0, 1, Body::Prepared { step: 1, norm: vec![(0, vec![0.26])], losses: Some([8.0, 0.0]), samples: 4 });
-    job.say(1, 0, prepared(1, 4)(1));
-    let effects = job.say(1, 1, prepared(1, 4)(1));
-    assert!(failure(&effects).unwrap().contains("copies 0 and 1 of shard 0 differ in sums of step 1"));
+    // Another norm; and the same norm of other bits, as a flipped sign gives.
+    for (part, digest) in [(0.26, 0), (0.25, 0xabc)] {
+        let mut job = started();
+        job.say(0, 0, prepared(1, 4)(0));
+        let (norm, losses) = (vec![(0, vec![part])], Some([8.0, 0.0]));
+        job.say(0, 1, Body::Prepared { step: 1, norm, losses, samples: 4, digest: Some(digest) });
+        job.say(1, 0, prepared(1, 4)(1));
+        let why = failure(&job.say(1, 1, prepared(1, 4)(1))).unwrap();
+        assert!(why.contains("copies 0 and 1 of shard 0 differ in sums of step 1"), "{why}");
+        assert!(why.contains(&format!("{:032x} and {digest:032x}", 0)), "{why}");
+    }
     let mut job = started();
     job.everybody(prepared(1, 4));
     job.say(1, 0, applied(1)(1));
@@ -216,6 +222,7 @@ fn the_norm_is_of_all_shards_and_clips() {
         norm: vec![(shard, vec![2.0, 6.0])],
         losses: (shard == 0).then_some([8.0, 0.0]),
         samples: 4,
+        digest: Some(7),
     };
     let effects = job.everybody(of);
     assert_eq!(commits(&effects)[0].clip, (1.0f64 / 4.0) as f32);
