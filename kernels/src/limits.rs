@@ -37,6 +37,7 @@ pub fn bf16_limit() -> Option<f64> {
 }
 
 /// Independent chains: enough to hide the latency of an instruction.
+#[cfg(target_arch = "x86_64")]
 const CHAINS: usize = 12;
 
 /// The best of a few runs, in GFLOPS at two operations for each of `lanes` values and step.
