@@ -258,9 +258,9 @@ impl StageCore {
                 }
                 if pass == Pass::Backward && self.weight_comes_next(micro_batch) {
                     effects.extend(self.compute(model, micro_batch, StageOperation::WeightSoFar { micro_batch }, 0));
-                    return effects;
+                } else {
+                    self.phase = Phase::Experts { model, micro_batch, pass, layer };
                 }
-                self.phase = Phase::Experts { model, micro_batch, pass, layer };
             }
             Progress::Waits { layer } => self.phase = Phase::Experts { model, micro_batch, pass, layer },
             Progress::Hidden(rows) => {

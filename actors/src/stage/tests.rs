@@ -5,16 +5,17 @@ use crate::testing::{Asked, bits, drive, materials, message, replace, table, wei
 use crate::worker::Materials;
 use everstep_kernels::CpuBackend;
 
-fn last_stage(materials: &Materials) -> StageCore {
+/// Stage 0, or 1, which is the last.
+fn stage(materials: &Materials, stage: u32) -> StageCore {
     let corpus = materials.corpus.clone();
-    let mut core = StageCore::new(Arc::clone(&materials.spec), Arc::clone(&materials.layout), corpus, 0, 1);
+    let mut core = StageCore::new(Arc::clone(&materials.spec), Arc::clone(&materials.layout), corpus, 0, stage);
     drive(&mut core, Event::Table(Arc::new(table(materials))));
     core
 }
 
 fn begin(materials: &Materials, core: &mut StageCore) -> Asked {
     let mut all = Asked::default();
-    for group in materials.spec.groups_of_stage(1) {
+    for group in materials.spec.groups_of_stage(core.stage) {
         let asked = drive(core, weights(materials, group));
         all.sent.extend(asked.sent);
         all.jobs += asked.jobs;
@@ -28,27 +29,39 @@ fn hidden(micro_batch: u32) -> Event {
     message(ActorId::Stage { lane: 0, stage: 0 }, Body::Hidden { turn, rows })
 }
 
-/// Answers every dispatch with its own rows, until the stage asks no more. Gives all that it sent.
-fn serve(core: &mut StageCore, first: Asked) -> Vec<(ActorId, Body<Tensor>)> {
-    let mut all = Vec::new();
+/// What the others answer: an expert its rows, the next stage its input as the gradient.
+fn answer(to: ActorId, body: &Body<Tensor>) -> Option<Event> {
+    match body {
+        Body::Rows { turn, pass, rows } => {
+            Some(message(to, Body::Answer { turn: *turn, pass: *pass, rows: rows.clone() }))
+        }
+        Body::Hidden { turn, rows } => Some(message(to, Body::Gradient { turn: *turn, rows: rows.clone() })),
+        _ => None,
+    }
+}
+
+/// Answers what is sent until the stage asks no more. Gives all that it sent, and how many jobs it had.
+fn serve(core: &mut StageCore, first: Asked) -> Asked {
+    let mut all = Asked { jobs: first.jobs, ..Asked::default() };
     let mut queue = std::collections::VecDeque::from(first.sent);
     while let Some((to, body)) = queue.pop_front() {
-        if let Body::Rows { turn, pass, rows } = &body {
-            let answer = Body::Answer { turn: *turn, pass: *pass, rows: rows.clone() };
-            queue.extend(drive(core, message(to, answer)).sent);
+        if let Some(event) = answer(to, &body) {
+            let asked = drive(core, event);
+            all.jobs += asked.jobs;
+            queue.extend(asked.sent);
         }
-        all.push((to, body));
+        all.sent.push((to, body));
     }
     all
 }
 
 fn whole_step(materials: &Materials) -> Vec<(ActorId, Body<Tensor>)> {
-    let mut core = last_stage(materials);
+    let mut core = stage(materials, 1);
     begin(materials, &mut core);
     let mut sent = Vec::new();
     for micro_batch in 0..2 {
         let asked = drive(&mut core, hidden(micro_batch));
-        sent.extend(serve(&mut core, asked));
+        sent.extend(serve(&mut core, asked).sent);
     }
     assert!(core.describe().contains("waits for the commit"), "{}", core.describe());
     sent
@@ -58,7 +71,7 @@ fn whole_step(materials: &Materials) -> Vec<(ActorId, Body<Tensor>)> {
 #[test]
 fn operations_wait_for_their_inputs_in_order() {
     let materials = materials();
-    let mut core = last_stage(&materials);
+    let mut core = stage(&materials, 1);
     assert_eq!(begin(&materials, &mut core).jobs, 0);
     // The second micro-batch's input is there, but the first's forward comes first.
     assert_eq!(drive(&mut core, hidden(1)).jobs, 0);
@@ -76,13 +89,13 @@ fn operations_wait_for_their_inputs_in_order() {
 fn second_copies_change_nothing() {
     let materials = materials();
     let expected = bits(&whole_step(&materials));
-    let mut core = last_stage(&materials);
+    let mut core = stage(&materials, 1);
     begin(&materials, &mut core);
     let mut sent = Vec::new();
     for micro_batch in 0..2 {
         let asked = drive(&mut core, hidden(micro_batch));
         assert_eq!(drive(&mut core, hidden(micro_batch)).sent.len(), 0);
-        sent.extend(serve(&mut core, asked));
+        sent.extend(serve(&mut core, asked).sent);
         assert_eq!(drive(&mut core, hidden(0)).sent.len(), 0);
     }
     assert_eq!(bits(&sent), expected);
@@ -93,7 +106,7 @@ fn second_copies_change_nothing() {
 fn a_new_life_sends_the_same_messages_and_kept_ones_go_again() {
     let materials = materials();
     assert_eq!(bits(&whole_step(&materials)), bits(&whole_step(&materials)));
-    let mut core = last_stage(&materials);
+    let mut core = stage(&materials, 1);
     begin(&materials, &mut core);
     let asked = drive(&mut core, hidden(0));
     let expert = ActorId::Expert { layer: 2, expert: 1 };
@@ -102,56 +115,26 @@ fn a_new_life_sends_the_same_messages_and_kept_ones_go_again() {
     assert_eq!(bits(&again.sent), bits(&mine));
 }
 
-fn first_stage(materials: &Materials) -> StageCore {
-    let corpus = materials.corpus.clone();
-    let mut core = StageCore::new(Arc::clone(&materials.spec), Arc::clone(&materials.layout), corpus, 0, 0);
-    drive(&mut core, Event::Table(Arc::new(table(materials))));
-    core
-}
-
-/// What the others answer: an expert its rows, the next stage its input as the gradient.
-fn answer(to: ActorId, body: &Body<Tensor>) -> Option<Event> {
-    match body {
-        Body::Rows { turn, pass, rows } => {
-            Some(message(to, Body::Answer { turn: *turn, pass: *pass, rows: rows.clone() }))
-        }
-        Body::Hidden { turn, rows } => {
-            let next = ActorId::Stage { lane: 0, stage: 1 };
-            Some(message(next, Body::Gradient { turn: *turn, rows: rows.clone() }))
-        }
-        _ => None,
-    }
-}
-
 /// ST-5: one job more for each wait of a backward function, and sums of everything at the end.
 #[test]
 fn weight_products_fill_the_waits_of_the_first_stage() {
     let materials = materials();
-    let mut core = first_stage(&materials);
-    let groups = materials.spec.groups_of_stage(0);
-    let mut asked = Asked::default();
-    for group in &groups {
-        let more = drive(&mut core, weights(&materials, *group));
-        asked.jobs += more.jobs;
-        asked.sent.extend(more.sent);
-    }
-    let (mut jobs, mut waits, mut sums) = (asked.jobs, std::collections::BTreeSet::new(), 0);
-    let mut queue = std::collections::VecDeque::from(asked.sent);
-    while let Some((to, body)) = queue.pop_front() {
-        if let (Body::Rows { turn, pass, .. }, ActorId::Expert { layer, .. }) = (&body, to) {
-            waits.insert((turn.micro_batch, *pass == Pass::Backward, layer));
+    let mut core = stage(&materials, 0);
+    let first = begin(&materials, &mut core);
+    let all = serve(&mut core, first);
+    let wait = |(to, body): &(ActorId, Body<Tensor>)| match (to, body) {
+        (ActorId::Expert { layer, .. }, Body::Rows { turn, pass, .. }) => {
+            Some((turn.micro_batch, *pass == Pass::Backward, *layer))
         }
-        sums += usize::from(matches!(body, Body::Sums { .. }));
-        let Some(event) = answer(to, &body) else { continue };
-        let more = drive(&mut core, event);
-        jobs += more.jobs;
-        queue.extend(more.sent);
-    }
+        _ => None,
+    };
+    let waits: std::collections::BTreeSet<_> = all.sent.iter().filter_map(wait).collect();
+    let sums = all.sent.iter().filter(|(_, body)| matches!(body, Body::Sums { .. })).count();
     let backward = waits.iter().filter(|(_, backward, _)| *backward).count();
     assert!(backward > 0 && 2 * backward == waits.len(), "{waits:?}");
     // Two micro-batches of three operations, each resumed after its waits.
-    assert_eq!(jobs, 2 * 3 + waits.len() + backward);
-    assert_eq!(sums, groups.len() * 2, "both copies of each shard");
+    assert_eq!(all.jobs, 2 * 3 + waits.len() + backward);
+    assert_eq!(sums, materials.spec.groups_of_stage(0).len() * 2, "both copies of each shard");
 }
 
 /// ST-5: answers that come while the products are made wait for them, copies too; and where the step's commit comes
@@ -160,7 +143,7 @@ fn weight_products_fill_the_waits_of_the_first_stage() {
 fn answers_and_commits_may_come_before_the_products_are_made() {
     let materials = materials();
     for committed in [false, true] {
-        let mut core = first_stage(&materials);
+        let mut core = stage(&materials, 0);
         let mut events: std::collections::VecDeque<Event> =
             materials.spec.groups_of_stage(0).iter().map(|group| weights(&materials, *group)).collect();
         // Up to the first job of weight products, which is kept.

@@ -34,6 +34,7 @@ mod with {
     use std::ops::Range;
 
     /// Whether the CPU has the instructions.
+    #[inline(always)]
     pub(crate) fn available() -> bool {
         is_x86_feature_detected!("avx512bf16") && has_shuffles()
     }
@@ -41,10 +42,7 @@ mod with {
     /// Whether [`round`] can be used.
     #[inline(always)]
     pub(crate) fn has_rounding() -> bool {
-        is_x86_feature_detected!("avx512bf16")
-            && is_x86_feature_detected!("avx512f")
-            && is_x86_feature_detected!("avx512bw")
-            && is_x86_feature_detected!("avx512dq")
+        available() && is_x86_feature_detected!("avx512dq")
     }
 
     /// The nearest BF16 of each, ties to even. The instruction makes subnormal numbers zero: where there is one,

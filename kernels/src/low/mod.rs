@@ -70,28 +70,37 @@ impl Path {
         (self == Self::Amx).then(amx::Tiles::take)
     }
 
-    /// The strip's rows times block `n` of the columns. Where sums are made in memory, they are made in `scratch`.
-    fn part<E: Element>(self, a: &Strip<'_>, columns: &Columns, n: usize, scratch: &mut Part, to: &mut Target<'_, E>) {
-        let (b, wanted) = (columns.pair(n), BLOCK.min(columns.columns - n * BLOCK));
-        let Range { start, end } = a.terms;
-        assert!(b.iter().all(|b| b.len() >= end * Columns::TILE), "columns of a part");
-        match &a.left {
-            Block::Rows { data, stride } => {
-                assert!(data.len() >= (BLOCK - 1) * stride + end * K_BLOCK, "rows of a part")
-            }
-            Block::Pairs(a) => assert!(a.iter().all(|a| a.len() >= end * Columns::TILE), "rows of a part"),
-        }
+    /// The sums of a strip times block `n` of the columns, of which those that are there count.
+    fn part(self, a: &Strip<'_>, columns: &Columns, n: usize, out: &mut Part) {
+        let (b, Range { start, end }) = (operands(a, columns, n), a.terms.clone());
         match (self, &a.left) {
-            (Self::Avx512, left) => {
-                // One pair of zeros after the last gives the bits that all of them give.
-                let pairs = start * K_BLOCK / 2..(end * K_BLOCK / 2).min(columns.terms.div_ceil(2) + 1);
-                // SAFETY: the path was detected, and both sides were held against the terms.
-                return unsafe { avx512::part(left, a.rows, b, pairs, wanted, to) };
+            (Self::Avx512, _) => {
+                avx512_part(a, columns, n, &mut Target { data: out.as_flattened_mut(), stride: BLOCK });
             }
-            (Self::Amx, Block::Rows { data, stride }) => amx::part(data, *stride, b, start, end, scratch),
-            (Self::Portable, Block::Rows { data, stride }) => portable::part(data, *stride, b, start, end, scratch),
+            (Self::Amx, Block::Rows { data, stride }) => amx::part(data, *stride, b, start, end, out),
+            (Self::Portable, Block::Rows { data, stride }) => portable::part(data, *stride, b, start, end, out),
             (Self::Amx | Self::Portable, Block::Pairs(_)) => unreachable!("these paths read rows: see `Turned`"),
         }
-        to.put(scratch, a.rows, wanted);
     }
+}
+
+/// The same where [`Path::Avx512`] was detected, to where it goes.
+fn avx512_part<E: Element>(a: &Strip<'_>, columns: &Columns, n: usize, to: &mut Target<'_, E>) {
+    let (b, Range { start, end }) = (operands(a, columns, n), a.terms.clone());
+    // One pair of zeros after the last gives the bits that all of them give.
+    let pairs = start * K_BLOCK / 2..(end * K_BLOCK / 2).min(columns.terms.div_ceil(2) + 1);
+    // SAFETY: the path was detected, and both sides were held against the terms.
+    unsafe { avx512::part(&a.left, a.rows, b, pairs, BLOCK.min(columns.columns - n * BLOCK), to) };
+}
+
+/// Block `n` of the columns. Panics if a side does not reach to the last of the terms.
+fn operands<'a>(a: &Strip<'_>, columns: &'a Columns, n: usize) -> [&'a [u32]; 2] {
+    let (b, end) = (columns.pair(n), a.terms.end);
+    assert!(b.iter().all(|b| b.len() >= end * Columns::TILE), "columns of a part");
+    let reach = match &a.left {
+        Block::Rows { data, stride } => data.len() >= (BLOCK - 1) * stride + end * K_BLOCK,
+        Block::Pairs(a) => a.iter().all(|a| a.len() >= end * Columns::TILE),
+    };
+    assert!(reach, "rows of a part");
+    b
 }

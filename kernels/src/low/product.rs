@@ -39,15 +39,9 @@ impl<E: Element> Target<'_, E> {
 
     /// Takes the first rows and columns of a part.
     pub(super) fn put(&mut self, part: &Part, rows: usize, columns: usize) {
-        crate::wide::run(
-            #[inline(always)]
-            || {
-                for (row, sums) in part.iter().take(rows).enumerate() {
-                    let to = &mut self.data[row * self.stride..][..columns];
-                    to.iter_mut().zip(sums).for_each(|(to, sum)| *to = E::nearest(*sum));
-                }
-            },
-        );
+        for (row, sums) in part.iter().take(rows).enumerate() {
+            E::store(&sums[..columns], &mut self.data[row * self.stride..][..columns]);
+        }
     }
 }
 
@@ -86,13 +80,21 @@ impl Maker {
     /// A strip times the first `blocks` blocks of columns. Other columns are left as they are.
     pub(crate) fn multiply<E: Element>(&mut self, a: &Strip<'_>, b: &Columns, blocks: usize, to: &mut Target<'_, E>) {
         for n in 0..blocks {
-            self.multiply_block(a, b, n, &mut to.at(0, n * BLOCK));
+            let to = &mut to.at(0, n * BLOCK);
+            if self.path == Path::Avx512 {
+                // From registers to where it goes.
+                super::avx512_part(a, b, n, to);
+            } else {
+                let wanted = BLOCK.min(b.columns - n * BLOCK);
+                to.put(self.sums(a, b, n), a.rows, wanted);
+            }
         }
     }
 
-    /// A strip times the columns of one block, to the first columns.
-    fn multiply_block<E: Element>(&mut self, a: &Strip<'_>, b: &Columns, n: usize, to: &mut Target<'_, E>) {
-        self.path.part(a, b, n, &mut self.part, to);
+    /// The sums of a strip times the columns of block `n`, of which those that are there count.
+    fn sums(&mut self, a: &Strip<'_>, b: &Columns, n: usize) -> &Part {
+        self.path.part(a, b, n, &mut self.part);
+        &self.part
     }
 }
 
@@ -112,7 +114,6 @@ pub(crate) fn scaled_product<E: Element>(
     let terms = check(Left::Rows(a), b);
     let mut maker = Maker::new(path);
     let tiles = a.columns.div_ceil(TILE);
-    let mut part: Part = [[0.0; BLOCK]; BLOCK];
     for m in 0..a.rows.div_ceil(BLOCK) {
         let rows = BLOCK.min(a.rows - m * BLOCK);
         let mut strip = Strip { left: Left::Rows(a).block(m), rows, terms: 0..0 };
@@ -120,8 +121,7 @@ pub(crate) fn scaled_product<E: Element>(
             let mut total: Part = [[0.0; BLOCK]; BLOCK];
             for tile in 0..tiles {
                 strip.terms = tile * TILE / K_BLOCK..((tile + 1) * TILE / K_BLOCK).min(terms);
-                let to = &mut Target { data: part.as_flattened_mut(), stride: BLOCK };
-                maker.multiply_block(&strip, b, n, to);
+                let part = maker.sums(&strip, b, n);
                 let mut of_columns = [0.0f32; BLOCK];
                 for (of, c) in of_columns.iter_mut().zip(n * BLOCK..b.columns) {
                     *of = scales_b[c / columns_per_scale * tiles + tile];
@@ -129,7 +129,7 @@ pub(crate) fn scaled_product<E: Element>(
                 crate::wide::run(
                     #[inline(always)]
                     || {
-                        for ((row, total), part) in (m * BLOCK..a.rows).zip(&mut total).zip(&part) {
+                        for ((row, total), part) in (m * BLOCK..a.rows).zip(&mut total).zip(part) {
                             let scale = scales_a[row * tiles + tile];
                             for ((total, part), of) in total.iter_mut().zip(part).zip(&of_columns) {
                                 *total += part * (scale * of);
