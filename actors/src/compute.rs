@@ -3,10 +3,12 @@
 use crate::ids::{ActorId, Address, Step};
 use crate::message::{Pass, Turn, Work, WorkItem, WorkResult};
 use crate::reducer::{Applied, Apply, Reduce, Reduced, initial};
+use crate::spec::JobSpec;
 use everstep_kernels::{
     Backend, ExpertHeld, ExpertWeights, Parameter, Progress, StageInput, StageModel, Tensor, expert_backward_input,
     expert_backward_weight, expert_forward,
 };
+use std::sync::Arc;
 
 /// A stage's operation, with all it needs.
 #[derive(Debug)]
@@ -75,12 +77,8 @@ pub enum Job {
     },
     /// The state before the first step.
     Initial {
-        /// Names it.
-        seed: u64,
-        /// Deviation of the matrices.
-        std: f64,
-        /// Whether an average of the weights is kept.
-        ema: bool,
+        /// Of what job.
+        spec: Arc<JobSpec>,
         /// Whose.
         parameters: Vec<Parameter>,
     },
@@ -136,7 +134,7 @@ pub fn run(job: Job, b: &dyn Backend) -> Outcome {
             };
             Outcome::ExpertWeight { step, sums }
         }
-        Job::Initial { seed, std, ema, parameters } => Outcome::Applied(initial(seed, std, ema, &parameters)),
+        Job::Initial { spec, parameters } => Outcome::Applied(initial(&spec, &parameters)),
         Job::Reduce(reduce) => Outcome::Reduced(reduce.run()),
         Job::Apply(apply) => Outcome::Applied(apply.run()),
     }

@@ -203,7 +203,7 @@ mod tests {
         let from = address(ActorId::Reducer { shard, replica: 0 }, 1);
         let state = |n: u32| {
             let p = &keeper.layout.parameters[n as usize];
-            vec![Tensor::from_vec(p.rows, p.columns, vec![0.5; p.len()]); keeper.spec.optimizer.parts()]
+            crate::reducer::first_state(&keeper.spec, p, vec![0.5; p.len()])
         };
         let parameters = keeper.layout.of_shard(shard).into_iter().map(state).collect();
         KeeperEvent::Message { from, body: Body::Snapshot { step, parameters } }

@@ -26,6 +26,7 @@ mod shell;
 pub mod sim;
 mod spec;
 mod stage;
+mod stored;
 mod supervisor;
 mod table;
 #[cfg(test)]
@@ -49,6 +50,7 @@ pub use shell::{
     run_supervisor, verify_tokens,
 };
 pub use spec::{JobSpec, Layout, OptimizerSpec};
+pub use stored::{state_of, stored};
 pub use supervisor::{CommitRecord, Happening, Record, Report, Supervisor, SupervisorEffect, SupervisorEvent};
 pub use table::{Entry, NodeInfo, Table};
 pub use tokens::{SourceInfo, Tokens, token_width};

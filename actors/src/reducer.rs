@@ -133,12 +133,7 @@ impl ReducerCore {
         if self.table.primary(self.shard).is_none() && self.table.base == 0 && !self.spec.imported {
             self.computing = true;
             let parameters = self.numbers.iter().map(|n| self.layout.parameters[*n as usize].clone()).collect();
-            let job = Job::Initial {
-                seed: self.spec.seed,
-                std: self.spec.model.initial_std,
-                ema: self.spec.optimizer.ema.is_some(),
-                parameters,
-            };
+            let job = Job::Initial { spec: Arc::clone(&self.spec), parameters };
             return vec![Effect::Compute { job, cost: self.size() }];
         }
         // A supervisor that has just begun may count on this life, which an earlier one placed.

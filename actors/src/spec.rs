@@ -2,7 +2,7 @@
 
 use crate::ids::{ActorId, Step};
 use crate::pieces::Pieces;
-use everstep_kernels::{Group, ModelConfig, Parameter, Precision, Scales, StageModel, Update};
+use everstep_kernels::{Group, ModelConfig, Parameter, Precision, Scales, StageModel, Update, Words};
 use std::collections::BTreeMap;
 use std::ops::Range;
 use std::sync::Arc;
@@ -45,11 +45,6 @@ pub struct OptimizerSpec {
 impl OptimizerSpec {
     /// Where a parameter's state has the average, behind the weight and its moments.
     pub const AVERAGE: usize = 3;
-
-    /// Tensors of a parameter's state.
-    pub fn parts(&self) -> usize {
-        Self::AVERAGE + usize::from(self.ema.is_some())
-    }
 }
 
 /// One training job. Everything that a result may depend on is in here, and the corpus.
@@ -86,6 +81,14 @@ pub struct JobSpec {
 }
 
 impl JobSpec {
+    /// What the parts of a parameter's state are stored as: the weight, both moments (BF16 in low precision, technical report
+    /// 3.3) and, if it is kept, the average of the weight.
+    pub fn parts(&self) -> Vec<Words> {
+        let moment = if self.precision.is_low() { Words::Bf16 } else { Words::F32 };
+        let average = self.optimizer.ema.map(|_| Words::F32);
+        [Words::F32, moment, moment].into_iter().chain(average).collect()
+    }
+
     /// Layers of a stage. The first stages get one more where they don't divide.
     pub fn layers_of(&self, stage: u32) -> Range<usize> {
         let (layers, stages, s) = (self.model.layers, self.stages as usize, stage as usize);

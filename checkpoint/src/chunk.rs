@@ -9,8 +9,8 @@ use std::fmt;
 use std::fs;
 use std::path::{Path, PathBuf};
 
-/// f32 elements of a chunk. A tensor's last chunk may be shorter.
-pub const CHUNK_ELEMENTS: usize = 1 << 20;
+/// Words of 32 bits of a chunk. A part's last chunk may be shorter.
+pub const CHUNK_WORDS: usize = 1 << 20;
 
 /// The name of a chunk.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord, Hash)]

@@ -9,9 +9,9 @@ mod manifest;
 mod mapped;
 mod store;
 
-pub use chunk::{CHUNK_ELEMENTS, ChunkHash};
+pub use chunk::{CHUNK_WORDS, ChunkHash};
 pub use error::StoreError;
 pub use log::{Log, RECORD_MAX};
-pub use manifest::{Manifest, TensorEntry};
+pub use manifest::{Element, Manifest, PartEntry, TensorEntry};
 pub use mapped::Mapped;
-pub use store::{Part, Reader, Store, StoredTensor};
+pub use store::{Part, Reader, Store, StoredPart, StoredTensor};

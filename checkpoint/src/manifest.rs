@@ -9,10 +9,38 @@ use std::fs;
 use std::path::Path;
 
 /// The name of the format, and its version.
-const MAGIC: &[u8; 8] = b"EVERMAN2";
+const MAGIC: &[u8; 8] = b"EVERMAN3";
 const NAME: usize = 7;
 /// Bytes of a manifest.
 const MANIFEST_MAX: usize = 256 << 20;
+
+/// What the elements of a part are stored as, in words of 32 bits.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
+pub enum Element {
+    /// An f32 in a word.
+    F32,
+    /// Two BF16 in a word; the last one may be alone.
+    Bf16,
+}
+
+impl Element {
+    /// Words of `elements`.
+    pub(crate) fn words(self, elements: usize) -> usize {
+        match self {
+            Self::F32 => elements,
+            Self::Bf16 => elements.div_ceil(2),
+        }
+    }
+}
+
+/// One part of a tensor's state.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+pub struct PartEntry {
+    /// What its elements are.
+    pub element: Element,
+    /// Its chunks, in order.
+    pub chunks: Vec<[u8; 32]>,
+}
 
 /// One tensor of a checkpoint.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
@@ -23,8 +51,15 @@ pub struct TensorEntry {
     pub rows: u64,
     /// Columns.
     pub columns: u64,
-    /// Chunks of the weight, of both moments, and of the average of the weight if the job keeps one.
-    pub chunks: Vec<Vec<[u8; 32]>>,
+    /// The weight, both moments, and the average of the weight if the job keeps one.
+    pub parts: Vec<PartEntry>,
+}
+
+impl TensorEntry {
+    /// Hashes of its chunks.
+    pub(crate) fn chunks(&self) -> impl Iterator<Item = &[u8; 32]> {
+        self.parts.iter().flat_map(|part| &part.chunks)
+    }
 }
 
 /// A checkpoint's table of contents.
@@ -46,7 +81,7 @@ impl Manifest {
 
     /// Hashes of all chunks that it names, some perhaps twice.
     pub(crate) fn chunks(&self) -> impl Iterator<Item = &[u8; 32]> {
-        self.tensors.iter().flat_map(|t| t.chunks.iter().flatten())
+        self.tensors.iter().flat_map(TensorEntry::chunks)
     }
 
     /// As bytes of a file.

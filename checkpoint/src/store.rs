@@ -9,9 +9,9 @@
 //!   that is being made names are removed.
 
 use crate::catalogue::Catalogue;
-use crate::chunk::{CHUNK_ELEMENTS, ChunkHash, Chunks, write_whole};
+use crate::chunk::{CHUNK_WORDS, ChunkHash, Chunks, write_whole};
 use crate::error::{StoreError, at};
-use crate::manifest::{Manifest, TensorEntry};
+use crate::manifest::{Element, Manifest, PartEntry, TensorEntry};
 use std::collections::{BTreeMap, BTreeSet};
 use std::fs;
 use std::path::{Path, PathBuf};
@@ -27,7 +27,16 @@ pub struct StoredTensor {
     /// Columns.
     pub columns: usize,
     /// By [`Part`]: weight, first and second moment, and the average of the weight if the job keeps one.
-    pub data: Vec<Arc<Vec<f32>>>,
+    pub parts: Vec<StoredPart>,
+}
+
+/// One part of a tensor's state in memory.
+#[derive(Debug, Clone, PartialEq)]
+pub struct StoredPart {
+    /// What its elements are.
+    pub element: Element,
+    /// Words that hold them.
+    pub words: Arc<Vec<f32>>,
 }
 
 /// A part of a tensor's state that is of use by itself.
@@ -83,11 +92,11 @@ impl Reader {
     pub fn read(&self, step: u64, names: &[(String, usize, usize)]) -> Result<Vec<StoredTensor>, StoreError> {
         let manifest = self.manifest(step)?;
         let tensor = |(name, rows, columns): &(String, usize, usize)| {
-            let parts = manifest.entry(name).map_or(0, |entry| entry.chunks.len());
+            let parts = manifest.entry(name).map_or(0, |entry| entry.parts.len());
             // One that is not there is asked for, to say so.
             let part = |n| self.read_part(&manifest, name, *rows, *columns, n);
-            let data = (0..parts.max(1)).map(part).collect::<Result<_, _>>()?;
-            Ok(StoredTensor { name: name.clone(), rows: *rows, columns: *columns, data })
+            let parts = (0..parts.max(1)).map(part).collect::<Result<_, _>>()?;
+            Ok(StoredTensor { name: name.clone(), rows: *rows, columns: *columns, parts })
         };
         names.iter().map(tensor).collect()
     }
@@ -100,7 +109,7 @@ impl Reader {
         rows: usize,
         columns: usize,
         part: usize,
-    ) -> Result<Arc<Vec<f32>>, StoreError> {
+    ) -> Result<StoredPart, StoreError> {
         let wrong = |reason: String| StoreError::Tensor {
             path: self.manifest_path(manifest.step),
             step: manifest.step,
@@ -115,21 +124,23 @@ impl Reader {
             wrong(if part == Part::Average as usize {
                 "has no average: the job keeps none (optimizer.ema)".to_owned()
             } else {
-                format!("has {} parts, expected part {part}", entry.chunks.len())
+                format!("has {} parts, expected part {part}", entry.parts.len())
             })
         };
-        let mut data = Vec::with_capacity(rows * columns);
-        for hash in entry.chunks.get(part).ok_or_else(no_part)? {
-            data.extend(bytemuck::pod_collect_to_vec::<u8, f32>(&self.chunks.get(ChunkHash(*hash))?));
+        let PartEntry { element, chunks } = entry.parts.get(part).ok_or_else(no_part)?;
+        let expected = element.words(rows * columns);
+        let mut words = Vec::with_capacity(expected);
+        for hash in chunks {
+            words.extend(bytemuck::pod_collect_to_vec::<u8, f32>(&self.chunks.get(ChunkHash(*hash))?));
         }
-        if data.len() == rows * columns {
-            Ok(Arc::new(data))
+        if words.len() == expected {
+            Ok(StoredPart { element: *element, words: Arc::new(words) })
         } else {
-            Err(wrong(format!("has {} elements, expected {}", data.len(), rows * columns)))
+            Err(wrong(format!("has {} words, expected {expected}", words.len())))
         }
     }
 
-    /// Reads one part of one tensor.
+    /// Reads one part of one tensor, whose elements are f32.
     pub fn part(
         &self,
         manifest: &Manifest,
@@ -138,7 +149,17 @@ impl Reader {
         columns: usize,
         part: Part,
     ) -> Result<Arc<Vec<f32>>, StoreError> {
-        self.read_part(manifest, name, rows, columns, part as usize)
+        let read = self.read_part(manifest, name, rows, columns, part as usize)?;
+        if read.element == Element::F32 {
+            return Ok(read.words);
+        }
+        let reason = format!("has part {} in {:?}, expected F32", part as usize, read.element);
+        Err(StoreError::Tensor {
+            path: self.manifest_path(manifest.step),
+            step: manifest.step,
+            tensor: name.to_owned(),
+            reason,
+        })
     }
 
     /// Reads every chunk of a checkpoint.
@@ -180,12 +201,14 @@ impl Store {
     /// Writes and syncs the chunks of some tensors of the checkpoint of `step`, which is being made.
     pub fn put(&mut self, step: u64, tensors: &[StoredTensor]) -> Result<(), StoreError> {
         let chunks = &self.reader.chunks;
-        let store = |data: &Arc<Vec<f32>>| -> Result<Vec<[u8; 32]>, StoreError> {
-            data.chunks(CHUNK_ELEMENTS).map(|c| Ok(chunks.put(bytemuck::cast_slice(c))?.0)).collect()
+        let store = |part: &StoredPart| -> Result<PartEntry, StoreError> {
+            let put = |c: &[f32]| Ok(chunks.put(bytemuck::cast_slice(c))?.0);
+            let chunks = part.words.chunks(CHUNK_WORDS).map(put).collect::<Result<_, StoreError>>()?;
+            Ok(PartEntry { element: part.element, chunks })
         };
         for t in tensors {
-            let chunks = t.data.iter().map(store).collect::<Result<_, _>>()?;
-            let entry = TensorEntry { name: t.name.clone(), rows: t.rows as u64, columns: t.columns as u64, chunks };
+            let parts = t.parts.iter().map(store).collect::<Result<_, _>>()?;
+            let entry = TensorEntry { name: t.name.clone(), rows: t.rows as u64, columns: t.columns as u64, parts };
             self.pending.entry(step).or_default().insert(t.name.clone(), entry);
         }
         Ok(())
@@ -219,7 +242,7 @@ impl Store {
         for step in kept {
             named.extend(self.reader.manifest(*step)?.chunks().map(|hash| ChunkHash(*hash).to_string()));
         }
-        let pending = self.pending.values().flat_map(BTreeMap::values).flat_map(|t| t.chunks.iter().flatten());
+        let pending = self.pending.values().flat_map(BTreeMap::values).flat_map(TensorEntry::chunks);
         named.extend(pending.map(|hash| ChunkHash(*hash).to_string()));
         self.reader.chunks.sweep(|name| named.contains(name))?;
         Ok(())
@@ -259,29 +282,31 @@ mod tests {
     use super::*;
 
     fn tensors(seed: f32) -> Vec<StoredTensor> {
-        let data = |n: usize, plus: f32| Arc::new((0..n).map(|i| i as f32 * 0.5 + plus).collect::<Vec<f32>>());
+        let part = |n: usize, plus: f32| StoredPart {
+            element: Element::F32,
+            words: Arc::new((0..n).map(|i| i as f32 * 0.5 + plus).collect()),
+        };
+        // Moments in BF16: five of them take three words.
+        let low = |n: usize, plus: f32| StoredPart { element: Element::Bf16, ..part(n.div_ceil(2), plus) };
+        let long = CHUNK_WORDS + 5;
         vec![
             StoredTensor {
                 name: "b".into(),
-                rows: 2,
-                columns: 3,
-                data: vec![data(6, seed), data(6, 1.0), data(6, 2.0)],
+                rows: 1,
+                columns: 5,
+                parts: vec![part(5, seed), low(5, 1.0), low(5, 2.0)],
             },
             StoredTensor {
                 name: "a".into(),
                 rows: 1,
-                columns: CHUNK_ELEMENTS + 5,
-                data: vec![
-                    data(CHUNK_ELEMENTS + 5, seed),
-                    data(CHUNK_ELEMENTS + 5, 0.0),
-                    data(CHUNK_ELEMENTS + 5, 0.0),
-                ],
+                columns: long,
+                parts: vec![part(long, seed), part(long, 0.0), part(long, 0.0)],
             },
         ]
     }
 
     fn names() -> Vec<(String, usize, usize)> {
-        vec![("a".into(), 1, CHUNK_ELEMENTS + 5), ("b".into(), 2, 3)]
+        vec![("a".into(), 1, CHUNK_WORDS + 5), ("b".into(), 1, 5)]
     }
 
     fn save(store: &mut Store, step: u64, seed: f32) {
@@ -358,7 +383,7 @@ mod tests {
         let mut store = Store::open(folder.path(), "job", 3).unwrap();
         save(&mut store, 1, 11.0);
         save(&mut store, 2, 12.0);
-        let hash = ChunkHash(store.reader().manifest(2).unwrap().tensors[1].chunks[0][0]);
+        let hash = ChunkHash(store.reader().manifest(2).unwrap().tensors[1].parts[0].chunks[0]);
         let path = folder.path().join("chunks").join(hash.to_string());
         let good = fs::read(&path).unwrap();
         let mut flipped = good.clone();
@@ -406,7 +431,7 @@ mod tests {
 
     #[test]
     fn garbage_is_no_manifest() {
-        for bytes in [&b""[..], b"EVERMAN2", b"EVERMAN2\0\0\0\0", b"EVERMAN2aaaaaaaaaaaaaaaaaaaaaa"] {
+        for bytes in [&b""[..], b"EVERMAN3", b"EVERMAN3\0\0\0\0", b"EVERMAN3aaaaaaaaaaaaaaaaaaaaaa"] {
             assert!(Manifest::decode(bytes).is_err());
         }
     }

@@ -62,7 +62,7 @@ macro_rules! with_elements {
 }
 pub(crate) use with_elements;
 
-/// How a matrix travels as words of 32 bits.
+/// How a matrix travels, and is stored, as words of 32 bits.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub enum Words {
     /// An f32 each.
@@ -146,6 +146,23 @@ impl Tensor {
         match &self.data {
             Data::F32(data) if data.len() == self.len() => Some(data),
             _ => None,
+        }
+    }
+
+    /// What its elements are stored as, if they are the whole of f32 or BF16 data in host memory.
+    pub fn stored_as(&self) -> Option<Words> {
+        match &self.data {
+            Data::F32(data) if data.len() == self.len() => Some(Words::F32),
+            Data::Bf16(data) if data.len() == self.len() => Some(Words::Bf16),
+            _ => None,
+        }
+    }
+
+    /// Zeros in host memory.
+    pub fn zeros(rows: usize, columns: usize, stored: Words) -> Self {
+        match stored {
+            Words::F32 => Self::from_vec(rows, columns, vec![0.0; rows * columns]),
+            Words::Bf16 => Self::bf16(rows, columns, Arc::new(vec![Bf16(0); rows * columns])),
         }
     }
 

@@ -38,27 +38,50 @@ impl Pattern for u32 {
     const POISON: Self = 0x7fc1_7fc1;
 }
 
-/// A copy past the caches, for what is read much later: where it goes is not read first, and nothing else leaves.
-pub(crate) fn stream(from: &[f32], to: &mut [f32]) {
-    assert_eq!(from.len(), to.len(), "elements of a copy");
+/// Copies past the caches, for what is read much later: where they go is not read first, and nothing else leaves.
+/// Whoever the data is given to after this is dropped sees what was stored.
+pub(crate) struct Streams(());
+
+impl Streams {
+    /// Begins.
+    pub(crate) fn new() -> Self {
+        Self(())
+    }
+
+    /// A copy.
+    #[inline(always)]
     #[cfg(target_arch = "x86_64")]
-    {
-        use std::arch::x86_64::{__m128, _mm_loadu_ps, _mm_sfence, _mm_stream_ps};
-        // SAFETY: four f32 are a vector.
-        let (head, whole, tail) = unsafe { to.align_to_mut::<__m128>() };
+    pub(crate) fn copy<T: bytemuck::Pod>(&self, from: &[T], to: &mut [T]) {
+        use std::arch::x86_64::{__m128i, _mm_loadu_si128, _mm_stream_si128};
+        assert_eq!(from.len(), to.len(), "elements of a copy");
+        let each = size_of::<__m128i>() / size_of::<T>();
+        // SAFETY: any bits are a vector, and any are elements.
+        let (head, whole, tail) = unsafe { to.align_to_mut::<__m128i>() };
         let (first, rest) = from.split_at(head.len());
-        let (middle, last) = rest.split_at(4 * whole.len());
+        let (middle, last) = rest.split_at(each * whole.len());
         head.copy_from_slice(first);
         tail.copy_from_slice(last);
-        for (to, from) in whole.iter_mut().zip(middle.as_chunks::<4>().0) {
-            // SAFETY: both have four elements, and `to` lies as a vector does.
-            unsafe { _mm_stream_ps(std::ptr::from_mut(to).cast(), _mm_loadu_ps(from.as_ptr())) };
+        for (to, from) in whole.iter_mut().zip(middle.chunks_exact(each)) {
+            // SAFETY: both are a vector's bytes, and `to` lies as a vector does.
+            unsafe { _mm_stream_si128(to, _mm_loadu_si128(from.as_ptr().cast())) };
         }
-        // SAFETY: every CPU of this kind has it. Whoever the data is given to sees what was stored.
-        unsafe { _mm_sfence() };
     }
+
+    /// A copy.
     #[cfg(not(target_arch = "x86_64"))]
-    to.copy_from_slice(from);
+    pub(crate) fn copy<T: bytemuck::Pod>(&self, from: &[T], to: &mut [T]) {
+        to.copy_from_slice(from);
+    }
+}
+
+impl Drop for Streams {
+    fn drop(&mut self) {
+        #[cfg(target_arch = "x86_64")]
+        // SAFETY: every CPU of this kind has it.
+        unsafe {
+            std::arch::x86_64::_mm_sfence();
+        }
+    }
 }
 
 /// `a + b`, element by element.
@@ -93,12 +116,16 @@ mod tests {
 
     #[test]
     fn a_streamed_copy_is_a_copy_wherever_it_lies() {
-        let from: Vec<f32> = (0..40).map(|i| i as f32).collect();
-        for (at, start, n) in (0..4).flat_map(|at| (0..4).flat_map(move |s| (0..20).map(move |n| (at, s, n)))) {
-            let mut to = [-1.0; 40];
-            stream(&from[start..start + n], &mut to[at..at + n]);
-            assert_eq!(to[at..at + n], from[start..start + n], "{n} elements to {at}");
-            assert!(to[..at].iter().chain(&to[at + n..]).all(|x| *x == -1.0), "{n} elements to {at}");
+        fn copies<T: bytemuck::Pod + PartialEq + std::fmt::Debug>(of: impl Fn(u16) -> T) {
+            let from: Vec<T> = (1..=40).map(&of).collect();
+            for (at, start, n) in (0..8).flat_map(|at| (0..8).flat_map(move |s| (0..30).map(move |n| (at, s, n)))) {
+                let mut to = [of(0); 40];
+                Streams::new().copy(&from[start..start + n], &mut to[at..at + n]);
+                assert_eq!(to[at..at + n], from[start..start + n], "{n} elements to {at}");
+                assert!(to[..at].iter().chain(&to[at + n..]).all(|x| *x == of(0)), "{n} elements to {at}");
+            }
         }
+        copies(f32::from);
+        copies(Bf16);
     }
 }

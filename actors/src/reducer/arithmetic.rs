@@ -6,44 +6,36 @@ use crate::ids::{ActorId, Step};
 use crate::message::{Commit, ParameterState};
 use crate::spec::{JobSpec, Layout, OptimizerSpec};
 use everstep_kernels::{
-    AdamW, Group, Parameter, Tensor, Update, adamw_step, add_to, averaged, power, square_sums, state_sum, sum,
+    AdamW, Group, Parameter, Tensor, Update, Words, adamw_step, add_to, averaged, power, square_sums, state_sum, sum,
 };
 use std::sync::Arc;
 
 /// Weight and moments of one parameter, and the average of the weight if the job keeps one.
 #[derive(Debug, Clone)]
-pub struct ParameterData {
-    rows: usize,
-    columns: usize,
-    data: Vec<Arc<Vec<f32>>>,
-}
+pub struct ParameterData(ParameterState<Tensor>);
 
 impl ParameterData {
-    /// From the tensors of a message; none if they are not `parts` f32 matrices of the parameter's shape.
-    pub fn from_tensors(tensors: &[Tensor], parameter: &Parameter, parts: usize) -> Option<Self> {
-        let (rows, columns) = (parameter.rows, parameter.columns);
-        let host = |t: &Tensor| t.as_host().filter(|_| (t.rows(), t.columns()) == (rows, columns)).cloned();
-        let data = tensors.iter().map(host).collect::<Option<Vec<_>>>()?;
-        (data.len() == parts).then_some(Self { rows, columns, data })
+    /// From the tensors of a message; none if they are not matrices of the parameter's shape, stored as `parts` says.
+    pub fn from_tensors(tensors: &[Tensor], parameter: &Parameter, parts: &[Words]) -> Option<Self> {
+        let shape = (parameter.rows, parameter.columns);
+        let given = tensors.iter().map(|t| t.stored_as().filter(|_| (t.rows(), t.columns()) == shape));
+        given.eq(parts.iter().map(|stored| Some(*stored))).then(|| Self(tensors.to_vec()))
     }
 
     /// As tensors that share the data.
     pub fn tensors(&self) -> ParameterState<Tensor> {
-        self.data.iter().map(|d| Tensor::host(self.rows, self.columns, Arc::clone(d))).collect()
+        self.0.clone()
     }
 
-    /// The weight alone.
+    /// The weight alone: a handle of its own, for what is made of it goes with the step.
     pub fn weight(&self) -> Tensor {
-        Tensor::host(self.rows, self.columns, Arc::clone(&self.data[0]))
-    }
-
-    fn parts(&self) -> Vec<&[f32]> {
-        self.data.iter().map(|d| d.as_slice()).collect()
+        let weight = self.0[0].as_host().expect("a weight is f32 in host memory");
+        Tensor::host(self.0[0].rows(), self.0[0].columns(), Arc::clone(weight))
     }
 
     /// Fingerprint sum.
     pub fn sum(&self) -> u128 {
-        state_sum(&self.parts())
+        state_sum(&self.0)
     }
 }
 
@@ -54,8 +46,9 @@ pub(crate) fn states(
     spec: &JobSpec,
     layout: &Layout,
 ) -> Option<Vec<ParameterData>> {
+    let parts = spec.parts();
     let of = |(n, tensors): (&u32, &ParameterState<Tensor>)| {
-        ParameterData::from_tensors(tensors, &layout.parameters[*n as usize], spec.optimizer.parts())
+        ParameterData::from_tensors(tensors, &layout.parameters[*n as usize], &parts)
     };
     (tensors.len() == numbers.len()).then(|| numbers.iter().zip(tensors).map(of).collect())?
 }
@@ -70,19 +63,23 @@ pub(super) fn fits(receipt: &Receipt, sender: ActorId, group: Group, spec: &JobS
     given.eq(expected.map(Some)) && receipt.loads.len() == without.iter().map(|n| parameter(n).len()).sum::<usize>()
 }
 
-/// The state that training begins with from a weight: moments of zero and, with `ema`, the weight as its average.
-pub fn first_state(weight: Vec<f32>, ema: bool) -> Vec<Arc<Vec<f32>>> {
-    let (zeros, weight) = (Arc::new(vec![0.0; weight.len()]), Arc::new(weight));
-    let average = ema.then(|| Arc::clone(&weight));
-    [weight, Arc::clone(&zeros), zeros].into_iter().chain(average).collect()
+/// The state that training begins with from a parameter's weight: moments of zero and, if the job keeps one, the weight as
+/// its average. Panics on a weight of another size.
+pub fn first_state(spec: &JobSpec, parameter: &Parameter, weight: Vec<f32>) -> Vec<Tensor> {
+    let (rows, columns) = (parameter.rows, parameter.columns);
+    let weight = Arc::new(weight);
+    let part = |(at, stored): (usize, Words)| match at {
+        0 | OptimizerSpec::AVERAGE => Tensor::host(rows, columns, Arc::clone(&weight)),
+        _ => Tensor::zeros(rows, columns, stored),
+    };
+    spec.parts().into_iter().enumerate().map(part).collect()
 }
 
 /// The state before the first step.
-pub(crate) fn initial(seed: u64, std: f64, ema: bool, parameters: &[Parameter]) -> Applied {
-    let parameters: Vec<ParameterData> = parameters
-        .iter()
-        .map(|p| ParameterData { rows: p.rows, columns: p.columns, data: first_state(p.initial(seed, std), ema) })
-        .collect();
+pub(crate) fn initial(spec: &JobSpec, parameters: &[Parameter]) -> Applied {
+    let weight = |p: &Parameter| p.initial(spec.seed, spec.model.initial_std);
+    let parameters: Vec<ParameterData> =
+        parameters.iter().map(|p| ParameterData(first_state(spec, p, weight(p)))).collect();
     let sums = parameters.iter().map(ParameterData::sum).collect();
     Applied { step: 0, parameters, sums }
 }
@@ -294,7 +291,6 @@ impl Apply {
             clip: commit.clip,
             correction1: (1.0 / (1.0 - power(o.beta1, commit.step))) as f32,
             correction2: (1.0 / (1.0 - power(o.beta2, commit.step))) as f32,
-            low_moments: spec.precision.is_low(),
             ema: o.ema.map(|keep| keep as f32),
         };
         let mut gradients: std::collections::BTreeMap<u32, Arc<Vec<f32>>> = reduced.gradients.into_iter().collect();
@@ -324,19 +320,14 @@ impl Apply {
             } else {
                 match (update, gradient) {
                     (Update::Balance, _) => {
-                        let bias: &mut Vec<f32> = Arc::make_mut(&mut p.data[0]);
-                        balance(bias, &loads, self.bias_step);
-                        if let Some(keep) = self.adamw.ema {
-                            let average = averaged(&p.data[OptimizerSpec::AVERAGE], &p.data[0], keep);
-                            p.data[OptimizerSpec::AVERAGE] = Arc::new(average);
-                        }
+                        balance(&mut p, &loads, self.bias_step, self.adamw.ema);
                         p.sum()
                     }
                     (Update::Decayed | Update::Plain, Some(gradient)) => {
                         let decay = if update == Update::Decayed { self.decay } else { 0.0 };
                         // Not in place: the state before may be on its way to a snapshot or a copy.
-                        let (stepped, sum) = adamw_step(&p.parts(), &gradient, &AdamW { decay, ..self.adamw });
-                        p.data = stepped.into_iter().map(Arc::new).collect();
+                        let (stepped, sum) = adamw_step(&p.0, &gradient, &AdamW { decay, ..self.adamw });
+                        p = ParameterData(stepped);
                         sum
                     }
                     (Update::Decayed | Update::Plain, None) => {
@@ -351,9 +342,22 @@ impl Apply {
     }
 }
 
+/// A step of a gate's bias and, if it is kept, its average.
+fn balance(p: &mut ParameterData, loads: &[u64], by: f32, ema: Option<f32>) {
+    let (rows, columns) = (p.0[0].rows(), p.0[0].columns());
+    let host = |t: &Tensor| t.as_host().expect("a bias is f32 in host memory").to_vec();
+    let mut bias = host(&p.0[0]);
+    moved(&mut bias, loads, by);
+    if let Some(keep) = ema {
+        let average = averaged(&host(&p.0[OptimizerSpec::AVERAGE]), &bias, keep);
+        p.0[OptimizerSpec::AVERAGE] = Tensor::from_vec(rows, columns, average);
+    }
+    p.0[0] = Tensor::from_vec(rows, columns, bias);
+}
+
 /// Moves each expert's bias against its load (technical report 2.1.2): down by `by` if it had more than
 /// the mean, up if less.
-fn balance(bias: &mut [f32], loads: &[u64], by: f32) {
+fn moved(bias: &mut [f32], loads: &[u64], by: f32) {
     let total: u64 = loads.iter().sum();
     let n = loads.len() as u64;
     for (bias, load) in bias.iter_mut().zip(loads) {
@@ -397,9 +401,9 @@ mod tests {
     #[test]
     fn biases_move_against_the_load() {
         let mut bias = [0.0, 1.0, 0.0, 0.0];
-        balance(&mut bias, &[9, 3, 4, 4], 0.5);
+        moved(&mut bias, &[9, 3, 4, 4], 0.5);
         assert_eq!(bias, [-0.5, 1.5, 0.5, 0.5]);
-        balance(&mut bias, &[2, 2, 2, 2], 0.5);
+        moved(&mut bias, &[2, 2, 2, 2], 0.5);
         assert_eq!(bias, [-0.5, 1.5, 0.5, 0.5]);
     }
 }

@@ -5,8 +5,9 @@ use super::run_folder::{MetricsLine, RunFolder, RunIdentity};
 use super::scribe::Files;
 use crate::config::Config;
 use crate::ids::Step;
+use crate::stored;
 use crate::supervisor::{Record, Supervisor};
-use everstep_checkpoint::{Log, RECORD_MAX, Store};
+use everstep_checkpoint::{Element, Log, RECORD_MAX, Store, TensorEntry};
 use std::collections::BTreeMap;
 use std::fs::OpenOptions;
 
@@ -53,14 +54,15 @@ pub(super) fn restore(run: &RunFolder, config: &Config, identity: &RunIdentity) 
     }
     let checkpoint = good.unwrap_or(0);
     if let Some(step) = good {
-        let expected = config.spec.optimizer.parts();
+        let expected: Vec<Element> = config.spec.parts().into_iter().map(stored::element).collect();
         let manifest = store.reader().manifest(step)?;
-        if let Some(other) = manifest.tensors.iter().find(|t| t.chunks.len() != expected) {
-            let words = "a run keeps or leaves out an average of its weights (optimizer.ema) from its beginning on";
-            let found = other.chunks.len();
+        let elements = |t: &TensorEntry| t.parts.iter().map(|part| part.element).collect::<Vec<_>>();
+        if let Some(other) = manifest.tensors.iter().find(|t| elements(t) != expected) {
             return Err(format!(
-                "the checkpoint of step {step} has {found} tensors of the state of {}, the configuration {expected}: {words}",
-                other.name
+                "the checkpoint of step {step} has the state of {} in {:?}, the configuration in {expected:?} (weight, moments, \
+                 average): a run keeps its train.precision, and its average or none (optimizer.ema), from its beginning on",
+                other.name,
+                elements(other)
             )
             .into());
         }

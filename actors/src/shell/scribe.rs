@@ -8,7 +8,8 @@ use super::supervisor::Msg;
 use crate::ids::{ActorId, Step};
 use crate::message::ParameterState;
 use crate::spec::Layout;
-use everstep_checkpoint::{Log, Store, StoreError, StoredTensor};
+use crate::stored::{state_of, stored};
+use everstep_checkpoint::{Log, Store, StoreError};
 use everstep_kernels::Tensor;
 use ractor::ActorRef;
 use std::fs::File;
@@ -111,13 +112,8 @@ impl StoreThread {
         match wish {
             Checkpointing::Store { step, shard, parameters } => {
                 let numbers = self.layout.of_shard(shard);
-                let host = |t: &Tensor| Arc::clone(t.as_host().expect("states travel through host memory"));
-                let named = numbers.iter().zip(parameters).map(|(n, data)| StoredTensor {
-                    name: self.layout.parameters[*n as usize].name.to_string(),
-                    rows: data[0].rows(),
-                    columns: data[0].columns(),
-                    data: data.iter().map(host).collect(),
-                });
+                let name = |n: &u32| &self.layout.parameters[*n as usize].name;
+                let named = numbers.iter().zip(parameters).map(|(n, state)| stored(name(n), &state));
                 self.store.put(step, &named.collect::<Vec<_>>())?;
                 Ok(Msg::Stored { step, shard })
             }
@@ -132,8 +128,7 @@ impl StoreThread {
                     (p.name.to_string(), p.rows, p.columns)
                 };
                 let tensors = self.store.reader().read(step, &numbers.iter().map(name).collect::<Vec<_>>())?;
-                let state = |t: StoredTensor| t.data.into_iter().map(|d| Tensor::host(t.rows, t.columns, d)).collect();
-                Ok(Msg::Loaded { step, to, parameters: tensors.into_iter().map(state).collect() })
+                Ok(Msg::Loaded { step, to, parameters: tensors.into_iter().map(state_of).collect() })
             }
         }
     }

@@ -1,7 +1,7 @@
 //! The fingerprint of a stored step, computed again from its chunks.
 
 use anyhow::{Context, Result, bail};
-use everstep_actors::{Config, Layout, RunFolder, RunIdentity, fingerprint_root};
+use everstep_actors::{Config, Layout, RunFolder, RunIdentity, fingerprint_root, state_of};
 use everstep_checkpoint::{Reader, StoredTensor};
 use everstep_kernels::state_sum;
 
@@ -36,7 +36,6 @@ pub(crate) fn tensors(run: &RunFolder, step: Option<u64>) -> Result<(Config, u64
 pub(crate) fn of_step(run: &RunFolder, step: Option<u64>) -> Result<String> {
     let (config, _, tensors) = tensors(run, step)?;
     let layout = Layout::new(&config.spec);
-    let sum = |t: &StoredTensor| state_sum(&t.data.iter().map(|d| d.as_slice()).collect::<Vec<_>>());
-    let sums = tensors.iter().enumerate().map(|(n, t)| (n as u32, sum(t)));
+    let sums = tensors.into_iter().enumerate().map(|(n, t)| (n as u32, state_sum(&state_of(t))));
     Ok(fingerprint_root(&layout, &sums.collect()))
 }

@@ -70,7 +70,8 @@ fn summary(config: &Config, json: bool, out: &mut impl Write) -> Result<()> {
     let (all, active) = parameters(&spec.model);
     let flops = flops_per_token(&spec.model, active);
     let copies = u64::from(spec.mirrors) + 1;
-    let state = 4 * spec.optimizer.parts() as u64 * all;
+    // Of even numbers of elements, two of BF16 are a word.
+    let state = spec.parts().iter().map(|part| 2 * part.count(2) as u64 * all).sum::<u64>();
     let gates = spec.model.parameters().iter().filter(|p| p.update == Update::Balance).count();
     let lines = [
         ("parameters", all, "in all"),

@@ -7,8 +7,8 @@ use super::config_json;
 use super::read::Folder;
 use crate::data;
 use anyhow::{Context, Result, bail};
-use everstep_actors::{Config, RunFolder, first_state};
-use everstep_checkpoint::{Store, StoredTensor};
+use everstep_actors::{Config, RunFolder, first_state, stored};
+use everstep_checkpoint::Store;
 use everstep_kernels::ModelConfig;
 use std::path::Path;
 
@@ -62,9 +62,7 @@ impl Source {
         let bar = indicatif::ProgressBar::new(parameters.len() as u64).with_message("tensors");
         for p in &parameters {
             let weight = self.folder.read(&p.name, p.rows, p.columns)?;
-            let data = first_state(weight, config.spec.optimizer.ema.is_some());
-            let tensor = StoredTensor { name: p.name.to_string(), rows: p.rows, columns: p.columns, data };
-            store.put(0, &[tensor])?;
+            store.put(0, &[stored(&p.name, &first_state(&config.spec, p, weight))])?;
             bar.inc(1);
         }
         store.publish(0)?;
