@@ -222,6 +222,7 @@ impl ExpertCore {
         let numbers = &self.layout.of_group[&Group::Expert { layer: self.layer, expert: self.expert }];
         let named = numbers.iter().zip(tensors).map(|(n, t)| (self.layout.parameters[*n as usize].name.clone(), t));
         let map: ParameterMap = named.collect();
+        let is_new = self.step == 0;
         self.step = committed + 1;
         self.weights = Some(ExpertWeights::new(&map, self.layer, self.expert));
         self.rows.clear();
@@ -229,7 +230,8 @@ impl ExpertCore {
         self.turn = 0;
         self.load = 0;
         self.outbox.forget_until(committed);
-        self.retry()
+        let ready = is_new.then(|| Effect::send(ActorId::Supervisor, Body::Ready));
+        ready.into_iter().chain(self.retry()).collect()
     }
 }
 

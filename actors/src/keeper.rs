@@ -161,6 +161,7 @@ impl KeeperCore {
             | Body::Prepared { .. }
             | Body::Applied { .. }
             | Body::Stateless
+            | Body::Ready
             | Body::Commit(_)
             | Body::SnapshotKept { .. } => Vec::new(),
         }

@@ -51,7 +51,7 @@ pub use shell::{
 };
 pub use spec::{JobSpec, Layout, OptimizerSpec};
 pub use stored::{state_of, stored};
-pub use supervisor::{CommitRecord, Happening, Record, Report, Supervisor, SupervisorEffect, SupervisorEvent};
+pub use supervisor::{CommitRecord, Happening, Phases, Record, Report, Supervisor, SupervisorEffect, SupervisorEvent};
 pub use table::{Entry, NodeInfo, Table};
 pub use tokens::{SourceInfo, Tokens, token_width};
 pub use wire::{Unit, WireError};

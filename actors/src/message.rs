@@ -144,6 +144,8 @@ pub enum Body<T> {
     },
     /// A reducer to the supervisor: it has no state, or not the sums to follow the newest commit.
     Stateless,
+    /// A new life of a stage or an expert to the supervisor: it has the weights with which it begins.
+    Ready,
     /// The supervisor to every reducer.
     Commit(Commit),
     /// A primary to the keeper: a state to be stored.
@@ -176,6 +178,7 @@ impl<T> Body<T> {
             | Self::Prepared { .. }
             | Self::Applied { .. }
             | Self::Stateless
+            | Self::Ready
             | Self::Commit(_)
             | Self::SnapshotKept { .. } => false,
         }
@@ -205,6 +208,7 @@ impl<T> Body<T> {
             }
             Self::Applied { step, sums } => Body::Applied { step, sums },
             Self::Stateless => Body::Stateless,
+            Self::Ready => Body::Ready,
             Self::Commit(commit) => Body::Commit(commit),
             Self::SnapshotKept { step } => Body::SnapshotKept { step },
         }

@@ -120,7 +120,10 @@ impl ReducerCore {
         self.waiting.retain(|copy, _| *copy != me && !self.table.replaced(&before, *copy));
         if self.is_primary() {
             let was = before.primary(self.shard) == Some(self.me());
-            effects.extend(self.hand_out(|user| !was || self.table.replaced(&before, user)));
+            // Who is committed to another state hands out that one.
+            if self.step().is_some_and(|s| !self.commits.contains_key(&(s + 1))) {
+                effects.extend(self.hand_out(|user| !was || self.table.replaced(&before, user)));
+            }
             if !was || new_supervisor {
                 effects.extend(self.send_snapshot());
             }
@@ -356,6 +359,7 @@ impl Core for ReducerCore {
                 | Body::Prepared { .. }
                 | Body::Applied { .. }
                 | Body::Stateless
+                | Body::Ready
                 | Body::Snapshot { .. } => Vec::new(),
             },
             Event::Computed(Outcome::Reduced(reduced)) => self.on_reduced(reduced),

@@ -111,6 +111,7 @@ impl StageCore {
             | Body::Prepared { .. }
             | Body::Applied { .. }
             | Body::Stateless
+            | Body::Ready
             | Body::Commit(_)
             | Body::Snapshot { .. }
             | Body::SnapshotKept { .. } => return Vec::new(),
@@ -131,10 +132,15 @@ impl StageCore {
         }
         self.weights.entry(step).or_default().insert(group, tensors);
         let complete = |of: &BTreeMap<Group, Vec<Tensor>>| of.len() == self.groups.len();
+        let mut effects = Vec::new();
         if self.weights.get(&step).is_some_and(complete) && step + 1 > self.step {
+            if self.step == 0 {
+                effects.push(Effect::send(ActorId::Supervisor, Body::Ready));
+            }
             self.begin(step);
         }
-        self.advance()
+        effects.extend(self.advance());
+        effects
     }
 
     /// Starts the step after `committed`. Whatever ran before belongs to a committed step.

@@ -8,6 +8,7 @@
 //!   counted every sample once (contracts C2, C3).
 //! - SU-5: a shard without a copy in sync sends the whole job back to the newest checkpoint, with new
 //!   lives for all; a step done again must give the fingerprint that was reported.
+//! - SU-6: an actor whose node lives is moved only with a commit: nothing of a step is done again because a node came.
 
 mod commit;
 mod events;
@@ -15,13 +16,15 @@ mod membership;
 mod placement;
 mod record;
 mod steps;
+mod timeline;
 
 use commit::CommitCore;
 pub use events::{Happening, Report, SupervisorEffect, SupervisorEvent};
-pub(crate) use membership::LEASE;
-use membership::Membership;
+use membership::{Membership, Silent};
 use placement::{Costs, Placement};
 pub use record::{CommitRecord, Record};
+pub use timeline::Phases;
+use timeline::Timeline;
 
 use crate::ids::{ActorId, Address, Incarnation, NodeId, SUPERVISOR_NODE, Step};
 use crate::message::Body;
@@ -59,8 +62,10 @@ pub struct Supervisor {
     work: BTreeMap<NodeId, (u64, u64)>,
     /// Fingerprints of steps that may be done again: they must match.
     reported: BTreeMap<Step, String>,
-    /// When the failure was noticed after which no step has been committed yet.
-    recovering: Option<Duration>,
+    /// Of failures after which no step has been committed yet.
+    recovery: Option<Timeline>,
+    /// A node came that may take over work at the next commit.
+    uneven: bool,
     finished: bool,
     /// Dead nodes that spoke, the newest [`FENCED_MAX`].
     fenced: BTreeSet<NodeId>,
@@ -93,7 +98,8 @@ impl Supervisor {
             held: VecDeque::new(),
             work: BTreeMap::new(),
             reported,
-            recovering: None,
+            recovery: None,
+            uneven: !log.is_empty(),
             finished: false,
             fenced: BTreeSet::new(),
             plant,
@@ -109,7 +115,7 @@ impl Supervisor {
         }
         let nodes: Vec<NodeId> = s.table.nodes.keys().copied().collect();
         for node in nodes {
-            s.membership.heard(now + membership::RETURN, node);
+            s.membership.expect(now + membership::RETURN, node);
         }
         let unheard = if s.table.primaries.contains(&None) { BTreeSet::new() } else { s.placed_copies() };
         s.commit.restore(s.last.as_ref().map_or(s.table.base, |l| l.commit.step), unheard);
@@ -119,7 +125,8 @@ impl Supervisor {
         }
         let mut effects = s.publish(Vec::new());
         if restarted {
-            s.recovering = Some(now);
+            s.failed(now, "the supervisor ended".to_owned(), Duration::ZERO);
+            s.decided(now);
             let committed = s.commit.committed();
             effects.push(SupervisorEffect::Note(Happening::SupervisorRestarted { incarnation: life.0, committed }));
         }
@@ -180,15 +187,19 @@ impl Supervisor {
             SupervisorEvent::Join(info) => self.join(now, info),
             SupervisorEvent::Return(node) => self.returned(now, node),
             SupervisorEvent::Heartbeat { node, work } => self.heartbeat(now, node, work),
-            SupervisorEvent::Lost { node, why } => self.dead(now, &[(node, why)]),
+            SupervisorEvent::Lost { node, why } => self.dead(now, &[(node, why, Duration::ZERO)]),
             SupervisorEvent::ActorFailed { address, reason } => self.actor_failed(now, address, reason),
-            SupervisorEvent::Message { from, body } => self.message(from, body),
+            SupervisorEvent::Message { from, body } => self.message(now, from, body),
             SupervisorEvent::Checkpointed(step) => self.checkpointed(step),
-            SupervisorEvent::Synced => self.held.pop_front().unwrap_or_default(),
+            SupervisorEvent::Synced => {
+                let held = self.held.pop_front().unwrap_or_default();
+                self.synced(now, held)
+            }
             SupervisorEvent::Tick => {
-                let silent = self.membership.expired(now);
-                let why = format!("silent for {} ms", LEASE.as_millis());
-                let silent: Vec<_> = silent.into_iter().map(|n| (n, why.clone())).collect();
+                let why = |s: &Silent| {
+                    format!("silent for {} ms, {} are allowed it", s.silence.as_millis(), s.allowed.as_millis())
+                };
+                let silent: Vec<_> = self.membership.expired(now).iter().map(|s| (s.node, why(s), s.silence)).collect();
                 if silent.is_empty() { Vec::new() } else { self.dead(now, &silent) }
             }
         };
@@ -221,12 +232,14 @@ impl Supervisor {
     fn join(&mut self, now: Duration, info: NodeInfo) -> Vec<SupervisorEffect> {
         let node = NodeId(self.next_node);
         self.next_node += 1;
-        self.membership.heard(now, node);
+        self.membership.expect(now, node);
         self.work.insert(node, (0, 0));
         self.table.nodes.insert(node, info.clone());
         let note = Happening::NodeJoined { node: node.0, address: info.address.clone() };
         let mut effects = vec![SupervisorEffect::Note(note)];
-        self.place(true);
+        // What has no place gets one now.
+        self.place(false);
+        self.uneven = true;
         effects.extend(self.settle(vec![SupervisorEffect::Welcome(node, info)]));
         effects
     }
@@ -235,7 +248,7 @@ impl Supervisor {
         if !self.table.nodes.contains_key(&node) {
             return self.fence(node);
         }
-        self.membership.heard(now, node);
+        self.membership.expect(now, node);
         let mut then = vec![SupervisorEffect::Announce(Arc::new(self.table.clone()))];
         // The commit may have been logged and never sent.
         if let Some(last) = self.last {
@@ -277,16 +290,17 @@ impl Supervisor {
         if !self.table.nodes.contains_key(&node) {
             return self.fence(node);
         }
-        self.membership.heard(now, node);
+        self.membership.beat(now, node);
         // What a node had done before this life of the supervisor has been reported by an earlier one.
         self.work.entry(node).or_insert((work, work)).0 = work;
         Vec::new()
     }
 
-    /// Places what has no place. With `level`, evens out what may be moved too.
+    /// Places what has no place. With `level`, evens out what may be moved too (at first there is nothing else).
     /// Gives the actors that were moved.
     fn place(&mut self, level: bool) -> Vec<ActorId> {
         let started = self.table.entries.len() > 2;
+        let level = level || !started;
         if self.table.nodes.is_empty() || (!started && self.table.nodes.len() < self.nodes_wanted) {
             return Vec::new();
         }
@@ -307,14 +321,15 @@ impl Supervisor {
         moved
     }
 
-    fn dead(&mut self, now: Duration, lost: &[(NodeId, String)]) -> Vec<SupervisorEffect> {
+    fn dead(&mut self, now: Duration, lost: &[(NodeId, String, Duration)]) -> Vec<SupervisorEffect> {
         let mut effects = Vec::new();
         let mut any = false;
-        for (node, why) in lost {
+        for (node, why, silence) in lost {
             if self.table.nodes.remove(node).is_none() {
                 continue;
             }
             any = true;
+            self.failed(now, format!("{node}: {why}"), *silence);
             self.membership.forget(*node);
             self.work.remove(node);
             let note = Happening::NodeDead { node: node.0, why: why.clone(), epoch: self.table.epoch + 1 };
@@ -323,8 +338,8 @@ impl Supervisor {
         if !any {
             return effects;
         }
-        self.recovering.get_or_insert(now);
         effects.extend(self.replace_homeless());
+        self.decided(now);
         effects
     }
 
@@ -424,12 +439,13 @@ impl Supervisor {
             );
             return self.finish(Err(why));
         }
-        self.recovering.get_or_insert(now);
+        self.failed(now, format!("{}: {reason}", address.actor), Duration::ZERO);
         if let Some(entry) = self.table.entries.get_mut(&address.actor) {
             entry.incarnation = entry.incarnation.next();
         }
         self.commit.out_of_sync(address.actor);
         let mut effects = self.settle(Vec::new());
+        self.decided(now);
         effects.push(SupervisorEffect::Note(Happening::ActorFailed {
             actor: address.actor.to_string(),
             incarnation: address.incarnation.0,

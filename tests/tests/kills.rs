@@ -42,6 +42,9 @@ fn a_stopped_node_is_left_behind_and_rejoins_as_new() -> Result<()> {
     signal(stopped, Signal::STOP)?;
     let since = Instant::now();
     wait("the stopped node's death", || Ok(!events(&training.run, "node_dead")?.is_empty()))?;
+    wait("the recovery", || Ok(!events(&training.run, "recovered")?.is_empty()))?;
+    let detect = events(&training.run, "recovered")?[0]["microseconds"]["detect"].as_u64().unwrap_or(0);
+    assert!((500_000..1_000_000).contains(&detect), "silence of {detect} us was noticed");
     let at = everstep_tests::metrics(&training.run)?.last().map_or(0, |l| l.step);
     training.wait_for_step(at + 30)?;
     std::thread::sleep(Duration::from_secs(10).saturating_sub(since.elapsed()));
@@ -82,6 +85,17 @@ fn a_panic_restarts_that_actor_alone() -> Result<()> {
         assert_eq!(after, expected, "after a panic of {actor}");
         before = after;
     }
+    let recovered = events(&training.run, "recovered")?;
+    assert_eq!(recovered.len(), 3, "{recovered:?}");
+    for (recovery, actor) in recovered.iter().zip(["expert.1.2", "stage.1.0", "reducer.0.0"]) {
+        assert!(recovery["causes"][0].as_str().is_some_and(|c| c.starts_with(actor)), "{recovery}");
+        assert_eq!(recovery["lives"], 1, "{recovery}");
+        let phases = recovery["microseconds"].as_object().expect("phases");
+        let sum: u64 = phases.values().filter_map(serde_json::Value::as_u64).sum();
+        assert!(sum > 0 && recovery["milliseconds"] == sum / 1000, "{recovery}");
+    }
+    let table = place.everstep(&["admin", "--run", &path, "recoveries"])?;
+    assert_eq!(String::from_utf8_lossy(&table.stdout).lines().count(), 4, "{table:?}");
     let inspect = place.everstep(&["admin", "--run", &path, "inspect", "expert.1.2"])?;
     assert!(String::from_utf8_lossy(&inspect.stdout).contains("micro-batches summed"), "{inspect:?}");
     let run = training.finish()?;

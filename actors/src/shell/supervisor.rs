@@ -28,7 +28,7 @@ use std::sync::mpsc::SyncSender;
 use std::time::{Duration, Instant, SystemTime, UNIX_EPOCH};
 use tokio::sync::{OwnedSemaphorePermit, mpsc};
 
-const TICK: Duration = Duration::from_millis(100);
+const TICK: Duration = Duration::from_millis(50);
 /// Bytes of a source in one answer.
 const TOKENS_PART: usize = 1 << 20;
 /// Questions of operators that wait for a node's answer; older ones are given up.

@@ -25,7 +25,7 @@ use std::sync::Arc;
 const HORIZON: u64 = 60_000_000;
 /// Faults happen until then.
 const FAULTS_UNTIL: u64 = 2_500_000;
-pub(super) const HEARTBEAT: u64 = 100_000;
+pub(super) const HEARTBEAT: u64 = 50_000;
 pub(super) const TICK: u64 = 50_000;
 const TRAIL: usize = 60;
 

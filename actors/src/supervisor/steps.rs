@@ -1,6 +1,7 @@
 //! The supervisor's way through the steps: reports of reducers, commits, checkpoints, the end.
 
 use super::commit::Prepared;
+use super::timeline::Timeline;
 use super::{Happening, Record, Report, Supervisor, SupervisorEffect};
 use crate::ids::{ActorId, Address, Step};
 use crate::message::Body;
@@ -8,7 +9,10 @@ use everstep_kernels::Tensor;
 use std::time::Duration;
 
 impl Supervisor {
-    pub(super) fn message(&mut self, from: Address, body: Body<Tensor>) -> Vec<SupervisorEffect> {
+    pub(super) fn message(&mut self, now: Duration, from: Address, body: Body<Tensor>) -> Vec<SupervisorEffect> {
+        if let (Body::Ready | Body::Applied { .. }, Some(recovery)) = (&body, &mut self.recovery) {
+            recovery.ready(now, from);
+        }
         let ActorId::Reducer { shard, replica } = from.actor else { return Vec::new() };
         if self.table.address(from.actor) != Some(from) {
             return Vec::new();
@@ -28,10 +32,14 @@ impl Supervisor {
             }
             Body::Stateless => {
                 self.commit.out_of_sync(from.actor);
-                let before = self.table.primaries.clone();
+                let before = self.table.clone();
                 let note = self.elect();
-                if self.table.primaries != before {
+                if self.table.primaries != before.primaries {
                     effects.extend(self.publish(Vec::new()));
+                }
+                if let Some(Happening::RolledBack { why, .. }) = &note {
+                    self.recovery.get_or_insert_with(|| Timeline::new(now, &before)).cause(why.clone(), Duration::ZERO);
+                    self.decided(now);
                 }
                 effects.extend(note.map(SupervisorEffect::Note));
             }
@@ -42,6 +50,7 @@ impl Supervisor {
             | Body::Sums { .. }
             | Body::Weights { .. }
             | Body::Fetch { .. }
+            | Body::Ready
             | Body::State { .. }
             | Body::Commit(_)
             | Body::Snapshot { .. }
@@ -74,9 +83,61 @@ impl Supervisor {
             let why = "the gradient's norm is not finite".to_owned();
             effects.push(SupervisorEffect::Note(Happening::Skipped { step: commit.commit.step, why }));
         }
-        if let Some(since) = self.recovering.take() {
-            let milliseconds = now.saturating_sub(since).as_millis() as u64;
-            effects.push(SupervisorEffect::Note(Happening::Recovered { step: commit.commit.step, milliseconds }));
+        if let Some(recovery) = &mut self.recovery {
+            recovery.replayed(now);
+        }
+        effects.extend(self.even_out(commit.commit.step));
+        effects
+    }
+
+    /// Moves actors to nodes that came during the step that is committed now (SU-6).
+    fn even_out(&mut self, committed: Step) -> Vec<SupervisorEffect> {
+        if !std::mem::take(&mut self.uneven) || committed == self.spec.steps {
+            return Vec::new();
+        }
+        let moved = self.place(true);
+        if moved.is_empty() {
+            return Vec::new();
+        }
+        let mut effects = self.settle(Vec::new());
+        let actors = moved.iter().map(ToString::to_string).collect();
+        effects.push(SupervisorEffect::Note(Happening::Moved { epoch: self.table.epoch, actors }));
+        effects
+    }
+
+    /// A failure is noticed.
+    pub(super) fn failed(&mut self, now: Duration, why: String, silence: Duration) {
+        let table = &self.table;
+        self.recovery.get_or_insert_with(|| Timeline::new(now, table)).cause(why, silence);
+    }
+
+    /// What follows from failures is decided.
+    pub(super) fn decided(&mut self, now: Duration) {
+        if let Some(recovery) = &mut self.recovery {
+            recovery.decided(now, &self.table);
+        }
+    }
+
+    /// A record is on disk, and these effects may be seen.
+    pub(super) fn synced(&mut self, now: Duration, mut effects: Vec<SupervisorEffect>) -> Vec<SupervisorEffect> {
+        let Some(recovery) = &mut self.recovery else { return effects };
+        if effects.iter().any(|e| matches!(e, SupervisorEffect::Announce(_))) {
+            recovery.announced(now);
+        }
+        let committed = |e: &SupervisorEffect| match e {
+            SupervisorEffect::Send(_, Body::Commit(commit)) => Some(commit.step),
+            _ => None,
+        };
+        let Some(step) = effects.iter().find_map(committed) else { return effects };
+        if let Some(microseconds) = recovery.committed(now) {
+            effects.push(SupervisorEffect::Note(Happening::Recovered {
+                step,
+                milliseconds: microseconds.sum() / 1000,
+                causes: std::mem::take(&mut recovery.causes),
+                lives: recovery.lives,
+                microseconds,
+            }));
+            self.recovery = None;
         }
         effects
     }

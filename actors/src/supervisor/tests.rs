@@ -262,3 +262,66 @@ fn an_actor_that_fails_for_ever_ends_the_job() {
         assert!(why.is_none_or(|w| w.contains("stage.0.0 failed 6 times") && w.contains("boom")));
     }
 }
+
+/// A recovery is told once, when the first commit after it is on disk; a job that began is none.
+#[test]
+fn a_recovery_ends_with_the_next_commit() {
+    let recoveries = |effects: &[SupervisorEffect]| {
+        let recovered =
+            |e: &&SupervisorEffect| matches!(e, SupervisorEffect::Note(Happening::Recovered { step: 2, lives: 1, .. }));
+        let all = effects.iter().filter(|e| matches!(e, SupervisorEffect::Note(Happening::Recovered { .. })));
+        (all.count(), effects.iter().filter(recovered).count())
+    };
+    let mut job = started();
+    let mut effects = job.everybody(prepared(1, 4));
+    effects.extend(job.everybody(applied(1)));
+    assert_eq!(recoveries(&effects), (0, 0));
+    let address = job.supervisor.table().address(ActorId::Stage { lane: 0, stage: 0 }).unwrap();
+    effects = job.on(SupervisorEvent::ActorFailed { address, reason: "test".to_owned() });
+    assert_eq!(recoveries(&effects), (0, 0));
+    let address = job.supervisor.table().address(address.actor).unwrap();
+    effects = job.on(SupervisorEvent::Message { from: address, body: Body::Ready });
+    assert_eq!(recoveries(&effects), (0, 0));
+    effects = job.everybody(prepared(2, 4));
+    assert_eq!(recoveries(&effects), (1, 1));
+    effects = job.everybody(applied(2));
+    effects.extend(job.everybody(prepared(3, 4)));
+    assert_eq!(recoveries(&effects), (0, 0));
+}
+
+/// SU-6: a node that comes gets what has no place at once, and its share of the work with the next commit.
+#[test]
+fn actors_move_to_a_new_node_only_with_a_commit() {
+    let mut job = started();
+    job.on(SupervisorEvent::Lost { node: NodeId(2), why: "test".to_owned() });
+    let places = |job: &Job| -> BTreeMap<ActorId, (NodeId, Incarnation)> {
+        let works = |a: &ActorId| matches!(a, ActorId::Stage { .. } | ActorId::Expert { .. });
+        let entries = job.supervisor.table().entries.iter().filter(|(a, _)| works(a));
+        entries.map(|(a, e)| (*a, (e.node, e.incarnation))).collect()
+    };
+    let before = places(&job);
+    job.on(SupervisorEvent::Join(info(3)));
+    let lost = |e: &Entry| e.node == NodeId(3);
+    let copies = job.supervisor.table().entries.iter().filter(|(_, e)| lost(e)).map(|(a, _)| *a).collect::<Vec<_>>();
+    assert!(!copies.is_empty() && copies.iter().all(|a| matches!(a, ActorId::Reducer { .. })), "{copies:?}");
+    assert_eq!(places(&job), before);
+    let mut effects = Vec::new();
+    for shard in 0..2 {
+        let replicas: Vec<u32> = (0..2).filter(|r| job.supervisor.commit.in_sync(shard, *r)).collect();
+        for replica in replicas {
+            effects.extend(job.say(shard, replica, prepared(1, 4)(shard)));
+        }
+    }
+    assert!(!commits(&effects).is_empty());
+    let after = places(&job);
+    let moved: Vec<_> = after.iter().filter(|(a, place)| before[*a] != **place).collect();
+    assert!(!moved.is_empty() && moved.iter().all(|(_, (node, _))| *node == NodeId(3)), "{moved:?}");
+    let order = |e: &SupervisorEffect| match e {
+        SupervisorEffect::Send(_, Body::Commit(_)) => Some("commit"),
+        SupervisorEffect::Announce(_) => Some("table"),
+        _ => None,
+    };
+    let mut order: Vec<&str> = effects.iter().filter_map(order).collect();
+    order.dedup();
+    assert_eq!(order, ["commit", "table"]);
+}

@@ -3,7 +3,7 @@
 
 use crate::data::Data;
 use crate::launcher::{self, End, Launcher, Targets};
-use crate::read_config;
+use crate::{read_config, recoveries};
 use anyhow::{Context, Result, bail};
 use everstep_actors::{MetricsLine, RunFolder};
 use everstep_kernels::Philox;
@@ -27,7 +27,7 @@ enum Target {
     Supervisor,
     /// Everything; the run is resumed.
     Everything,
-    /// A random node is stopped for ten seconds.
+    /// A random node is stopped for a while.
     Stop,
 }
 
@@ -41,8 +41,15 @@ struct Plan {
     kills: u64,
     /// Mean milliseconds between two kills.
     every_ms: u64,
+    /// Milliseconds for which a node is stopped.
+    #[serde(default = "stop_ms")]
+    stop_ms: u64,
     /// Taken in turn.
     targets: Vec<Target>,
+}
+
+fn stop_ms() -> u64 {
+    10_000
 }
 
 struct Killer {
@@ -52,7 +59,7 @@ struct Killer {
     next: Instant,
     stopped: Option<(u32, Instant)>,
     /// Milliseconds since 1970 of each kill.
-    times: Vec<u64>,
+    times: Vec<(u64, Target)>,
 }
 
 impl Killer {
@@ -73,8 +80,8 @@ impl Killer {
             launcher::kill(pid, Signal::CONT);
             self.stopped = None;
         }
-        // The first step shows that the job runs.
-        if self.done == self.plan.kills || targets.steps == 0 || Instant::now() < self.next {
+        // The first step shows that the job runs. A stopped node is woken before another one is.
+        if self.done == self.plan.kills || targets.steps == 0 || Instant::now() < self.next || self.stopped.is_some() {
             return;
         }
         let target = self.plan.targets[self.done as usize % self.plan.targets.len()];
@@ -91,12 +98,12 @@ impl Killer {
             Target::Stop => {
                 let pid = targets.nodes[first as usize];
                 launcher::kill(pid, Signal::STOP);
-                self.stopped = Some((pid, Instant::now() + Duration::from_secs(10)));
+                self.stopped = Some((pid, Instant::now() + Duration::from_millis(self.plan.stop_ms)));
             }
         }
         eprintln!("kill {} of {}: {target:?} after step {}", self.done + 1, self.plan.kills, targets.steps);
         self.done += 1;
-        self.times.push(SystemTime::now().duration_since(UNIX_EPOCH).map_or(0, |d| d.as_millis() as u64));
+        self.times.push((SystemTime::now().duration_since(UNIX_EPOCH).map_or(0, |d| d.as_millis() as u64), target));
         self.wait();
     }
 }
@@ -152,25 +159,35 @@ fn finished(end: End) -> Result<()> {
     }
 }
 
-/// Milliseconds from each kill to the first step that was committed after the recovery from it.
-fn recoveries(run: &RunFolder, kills: &[u64]) -> Result<Vec<u64>> {
-    let events = std::fs::read_to_string(run.events())?;
-    let recovered: Vec<u64> = events
-        .lines()
-        .filter_map(|l| serde_json::from_str::<serde_json::Value>(l).ok())
-        .filter(|e| e["event"] == "recovered")
-        .filter_map(|e| e["time"].as_u64())
-        .collect();
-    let next = |kill: &u64| recovered.iter().find(|at| *at >= kill).map(|at| at - kill);
-    Ok(kills.iter().filter_map(next).collect())
+/// Milliseconds from each kill to what came first after it, sorted.
+fn until(what: &[u64], kills: &[(u64, Target)], counts: impl Fn(Target) -> bool) -> Vec<u64> {
+    let next = |(kill, _): &(u64, Target)| what.iter().find(|at| *at >= kill).map(|at| at - kill);
+    let mut all: Vec<u64> = kills.iter().filter(|(_, target)| counts(*target)).filter_map(next).collect();
+    all.sort_unstable();
+    all
 }
 
-fn compare(disturbed: &RunFolder, reference: &RunFolder, kills: &[u64]) -> Result<ExitCode> {
+/// Milliseconds since 1970 of a kind of events.
+fn times(run: &RunFolder, kind: &str) -> Result<Vec<u64>> {
+    let text = std::fs::read_to_string(run.events())?;
+    let events = text.lines().filter_map(|l| serde_json::from_str::<serde_json::Value>(l).ok());
+    Ok(events.filter(|e| e["event"] == kind).filter_map(|e| e["time"].as_u64()).collect())
+}
+
+fn say(what: &str, sorted: &[u64]) {
+    let Some(longest) = sorted.last() else { return };
+    let at = |part: usize| sorted[(sorted.len() * part / 100).min(sorted.len() - 1)];
+    println!(
+        "{what}: median {} ms, 90th percentile {} ms, 99th {} ms, longest {longest} ms ({} measured)",
+        at(50),
+        at(90),
+        at(99),
+        sorted.len()
+    );
+}
+
+fn compare(disturbed: &RunFolder, reference: &RunFolder, kills: &[(u64, Target)]) -> Result<ExitCode> {
     let (got, want) = (fingerprints(disturbed)?, fingerprints(reference)?);
-    let mut times = recoveries(disturbed, kills)?;
-    times.sort_unstable();
-    let at =
-        |part: usize| times.get((times.len() * part / 100).min(times.len().saturating_sub(1))).copied().unwrap_or(0);
     let wrong = got.iter().zip(&want).find(|(a, b)| a != b);
     if let Some((got, want)) = wrong {
         println!("step {}: fingerprint {} under kills, {} undisturbed", got.0, got.1, want.1);
@@ -180,15 +197,11 @@ fn compare(disturbed: &RunFolder, reference: &RunFolder, kills: &[u64]) -> Resul
         println!("{} steps under kills, {} undisturbed", got.len(), want.len());
         return Ok(ExitCode::FAILURE);
     }
-    println!(
-        "{} steps, {} kills: every fingerprint equals the undisturbed run's\n\
-         from a kill to the first commit after it: median {} ms, 90th percentile {} ms, longest {} ms ({} measured)",
-        got.len(),
-        kills.len(),
-        at(50),
-        at(90),
-        at(100),
-        times.len()
-    );
+    println!("{} steps, {} kills: every fingerprint equals the undisturbed run's", got.len(), kills.len());
+    let dead = times(disturbed, "node_dead")?;
+    say("from a node's death to the supervisor's knowledge", &until(&dead, kills, |t| t == Target::Node));
+    say("from a node's stop to the supervisor's knowledge", &until(&dead, kills, |t| t == Target::Stop));
+    say("from a kill to the first commit after it", &until(&times(disturbed, "recovered")?, kills, |_| true));
+    print!("{}", recoveries::table(&recoveries::read(disturbed)?));
     Ok(ExitCode::SUCCESS)
 }

@@ -13,6 +13,7 @@ mod hf;
 mod launcher;
 mod plan;
 mod progress;
+mod recoveries;
 mod report;
 mod simulate;
 mod tensorboard;
@@ -22,6 +23,7 @@ use anyhow::{Context, Result, bail};
 use clap::{Parser, Subcommand};
 use everstep_actors::{ActorId, AdminRequest, Bug, Config, NodeEnd, NodeOptions, RunFolder, SupervisorEnd};
 use launcher::{End, Launcher};
+use std::backtrace::{Backtrace, BacktraceStatus};
 use std::io::Write;
 use std::net::SocketAddr;
 use std::os::unix::process::CommandExt;
@@ -147,6 +149,8 @@ enum Admin {
         /// For example stage.0.1, expert.2.3, reducer.0.1 or supervisor.
         actor: ActorId,
     },
+    /// What failed, and how long each phase of the recovery took. The job need not run any more.
+    Recoveries,
     /// Make an actor panic: it is restarted, and the job goes on.
     Kill {
         /// The actor.
@@ -159,6 +163,7 @@ fn main() -> ExitCode {
     let filter = tracing_subscriber::EnvFilter::try_from_default_env().unwrap_or_else(|_| "warn".into());
     let log = tracing_subscriber::fmt().with_env_filter(filter).with_writer(std::io::stderr);
     log.log_internal_errors(false).init();
+    say_panics();
     let child =
         matches!(cli.command, Command::Supervisor { parent: Some(_), .. } | Command::Node { parent: Some(_), .. });
     match run(cli.command) {
@@ -210,13 +215,15 @@ fn run(command: Command) -> Result<ExitCode> {
             }
         }
         Command::Admin { run, request } => {
-            let request = match request {
-                Admin::Tree => AdminRequest::Tree,
-                Admin::Inspect { actor } => AdminRequest::Inspect(actor),
-                Admin::Kill { actor } => AdminRequest::Kill(actor),
-            };
             let run = run.map_or_else(admin::newest_run, |run| Ok(RunFolder(run)))?;
-            println!("{}", runtime(1)?.block_on(admin::ask(&run, request))?.trim_end());
+            let ask = |request| runtime(1)?.block_on(admin::ask(&run, request));
+            let text = match request {
+                Admin::Tree => ask(AdminRequest::Tree),
+                Admin::Inspect { actor } => ask(AdminRequest::Inspect(actor)),
+                Admin::Kill { actor } => ask(AdminRequest::Kill(actor)),
+                Admin::Recoveries => Ok(recoveries::table(&recoveries::read(&run)?)),
+            }?;
+            println!("{}", text.trim_end());
             Ok(ExitCode::SUCCESS)
         }
         Command::Chaos { plan, config, set } => chaos::run(&plan, &config, &set),
@@ -227,6 +234,20 @@ fn run(command: Command) -> Result<ExitCode> {
         }
         Command::Files(command) => files::run(command),
     }
+}
+
+/// A panic says what and where at once; its backtrace, if one is wanted, comes from a thread of its own. To find the names of
+/// its functions takes longer than a node may be silent, and the thread that panics may be the one that sends beats.
+fn say_panics() {
+    std::panic::set_hook(Box::new(|info| {
+        let thread = std::thread::current();
+        eprintln!("thread '{}' {info}", thread.name().unwrap_or("without a name"));
+        let backtrace = Backtrace::capture();
+        if backtrace.status() == BacktraceStatus::Captured {
+            // Without that thread there are the words before.
+            let _ = std::thread::Builder::new().name("backtrace".to_owned()).spawn(move || eprintln!("{backtrace}"));
+        }
+    }));
 }
 
 /// What is shown of a model at the end of its training.

@@ -1,5 +1,6 @@
 //! report.html: how a run went, as pictures and a table. One file, nothing from outside.
 
+use crate::recoveries::Recovery;
 use anyhow::Result;
 use everstep_actors::{MetricsLine, RunFolder};
 use plotters::prelude::*;
@@ -27,6 +28,7 @@ pub(crate) fn write(run: &RunFolder) -> Result<()> {
     }
     write!(html, "<h2>Loss (nats per byte)</h2>{}", curve(&loss)?)?;
     write!(html, "<h2>Tokens per second</h2>{}", curve(&rate)?)?;
+    write!(html, "<h2>Recoveries</h2>{}", recoveries(&crate::recoveries::read(run)?)?)?;
     html.push_str("<h2>What happened</h2><table><tr><th>event</th><th>details</th></tr>");
     let events = std::fs::read_to_string(run.events()).unwrap_or_default();
     for line in events.lines() {
@@ -48,6 +50,30 @@ pub(crate) fn write(run: &RunFolder) -> Result<()> {
 
 fn escape(text: &str) -> String {
     text.replace('&', "&amp;").replace('<', "&lt;").replace('>', "&gt;")
+}
+
+/// A bar for each recovery, in the colours of its phases.
+fn recoveries(all: &[Recovery]) -> Result<String> {
+    const COLOURS: [&str; 6] = ["#c33", "#e90", "#fc3", "#39c", "#396", "#999"];
+    let Some(longest) = all.iter().map(Recovery::whole).max_by(f64::total_cmp) else {
+        return Ok("<p>none</p>".to_owned());
+    };
+    let mut html = String::from("<p>");
+    for ((name, _), colour) in all[0].phases().iter().zip(COLOURS) {
+        write!(html, "<span style=\"color:{colour}\">&#9632;</span> {name} ")?;
+    }
+    html.push_str("</p><table><tr><th>step</th><th>ms</th><th>actors</th><th></th><th>why</th></tr>");
+    for recovery in all {
+        write!(html, "<tr><td>{}</td><td>{:.0}</td><td>{}</td><td>", recovery.step, recovery.whole(), recovery.lives)?;
+        for ((name, ms), colour) in recovery.phases().iter().zip(COLOURS) {
+            let width = 300.0 * ms / longest.max(1e-9);
+            let style = format!("display:inline-block;height:1em;width:{width:.1}px;background:{colour}");
+            write!(html, "<span title=\"{name} {ms:.1} ms\" style=\"{style}\"></span>")?;
+        }
+        write!(html, "</td><td>{}</td></tr>", escape(&recovery.causes.join("; ")))?;
+    }
+    html.push_str("</table>");
+    Ok(html)
 }
 
 /// A line over the steps, as SVG.
