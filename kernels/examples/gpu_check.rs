@@ -214,6 +214,77 @@ fn rows(gpu: &Gpu, tokens: usize, columns: usize) -> Result<bool, BackendError> 
     Ok(good & report("dispatch: other bits", (tokens, columns), other, 0.0))
 }
 
+/// The CPU adds the rows one after another: sums of some thousand f32 terms in another order.
+const WEIGHTS: f64 = 1e-5;
+
+/// The gradient of a norm's weights, a hundred times: the same bits, those of the CPU's sums of strips in the GPU's order.
+fn norm_weight(gpu: &Gpu, tokens: usize, columns: usize) -> Result<bool, BackendError> {
+    let (b, eps) = (CpuBackend::new(Precision::Bf16), 1e-6);
+    let ((x, x_words), (dy, dy_words)) = (low(&b, tokens, columns, 41)?, low(&b, tokens, columns, 42)?);
+    let (x_gpu, dy_gpu, (strips, each)) = (gpu.upload(&x_words)?, gpu.upload(&dy_words)?, Gpu::strips(tokens));
+    let (mut first, mut other) = (None, 0.0);
+    for _ in 0..100 {
+        let mut sums = gpu.upload(&vec![f32::NAN; strips * columns])?;
+        let mut dw = gpu.upload(&vec![f32::NAN; columns])?;
+        gpu.rms_norm_weight_gradient(&x_gpu, &dy_gpu, &mut sums, &mut dw, eps)?;
+        let got = gpu.download(&dw)?;
+        other += unlike(&got, first.get_or_insert_with(|| got.clone()));
+    }
+    let got = first.expect("there were runs");
+    let mut good = report("norm's weights: elements of other bits, of all runs", (tokens, columns), other, 0.0);
+    let strip = |from: usize| {
+        let count = each.min(tokens - from);
+        b.read(&b.rms_norm_backward_weight(&b.rows(&x, from, count), &b.rows(&dy, from, count), eps))
+    };
+    let sums = (0..tokens).step_by(each).map(strip).collect::<Result<Vec<_>, _>>()?;
+    let total = |parts: &[Arc<Vec<f32>>]| {
+        let zeros = vec![0.0; columns];
+        Arc::new(parts.iter().fold(zeros, |sum, part| everstep_kernels::sum(&sum, part)))
+    };
+    // Eight runs of strips, then the runs.
+    let want = total(&sums.chunks(strips.div_ceil(8)).map(total).collect::<Vec<_>>());
+    good &= report("norm's weights: other bits", (tokens, columns), unlike(&got, &want), 0.0);
+    let whole = b.read(&b.rms_norm_backward_weight(&x, &dy, eps))?;
+    Ok(good & report("norm's weights", (tokens, columns), norm_difference(&got, &whole), WEIGHTS))
+}
+
+/// The gradients of combine, a hundred times: the bits of the CPU, whose order of sums they have. Half of the experts get
+/// no rows, and every fifth choice is not here.
+fn combine_backward(gpu: &Gpu, tokens: usize, top_k: usize, columns: usize) -> Result<bool, BackendError> {
+    let b = CpuBackend::new(Precision::Bf16);
+    let chosen: Vec<u32> = (0..tokens * top_k).map(|at| (at % top_k * 4 + at / top_k / 3 % 2 * 2) as u32).collect();
+    let plan = Dispatch::new(&chosen, top_k, 4 * top_k, top_k);
+    let (starts, rows) = (plan.starts(), plan.slots.len());
+    let row = |at: usize| starts[plan.slots[at].expert as usize] + plan.slots[at].row as usize;
+    let here = |at: usize| at % 5 != 4;
+    let place: Vec<i32> = (0..rows).map(|at| if here(at) { row(at) as i32 } else { -1 }).collect();
+    let named: Vec<i32> = chosen.iter().map(|e| *e as i32).collect();
+    let places = Places::new(gpu, (top_k, plan.group_size, rows), &place, &named)?;
+    let ((dy, dy_words), (made, made_words)) = (low(&b, tokens, columns, 43)?, low(&b, rows, columns, 44)?);
+    let weights = Tensor::host(tokens, top_k, random(tokens, top_k, 45));
+    let of_experts: Vec<Tensor> =
+        starts.iter().zip(plan.counts()).map(|(from, count)| b.rows(&made, *from, count as usize)).collect();
+    let (drows, dweights) = b.combine_backward(&dy, &of_experts, &weights, &plan);
+    let mut want_rows: Vec<u16> = b.read(&b.stack(&drows))?.iter().map(|x| bf16_bits(*x)).collect();
+    let mut want_weights = b.read(&dweights)?.to_vec();
+    for at in (0..rows).filter(|at| !here(*at)) {
+        want_weights[at] = 0.0;
+        want_rows[row(at) * columns..][..columns].fill(0x7fff);
+    }
+    let (dy, made, weights) = (gpu.upload(&dy_words)?, gpu.upload(&made_words)?, gpu.upload(&b.read(&weights)?)?);
+    let (mut of_rows, mut of_weights) = (0.0, 0.0);
+    for _ in 0..100 {
+        let mut drows = gpu.upload(&vec![0x7fffu16; rows * columns])?;
+        let mut dweights = gpu.upload(&vec![f32::NAN; rows])?;
+        gpu.combine_rows_backward(&dy, &made, &places, &weights, (&mut drows, &mut dweights), columns)?;
+        of_rows += unlike(&gpu.download(&drows)?, &want_rows);
+        of_weights += unlike(&gpu.download(&dweights)?, &want_weights);
+    }
+    let shape = (tokens, top_k, columns);
+    let good = report("combine backward, rows: other bits, of all runs", shape, of_rows, 0.0);
+    Ok(good & report("combine backward, weights: other bits, of all runs", shape, of_weights, 0.0))
+}
+
 /// A thousand times the same product of each kind: no bit differs.
 fn repeated(gpu: &Gpu) -> Result<bool, BackendError> {
     let b = CpuBackend::new(Precision::Fp8);
@@ -354,6 +425,17 @@ fn check() -> Result<bool, BackendError> {
     }
     for (tokens, columns) in [(1, 128), (1001, 1152), (77, 7168)] {
         good &= rows(gpu.gpu(), tokens, columns)?;
+    }
+    // Strips that are not whole, and of more rows than there are stages, of which the number depends on the columns.
+    for (tokens, columns) in
+        [(0, 128), (1, 128), (3, 384), (77, 7168), (1001, 1152), (4611, 512), (8191, 2048), (19, 8192)]
+    {
+        good &= norm_weight(gpu.gpu(), tokens, columns)?;
+    }
+    for (tokens, top_k, columns) in
+        [(0, 8, 128), (1, 8, 128), (3, 1, 384), (33, 32, 256), (51, 11, 640), (1001, 6, 1152), (77, 8, 7168)]
+    {
+        good &= combine_backward(gpu.gpu(), tokens, top_k, columns)?;
     }
     good &= repeated(gpu.gpu())?;
     for (batch, heads, tokens) in [(2, 3, 256), (1, 2, 333)] {

@@ -5,7 +5,8 @@
 //
 // Promised, and checked by tests/peers/hopper/memory.py: every rounding is the reference's. What the reference rounds
 // singly is written with intrinsics, which the compiler does not fuse; where an instruction is saved, it is said why the
-// bits stay. Results depend on a row alone (a tile along the tokens: on its tokens alone), never on the grid.
+// bits stay. Results depend on a row alone (a tile along the tokens: on its tokens alone; the gradient of a norm's weights: on
+// all rows), never on the grid.
 
 #include "hopper.cuh"
 

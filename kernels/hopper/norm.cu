@@ -3,8 +3,11 @@
 //   y:      as x, or null
 //   codes, scales, stride, power: as in quantise.cu; null where no E4M3 is wanted
 //   backward: dx = r * (dy * w - (x * r) * mean of (dy * w) * (x * r)), rounded to BF16
-// Any number of rows; columns a multiple of 128. A CTA takes 4 rows (backward: 2); more CTAs do nothing.
-// Shared memory: for each row, and backward also each row of dy, 2 * columns + PAD bytes.
+//   weight:   dw = the sum over rows of dy * (x * r), FP32; sums: [strips][columns], FP32, what lies between its two kernels
+// Any number of rows; columns a multiple of 128, of weight up to 8,192. A CTA takes 4 rows (backward: 2); more CTAs do
+// nothing. Weight: a CTA takes a strip of `each` rows, and there is one at least.
+// Shared memory: for each row, and backward also each row of dy, 2 * columns + PAD bytes; weight: as much for each row of x
+// and of dy of its 2^depth stages, which are 4 to 16.
 //
 // A row's sum has the order of the reference: 16 partial sums, of every sixteenth element ascending, then a binary tree.
 // That is a chain of columns / 16 additions, so a row waits for it in shared memory while other CTAs' rows are read and
@@ -211,4 +214,109 @@ rms_norm_backward(const u16* __restrict__ x, const float* __restrict__ w, const 
         }
         weight = next;
     }
+}
+
+// ---- the gradient of the weights --------------------------------------------------------------------------------
+
+// Every term and every r is the reference's; the sum has another order, which depends on the number of rows alone: within a
+// strip the rows ascend, then come the strips of each of RUNS runs, then the runs. Each warp does one thing, so that rows come
+// and the chains of the next rows are added while the terms of this one are made.
+constexpr int RUNS = WARPS;
+constexpr int ROOT_WARPS = 2, ROOTS = 2;      // warps that sum squares, and rows of each at a time
+constexpr int WEIGHT = THREADS + (ROOT_WARPS + 1) * 32; // threads: those that add, those that sum squares, and a warp that loads
+constexpr int CHUNKS = 4;                     // of 8 columns, of a thread that adds
+constexpr int MOST_STAGES = 16;
+
+extern "C" __global__ void __launch_bounds__(WEIGHT, 2)
+rms_norm_weight(const u16* __restrict__ x, const u16* __restrict__ dy, float* __restrict__ sums,
+                int rows, int columns, int each, int depth, float eps) {
+    extern __shared__ __align__(16) char memory[];
+    __shared__ u64 barriers[3][MOST_STAGES];
+    __shared__ float r[MOST_STAGES];
+    const u32 full = shared_address(barriers[0]), rooted = shared_address(barriers[1]), empty = shared_address(barriers[2]);
+    const int stages = 1 << depth, pitch = columns * 2 + PAD, warp = threadIdx.x / 32;
+    const int first = blockIdx.x * each, count = min(each, rows - first);
+    // A row's stage, whether that was used an odd number of times before, and where it lies.
+    const auto stage = [&](int i) { return (u32)(i & (stages - 1)); };
+    const auto phase = [&](int i) { return (u32)(i >> depth & 1); };
+    const auto at = [&](int i) { return shared_address(memory) + stage(i) * 2 * pitch; };
+    if (threadIdx.x == 0) {
+        for (int i = 0; i < stages; i++) {
+            barrier_init(full + 8 * i, 1);
+            barrier_init(rooted + 8 * i, 1);
+            barrier_init(empty + 8 * i, WARPS);
+        }
+        barriers_visible();
+    }
+    __syncthreads();
+    if (warp == WARPS + ROOT_WARPS) {
+        if (threadIdx.x % 32) return;
+#pragma unroll 1
+        for (int i = 0; i < count; i++) {
+            const size_t from = (size_t)(first + i) * columns;
+            const u32 bar = full + 8 * stage(i);
+            barrier_wait(empty + 8 * stage(i), phase(i) ^ 1);
+            barrier_expect(bar, columns * 4);
+            load_bytes(at(i), x + from, columns * 2, bar);
+            load_bytes(at(i) + pitch, dy + from, columns * 2, bar);
+        }
+        return;
+    }
+    if (warp >= WARPS) {
+#pragma unroll 1
+        for (int i = (warp - WARPS) * ROOTS; i < count; i += ROOT_WARPS * ROOTS) {
+            // Both halves wait for both rows, so that they stay together. The last row of an odd number is summed by both.
+            const int last = min(i + 1, count - 1), mine = threadIdx.x / CHAINS % ROOTS ? last : i;
+            barrier_wait(full + 8 * stage(i), phase(i));
+            barrier_wait(full + 8 * stage(last), phase(last));
+            const float root = inverse_root<BACK_AHEAD>(at(mine), columns, eps);
+            if (threadIdx.x % CHAINS == 0 && mine == i + (int)(threadIdx.x / CHAINS % ROOTS)) {
+                r[stage(mine)] = root;
+                barrier_arrive(rooted + 8 * stage(mine));
+            }
+        }
+        return;
+    }
+    float sum[CHUNKS][8] = {};
+#pragma unroll 1
+    for (int i = 0; i < count; i++) {
+        const u32 of_x = at(i) + threadIdx.x * 16;
+        barrier_wait(full + 8 * stage(i), phase(i));
+        barrier_wait(rooted + 8 * stage(i), phase(i));
+        const float root = r[stage(i)];
+#pragma unroll
+        for (int c = 0; c < CHUNKS; c++)
+            if ((c * THREADS + threadIdx.x) * 8 < columns) {
+                const Eight a = load_eight(of_x + c * (THREADS * 16)), d = load_eight(of_x + pitch + c * (THREADS * 16));
+#pragma unroll
+                for (int j = 0; j < 8; j++) sum[c][j] = __fadd_rn(sum[c][j], __fmul_rn(d[j], __fmul_rn(a[j], root)));
+            }
+        __syncwarp();
+        if (threadIdx.x % 32 == 0) barrier_arrive(empty + 8 * stage(i));
+    }
+#pragma unroll
+    for (int c = 0; c < CHUNKS; c++)
+        if ((c * THREADS + threadIdx.x) * 8 < columns) {
+            float4* const to = (float4*)(sums + (size_t)blockIdx.x * columns + (c * THREADS + threadIdx.x) * 8);
+            to[0] = {sum[c][0], sum[c][1], sum[c][2], sum[c][3]};
+            to[1] = {sum[c][4], sum[c][5], sum[c][6], sum[c][7]};
+        }
+}
+
+// A CTA takes 32 columns, a warp a run of strips: one chain over all strips would wait for memory longer than the rows do.
+extern "C" __global__ void __launch_bounds__(THREADS)
+rms_norm_weight_sum(const float* __restrict__ sums, float* __restrict__ dw, int strips, int columns) {
+    __shared__ float runs[RUNS][32];
+    const int lane = threadIdx.x % 32, warp = threadIdx.x / 32, column = blockIdx.x * 32 + lane;
+    const int run = (strips + RUNS - 1) / RUNS, end = min(strips, (warp + 1) * run);
+    float sum = 0;
+#pragma unroll 32
+    for (int i = warp * run; i < end; i++) sum = __fadd_rn(sum, __ldg(sums + (size_t)i * columns + column));
+    runs[warp][lane] = sum;
+    __syncthreads();
+    if (warp) return;
+    sum = 0;
+#pragma unroll
+    for (int i = 0; i < RUNS; i++) sum = __fadd_rn(sum, runs[i][lane]);
+    dw[column] = sum;
 }

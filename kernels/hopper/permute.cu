@@ -8,8 +8,10 @@
 //   rows:    [rows][columns], BF16; weights: [tokens][top_k], FP32, or null for ones
 //   experts: [tokens][top_k], numbers of experts; group_size: experts of a group
 //   y:       [tokens][columns], BF16
+//   dy, drows, dweights: gradients, as y, rows and weights; rows of drows that no place names stay
 // Any number of tokens; top_k up to 32; columns a multiple of 128. A warp takes 8 tiles of a token in dispatch, 256 columns
-// of one in combine; more warps do nothing.
+// of one in combine, 8 choices of one in combine_backward; more warps do nothing. Shared memory of combine_backward: 2 * STAGE
+// bytes of each warp.
 
 #include "memory.cuh"
 
@@ -109,4 +111,99 @@ combine(const u16* __restrict__ rows, const int* __restrict__ place, const float
         }
     }
     if (column < columns) store8(y + (size_t)token * columns + column, make8([&](int j) { return __fadd_rn(total[j], rounded(sum[j])); }));
+}
+
+// ---- the gradients of combine -----------------------------------------------------------------------------------
+
+constexpr int CHAINS = 16;                    // partial sums of a dot product, of every sixteenth element, as in the reference
+constexpr int CHOICES = 8, SHARE = 32 / CHOICES; // rows of a warp; lanes of a row, of which each has 4 neighbouring chains
+constexpr int PIECE = 256;                    // columns at a time, 8 of a lane
+constexpr int PITCH = PIECE * 2 + 32;         // bytes between rows, so that those that a half-warp reads lie in different banks
+constexpr int STAGE = (CHOICES + 1) * PITCH;  // a piece of the rows, and of dy
+constexpr int AHEAD = 8;                      // elements of a chain that are fetched before they are added
+
+// Copies 16 bytes to shared memory while the thread goes on, or zeros.
+__device__ __forceinline__ void copy16(u32 to, const u16* from, bool there) {
+    asm volatile("cp.async.cg.shared.global [%0], [%1], 16, %2;" :: "r"(to), "l"(from), "r"(there ? 16 : 0) : "memory");
+}
+__device__ __forceinline__ void copies_close() { asm volatile("cp.async.commit_group;" ::: "memory"); }
+// All groups of copies but the newest are there.
+__device__ __forceinline__ void copies_wait() { asm volatile("cp.async.wait_group 1;" ::: "memory"); }
+__device__ __forceinline__ uint2 load_four(u32 address) {
+    uint2 v; asm volatile("ld.shared.v2.b32 {%0, %1}, [%2];" : "=r"(v.x), "=r"(v.y) : "r"(address)); return v;
+}
+
+// drows = weight * dy, rounded; dweights = the sum of dy * row in the reference's order, 0 where the choice is not here. A
+// chain needs elements that lie apart and a load brings neighbours, so pieces of the rows go through shared memory.
+extern "C" __global__ void __launch_bounds__(THREADS)
+combine_backward(const u16* __restrict__ dy, const u16* __restrict__ rows, const int* __restrict__ place, const float* __restrict__ weights,
+                 u16* __restrict__ drows, float* __restrict__ dweights, int tokens, int top_k, int columns) {
+    extern __shared__ __align__(16) char memory[];
+    const u32 item = blockIdx.x * WARPS + threadIdx.x / 32, parts = (top_k + CHOICES - 1) / CHOICES, lane = threadIdx.x % 32;
+    const u32 token = item / parts, choice = item % parts * CHOICES + lane / SHARE;
+    if (token >= tokens) return;
+    const size_t slot = (size_t)token * top_k + choice;
+    const int row = choice < top_k ? __ldg(place + slot) : -1;
+    const float weight = row >= 0 ? __ldg(weights + slot) : 0.f;
+    int to[CHOICES];
+    float by[CHOICES];
+#pragma unroll
+    for (int i = 0; i < CHOICES; i++) {
+        to[i] = __shfl_sync(~0u, row, i * SHARE);
+        by[i] = __shfl_sync(~0u, weight, i * SHARE);
+    }
+    const u32 in = shared_address(memory) + threadIdx.x / 32 * (2 * STAGE);
+    const auto stage = [&](int from) { return in + from / PIECE % 2 * STAGE; };
+    // A piece from this column on; what is beyond the columns, or not here, is zeros and changes no sum.
+    const auto bring = [&](int from) {
+        const int column = from + lane * 8;
+        const u32 at = stage(from) + lane * 16;
+        if (from < columns) {
+#pragma unroll
+            for (int i = 0; i < CHOICES; i++)
+                copy16(at + i * PITCH, rows + (size_t)max(to[i], 0) * columns + column, to[i] >= 0 && column < columns);
+            copy16(at + CHOICES * PITCH, dy + (size_t)token * columns + column, column < columns);
+        }
+        copies_close();
+    };
+    float sum[4] = {};
+    bring(0);
+#pragma unroll 1
+    for (int from = 0; from < columns; from += PIECE) {
+        bring(from + PIECE);
+        copies_wait();
+        __syncwarp();
+        const u32 of_dy = stage(from) + CHOICES * PITCH, mine = stage(from) + lane / SHARE * PITCH + lane % SHARE * 8;
+#pragma unroll 1
+        for (int c = 0; c < PIECE / CHAINS; c += AHEAD) {
+            uint2 a[AHEAD], d[AHEAD];
+#pragma unroll
+            for (int i = 0; i < AHEAD; i++) {
+                a[i] = load_four(mine + (c + i) * (CHAINS * 2));
+                d[i] = load_four(of_dy + lane % SHARE * 8 + (c + i) * (CHAINS * 2));
+            }
+#pragma unroll
+            for (int i = 0; i < AHEAD; i++) {
+                sum[0] = __fadd_rn(sum[0], __fmul_rn(first_of(d[i].x), first_of(a[i].x)));
+                sum[1] = __fadd_rn(sum[1], __fmul_rn(second_of(d[i].x), second_of(a[i].x)));
+                sum[2] = __fadd_rn(sum[2], __fmul_rn(first_of(d[i].y), first_of(a[i].y)));
+                sum[3] = __fadd_rn(sum[3], __fmul_rn(second_of(d[i].y), second_of(a[i].y)));
+            }
+        }
+        const int column = from + lane * 8;
+        const Eight d = eight(load_shared4(of_dy + lane * 16));
+#pragma unroll
+        for (int i = 0; i < CHOICES; i++)
+            if (to[i] >= 0 && column < columns)
+                store8(drows + (size_t)to[i] * columns + column, make8([&](int j) { return __fmul_rn(by[i], d[j]); }));
+        // The next round fills this stage.
+        __syncwarp();
+    }
+    // The reference's tree: chains 8 apart, then 4, which are other lanes', then 2 and 1.
+#pragma unroll
+    for (int apart = SHARE / 2; apart; apart /= 2)
+#pragma unroll
+        for (int j = 0; j < 4; j++) sum[j] = __fadd_rn(sum[j], __shfl_down_sync(~0u, sum[j], apart, SHARE));
+    const float total = __fadd_rn(__fadd_rn(sum[0], sum[2]), __fadd_rn(sum[1], sum[3]));
+    if (lane % SHARE == 0 && choice < top_k) dweights[slot] = row >= 0 ? total : 0.f;
 }

@@ -15,6 +15,9 @@ const WORKSPACE: usize = 32 << 20;
 impl Gpu {
     /// A copy of host memory.
     pub fn upload<T: DeviceRepr>(&self, data: &[T]) -> Result<CudaSlice<T>, BackendError> {
+        if data.is_empty() {
+            return self.room(0);
+        }
         self.stream.clone_htod(data).map_err(|e| self.error(e))
     }
 

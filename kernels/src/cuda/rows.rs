@@ -65,7 +65,14 @@ impl Gpu {
     /// Memory of the operation's result; nothing is in it yet.
     pub(super) fn room<T: cudarc::driver::DeviceRepr>(&self, elements: usize) -> Result<CudaSlice<T>, BackendError> {
         // SAFETY: any bits are a number; callers write what they mean before they read it.
-        unsafe { self.stream.alloc(elements) }.map_err(|e| self.error(format!("{elements} elements: {e}")))
+        let memory = unsafe { self.stream.alloc(elements.max(1)) }
+            .map_err(|e| self.error(format!("{elements} elements: {e}")))?;
+        if elements > 0 {
+            return Ok(memory);
+        }
+        // The driver promises nothing of an allocation without bytes, so an empty matrix has an element that nobody sees.
+        // SAFETY: the memory is of this stream, belongs to nothing else, and is longer than what is said of it.
+        Ok(unsafe { self.stream.upgrade_device_ptr(memory.leak(), 0) })
     }
 
     /// Memory for codes and scales.
@@ -127,6 +134,51 @@ impl Gpu {
         )
     }
 
+    /// How the gradient of a norm's weights splits so many rows: strips, at least one, and the rows of each but the last. It
+    /// depends on their number alone, so that every card adds in the same order. 256 strips keep two of them on each
+    /// multiprocessor, while what is written between is small.
+    pub fn strips(rows: usize) -> (usize, usize) {
+        let each = rows.div_ceil(256).next_multiple_of(2).max(8);
+        (rows.div_ceil(each).max(1), each)
+    }
+
+    /// Gradient of the weights of an RMSNorm: `x_RC, dy_RC -> dw_C`. `sums` is room for a row of each of [`Self::strips`].
+    pub fn rms_norm_weight_gradient(
+        &self,
+        x: &CudaSlice<u16>,
+        dy: &CudaSlice<u16>,
+        sums: &mut CudaSlice<f32>,
+        dw: &mut CudaSlice<f32>,
+        eps: f32,
+    ) -> Result<(), BackendError> {
+        let columns = dw.len();
+        let fits = columns.is_multiple_of(TILE) && (TILE..=8192).contains(&columns);
+        assert!(fits, "{columns} columns in tiles of {TILE}, at most 8192");
+        let rows = x.len() / columns;
+        let (strips, each) = Self::strips(rows);
+        let lengths = (x.len(), dy.len(), sums.len());
+        assert_eq!(lengths, (rows * columns, rows * columns, strips * columns), "elements of a norm and its strips");
+        self.sum_strips(x, dy, sums, [rows, columns, strips, each], eps)?;
+        let (count, c) = (strips as i32, columns as i32);
+        run!(self, NORM, "rms_norm_weight_sum", (columns / 32, 256, 0), &*sums, dw, &count, &c)
+    }
+
+    /// The sum of each strip, of which the caller has asserted the lengths.
+    fn sum_strips(
+        &self,
+        x: &CudaSlice<u16>,
+        dy: &CudaSlice<u16>,
+        sums: &mut CudaSlice<f32>,
+        [rows, columns, strips, each]: [usize; 4],
+        eps: f32,
+    ) -> Result<(), BackendError> {
+        // As many stages as two blocks of a multiprocessor have room for, which each need some 1.5 kB besides.
+        let stage = 2 * (2 * columns + 32);
+        let depth = [4i32, 3].into_iter().find(|depth| stage << depth <= 115_200).unwrap_or(2);
+        let (r, c, each) = (rows as i32, columns as i32, each as i32);
+        run!(self, NORM, "rms_norm_weight", (strips, 352, stage << depth), x, dy, sums, &r, &c, &each, &depth, &eps)
+    }
+
     /// SwiGLU of `gate_RC` and `up_RC` to BF16 and to E4M3.
     pub fn swiglu_quantised(
         &self,
@@ -184,6 +236,43 @@ impl Gpu {
             &k,
             &c,
             &size
+        )
+    }
+
+    /// Gradients of [`Self::combine_rows`]: of the experts' rows, where a place names them, and of the weights, 0 where the
+    /// choice is not here.
+    pub fn combine_rows_backward(
+        &self,
+        dy: &CudaSlice<u16>,
+        rows: &CudaSlice<u16>,
+        places: &Places,
+        weights: &CudaSlice<f32>,
+        (drows, dweights): (&mut CudaSlice<u16>, &mut CudaSlice<f32>),
+        columns: usize,
+    ) -> Result<(), BackendError> {
+        let (tokens, top_k) = (places.tokens, places.top_k);
+        assert!(columns.is_multiple_of(TILE), "{columns} columns in tiles of {TILE}");
+        assert_eq!([rows.len(), drows.len()], [places.rows * columns; 2], "elements of the experts' rows");
+        let lengths = (dy.len(), weights.len(), dweights.len());
+        assert_eq!(lengths, (tokens * columns, tokens * top_k, tokens * top_k), "elements of a combine's gradients");
+        let blocks = (tokens * top_k.div_ceil(8)).div_ceil(WARPS);
+        // Two stages of each warp, of nine rows of 256 columns, 32 bytes apart.
+        let shared = WARPS * 2 * 9 * (2 * 256 + 32);
+        let (t, k, c) = (tokens as i32, top_k as i32, columns as i32);
+        run!(
+            self,
+            PERMUTE,
+            "combine_backward",
+            (blocks, 256, shared),
+            dy,
+            rows,
+            &places.place,
+            weights,
+            drows,
+            dweights,
+            &t,
+            &k,
+            &c
         )
     }
 

@@ -28,7 +28,7 @@ pub(crate) enum What {
     Grouped,
     /// Weight gradients grouped over tokens.
     Wgrad,
-    /// What is done to rows: quantise, norm, SwiGLU, dispatch, combine, turn.
+    /// What is done to rows: quantise, norm and its weights' gradient, SwiGLU, dispatch, combine, its gradients, turn.
     Quantise,
     /// Causal attention, forward and backward, deterministic.
     Attention,
@@ -197,68 +197,93 @@ fn wgrad(gpu: &Gpu) -> Result<()> {
     Ok(())
 }
 
-/// What is done to rows, against the copy of as many bytes.
+/// A line of what is done to rows, against the copy of as many bytes.
+fn line(gpu: &Gpu, what: &str, [rows, columns]: [usize; 2], bytes: usize, time: f64) -> Result<()> {
+    let (rate, copy) = (bytes as f64 / time, best(|| Ok(1.0 / gpu.copy_rate(bytes / 2)?))?);
+    println!(
+        "{}",
+        json!({
+            "bench": what, "rows": rows, "columns": columns, "gb_per_s": rate / 1e9,
+            "limit": "copy of as many bytes", "limit_gb_per_s": 1e-9 / copy, "share": rate * copy,
+        })
+    );
+    Ok(())
+}
+
+/// What is done to rows.
 fn rows(gpu: &Gpu) -> Result<()> {
-    let (tokens, top_k, experts) = (8192usize, 8usize, 64usize);
     for columns in [2048usize, 7168] {
-        let n = tokens * columns;
-        let scales = 4 * n / 128;
-        let x = gpu.upload(&random_bf16(n, 6))?;
-        let up = gpu.upload(&random_bf16(n, 7))?;
-        let weight = gpu.upload(&vec![1.0f32; columns])?;
-        let mut y = gpu.upload(&vec![0u16; n])?;
-        let mut out = gpu.codes(tokens, columns)?;
-        let line = |what: &str, bytes: usize, time: f64| -> Result<()> {
-            let (rate, copy) = (bytes as f64 / time, best(|| Ok(1.0 / gpu.copy_rate(bytes / 2)?))?);
-            println!(
-                "{}",
-                json!({
-                    "bench": what, "rows": tokens, "columns": columns, "gb_per_s": rate / 1e9,
-                    "limit": "copy of as many bytes", "limit_gb_per_s": 1e-9 / copy, "share": rate * copy,
-                })
-            );
-            Ok(())
-        };
-        let time = best(|| Ok(gpu.seconds(REPETITIONS, || gpu.quantise_rows(&x, &mut out, false))?))?;
-        line("quantise", 3 * n + scales, time)?;
-        let norm = |y: &mut _, out: &mut _| gpu.rms_norm_quantised(&x, &weight, y, out, 1e-6);
-        let time = best(|| Ok(gpu.seconds(REPETITIONS, || norm(&mut y, &mut out))?))?;
-        line("RMSNorm and quantise", 5 * n + scales, time)?;
-        let time = best(|| Ok(gpu.seconds(REPETITIONS, || gpu.swiglu_quantised(&x, &up, &mut y, &mut out))?))?;
-        line("SwiGLU and quantise", 7 * n + scales, time)?;
-        let groups = Groups::new(gpu, &[tokens as u32 / 8; 8])?;
-        let mut turned = gpu.codes(columns, tokens)?;
-        let time = best(|| Ok(gpu.seconds(REPETITIONS, || gpu.turn(&x, &groups, &mut turned, false))?))?;
-        line("turn and quantise", 3 * n + scales, time)?;
-        // Each token's choices, spread over the experts; rows lie by expert.
-        let choice = |t: usize, k: usize| (t * 11 + k * (experts / top_k)) % experts;
-        let mut chosen: Vec<Vec<usize>> = (0..tokens).map(|t| (0..top_k).map(|k| choice(t, k)).collect()).collect();
-        chosen.iter_mut().for_each(|list| list.sort_unstable());
-        let mut next = vec![0i32; experts];
-        let each = (tokens * top_k / experts) as i32;
-        let flat: Vec<usize> = chosen.concat();
-        let place: Vec<i32> = flat
-            .iter()
-            .map(|e| {
-                next[*e] += 1;
-                *e as i32 * each + next[*e] - 1
-            })
-            .collect();
-        let named: Vec<i32> = flat.iter().map(|e| *e as i32).collect();
-        let places = Places::new(gpu, (top_k, 8, tokens * top_k), &place, &named)?;
-        let made = gpu.upload(&random_bf16(n * top_k, 8))?;
-        let weights = gpu.upload(&vec![0.125f32; tokens * top_k])?;
-        let time =
-            best(|| Ok(gpu.seconds(REPETITIONS, || gpu.combine_rows(&made, &places, &weights, &mut y, columns))?))?;
-        line("combine", 2 * n * (top_k + 1) + 12 * tokens * top_k, time)?;
-        let (mut sent, mut sent_scales) =
-            (gpu.upload(&vec![0u8; n * top_k])?, gpu.upload(&vec![0f32; n * top_k / 128])?);
-        let dispatch =
-            |sent: &mut _, scales: &mut _| gpu.dispatch_quantised(&x, &places, (sent, scales), columns, true);
-        let time = best(|| Ok(gpu.seconds(REPETITIONS, || dispatch(&mut sent, &mut sent_scales))?))?;
-        line("dispatch and quantise", 2 * n + top_k * (n + scales) + 4 * tokens * top_k, time)?;
+        in_place(gpu, [8192, columns])?;
+        routed(gpu, [8192, columns])?;
     }
     Ok(())
+}
+
+/// What leaves rows where they are.
+fn in_place(gpu: &Gpu, shape: [usize; 2]) -> Result<()> {
+    let [tokens, columns] = shape;
+    let n = tokens * columns;
+    let scales = 4 * n / 128;
+    let x = gpu.upload(&random_bf16(n, 6))?;
+    let up = gpu.upload(&random_bf16(n, 7))?;
+    let weight = gpu.upload(&vec![1.0f32; columns])?;
+    let mut y = gpu.upload(&vec![0u16; n])?;
+    let mut out = gpu.codes(tokens, columns)?;
+    let time = best(|| Ok(gpu.seconds(REPETITIONS, || gpu.quantise_rows(&x, &mut out, false))?))?;
+    line(gpu, "quantise", shape, 3 * n + scales, time)?;
+    let norm = |y: &mut _, out: &mut _| gpu.rms_norm_quantised(&x, &weight, y, out, 1e-6);
+    let time = best(|| Ok(gpu.seconds(REPETITIONS, || norm(&mut y, &mut out))?))?;
+    line(gpu, "RMSNorm and quantise", shape, 5 * n + scales, time)?;
+    let mut sums = gpu.upload(&vec![0f32; Gpu::strips(tokens).0 * columns])?;
+    let mut dw = gpu.upload(&vec![0f32; columns])?;
+    let gradient = |sums: &mut _, dw: &mut _| gpu.rms_norm_weight_gradient(&x, &up, sums, dw, 1e-6);
+    let time = best(|| Ok(gpu.seconds(REPETITIONS, || gradient(&mut sums, &mut dw))?))?;
+    line(gpu, "RMSNorm, gradient of the weights", shape, 4 * n + 4 * columns, time)?;
+    let time = best(|| Ok(gpu.seconds(REPETITIONS, || gpu.swiglu_quantised(&x, &up, &mut y, &mut out))?))?;
+    line(gpu, "SwiGLU and quantise", shape, 7 * n + scales, time)?;
+    let groups = Groups::new(gpu, &[tokens as u32 / 8; 8])?;
+    let mut turned = gpu.codes(columns, tokens)?;
+    let time = best(|| Ok(gpu.seconds(REPETITIONS, || gpu.turn(&x, &groups, &mut turned, false))?))?;
+    line(gpu, "turn and quantise", shape, 3 * n + scales, time)
+}
+
+/// What moves rows to experts and back.
+fn routed(gpu: &Gpu, shape: [usize; 2]) -> Result<()> {
+    let ([tokens, columns], top_k, experts) = (shape, 8usize, 64usize);
+    let n = tokens * columns;
+    let scales = 4 * n / 128;
+    let x = gpu.upload(&random_bf16(n, 6))?;
+    let mut y = gpu.upload(&vec![0u16; n])?;
+    // Each token's choices, spread over the experts; rows lie by expert.
+    let choice = |t: usize, k: usize| (t * 11 + k * (experts / top_k)) % experts;
+    let mut chosen: Vec<Vec<usize>> = (0..tokens).map(|t| (0..top_k).map(|k| choice(t, k)).collect()).collect();
+    chosen.iter_mut().for_each(|list| list.sort_unstable());
+    let mut next = vec![0i32; experts];
+    let each = (tokens * top_k / experts) as i32;
+    let flat: Vec<usize> = chosen.concat();
+    let place: Vec<i32> = flat
+        .iter()
+        .map(|e| {
+            next[*e] += 1;
+            *e as i32 * each + next[*e] - 1
+        })
+        .collect();
+    let named: Vec<i32> = flat.iter().map(|e| *e as i32).collect();
+    let places = Places::new(gpu, (top_k, 8, tokens * top_k), &place, &named)?;
+    let made = gpu.upload(&random_bf16(n * top_k, 8))?;
+    let weights = gpu.upload(&vec![0.125f32; tokens * top_k])?;
+    let time = best(|| Ok(gpu.seconds(REPETITIONS, || gpu.combine_rows(&made, &places, &weights, &mut y, columns))?))?;
+    line(gpu, "combine", shape, 2 * n * (top_k + 1) + 12 * tokens * top_k, time)?;
+    let (mut drows, mut dweights) = (gpu.upload(&vec![0u16; n * top_k])?, gpu.upload(&vec![0f32; tokens * top_k])?);
+    let backward = |drows: &mut _, dweights: &mut _| {
+        gpu.combine_rows_backward(&x, &made, &places, &weights, (drows, dweights), columns)
+    };
+    let time = best(|| Ok(gpu.seconds(REPETITIONS, || backward(&mut drows, &mut dweights))?))?;
+    line(gpu, "combine, gradients", shape, 2 * n * (2 * top_k + 1) + 12 * tokens * top_k, time)?;
+    let (mut sent, mut sent_scales) = (gpu.upload(&vec![0u8; n * top_k])?, gpu.upload(&vec![0f32; n * top_k / 128])?);
+    let dispatch = |sent: &mut _, scales: &mut _| gpu.dispatch_quantised(&x, &places, (sent, scales), columns, true);
+    let time = best(|| Ok(gpu.seconds(REPETITIONS, || dispatch(&mut sent, &mut sent_scales))?))?;
+    line(gpu, "dispatch and quantise", shape, 2 * n + top_k * (n + scales) + 4 * tokens * top_k, time)
 }
 
 /// Attention as latent attention trains it. Products count once for each score that a token sees: two forward, five
