@@ -10,7 +10,7 @@ PYTHON := target/python
 TEXT := tokio syn rustls zerocopy chrono time quinn-proto winnow clap_builder ractor tokenizers futures-util proptest \
 	tracing-subscriber rayon
 
-.PHONY: train test kernels conformance precision rate verify bench chaos chaos-full simulate gpu-check setup setup-test \
+.PHONY: train test kernels conformance precision rate verify bench chaos chaos-full chaos-times simulate gpu-check setup setup-test \
 	setup-python setup-peers build
 
 ## Build, then train the quickstart: a supervisor and three nodes on this machine.
@@ -68,6 +68,13 @@ chaos: build
 chaos-full: build
 	$(PROGRAM) chaos configs/chaos/full.toml configs/tiny.toml --set run.folder=runs/chaos-full-$(NOW) \
 		--set train.steps=8000 --set checkpoint.every=100
+
+## How soon deaths and hangs are known, and how soon the job goes on: 200 of each on the tiny model.
+chaos-times: build
+	$(PROGRAM) chaos configs/chaos/deaths.toml configs/tiny.toml --set run.folder=runs/deaths-$(NOW) \
+		--set train.steps=30000 --set checkpoint.every=500
+	$(PROGRAM) chaos configs/chaos/stops.toml configs/tiny.toml --set run.folder=runs/stops-$(NOW) \
+		--set train.steps=60000 --set checkpoint.every=500
 
 ## Many seeds of the simulated job, then each planted bug.
 simulate: build
