@@ -115,7 +115,7 @@ impl Supervisor {
         }
         let nodes: Vec<NodeId> = s.table.nodes.keys().copied().collect();
         for node in nodes {
-            s.membership.expect(now + membership::RETURN, node);
+            s.membership.expect(now, node);
         }
         let unheard = if s.table.primaries.contains(&None) { BTreeSet::new() } else { s.placed_copies() };
         s.commit.restore(s.last.as_ref().map_or(s.table.base, |l| l.commit.step), unheard);

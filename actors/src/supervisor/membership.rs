@@ -6,7 +6,8 @@
 //! - MB-1: a node expires only if it was silent for longer than is allowed it, as the supervisor saw time.
 //! - MB-2: the supervisor's own stalls don't count: time that passed between two looks beyond
 //!   [`LOOK_MAX`] is given back to every node.
-//! - MB-3: what is allowed lies between [`LEAST`] and [`MOST`], whatever came before: there is nothing to tune.
+//! - MB-3: what is allowed lies between [`LEAST`] and [`MOST`], whatever came before: there is nothing to tune. Only the
+//!   first beat may take [`FIRST`] longer.
 
 use crate::ids::NodeId;
 use std::collections::{BTreeMap, VecDeque};
@@ -14,10 +15,11 @@ use std::time::Duration;
 
 /// Silence that is allowed even to a node whose beats come like a clock's: several of them may be late at once.
 const LEAST: Duration = Duration::from_millis(500);
-/// Silence that is allowed at most, and to a node that nothing is known of: with a look it stays under a second.
-pub(crate) const MOST: Duration = Duration::from_millis(850);
-/// Nodes that come back to a new life of the supervisor get so much more: they must find it first.
-pub(crate) const RETURN: Duration = Duration::from_millis(2000);
+/// Silence that is allowed at most, and to a node of which little is known: with a look it stays under a second.
+const MOST: Duration = Duration::from_millis(850);
+/// So much more is allowed before the first beat: a new node has its actors to start, and one that a new life of the
+/// supervisor knows from its log must find it first.
+const FIRST: Duration = Duration::from_millis(2000);
 /// The supervisor looks at least this often unless it was stalled itself.
 const LOOK_MAX: Duration = Duration::from_millis(100);
 /// Pauses between beats that are remembered, and with how few nothing is known yet.
@@ -39,14 +41,14 @@ struct Beats {
 
 impl Beats {
     fn beat(&mut self, now: Duration) {
-        // After a stall of the supervisor's, or before the node is back, the last beat lies ahead: that is no pause.
+        // Before the first beat that was expected there was no pause.
         if let Some(pause) = now.checked_sub(self.heard) {
             self.pauses.push_back(pause.as_secs_f64());
             if self.pauses.len() > PAUSES {
                 self.pauses.pop_front();
             }
-            self.heard = now;
         }
+        self.heard = now;
     }
 
     /// Silence that is allowed (MB-3).
@@ -82,9 +84,9 @@ pub(crate) struct Membership {
 }
 
 impl Membership {
-    /// A node is in the job, and will be heard of from `now` on.
+    /// A node is in the job, and will be heard of.
     pub(crate) fn expect(&mut self, now: Duration, node: NodeId) {
-        self.beats.insert(node, Beats { heard: now, pauses: VecDeque::new() });
+        self.beats.insert(node, Beats { heard: now + FIRST, pauses: VecDeque::new() });
     }
 
     /// A node's beat.
@@ -127,6 +129,7 @@ mod tests {
         let mut m = Membership::default();
         let mut now = 0;
         m.expect(ms(now), NODE);
+        m.beat(ms(now), NODE);
         for pause in pauses {
             let end = now + pause;
             while now < end {
@@ -148,6 +151,7 @@ mod tests {
     fn a_silent_node_expires_and_a_talking_one_does_not() {
         let (mut m, mut now) = after([]);
         m.expect(ms(now), NodeId(2));
+        m.expect(ms(now), NodeId(3));
         let expired = loop {
             now += 50;
             m.beat(ms(now), NodeId(2));
@@ -157,6 +161,15 @@ mod tests {
             }
         };
         assert_eq!(expired, [Silent { node: NODE, silence: MOST, allowed: MOST }]);
+        m.forget(NODE);
+        // Before its first beat a node has longer.
+        assert!(m.expired(ms(now)).is_empty());
+        let end = |m: &mut Membership, now: u64| {
+            m.beat(ms(now), NodeId(2));
+            !m.expired(ms(now)).is_empty()
+        };
+        let first = (now / 50..).map(|n| 50 * n).find(|now| end(&mut m, *now));
+        assert_eq!(first, Some(2850));
     }
 
     /// MB-3: the steadier the beats, the sooner silence is noticed, within limits.
