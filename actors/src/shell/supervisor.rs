@@ -366,7 +366,7 @@ impl State {
                 }
             }
             // An operator, or a node that never joined, has gone.
-            // Whether a member lives is for its lease and its process to say.
+            // Whether a member lives is for its beats and its process to say.
             HubEvent::Down(peer) if !self.peers.values().any(|p| *p == peer) => self.hub.close(peer),
             HubEvent::Broken(peer, why) => self.on_end_of(peer, format!("its session is over: {why}")),
             HubEvent::Up(_) | HubEvent::Down(_) => {}

@@ -1,4 +1,4 @@
-//! Watches over processes of this machine: the kernel tells when one ends, faster than any lease.
+//! Watches over processes of this machine: the kernel tells when one ends, sooner than its silence does.
 
 use super::machine;
 use super::supervisor::Msg;
@@ -18,7 +18,7 @@ pub(super) fn watch(myself: &ActorRef<Msg>, info: &NodeInfo) {
         Err(rustix::io::Errno::SRCH) => {
             let _ = myself.cast(Msg::ProcessEnded(peer));
         }
-        // Without this watch there is still the lease.
+        // Without this watch there are still its beats.
         Err(error) => tracing::warn!(%error, pid = info.pid, "a node's process cannot be watched"),
         Ok(fd) => {
             let myself = myself.clone();

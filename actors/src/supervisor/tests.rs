@@ -301,8 +301,8 @@ fn actors_move_to_a_new_node_only_with_a_commit() {
     };
     let before = places(&job);
     job.on(SupervisorEvent::Join(info(3)));
-    let lost = |e: &Entry| e.node == NodeId(3);
-    let copies = job.supervisor.table().entries.iter().filter(|(_, e)| lost(e)).map(|(a, _)| *a).collect::<Vec<_>>();
+    let came = |e: &Entry| e.node == NodeId(3);
+    let copies = job.supervisor.table().entries.iter().filter(|(_, e)| came(e)).map(|(a, _)| *a).collect::<Vec<_>>();
     assert!(!copies.is_empty() && copies.iter().all(|a| matches!(a, ActorId::Reducer { .. })), "{copies:?}");
     assert_eq!(places(&job), before);
     let mut effects = Vec::new();

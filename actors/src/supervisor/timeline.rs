@@ -94,6 +94,9 @@ impl Timeline {
     /// The decision is on disk and announced.
     pub(super) fn announced(&mut self, now: Duration) {
         self.announced.get_or_insert(now);
+        if self.waiting.is_empty() {
+            self.fetched.get_or_insert(now);
+        }
     }
 
     /// A new life has its weights or state.

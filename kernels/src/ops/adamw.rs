@@ -56,8 +56,8 @@ impl Moment for Bf16 {
     }
 }
 
-/// Mixes an element's bits with its index, of which `key` is a multiple, into two words. Nothing is lost on the way: no
-/// two elements are alike in both. The second is mixed as splitmix64 does it, so that changes don't undo each other.
+/// Mixes an element's bits with its index, of which `key` is a multiple, into two words. No two values
+/// of one element are alike in both. The second is mixed as splitmix64 does it, so that changes don't undo each other.
 #[inline(always)]
 fn mix(key: u64, [a, b]: [u64; 2]) -> [u64; 2] {
     const BY: u64 = 0xBF58_476D_1CE4_E5B9;

@@ -58,7 +58,7 @@ struct Killer {
     done: u64,
     next: Instant,
     stopped: Option<(u32, Instant)>,
-    /// Milliseconds since 1970 of each kill.
+    /// Milliseconds since 1970 of each kill, and of what.
     times: Vec<(u64, Target)>,
 }
 
@@ -79,12 +79,17 @@ impl Killer {
         {
             launcher::kill(pid, Signal::CONT);
             self.stopped = None;
+            // It joins again before it may be stopped again.
+            self.next = self.next.max(Instant::now() + Duration::from_secs(1));
         }
-        // The first step shows that the job runs. A stopped node is woken before another one is.
-        if self.done == self.plan.kills || targets.steps == 0 || Instant::now() < self.next || self.stopped.is_some() {
+        // The first step shows that the job runs.
+        if self.done == self.plan.kills || targets.steps == 0 || Instant::now() < self.next {
             return;
         }
         let target = self.plan.targets[self.done as usize % self.plan.targets.len()];
+        if target == Target::Stop && self.stopped.is_some() {
+            return;
+        }
         let n = targets.nodes.len().max(1) as u64;
         let first = self.draw(1) % n;
         match target {

@@ -241,11 +241,14 @@ fn run(command: Command) -> Result<ExitCode> {
 fn say_panics() {
     std::panic::set_hook(Box::new(|info| {
         let thread = std::thread::current();
-        eprintln!("thread '{}' {info}", thread.name().unwrap_or("without a name"));
+        // Not `eprintln`: a panic in here would end the process.
+        let _ = writeln!(std::io::stderr(), "thread '{}' {info}", thread.name().unwrap_or("without a name"));
         let backtrace = Backtrace::capture();
         if backtrace.status() == BacktraceStatus::Captured {
             // Without that thread there are the words before.
-            let _ = std::thread::Builder::new().name("backtrace".to_owned()).spawn(move || eprintln!("{backtrace}"));
+            let _ = std::thread::Builder::new().name("backtrace".to_owned()).spawn(move || {
+                let _ = writeln!(std::io::stderr(), "{backtrace}");
+            });
         }
     }));
 }
