@@ -101,6 +101,12 @@ impl Reader {
         names.iter().map(tensor).collect()
     }
 
+    /// What a tensor of a checkpoint should not be.
+    fn wrong(&self, manifest: &Manifest, tensor: &str, reason: String) -> StoreError {
+        let (path, step) = (self.manifest_path(manifest.step), manifest.step);
+        StoreError::Tensor { path, step, tensor: tensor.to_owned(), reason }
+    }
+
     /// Reads one part of a tensor's state.
     fn read_part(
         &self,
@@ -110,12 +116,7 @@ impl Reader {
         columns: usize,
         part: usize,
     ) -> Result<StoredPart, StoreError> {
-        let wrong = |reason: String| StoreError::Tensor {
-            path: self.manifest_path(manifest.step),
-            step: manifest.step,
-            tensor: name.to_owned(),
-            reason,
-        };
+        let wrong = |reason| self.wrong(manifest, name, reason);
         let entry = manifest.entry(name).ok_or_else(|| wrong("is missing".to_owned()))?;
         if (entry.rows, entry.columns) != (rows as u64, columns as u64) {
             return Err(wrong(format!("is {} x {}, expected {rows} x {columns}", entry.rows, entry.columns)));
@@ -154,12 +155,7 @@ impl Reader {
             return Ok(read.words);
         }
         let reason = format!("has part {} in {:?}, expected F32", part as usize, read.element);
-        Err(StoreError::Tensor {
-            path: self.manifest_path(manifest.step),
-            step: manifest.step,
-            tensor: name.to_owned(),
-            reason,
-        })
+        Err(self.wrong(manifest, name, reason))
     }
 
     /// Reads every chunk of a checkpoint.

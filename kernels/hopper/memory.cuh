@@ -3,7 +3,8 @@
 // A tile is 128 elements of a row and has one scale. A half-warp holds a tile, 8 BF16 elements a lane: loads are 16 bytes
 // wide, and a row's tiles are read and written in whole lines.
 //
-// Promised, and checked by tests/peers/hopper/memory.py: every rounding is the reference's. What the reference rounds
+// Promised, and checked by tests/peers/hopper/memory.py (the gradients of a norm's weights and of combine: by
+// kernels/examples/gpu_check.rs): every rounding is the reference's. What the reference rounds
 // singly is written with intrinsics, which the compiler does not fuse; where an instruction is saved, it is said why the
 // bits stay. Results depend on a row alone (a tile along the tokens: on its tokens alone; the gradient of a norm's weights: on
 // all rows), never on the grid.

@@ -5,7 +5,7 @@
 //   codes:   [rows][columns] E4M3, scales: [rows][columns/128]: a row's scales lie together, as they travel. In the order of
 //            quantise.cu each would be written by itself, which takes longer than to write the rows. Rows that no place
 //            names stay.
-//   rows:    [rows][columns], BF16; weights: [tokens][top_k], FP32, or null for ones
+//   rows:    [rows][columns], BF16; weights: [tokens][top_k], FP32; in combine null for ones
 //   experts: [tokens][top_k], numbers of experts; group_size: experts of a group
 //   y:       [tokens][columns], BF16
 //   dy, drows, dweights: gradients, as y, rows and weights; rows of drows that no place names stay

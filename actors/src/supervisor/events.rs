@@ -92,67 +92,19 @@ pub struct Report {
 #[serde(tag = "event", rename_all = "snake_case")]
 #[allow(missing_docs)]
 pub enum Happening {
-    NodeJoined {
-        node: u64,
-        address: String,
-    },
-    NodeReturned {
-        node: u64,
-    },
-    NodeDead {
-        node: u64,
-        why: String,
-        epoch: u64,
-    },
-    NodeFenced {
-        node: u64,
-    },
-    ActorFailed {
-        actor: String,
-        incarnation: u32,
-        reason: String,
-        epoch: u64,
-    },
-    Placed {
-        epoch: u64,
-        actors: usize,
-        nodes: usize,
-    },
-    Moved {
-        epoch: u64,
-        actors: Vec<String>,
-    },
-    RolledBack {
-        to_step: u64,
-        epoch: u64,
-        why: String,
-    },
-    CheckpointStored {
-        step: u64,
-    },
-    SupervisorRestarted {
-        incarnation: u32,
-        committed: u64,
-    },
-    /// `causes` failed, `lives` actors got a new one; `microseconds` of each phase.
-    Recovered {
-        step: u64,
-        milliseconds: u64,
-        causes: Vec<String>,
-        lives: usize,
-        microseconds: Phases,
-    },
-    Waiting {
-        why: String,
-    },
-    Skipped {
-        step: u64,
-        why: String,
-    },
-    CheckpointRefused {
-        why: String,
-    },
-    StrangerRefused {
-        why: String,
-    },
+    NodeJoined { node: u64, address: String },
+    NodeReturned { node: u64 },
+    NodeDead { node: u64, why: String, epoch: u64 },
+    NodeFenced { node: u64 },
+    ActorFailed { actor: String, incarnation: u32, reason: String, epoch: u64 },
+    Placed { epoch: u64, actors: usize, nodes: usize },
+    Moved { epoch: u64, actors: Vec<String> },
+    RolledBack { to_step: u64, epoch: u64, why: String },
+    CheckpointStored { step: u64 },
+    SupervisorRestarted { incarnation: u32, committed: u64 },
+    Recovered { step: u64, milliseconds: u64, causes: Vec<String>, lives: usize, microseconds: Phases },
+    Waiting { why: String },
+    Skipped { step: u64, why: String },
+    CheckpointRefused { why: String },
+    StrangerRefused { why: String },
 }

@@ -31,7 +31,7 @@ const DEVIATIONS: f64 = 7.0;
 const LONGEST: f64 = 2.5;
 
 /// What is known of a node's beats.
-#[derive(Debug, Default)]
+#[derive(Debug)]
 struct Beats {
     /// When it was heard of last.
     heard: Duration,
@@ -107,8 +107,10 @@ impl Membership {
         self.looked = now;
         let look = |(node, beats): (&NodeId, &mut Beats)| {
             beats.heard = (beats.heard + stall).min(now.max(beats.heard));
-            let (silence, allowed) = (now.saturating_sub(beats.heard), beats.allowed());
-            (silence >= allowed).then_some(Silent { node: *node, silence, allowed })
+            let silence = now.saturating_sub(beats.heard);
+            // Most were heard a moment ago: nothing is worked out for them.
+            let allowed = (silence >= LEAST).then(|| beats.allowed()).filter(|allowed| silence >= *allowed)?;
+            Some(Silent { node: *node, silence, allowed })
         };
         self.beats.iter_mut().filter_map(look).collect()
     }

@@ -172,13 +172,6 @@ fn until(what: &[u64], kills: &[(u64, Target)], counts: impl Fn(Target) -> bool)
     all
 }
 
-/// Milliseconds since 1970 of a kind of events.
-fn times(run: &RunFolder, kind: &str) -> Result<Vec<u64>> {
-    let text = std::fs::read_to_string(run.events())?;
-    let events = text.lines().filter_map(|l| serde_json::from_str::<serde_json::Value>(l).ok());
-    Ok(events.filter(|e| e["event"] == kind).filter_map(|e| e["time"].as_u64()).collect())
-}
-
 fn say(what: &str, sorted: &[u64]) {
     let Some(longest) = sorted.last() else { return };
     let at = |part: usize| sorted[(sorted.len() * part / 100).min(sorted.len() - 1)];
@@ -203,10 +196,13 @@ fn compare(disturbed: &RunFolder, reference: &RunFolder, kills: &[(u64, Target)]
         return Ok(ExitCode::FAILURE);
     }
     println!("{} steps, {} kills: every fingerprint equals the undisturbed run's", got.len(), kills.len());
-    let dead = times(disturbed, "node_dead")?;
+    let events = recoveries::events(disturbed)?;
+    let dead = events.iter().filter(|e| e["event"] == "node_dead").filter_map(|e| e["time"].as_u64());
+    let (dead, all) = (dead.collect::<Vec<_>>(), recoveries::among(&events)?);
+    let recovered: Vec<u64> = all.iter().map(|r| r.time).collect();
     say("from a node's death to the supervisor's knowledge", &until(&dead, kills, |t| t == Target::Node));
     say("from a node's stop to the supervisor's knowledge", &until(&dead, kills, |t| t == Target::Stop));
-    say("from a kill to the first commit after it", &until(&times(disturbed, "recovered")?, kills, |_| true));
-    print!("{}", recoveries::table(&recoveries::read(disturbed)?));
+    say("from a kill to the first commit after it", &until(&recovered, kills, |_| true));
+    print!("{}", recoveries::table(&all));
     Ok(ExitCode::SUCCESS)
 }

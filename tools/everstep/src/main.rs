@@ -221,7 +221,7 @@ fn run(command: Command) -> Result<ExitCode> {
                 Admin::Tree => ask(AdminRequest::Tree),
                 Admin::Inspect { actor } => ask(AdminRequest::Inspect(actor)),
                 Admin::Kill { actor } => ask(AdminRequest::Kill(actor)),
-                Admin::Recoveries => Ok(recoveries::table(&recoveries::read(&run)?)),
+                Admin::Recoveries => Ok(recoveries::table(&recoveries::among(&recoveries::events(&run)?)?)),
             }?;
             println!("{}", text.trim_end());
             Ok(ExitCode::SUCCESS)

@@ -3,6 +3,7 @@
 use anyhow::{Context, Result};
 use everstep_actors::{Phases, RunFolder};
 use serde::Deserialize;
+use serde_json::Value;
 use std::fmt::Write;
 
 /// A recovery: the fields of its event.
@@ -41,15 +42,19 @@ impl Recovery {
     }
 }
 
-/// All, in order.
-pub(crate) fn read(run: &RunFolder) -> Result<Vec<Recovery>> {
+/// The events of a run, in order.
+pub(crate) fn events(run: &RunFolder) -> Result<Vec<Value>> {
     let path = run.events();
     let text = std::fs::read_to_string(&path).with_context(|| format!("cannot read {}", path.display()))?;
     // The last line may be half written.
-    let lines = text.lines().filter_map(|line| Some((line, serde_json::from_str::<serde_json::Value>(line).ok()?)));
-    lines
-        .filter(|(_, event)| event["event"] == "recovered")
-        .map(|(line, event)| serde_json::from_value(event).with_context(|| format!("{}: {line}", path.display())))
+    Ok(text.lines().filter_map(|line| serde_json::from_str(line).ok()).collect())
+}
+
+/// The recoveries among events.
+pub(crate) fn among(events: &[Value]) -> Result<Vec<Recovery>> {
+    let recovered = events.iter().filter(|event| event["event"] == "recovered");
+    recovered
+        .map(|event| Recovery::deserialize(event).with_context(|| format!("an event that is none: {event}")))
         .collect()
 }
 
@@ -80,10 +85,11 @@ mod tests {
             r#"{{"time":7,"event":"recovered","step":9,"milliseconds":47,"causes":["a","b"],"lives":3,"microseconds":{phases}}}"#
         );
         std::fs::write(run.events(), format!("{{\"time\":1,\"event\":\"moved\"}}\n{good}\n{}", &good[..40])).unwrap();
-        let all = read(&run).unwrap();
+        let read = || among(&events(&run)?);
+        let all = read().unwrap();
         assert_eq!((all.len(), all[0].step, all[0].lives, all[0].whole()), (1, 9, 3, 47.0));
         assert!(table(&all).ends_with("       1.5       0.0       2.0       3.0      40.0       0.5  a; b\n"));
         std::fs::write(run.events(), good.replace("\"lives\":3,", "")).unwrap();
-        assert!(read(&run).unwrap_err().to_string().contains("recovered"));
+        assert!(read().unwrap_err().to_string().contains("recovered"));
     }
 }

@@ -1,6 +1,6 @@
 //! report.html: how a run went, as pictures and a table. One file, nothing from outside.
 
-use crate::recoveries::Recovery;
+use crate::recoveries::{self, Recovery};
 use anyhow::Result;
 use everstep_actors::{MetricsLine, RunFolder};
 use plotters::prelude::*;
@@ -28,11 +28,11 @@ pub(crate) fn write(run: &RunFolder) -> Result<()> {
     }
     write!(html, "<h2>Loss (nats per byte)</h2>{}", curve(&loss)?)?;
     write!(html, "<h2>Tokens per second</h2>{}", curve(&rate)?)?;
-    write!(html, "<h2>Recoveries</h2>{}", recoveries(&crate::recoveries::read(run)?)?)?;
+    let events = recoveries::events(run).unwrap_or_default();
+    write!(html, "<h2>Recoveries</h2>{}", bars(&recoveries::among(&events)?)?)?;
     html.push_str("<h2>What happened</h2><table><tr><th>event</th><th>details</th></tr>");
-    let events = std::fs::read_to_string(run.events()).unwrap_or_default();
-    for line in events.lines() {
-        let Ok(serde_json::Value::Object(mut object)) = serde_json::from_str(line) else { continue };
+    for event in events {
+        let serde_json::Value::Object(mut object) = event else { continue };
         object.remove("time");
         let name = object.remove("event").unwrap_or_default();
         let details: Vec<String> = object.iter().map(|(k, v)| format!("{k} {v}")).collect();
@@ -53,7 +53,7 @@ fn escape(text: &str) -> String {
 }
 
 /// A bar for each recovery, in the colours of its phases.
-fn recoveries(all: &[Recovery]) -> Result<String> {
+fn bars(all: &[Recovery]) -> Result<String> {
     const COLOURS: [&str; 6] = ["#c33", "#e90", "#fc3", "#39c", "#396", "#999"];
     let Some(longest) = all.iter().map(Recovery::whole).max_by(f64::total_cmp) else {
         return Ok("<p>none</p>".to_owned());
