@@ -7,7 +7,8 @@
 //! - RE-3: a state changes only by a commit of the next step, or to a later state of another copy.
 //! - RE-4: a copy without state, or that missed a step, asks until it has one; sums that arrive
 //!   meanwhile are kept, so it need not miss the next step.
-//! - RE-5: the primary hands its weights to every user of them, and again to a user's new life.
+//! - RE-5: the primary hands its weights to every user of them, and again to a user's new life; not those of a state
+//!   after which a commit is known, since the next ones are on their way.
 //! - RE-6: sums and states whose tensors are not what the layout says are not taken.
 
 mod arithmetic;

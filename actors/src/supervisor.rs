@@ -12,6 +12,7 @@
 
 mod commit;
 mod events;
+mod lives;
 mod membership;
 mod placement;
 mod record;
@@ -21,12 +22,12 @@ mod timeline;
 use commit::CommitCore;
 pub use events::{Happening, Report, SupervisorEffect, SupervisorEvent};
 use membership::{Membership, Silent};
-use placement::{Costs, Placement};
+use placement::Costs;
 pub use record::{CommitRecord, Record};
 pub use timeline::Phases;
 use timeline::Timeline;
 
-use crate::ids::{ActorId, Address, Incarnation, NodeId, SUPERVISOR_NODE, Step};
+use crate::ids::{ActorId, Incarnation, NodeId, SUPERVISOR_NODE, Step};
 use crate::message::Body;
 use crate::plant::Bug;
 use crate::spec::{JobSpec, Layout};
@@ -69,6 +70,8 @@ pub struct Supervisor {
     finished: bool,
     /// Dead nodes that spoke, the newest [`FENCED_MAX`].
     fenced: BTreeSet<NodeId>,
+    /// The time of the event that is handled.
+    now: Duration,
     plant: Option<Bug>,
 }
 
@@ -102,13 +105,13 @@ impl Supervisor {
             uneven: !log.is_empty(),
             finished: false,
             fenced: BTreeSet::new(),
+            now,
             plant,
             spec,
         };
         for record in log {
             s.replay(record);
         }
-        let restarted = !log.is_empty();
         let life = s.table.entries.get(&ActorId::Supervisor).map_or(Incarnation(1), |e| e.incarnation.next());
         for actor in [ActorId::Supervisor, ActorId::Keeper] {
             s.table.entries.insert(actor, Entry { node: SUPERVISOR_NODE, incarnation: life });
@@ -119,14 +122,16 @@ impl Supervisor {
         }
         let unheard = if s.table.primaries.contains(&None) { BTreeSet::new() } else { s.placed_copies() };
         s.commit.restore(s.last.as_ref().map_or(s.table.base, |l| l.commit.step), unheard);
+        let restarted = !log.is_empty();
+        if restarted {
+            s.failed("the supervisor ended".to_owned(), Duration::ZERO);
+        }
         if s.table.primaries.contains(&None) && s.table.base > s.checkpoint {
             // The checkpoint that reducers were to start from turned out to be damaged.
             s.roll_back("its checkpoint is not readable any more".to_owned());
         }
         let mut effects = s.publish(Vec::new());
         if restarted {
-            s.failed(now, "the supervisor ended".to_owned(), Duration::ZERO);
-            s.decided(now);
             let committed = s.commit.committed();
             effects.push(SupervisorEffect::Note(Happening::SupervisorRestarted { incarnation: life.0, committed }));
         }
@@ -183,28 +188,29 @@ impl Supervisor {
         if self.finished && !matches!(event, SupervisorEvent::Synced) {
             return Vec::new();
         }
+        self.now = now;
         let mut effects = match event {
-            SupervisorEvent::Join(info) => self.join(now, info),
-            SupervisorEvent::Return(node) => self.returned(now, node),
-            SupervisorEvent::Heartbeat { node, work } => self.heartbeat(now, node, work),
-            SupervisorEvent::Lost { node, why } => self.dead(now, &[(node, why, Duration::ZERO)]),
-            SupervisorEvent::ActorFailed { address, reason } => self.actor_failed(now, address, reason),
-            SupervisorEvent::Message { from, body } => self.message(now, from, body),
+            SupervisorEvent::Join(info) => self.join(info),
+            SupervisorEvent::Return(node) => self.returned(node),
+            SupervisorEvent::Heartbeat { node, work } => self.heartbeat(node, work),
+            SupervisorEvent::Lost { node, why } => self.dead(&[(node, why, Duration::ZERO)]),
+            SupervisorEvent::ActorFailed { address, reason } => self.actor_failed(address, reason),
+            SupervisorEvent::Message { from, body } => self.message(from, body),
             SupervisorEvent::Checkpointed(step) => self.checkpointed(step),
             SupervisorEvent::Synced => {
                 let held = self.held.pop_front().unwrap_or_default();
-                self.synced(now, held)
+                self.synced(held)
             }
             SupervisorEvent::Tick => {
                 let why = |s: &Silent| {
                     format!("silent for {} ms, {} are allowed it", s.silence.as_millis(), s.allowed.as_millis())
                 };
                 let silent: Vec<_> = self.membership.expired(now).iter().map(|s| (s.node, why(s), s.silence)).collect();
-                if silent.is_empty() { Vec::new() } else { self.dead(now, &silent) }
+                if silent.is_empty() { Vec::new() } else { self.dead(&silent) }
             }
         };
         // A report may complete a step, and so may the death of the copy that it waited for.
-        effects.extend(self.decide(now));
+        effects.extend(self.decide());
         effects
     }
 
@@ -223,16 +229,19 @@ impl Supervisor {
     /// Makes the changed table the next epoch; `first` goes out before it, after the sync.
     fn publish(&mut self, mut first: Vec<SupervisorEffect>) -> Vec<SupervisorEffect> {
         self.table.epoch += 1;
+        if let Some(recovery) = &mut self.recovery {
+            recovery.decided(self.now, &self.table);
+        }
         let announce = SupervisorEffect::Announce(Arc::new(self.table.clone()));
         let record = Record::Epoch { table: self.table.clone(), next_node: self.next_node };
         first.push(announce);
         self.log(record, first)
     }
 
-    fn join(&mut self, now: Duration, info: NodeInfo) -> Vec<SupervisorEffect> {
+    fn join(&mut self, info: NodeInfo) -> Vec<SupervisorEffect> {
         let node = NodeId(self.next_node);
         self.next_node += 1;
-        self.membership.expect(now, node);
+        self.membership.expect(self.now, node);
         self.work.insert(node, (0, 0));
         self.table.nodes.insert(node, info.clone());
         let note = Happening::NodeJoined { node: node.0, address: info.address.clone() };
@@ -244,11 +253,11 @@ impl Supervisor {
         effects
     }
 
-    fn returned(&mut self, now: Duration, node: NodeId) -> Vec<SupervisorEffect> {
+    fn returned(&mut self, node: NodeId) -> Vec<SupervisorEffect> {
         if !self.table.nodes.contains_key(&node) {
             return self.fence(node);
         }
-        self.membership.expect(now, node);
+        self.membership.expect(self.now, node);
         let mut then = vec![SupervisorEffect::Announce(Arc::new(self.table.clone()))];
         // The commit may have been logged and never sent.
         if let Some(last) = self.last {
@@ -286,173 +295,14 @@ impl Supervisor {
         effects
     }
 
-    fn heartbeat(&mut self, now: Duration, node: NodeId, work: u64) -> Vec<SupervisorEffect> {
+    fn heartbeat(&mut self, node: NodeId, work: u64) -> Vec<SupervisorEffect> {
         if !self.table.nodes.contains_key(&node) {
             return self.fence(node);
         }
-        self.membership.beat(now, node);
+        self.membership.beat(self.now, node);
         // What a node had done before this life of the supervisor has been reported by an earlier one.
         self.work.entry(node).or_insert((work, work)).0 = work;
         Vec::new()
-    }
-
-    /// Places what has no place. With `level`, evens out what may be moved too (at first there is nothing else).
-    /// Gives the actors that were moved.
-    fn place(&mut self, level: bool) -> Vec<ActorId> {
-        let started = self.table.entries.len() > 2;
-        let level = level || !started;
-        if self.table.nodes.is_empty() || (!started && self.table.nodes.len() < self.nodes_wanted) {
-            return Vec::new();
-        }
-        let nodes: Vec<NodeId> = self.table.nodes.keys().copied().collect();
-        let present = self.table.entries.iter().filter(|(a, _)| !matches!(a, ActorId::Supervisor | ActorId::Keeper));
-        let present: BTreeMap<ActorId, NodeId> = present.map(|(a, e)| (*a, e.node)).collect();
-        let wanted = Placement::new(&self.spec, &self.costs, &nodes).place(&present, level);
-        let mut moved = Vec::new();
-        for (actor, node) in wanted {
-            let life = self.table.entries.get(&actor).copied();
-            if life.is_none_or(|e| e.node != node) {
-                let incarnation = life.map_or(Incarnation(1), |e| e.incarnation.next());
-                self.table.entries.insert(actor, Entry { node, incarnation });
-                self.commit.out_of_sync(actor);
-                moved.push(actor);
-            }
-        }
-        moved
-    }
-
-    fn dead(&mut self, now: Duration, lost: &[(NodeId, String, Duration)]) -> Vec<SupervisorEffect> {
-        let mut effects = Vec::new();
-        let mut any = false;
-        for (node, why, silence) in lost {
-            if self.table.nodes.remove(node).is_none() {
-                continue;
-            }
-            any = true;
-            self.failed(now, format!("{node}: {why}"), *silence);
-            self.membership.forget(*node);
-            self.work.remove(node);
-            let note = Happening::NodeDead { node: node.0, why: why.clone(), epoch: self.table.epoch + 1 };
-            effects.push(SupervisorEffect::Note(note));
-        }
-        if !any {
-            return effects;
-        }
-        effects.extend(self.replace_homeless());
-        self.decided(now);
-        effects
-    }
-
-    /// Gives every actor whose node is gone a new life, and every shard a primary that is in sync.
-    fn replace_homeless(&mut self) -> Vec<SupervisorEffect> {
-        let homeless = |t: &Table, e: &Entry| e.node != SUPERVISOR_NODE && !t.nodes.contains_key(&e.node);
-        let lost: Vec<ActorId> =
-            self.table.entries.iter().filter(|(_, e)| homeless(&self.table, e)).map(|(a, _)| *a).collect();
-        for actor in &lost {
-            self.commit.out_of_sync(*actor);
-        }
-        // Without a node they keep their last entry, and get a new life with the first one that joins.
-        let moved = self.place(false);
-        let mut effects = self.settle(Vec::new());
-        let note = if self.table.nodes.is_empty() {
-            Happening::Waiting { why: "no node is left".to_owned() }
-        } else {
-            let actors = moved.iter().map(ToString::to_string).collect();
-            Happening::Moved { epoch: self.table.epoch, actors }
-        };
-        effects.push(SupervisorEffect::Note(note));
-        effects
-    }
-
-    /// Whether a shard's primary has no state, and a copy is known that has. At the start of a job, and
-    /// after a way back, all shards get their first primaries together.
-    fn can_elect(&self) -> bool {
-        let unfit = |(shard, primary): (usize, &Option<u32>)| match primary {
-            Some(replica) => !self.commit.in_sync(shard as u32, *replica) && self.commit.has_copy(shard as u32),
-            None => self.commit.all_in_sync(),
-        };
-        self.table.primaries.iter().enumerate().any(unfit)
-    }
-
-    /// Publishes the changed table, with primaries that are in sync or everybody back at the checkpoint.
-    fn settle(&mut self, first: Vec<SupervisorEffect>) -> Vec<SupervisorEffect> {
-        let note = self.elect();
-        let mut effects = self.publish(first);
-        effects.extend(note.map(SupervisorEffect::Note));
-        effects
-    }
-
-    /// Gives each shard a primary that is in sync. A shard that lost all its copies sends the job back.
-    fn elect(&mut self) -> Option<Happening> {
-        for shard in 0..self.spec.shards {
-            let at = shard as usize;
-            let in_sync = |r: u32| self.commit.in_sync(shard, r);
-            let present = self.table.primaries[at];
-            if present.is_some_and(in_sync) {
-                continue;
-            }
-            let heir = (0..=self.spec.mirrors).find(|r| in_sync(*r));
-            if present.is_some() && heir.is_none() && !self.commit.unheard(shard) {
-                return Some(self.roll_back(format!("shard {shard} lost all its copies")));
-            }
-            // First primaries come together, so that "none" always means: nobody has trained on this state.
-            if heir.is_some() && (present.is_some() || self.commit.all_in_sync()) {
-                self.table.primaries[at] = heir;
-            }
-        }
-        None
-    }
-
-    /// Everybody gets a new life at the newest checkpoint.
-    fn roll_back(&mut self, why: String) -> Happening {
-        let to_step = self.checkpoint;
-        self.table.base = to_step;
-        self.table.primaries.fill(None);
-        for (actor, entry) in &mut self.table.entries {
-            if !matches!(actor, ActorId::Supervisor | ActorId::Keeper) {
-                entry.incarnation = entry.incarnation.next();
-            }
-        }
-        self.place(true);
-        self.last = None;
-        // A commit whose record is not synced yet is not announced any more: the job is before it now.
-        for held in &mut self.held {
-            held.retain(|effect| !matches!(effect, SupervisorEffect::Send(..)));
-        }
-        self.commit.restore(to_step, BTreeSet::new());
-        Happening::RolledBack { to_step, epoch: self.table.epoch + 1, why }
-    }
-
-    fn actor_failed(&mut self, now: Duration, address: Address, reason: String) -> Vec<SupervisorEffect> {
-        if self.table.address(address.actor) != Some(address) {
-            return Vec::new();
-        }
-        let times = self.restarts.entry(address.actor).or_default();
-        times.retain(|at| now.saturating_sub(*at) < RESTART_WINDOW);
-        times.push_back(now);
-        if times.len() > RESTARTS_MAX {
-            let why = format!(
-                "{} failed {} times within {} s; last: {reason}",
-                address.actor,
-                times.len(),
-                RESTART_WINDOW.as_secs()
-            );
-            return self.finish(Err(why));
-        }
-        self.failed(now, format!("{}: {reason}", address.actor), Duration::ZERO);
-        if let Some(entry) = self.table.entries.get_mut(&address.actor) {
-            entry.incarnation = entry.incarnation.next();
-        }
-        self.commit.out_of_sync(address.actor);
-        let mut effects = self.settle(Vec::new());
-        self.decided(now);
-        effects.push(SupervisorEffect::Note(Happening::ActorFailed {
-            actor: address.actor.to_string(),
-            incarnation: address.incarnation.0,
-            reason,
-            epoch: self.table.epoch,
-        }));
-        effects
     }
 
     fn finish(&mut self, result: Result<(), String>) -> Vec<SupervisorEffect> {

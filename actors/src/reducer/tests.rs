@@ -211,6 +211,31 @@ fn weights_go_to_users_and_to_their_new_lives() {
     assert!(!got.is_empty() && got.iter().all(|to| *to == users[0]), "{got:?}");
 }
 
+/// RE-5: a life that begins between a commit and its state gets the weights of that state, once.
+#[test]
+fn a_life_that_comes_with_a_commit_gets_the_weights_after_it() {
+    let materials = materials();
+    let mut core = primary(&materials);
+    give(&mut core, &sums(&materials, 1));
+    // The job that applies the commit is on its way.
+    let applying = core.on(commit(1));
+    let [Effect::Compute { job, .. }] = <[Effect; 1]>::try_from(applying).expect("one job") else { panic!("a job") };
+    let user = materials.spec.senders_of(materials.layout.groups[0][0])[0];
+    let mut next = replace(&table(&materials), user);
+    next.epoch = 5;
+    let handed = |asked: &Asked| -> Vec<Step> {
+        let of = |(to, body): &(ActorId, Body<Tensor>)| match body {
+            Body::Weights { step, .. } if *to == user => Some(*step),
+            _ => None,
+        };
+        asked.sent.iter().filter_map(of).collect()
+    };
+    assert_eq!(handed(&drive(&mut core, Event::Table(Arc::new(next)))), [0; 0]);
+    let outcome = crate::compute::run(job, &everstep_kernels::CpuBackend::FP32);
+    let got = handed(&drive(&mut core, Event::Computed(outcome)));
+    assert!(!got.is_empty() && got.iter().all(|step| *step == 1), "{got:?}");
+}
+
 /// RE-6.
 #[test]
 fn sums_of_other_shapes_are_not_counted() {

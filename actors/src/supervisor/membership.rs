@@ -4,7 +4,7 @@
 //! threshold is wanted. Its normal distribution expects too little of a busy machine, where beats are late in bursts: the
 //! latest ones seen count too.
 //! - MB-1: a node expires only if it was silent for longer than is allowed it, as the supervisor saw time.
-//! - MB-2: the supervisor's own stalls don't count: time that passed between two looks beyond
+//! - MB-2: the supervisor's own stalls don't count: time that passed between two of its looks or beats beyond
 //!   [`LOOK_MAX`] is given back to every node.
 //! - MB-3: what is allowed lies between [`LEAST`] and [`MOST`], whatever came before: there is nothing to tune. Only the
 //!   first beat may take [`FIRST`] longer.
@@ -35,14 +35,16 @@ const LONGEST: f64 = 2.5;
 struct Beats {
     /// When it was heard of last.
     heard: Duration,
+    /// Whether it was heard of at all.
+    begun: bool,
     /// Pauses before its last beats, in seconds.
     pauses: VecDeque<f64>,
 }
 
 impl Beats {
     fn beat(&mut self, now: Duration) {
-        // Before the first beat that was expected there was no pause.
-        if let Some(pause) = now.checked_sub(self.heard) {
+        if std::mem::replace(&mut self.begun, true) {
+            let pause = now.saturating_sub(self.heard);
             self.pauses.push_back(pause.as_secs_f64());
             if self.pauses.len() > PAUSES {
                 self.pauses.pop_front();
@@ -86,14 +88,34 @@ pub(crate) struct Membership {
 impl Membership {
     /// A node is in the job, and will be heard of.
     pub(crate) fn expect(&mut self, now: Duration, node: NodeId) {
-        self.beats.insert(node, Beats { heard: now + FIRST, pauses: VecDeque::new() });
+        self.beats.insert(node, Beats { heard: now + FIRST, begun: false, pauses: VecDeque::new() });
     }
 
     /// A node's beat.
     pub(crate) fn beat(&mut self, now: Duration, node: NodeId) {
+        self.look(now);
         if let Some(beats) = self.beats.get_mut(&node) {
             beats.beat(now);
         }
+    }
+
+    /// Gives back what the supervisor itself slept through (MB-2).
+    fn look(&mut self, now: Duration) {
+        let before = std::mem::replace(&mut self.looked, now);
+        let stall = now.saturating_sub(before).saturating_sub(LOOK_MAX);
+        if stall.is_zero() {
+            return;
+        }
+        for beats in self.beats.values_mut() {
+            let moved = beats.heard + stall;
+            // A first beat that is not due yet is due later.
+            beats.heard = if beats.heard > before { moved } else { moved.min(now) };
+        }
+    }
+
+    /// Whether every node was heard of.
+    pub(crate) fn all_heard(&self) -> bool {
+        self.beats.values().all(|beats| beats.begun)
     }
 
     /// A node is gone.
@@ -103,16 +125,14 @@ impl Membership {
 
     /// Nodes that are silent for too long.
     pub(crate) fn expired(&mut self, now: Duration) -> Vec<Silent> {
-        let stall = now.saturating_sub(self.looked).saturating_sub(LOOK_MAX);
-        self.looked = now;
-        let look = |(node, beats): (&NodeId, &mut Beats)| {
-            beats.heard = (beats.heard + stall).min(now.max(beats.heard));
+        self.look(now);
+        let look = |(node, beats): (&NodeId, &Beats)| {
             let silence = now.saturating_sub(beats.heard);
             // Most were heard a moment ago: nothing is worked out for them.
             let allowed = (silence >= LEAST).then(|| beats.allowed()).filter(|allowed| silence >= *allowed)?;
             Some(Silent { node: *node, silence, allowed })
         };
-        self.beats.iter_mut().filter_map(look).collect()
+        self.beats.iter().filter_map(look).collect()
     }
 }
 
@@ -198,5 +218,25 @@ mod tests {
         m.beat(ms(now + 60_050), NODE);
         assert!(m.expired(ms(now + 60_100)).is_empty());
         assert_eq!(found((m, now + 60_100)), 450, "it was heard of 50 ms before");
+    }
+
+    /// MB-2: nor does it teach the detector that long pauses are usual, or hurry a node that has just come.
+    #[test]
+    fn a_stall_changes_nothing_that_was_learned() {
+        let (mut m, now) = after([50; 100]);
+        m.beat(ms(now + 60_000), NODE);
+        assert!(m.expired(ms(now + 60_001)).is_empty());
+        assert_eq!(found((m, now + 60_001)), 500);
+        let (mut m, now) = after([50; 100]);
+        m.expect(ms(now), NodeId(2));
+        assert!(!m.all_heard());
+        m.beat(ms(now + 60_000), NODE);
+        let found = (0..).map(|n| now + 60_000 + 50 * n).find(|at| {
+            m.beat(ms(*at), NODE);
+            !m.expired(ms(*at)).is_empty()
+        });
+        assert_eq!(found.map(|at| at - now - 60_000), Some(2750), "all but the 100 ms of an ordinary look");
+        m.beat(ms(now), NodeId(2));
+        assert!(m.all_heard());
     }
 }

@@ -1,17 +1,15 @@
 //! The supervisor's way through the steps: reports of reducers, commits, checkpoints, the end.
 
 use super::commit::Prepared;
-use super::timeline::Timeline;
 use super::{Happening, Record, Report, Supervisor, SupervisorEffect};
 use crate::ids::{ActorId, Address, Step};
 use crate::message::Body;
 use everstep_kernels::Tensor;
-use std::time::Duration;
 
 impl Supervisor {
-    pub(super) fn message(&mut self, now: Duration, from: Address, body: Body<Tensor>) -> Vec<SupervisorEffect> {
-        if let (Body::Ready | Body::Applied { .. }, Some(recovery)) = (&body, &mut self.recovery) {
-            recovery.ready(now, from);
+    pub(super) fn message(&mut self, from: Address, body: Body<Tensor>) -> Vec<SupervisorEffect> {
+        if let (Body::Ready, Some(recovery)) = (&body, &mut self.recovery) {
+            recovery.ready(self.now, from);
         }
         let ActorId::Reducer { shard, replica } = from.actor else { return Vec::new() };
         if self.table.address(from.actor) != Some(from) {
@@ -32,14 +30,10 @@ impl Supervisor {
             }
             Body::Stateless => {
                 self.commit.out_of_sync(from.actor);
-                let before = self.table.clone();
+                let before = self.table.primaries.clone();
                 let note = self.elect();
-                if self.table.primaries != before.primaries {
+                if self.table.primaries != before {
                     effects.extend(self.publish(Vec::new()));
-                }
-                if let Some(Happening::RolledBack { why, .. }) = &note {
-                    self.recovery.get_or_insert_with(|| Timeline::new(now, &before)).cause(why.clone(), Duration::ZERO);
-                    self.decided(now);
                 }
                 effects.extend(note.map(SupervisorEffect::Note));
             }
@@ -60,7 +54,7 @@ impl Supervisor {
     }
 
     /// Reports and commits what can be.
-    pub(super) fn decide(&mut self, now: Duration) -> Vec<SupervisorEffect> {
+    pub(super) fn decide(&mut self) -> Vec<SupervisorEffect> {
         if self.finished {
             return Vec::new();
         }
@@ -84,7 +78,7 @@ impl Supervisor {
             effects.push(SupervisorEffect::Note(Happening::Skipped { step: commit.commit.step, why }));
         }
         if let Some(recovery) = &mut self.recovery {
-            recovery.replayed(now);
+            recovery.replayed(self.now);
         }
         effects.extend(self.even_out(commit.commit.step));
         effects
@@ -92,9 +86,11 @@ impl Supervisor {
 
     /// Moves actors to nodes that came during the step that is committed now (SU-6).
     fn even_out(&mut self, committed: Step) -> Vec<SupervisorEffect> {
-        if !std::mem::take(&mut self.uneven) || committed == self.spec.steps {
+        // A node that says nothing may never do so.
+        if !self.uneven || committed == self.spec.steps || !self.membership.all_heard() {
             return Vec::new();
         }
+        self.uneven = false;
         let moved = self.place(true);
         if moved.is_empty() {
             return Vec::new();
@@ -105,35 +101,22 @@ impl Supervisor {
         effects
     }
 
-    /// A failure is noticed.
-    pub(super) fn failed(&mut self, now: Duration, why: String, silence: Duration) {
-        let table = &self.table;
-        self.recovery.get_or_insert_with(|| Timeline::new(now, table)).cause(why, silence);
-    }
-
-    /// What follows from failures is decided.
-    pub(super) fn decided(&mut self, now: Duration) {
-        if let Some(recovery) = &mut self.recovery {
-            recovery.decided(now, &self.table);
-        }
-    }
-
     /// A record is on disk, and these effects may be seen.
-    pub(super) fn synced(&mut self, now: Duration, mut effects: Vec<SupervisorEffect>) -> Vec<SupervisorEffect> {
+    pub(super) fn synced(&mut self, mut effects: Vec<SupervisorEffect>) -> Vec<SupervisorEffect> {
         let Some(recovery) = &mut self.recovery else { return effects };
         if effects.iter().any(|e| matches!(e, SupervisorEffect::Announce(_))) {
-            recovery.announced(now);
+            recovery.announced(self.now);
         }
         let committed = |e: &SupervisorEffect| match e {
             SupervisorEffect::Send(_, Body::Commit(commit)) => Some(commit.step),
             _ => None,
         };
         let Some(step) = effects.iter().find_map(committed) else { return effects };
-        if let Some(microseconds) = recovery.committed(now) {
+        if let Some(microseconds) = recovery.committed(self.now) {
             effects.push(SupervisorEffect::Note(Happening::Recovered {
                 step,
                 milliseconds: microseconds.sum() / 1000,
-                causes: std::mem::take(&mut recovery.causes),
+                causes: recovery.take_causes(),
                 lives: recovery.lives,
                 microseconds,
             }));

@@ -2,16 +2,21 @@
 //!
 //! Phases: *detect* (silence before the failure was noticed; none if the kernel told), *decide* (until the new lives are
 //! decided), *fence* (until that is on disk and announced: whoever is of an older epoch is not heard any more), *fetch* (until
-//! every new life has its weights or state), *replay* (until the step is prepared everywhere), *commit* (until that is on disk).
+//! every new stage and expert has its weights; nobody waits for a new mirror), *replay* (until the step is prepared
+//! everywhere), *commit* (until that is on disk).
 //! - TL-1: phases follow each other without gaps: they add up to the whole.
 //! - TL-2: a failure on the way belongs to the same recovery, which goes through its phases again: the time is counted to
-//!   the phase that it was lost for.
+//!   the phase that it was lost for. So does a node that comes and takes what had no place.
+//! - TL-3: what is kept of one recovery is bounded, however long it takes.
 
 use crate::ids::{ActorId, Address, Incarnation};
 use crate::table::Table;
 use serde::{Deserialize, Serialize};
 use std::collections::{BTreeMap, BTreeSet};
 use std::time::Duration;
+
+/// Causes that are kept by name.
+const CAUSES_MAX: usize = 32;
 
 /// Microseconds that the phases of a recovery took, as the module has them.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
@@ -35,14 +40,18 @@ impl Phases {
 /// See the module.
 #[derive(Debug)]
 pub(super) struct Timeline {
-    /// What failed, in the order in which it was noticed.
-    pub(super) causes: Vec<String>,
+    /// What failed, in the order in which it was noticed: the first [`CAUSES_MAX`], and how many there were.
+    causes: Vec<String>,
+    failures: usize,
+    /// Nothing has been decided about the last one.
+    open: bool,
     began: Duration,
     silence: Duration,
     /// Lives before the failure.
     before: BTreeMap<ActorId, Incarnation>,
-    /// New lives that have nothing yet, and how many there were in all.
+    /// New stages and experts that have nothing yet.
     waiting: BTreeSet<Address>,
+    /// New lives of all kinds.
     pub(super) lives: usize,
     decided: Option<Duration>,
     announced: Option<Duration>,
@@ -55,6 +64,8 @@ impl Timeline {
     pub(super) fn new(now: Duration, table: &Table) -> Self {
         Self {
             causes: Vec::new(),
+            failures: 0,
+            open: false,
             began: now,
             silence: Duration::ZERO,
             before: table.entries.iter().map(|(actor, entry)| (*actor, entry.incarnation)).collect(),
@@ -69,24 +80,41 @@ impl Timeline {
 
     /// Why, and how long it had gone unnoticed.
     pub(super) fn cause(&mut self, why: String, silence: Duration) {
-        if self.causes.is_empty() {
+        if self.failures == 0 {
             self.silence = silence;
         }
-        self.causes.push(why);
+        self.failures += 1;
+        self.open = true;
+        if self.causes.len() < CAUSES_MAX {
+            self.causes.push(why);
+        }
     }
 
-    /// Who gets a new life is decided.
+    /// What failed, for people.
+    pub(super) fn take_causes(&mut self) -> Vec<String> {
+        let mut causes = std::mem::take(&mut self.causes);
+        if self.failures > causes.len() {
+            causes.push(format!("and {} more", self.failures - causes.len()));
+        }
+        causes
+    }
+
+    /// A table is decided. What was moved without a failure once the step is prepared is no part of the recovery.
     pub(super) fn decided(&mut self, now: Duration, table: &Table) {
         let is_new = |(actor, incarnation): &(ActorId, Incarnation)| {
             !matches!(actor, ActorId::Supervisor | ActorId::Keeper) && self.before.get(actor) != Some(incarnation)
         };
         let lives: Vec<_> = table.entries.iter().map(|(a, e)| (*a, e.incarnation)).filter(is_new).collect();
+        self.before.extend(lives.iter().copied());
+        if !self.open && (lives.is_empty() || self.replayed.is_some()) {
+            return;
+        }
+        self.open = false;
         self.lives += lives.len();
         // A life that is over is not waited for.
         self.waiting.retain(|life| table.address(life.actor) == Some(*life));
-        self.waiting
-            .extend(lives.iter().map(|(actor, incarnation)| Address { actor: *actor, incarnation: *incarnation }));
-        self.before.extend(lives);
+        let waits = lives.iter().filter(|(actor, _)| matches!(actor, ActorId::Stage { .. } | ActorId::Expert { .. }));
+        self.waiting.extend(waits.map(|(actor, incarnation)| Address { actor: *actor, incarnation: *incarnation }));
         self.decided = Some(now);
         (self.announced, self.fetched, self.replayed) = (None, None, None);
     }
@@ -195,7 +223,7 @@ mod tests {
             phases,
             Phases { detect: 0, decide: 20_000, fence: 1000, fetch: 10_000, replay: 9000, commit: 1000 }
         );
-        assert_eq!((t.causes.len(), t.lives), (2, 3));
+        assert_eq!((t.take_causes().len(), t.lives), (2, 3));
     }
 
     /// TL-1: what nobody told of was over with the phase after it.
@@ -208,5 +236,53 @@ mod tests {
         t.replayed(ms(5));
         let phases = t.committed(ms(6)).unwrap();
         assert_eq!((phases.fetch, phases.replay, phases.sum()), (4000, 0, 6000));
+    }
+
+    const MIRROR: ActorId = ActorId::Reducer { shard: 0, replica: 1 };
+
+    /// Nobody waits for a mirror, nor for what a commit moves.
+    #[test]
+    fn only_what_a_step_waits_for_is_waited_for() {
+        let mut before = table([1, 1, 1]);
+        before.entries.insert(MIRROR, Entry { node: NodeId(1), incarnation: Incarnation(1) });
+        let mut t = Timeline::new(ms(0), &before);
+        t.cause("failed".into(), ms(0));
+        let mut now = table([1, 2, 1]);
+        now.entries.insert(MIRROR, Entry { node: NodeId(1), incarnation: Incarnation(2) });
+        t.decided(ms(0), &now);
+        t.announced(ms(1));
+        t.ready(ms(3), life(&now, STAGE));
+        t.replayed(ms(5));
+        let mut moved = now.clone();
+        moved.entries.get_mut(&EXPERT).unwrap().incarnation = Incarnation(2);
+        t.decided(ms(5), &moved);
+        let phases = t.committed(ms(6)).unwrap();
+        assert_eq!((phases.fetch, phases.replay, phases.commit, t.lives), (2000, 2000, 1000, 2));
+    }
+
+    /// TL-2: what had no place is decided about when a node comes.
+    #[test]
+    fn the_wait_for_a_node_is_part_of_deciding() {
+        let mut t = Timeline::new(ms(0), &table([1, 1, 1]));
+        t.cause("no node is left".into(), ms(0));
+        t.decided(ms(1), &table([1, 1, 1]));
+        t.announced(ms(2));
+        let later = table([1, 2, 2]);
+        t.decided(ms(900), &later);
+        t.announced(ms(901));
+        t.ready(ms(905), life(&later, STAGE));
+        t.ready(ms(906), life(&later, EXPERT));
+        t.replayed(ms(910));
+        let phases = t.committed(ms(911)).unwrap();
+        assert_eq!((phases.decide, phases.fence, phases.fetch), (900_000, 1000, 5000));
+    }
+
+    /// TL-3.
+    #[test]
+    fn a_storm_of_failures_is_counted_not_listed() {
+        let mut t = Timeline::new(ms(0), &table([1, 1, 1]));
+        (0..1000).for_each(|n| t.cause(format!("failure {n}"), ms(0)));
+        let causes = t.take_causes();
+        assert_eq!((causes.len(), causes[31].as_str(), causes[32].as_str()), (33, "failure 31", "and 968 more"));
     }
 }

@@ -164,19 +164,27 @@ fn finished(end: End) -> Result<()> {
     }
 }
 
-/// Milliseconds from each kill to what came first after it, sorted.
-fn until(what: &[u64], kills: &[(u64, Target)], counts: impl Fn(Target) -> bool) -> Vec<u64> {
-    let next = |(kill, _): &(u64, Target)| what.iter().find(|at| *at >= kill).map(|at| at - kill);
-    let mut all: Vec<u64> = kills.iter().filter(|(_, target)| counts(*target)).filter_map(next).collect();
+/// Milliseconds from each kill to what came first after it, sorted, and how many kills nothing came of before the next
+/// one: they met a process that was not in the job, or two of them had one recovery.
+fn until(what: &[u64], kills: &[(u64, Target)], counts: impl Fn(Target) -> bool) -> (Vec<u64>, usize) {
+    let (mut all, mut nothing) = (Vec::new(), 0);
+    for (n, (kill, _)) in kills.iter().enumerate().filter(|(_, (_, target))| counts(*target)) {
+        let next = kills.get(n + 1).map_or(u64::MAX, |(at, _)| *at);
+        match what.iter().find(|at| (*kill..next).contains(at)) {
+            Some(at) => all.push(at - kill),
+            None => nothing += 1,
+        }
+    }
     all.sort_unstable();
-    all
+    (all, nothing)
 }
 
-fn say(what: &str, sorted: &[u64]) {
+fn say(what: &str, (sorted, nothing): &(Vec<u64>, usize)) {
     let Some(longest) = sorted.last() else { return };
     let at = |part: usize| sorted[(sorted.len() * part / 100).min(sorted.len() - 1)];
     println!(
-        "{what}: median {} ms, 90th percentile {} ms, 99th {} ms, longest {longest} ms ({} measured)",
+        "{what}: median {} ms, 90th percentile {} ms, 99th {} ms, longest {longest} ms ({} measured, nothing \
+         came of {nothing})",
         at(50),
         at(90),
         at(99),

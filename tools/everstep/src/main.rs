@@ -244,11 +244,18 @@ fn say_panics() {
         // Not `eprintln`: a panic in here would end the process.
         let _ = writeln!(std::io::stderr(), "thread '{}' {info}", thread.name().unwrap_or("without a name"));
         let backtrace = Backtrace::capture();
-        if backtrace.status() == BacktraceStatus::Captured {
+        if backtrace.status() != BacktraceStatus::Captured {
+            return;
+        }
+        let say = move || {
+            let _ = writeln!(std::io::stderr(), "{backtrace}");
+        };
+        // The main thread's panic ends the process: nobody waits for it, and another thread might not finish.
+        if thread.name() == Some("main") {
+            say();
+        } else {
             // Without that thread there are the words before.
-            let _ = std::thread::Builder::new().name("backtrace".to_owned()).spawn(move || {
-                let _ = writeln!(std::io::stderr(), "{backtrace}");
-            });
+            let _ = std::thread::Builder::new().name("backtrace".to_owned()).spawn(say);
         }
     }));
 }

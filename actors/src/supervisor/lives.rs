@@ -1,0 +1,175 @@
+//! Who lives where: new lives for what failed, primaries for shards, the way back to a checkpoint.
+
+use super::placement::Placement;
+use super::timeline::Timeline;
+use super::{Happening, RESTART_WINDOW, RESTARTS_MAX, Supervisor, SupervisorEffect};
+use crate::ids::{ActorId, Address, Incarnation, NodeId, SUPERVISOR_NODE};
+use crate::table::{Entry, Table};
+use std::collections::{BTreeMap, BTreeSet};
+use std::time::Duration;
+
+impl Supervisor {
+    /// Places what has no place. With `level`, evens out what may be moved too (at first there is nothing else).
+    /// Gives the actors that were moved.
+    pub(super) fn place(&mut self, level: bool) -> Vec<ActorId> {
+        let started = self.table.entries.len() > 2;
+        let level = level || !started;
+        if self.table.nodes.is_empty() || (!started && self.table.nodes.len() < self.nodes_wanted) {
+            return Vec::new();
+        }
+        let nodes: Vec<NodeId> = self.table.nodes.keys().copied().collect();
+        let present = self.table.entries.iter().filter(|(a, _)| !matches!(a, ActorId::Supervisor | ActorId::Keeper));
+        let present: BTreeMap<ActorId, NodeId> = present.map(|(a, e)| (*a, e.node)).collect();
+        let wanted = Placement::new(&self.spec, &self.costs, &nodes).place(&present, level);
+        let mut moved = Vec::new();
+        for (actor, node) in wanted {
+            let life = self.table.entries.get(&actor).copied();
+            if life.is_none_or(|e| e.node != node) {
+                let incarnation = life.map_or(Incarnation(1), |e| e.incarnation.next());
+                self.table.entries.insert(actor, Entry { node, incarnation });
+                self.commit.out_of_sync(actor);
+                moved.push(actor);
+            }
+        }
+        moved
+    }
+
+    pub(super) fn dead(&mut self, lost: &[(NodeId, String, Duration)]) -> Vec<SupervisorEffect> {
+        let mut effects = Vec::new();
+        let mut any = false;
+        for (node, why, silence) in lost {
+            if self.table.nodes.remove(node).is_none() {
+                continue;
+            }
+            any = true;
+            self.failed(format!("{node}: {why}"), *silence);
+            self.membership.forget(*node);
+            self.work.remove(node);
+            let note = Happening::NodeDead { node: node.0, why: why.clone(), epoch: self.table.epoch + 1 };
+            effects.push(SupervisorEffect::Note(note));
+        }
+        if !any {
+            return effects;
+        }
+        effects.extend(self.replace_homeless());
+        effects
+    }
+
+    /// Gives every actor whose node is gone a new life, and every shard a primary that is in sync.
+    fn replace_homeless(&mut self) -> Vec<SupervisorEffect> {
+        let homeless = |t: &Table, e: &Entry| e.node != SUPERVISOR_NODE && !t.nodes.contains_key(&e.node);
+        let lost: Vec<ActorId> =
+            self.table.entries.iter().filter(|(_, e)| homeless(&self.table, e)).map(|(a, _)| *a).collect();
+        for actor in &lost {
+            self.commit.out_of_sync(*actor);
+        }
+        // Without a node they keep their last entry, and get a new life with the first one that joins.
+        let moved = self.place(false);
+        let mut effects = self.settle(Vec::new());
+        let note = if self.table.nodes.is_empty() {
+            Happening::Waiting { why: "no node is left".to_owned() }
+        } else {
+            let actors = moved.iter().map(ToString::to_string).collect();
+            Happening::Moved { epoch: self.table.epoch, actors }
+        };
+        effects.push(SupervisorEffect::Note(note));
+        effects
+    }
+
+    /// Whether a shard's primary has no state, and a copy is known that has. At the start of a job, and
+    /// after a way back, all shards get their first primaries together.
+    pub(super) fn can_elect(&self) -> bool {
+        let unfit = |(shard, primary): (usize, &Option<u32>)| match primary {
+            Some(replica) => !self.commit.in_sync(shard as u32, *replica) && self.commit.has_copy(shard as u32),
+            None => self.commit.all_in_sync(),
+        };
+        self.table.primaries.iter().enumerate().any(unfit)
+    }
+
+    /// Publishes the changed table, with primaries that are in sync or everybody back at the checkpoint.
+    pub(super) fn settle(&mut self, first: Vec<SupervisorEffect>) -> Vec<SupervisorEffect> {
+        let note = self.elect();
+        let mut effects = self.publish(first);
+        effects.extend(note.map(SupervisorEffect::Note));
+        effects
+    }
+
+    /// Gives each shard a primary that is in sync. A shard that lost all its copies sends the job back.
+    pub(super) fn elect(&mut self) -> Option<Happening> {
+        for shard in 0..self.spec.shards {
+            let at = shard as usize;
+            let in_sync = |r: u32| self.commit.in_sync(shard, r);
+            let present = self.table.primaries[at];
+            if present.is_some_and(in_sync) {
+                continue;
+            }
+            let heir = (0..=self.spec.mirrors).find(|r| in_sync(*r));
+            if present.is_some() && heir.is_none() && !self.commit.unheard(shard) {
+                return Some(self.roll_back(format!("shard {shard} lost all its copies")));
+            }
+            // First primaries come together, so that "none" always means: nobody has trained on this state.
+            if heir.is_some() && (present.is_some() || self.commit.all_in_sync()) {
+                self.table.primaries[at] = heir;
+            }
+        }
+        None
+    }
+
+    /// Everybody gets a new life at the newest checkpoint.
+    pub(super) fn roll_back(&mut self, why: String) -> Happening {
+        self.failed(why.clone(), Duration::ZERO);
+        let to_step = self.checkpoint;
+        self.table.base = to_step;
+        self.table.primaries.fill(None);
+        for (actor, entry) in &mut self.table.entries {
+            if !matches!(actor, ActorId::Supervisor | ActorId::Keeper) {
+                entry.incarnation = entry.incarnation.next();
+            }
+        }
+        self.place(true);
+        self.last = None;
+        // A commit whose record is not synced yet is not announced any more: the job is before it now.
+        for held in &mut self.held {
+            held.retain(|effect| !matches!(effect, SupervisorEffect::Send(..)));
+        }
+        self.commit.restore(to_step, BTreeSet::new());
+        Happening::RolledBack { to_step, epoch: self.table.epoch + 1, why }
+    }
+
+    pub(super) fn actor_failed(&mut self, address: Address, reason: String) -> Vec<SupervisorEffect> {
+        if self.table.address(address.actor) != Some(address) {
+            return Vec::new();
+        }
+        let times = self.restarts.entry(address.actor).or_default();
+        times.retain(|at| self.now.saturating_sub(*at) < RESTART_WINDOW);
+        times.push_back(self.now);
+        if times.len() > RESTARTS_MAX {
+            let why = format!(
+                "{} failed {} times within {} s; last: {reason}",
+                address.actor,
+                times.len(),
+                RESTART_WINDOW.as_secs()
+            );
+            return self.finish(Err(why));
+        }
+        self.failed(format!("{}: {reason}", address.actor), Duration::ZERO);
+        if let Some(entry) = self.table.entries.get_mut(&address.actor) {
+            entry.incarnation = entry.incarnation.next();
+        }
+        self.commit.out_of_sync(address.actor);
+        let mut effects = self.settle(Vec::new());
+        effects.push(SupervisorEffect::Note(Happening::ActorFailed {
+            actor: address.actor.to_string(),
+            incarnation: address.incarnation.0,
+            reason,
+            epoch: self.table.epoch,
+        }));
+        effects
+    }
+
+    /// A failure is noticed.
+    pub(super) fn failed(&mut self, why: String, silence: Duration) {
+        let table = &self.table;
+        self.recovery.get_or_insert_with(|| Timeline::new(self.now, table)).cause(why, silence);
+    }
+}
