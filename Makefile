@@ -79,7 +79,7 @@ chaos-times: build
 ## Many seeds of the simulated job, then each planted bug.
 simulate: build
 	$(PROGRAM) simulate --seeds 0..100000
-	for bug in fence-skipped contribution-twice acknowledged-before-synced arrival-order-sum lost-at-reconnect; do \
+	for bug in fence-skipped contribution-twice acknowledged-before-synced arrival-order-sum computed-twice lost-at-reconnect; do \
 		$(PROGRAM) simulate --seeds 0..1000 --plant $$bug || exit 1; done
 
 ## The CUDA backend against the CPU's, on a machine with a GPU.

@@ -35,6 +35,8 @@ pub enum StageOperation {
         micro_batch: u32,
         /// Forward or backward.
         pass: Pass,
+        /// Whose experts were waited for.
+        layer: u32,
         /// By expert.
         rows: Vec<Tensor>,
     },
@@ -42,6 +44,8 @@ pub enum StageOperation {
     WeightSoFar {
         /// Which.
         micro_batch: u32,
+        /// Whose experts are waited for.
+        layer: u32,
     },
     /// The rest of the weight part.
     Weight {
@@ -68,6 +72,8 @@ pub enum Job {
     ExpertWeight {
         /// The step it belongs to.
         step: Step,
+        /// Which.
+        micro_batch: u32,
         /// The expert's weights.
         weights: ExpertWeights,
         /// Rows by lane.
@@ -125,7 +131,7 @@ pub fn run(job: Job, b: &dyn Backend) -> Outcome {
             Outcome::Stage { step, model, pass, progress }
         }
         Job::Experts(items) => Outcome::Experts(run_experts(items, b)),
-        Job::ExpertWeight { step, weights, parts, sums } => {
+        Job::ExpertWeight { step, weights, parts, sums, .. } => {
             // In order of name, like the numbers of parameters.
             let products = expert_backward_weight(b, &weights, &parts).into_values();
             let sums = match sums {
@@ -148,13 +154,13 @@ fn run_stage(model: &mut StageModel, operation: StageOperation, b: &dyn Backend)
         StageOperation::BackwardInput { micro_batch, gradient } => {
             (Pass::Backward, model.backward_input(b, micro_batch, gradient))
         }
-        StageOperation::Resume { micro_batch, pass: Pass::Forward, rows } => {
+        StageOperation::Resume { micro_batch, pass: Pass::Forward, rows, .. } => {
             (Pass::Forward, model.resume_forward(b, micro_batch, rows))
         }
-        StageOperation::Resume { micro_batch, pass: Pass::Backward, rows } => {
+        StageOperation::Resume { micro_batch, pass: Pass::Backward, rows, .. } => {
             (Pass::Backward, model.resume_backward(b, micro_batch, rows))
         }
-        StageOperation::WeightSoFar { micro_batch } => (Pass::Backward, model.weight_so_far(b, micro_batch)),
+        StageOperation::WeightSoFar { micro_batch, .. } => (Pass::Backward, model.weight_so_far(b, micro_batch)),
         StageOperation::Weight { micro_batch } => {
             model.weight(b, micro_batch);
             (Pass::Backward, Progress::Finished)

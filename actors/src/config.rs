@@ -22,6 +22,9 @@ pub struct Config {
     pub listen: String,
     /// Nodes that the launcher starts, and that the job waits for.
     pub nodes: usize,
+    /// Multiply-adds a second to which every thread of a node is held back, if it is: nodes that share a machine then
+    /// have a speed of their own each.
+    pub pace: Option<f64>,
     /// The text.
     pub data: DataConfig,
     /// Checkpoints that are kept.
@@ -127,6 +130,7 @@ impl Config {
             folder: raw.run.folder,
             listen: raw.run.listen,
             nodes: raw.job.nodes as usize,
+            pace: raw.job.pace,
             data: data(raw.data),
             keep: raw.checkpoint.keep,
             text: effective,
@@ -307,6 +311,8 @@ mod tests {
             "train.steps=x",
             "model.groups=7",
             "job.micro_batches=[[5, 1]]",
+            "job.pace=0",
+            "job.pace=inf",
             "job.micro_batches=[[0, 0]]",
             "optimizer.bias_step=[]",
             "optimizer.ema=1.0",

@@ -43,6 +43,8 @@ pub enum Control {
         node: NodeId,
         /// Multiply-adds since it joined.
         work: u64,
+        /// Those among them that a life of an actor had done before in its step.
+        redone: u64,
     },
     /// An actor panicked or failed.
     ActorFailed {

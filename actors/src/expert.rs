@@ -12,6 +12,7 @@ use crate::effect::{Core, Effect, Event};
 use crate::ids::{ActorId, Address, Step};
 use crate::message::{Body, Envelope, Local, Pass, Turn, Work, WorkItem, WorkResult};
 use crate::outbox::Outbox;
+use crate::plant::Bug;
 use crate::spec::{JobSpec, Layout};
 use crate::table::Table;
 use everstep_kernels::{ExpertHeld, ExpertSaved, ExpertWeights, Group, ParameterMap, Tensor};
@@ -57,11 +58,13 @@ pub(crate) struct ExpertCore {
     /// Rows of this step, for operators.
     load: u64,
     outbox: Outbox,
+    plant: Option<Bug>,
 }
 
 impl ExpertCore {
     /// A new life of an expert.
-    pub(crate) fn new(spec: Arc<JobSpec>, layout: Arc<Layout>, address: Address, layer: u32, expert: u32) -> Self {
+    pub(crate) fn new(spec: Arc<JobSpec>, layout: Arc<Layout>, address: Address, plant: Option<Bug>) -> Self {
+        let ActorId::Expert { layer, expert } = address.actor else { unreachable!("an expert's address names one") };
         let group = layout.number_of[&Group::Expert { layer, expert }];
         Self {
             spec,
@@ -80,6 +83,7 @@ impl ExpertCore {
             computing: false,
             load: 0,
             outbox: Outbox::default(),
+            plant,
         }
     }
 
@@ -109,6 +113,9 @@ impl ExpertCore {
             (true, Pass::Forward, None) => Work::Forward { x: rows.clone() },
             (true, Pass::Backward, Some(Rows::Saved(saved))) => {
                 Work::Backward { saved: saved.clone(), dy: rows.clone() }
+            }
+            (true, Pass::Forward, Some(Rows::Saved(_))) if self.plant == Some(Bug::ComputedTwice) => {
+                Work::Forward { x: rows.clone() }
             }
             (true, Pass::Forward, Some(_))
             | (true, Pass::Backward, Some(Rows::Returning | Rows::Held(_) | Rows::Summed)) => return None,
@@ -182,7 +189,7 @@ impl ExpertCore {
         });
         self.computing = true;
         let cost = parts.iter().map(|p| p.rows() as u64).sum::<u64>() * self.size();
-        let job = Job::ExpertWeight { step: self.step, weights, parts, sums: self.sums.take() };
+        let job = Job::ExpertWeight { step: self.step, micro_batch: self.turn, weights, parts, sums: self.sums.take() };
         vec![Effect::Compute { job, cost }]
     }
 
@@ -278,7 +285,7 @@ mod tests {
 
     fn expert(materials: &Materials) -> ExpertCore {
         let me = address(ME, 1);
-        let mut core = ExpertCore::new(Arc::clone(&materials.spec), Arc::clone(&materials.layout), me, 1, 0);
+        let mut core = ExpertCore::new(Arc::clone(&materials.spec), Arc::clone(&materials.layout), me, None);
         drive(&mut core, Event::Table(Arc::new(table(materials))));
         drive(&mut core, weights(materials, Group::Expert { layer: 1, expert: 0 }));
         core

@@ -7,6 +7,7 @@
 mod compute;
 mod config;
 mod control;
+mod costs;
 mod data;
 mod effect;
 mod expert;
@@ -29,6 +30,7 @@ mod stage;
 mod stored;
 mod supervisor;
 mod table;
+mod tally;
 #[cfg(test)]
 mod testing;
 mod tokens;

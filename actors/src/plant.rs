@@ -15,17 +15,20 @@ pub enum Bug {
     AcknowledgedBeforeSynced,
     /// Lanes are added in the order in which they came.
     ArrivalOrderSum,
+    /// An expert computes rows again that it has computed.
+    ComputedTwice,
     /// A session forgets what was not acknowledged when its link breaks.
     LostAtReconnect,
 }
 
 impl Bug {
     /// All of them.
-    pub const ALL: [Self; 5] = [
+    pub const ALL: [Self; 6] = [
         Self::FenceSkipped,
         Self::ContributionTwice,
         Self::AcknowledgedBeforeSynced,
         Self::ArrivalOrderSum,
+        Self::ComputedTwice,
         Self::LostAtReconnect,
     ];
 
@@ -35,6 +38,7 @@ impl Bug {
             Self::ContributionTwice => "contribution-twice",
             Self::AcknowledgedBeforeSynced => "acknowledged-before-synced",
             Self::ArrivalOrderSum => "arrival-order-sum",
+            Self::ComputedTwice => "computed-twice",
             Self::LostAtReconnect => "lost-at-reconnect",
         }
     }

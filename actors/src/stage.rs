@@ -9,6 +9,7 @@
 //!   its gradient, and their operands are still in the caches. They are added in the same order.
 
 use crate::compute::{Job, Outcome, StageOperation};
+use crate::costs::StageCosts;
 use crate::data::Corpus;
 use crate::effect::{Core, Effect, Event};
 use crate::ids::{ActorId, Address, Step};
@@ -53,6 +54,9 @@ pub(crate) struct StageCore {
     lane: u32,
     stage: u32,
     groups: Vec<Group>,
+    costs: StageCosts,
+    /// Planned cost of the weight products that were made while the first stage waits.
+    made: u64,
     table: Arc<Table>,
     /// The step that is run; 0 before the first weights.
     step: Step,
@@ -69,6 +73,7 @@ impl StageCore {
     /// A new life of a stage.
     pub(crate) fn new(spec: Arc<JobSpec>, layout: Arc<Layout>, corpus: Corpus, lane: u32, stage: u32) -> Self {
         let groups = spec.groups_of_stage(stage);
+        let costs = StageCosts::new(&spec, stage);
         Self {
             spec,
             layout,
@@ -76,6 +81,8 @@ impl StageCore {
             lane,
             stage,
             groups,
+            costs,
+            made: 0,
             table: Arc::default(),
             step: 0,
             phase: Phase::Weights,
@@ -155,7 +162,7 @@ impl StageCore {
         }
         let config = Arc::new(self.spec.model.clone());
         self.step = committed + 1;
-        self.next = 0;
+        (self.next, self.made) = (0, 0);
         self.program = one_forward_one_backward(self.stage, self.spec.stages, self.spec.micro_batches.at(self.step));
         let (layers, scales) = (self.spec.layers_of(self.stage), self.spec.scales(self.step));
         self.phase = Phase::Idle(Box::new(StageModel::new(config, layers, &map, scales)));
@@ -173,7 +180,13 @@ impl StageCore {
                 let rows: Option<Vec<Tensor>> = keys.map(|key| self.inbox.get(&key).cloned()).collect();
                 match rows {
                     Some(rows) => {
-                        self.compute(model, micro_batch, StageOperation::Resume { micro_batch, pass, rows }, 0)
+                        let cost = self.costs.part(pass, Some(layer));
+                        self.compute(
+                            model,
+                            micro_batch,
+                            StageOperation::Resume { micro_batch, pass, layer, rows },
+                            cost,
+                        )
                     }
                     None => {
                         self.phase = Phase::Experts { model, micro_batch, pass, layer };
@@ -203,17 +216,12 @@ impl StageCore {
         let micro_batch = match operation {
             Operation::Forward(m) | Operation::BackwardInput(m) | Operation::BackwardWeight(m) => m,
         };
-        let tokens = u64::from(self.spec.sequences) * self.spec.model.sequence as u64;
-        let cost = tokens * self.layout_size();
-        self.compute(model, micro_batch, ready, cost)
-    }
-
-    /// Parameters of the stage: the multiply-adds of one token's pass through it.
-    fn layout_size(&self) -> u64 {
-        let of = |g: &Group| {
-            self.layout.of_group[g].iter().map(|n| self.layout.parameters[*n as usize].len() as u64).sum::<u64>()
+        let cost = match operation {
+            Operation::Forward(_) => self.costs.part(Pass::Forward, None),
+            Operation::BackwardInput(_) => self.costs.part(Pass::Backward, None),
+            Operation::BackwardWeight(_) => self.costs.whole() - std::mem::take(&mut self.made),
         };
-        self.groups.iter().map(of).sum()
+        self.compute(model, micro_batch, ready, cost)
     }
 
     fn forward(&self, micro_batch: u32) -> Option<StageOperation> {
@@ -263,7 +271,10 @@ impl StageCore {
                     effects.push(self.outbox.send(self.step, to, Body::Rows { turn, pass, rows }));
                 }
                 if pass == Pass::Backward && self.weight_comes_next(micro_batch) {
-                    effects.extend(self.compute(model, micro_batch, StageOperation::WeightSoFar { micro_batch }, 0));
+                    let made = self.costs.weights_above(layer);
+                    let cost = made - std::mem::replace(&mut self.made, made);
+                    let so_far = StageOperation::WeightSoFar { micro_batch, layer };
+                    effects.extend(self.compute(model, micro_batch, so_far, cost));
                 } else {
                     self.phase = Phase::Experts { model, micro_batch, pass, layer };
                 }

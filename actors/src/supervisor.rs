@@ -22,11 +22,11 @@ mod timeline;
 use commit::CommitCore;
 pub use events::{Happening, Report, SupervisorEffect, SupervisorEvent};
 use membership::{Membership, Silent};
-use placement::Costs;
 pub use record::{CommitRecord, Record};
 pub use timeline::Phases;
 use timeline::Timeline;
 
+use crate::costs::Costs;
 use crate::ids::{ActorId, Incarnation, NodeId, SUPERVISOR_NODE, Step};
 use crate::message::Body;
 use crate::plant::Bug;
@@ -59,8 +59,8 @@ pub struct Supervisor {
     restarts: BTreeMap<ActorId, VecDeque<Duration>>,
     /// Effects that wait for the sync of the record before them.
     held: VecDeque<Vec<SupervisorEffect>>,
-    /// Work of each node, and how much of it has been reported.
-    work: BTreeMap<NodeId, (u64, u64)>,
+    /// Work of each node, that which was redone, and how much of both has been reported.
+    work: BTreeMap<NodeId, ([u64; 2], [u64; 2])>,
     /// Fingerprints of steps that may be done again: they must match.
     reported: BTreeMap<Step, String>,
     /// Of failures after which no step has been committed yet.
@@ -192,7 +192,7 @@ impl Supervisor {
         let mut effects = match event {
             SupervisorEvent::Join(info) => self.join(info),
             SupervisorEvent::Return(node) => self.returned(node),
-            SupervisorEvent::Heartbeat { node, work } => self.heartbeat(node, work),
+            SupervisorEvent::Heartbeat { node, work, redone } => self.heartbeat(node, [work, redone]),
             SupervisorEvent::Lost { node, why } => self.dead(&[(node, why, Duration::ZERO)]),
             SupervisorEvent::ActorFailed { address, reason } => self.actor_failed(address, reason),
             SupervisorEvent::Message { from, body } => self.message(from, body),
@@ -242,7 +242,7 @@ impl Supervisor {
         let node = NodeId(self.next_node);
         self.next_node += 1;
         self.membership.expect(self.now, node);
-        self.work.insert(node, (0, 0));
+        self.work.insert(node, ([0; 2], [0; 2]));
         self.table.nodes.insert(node, info.clone());
         let note = Happening::NodeJoined { node: node.0, address: info.address.clone() };
         let mut effects = vec![SupervisorEffect::Note(note)];
@@ -295,7 +295,7 @@ impl Supervisor {
         effects
     }
 
-    fn heartbeat(&mut self, node: NodeId, work: u64) -> Vec<SupervisorEffect> {
+    fn heartbeat(&mut self, node: NodeId, work: [u64; 2]) -> Vec<SupervisorEffect> {
         if !self.table.nodes.contains_key(&node) {
             return self.fence(node);
         }

@@ -32,7 +32,7 @@ impl Materials {
             ActorId::Stage { lane, stage } => {
                 Some(Box::new(StageCore::new(spec, layout, self.corpus.clone(), lane, stage)))
             }
-            ActorId::Expert { layer, expert } => Some(Box::new(ExpertCore::new(spec, layout, address, layer, expert))),
+            ActorId::Expert { .. } => Some(Box::new(ExpertCore::new(spec, layout, address, self.plant))),
             ActorId::Host { .. } => Some(Box::new(HostCore::new(spec))),
             ActorId::Reducer { shard, replica } => {
                 Some(Box::new(ReducerCore::new(spec, layout, shard, replica, self.plant)))

@@ -139,6 +139,8 @@ pub(super) struct RawJob {
     pub(super) schedule: String,
     pub(super) nodes: u32,
     pub(super) shards: u32,
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub(super) pace: Option<f64>,
 }
 
 fn default_schedule() -> String {

@@ -65,6 +65,9 @@ fn choice_rules(raw: &Raw) -> Vec<Rule> {
     rules.push((known, "train.precision", t.precision.clone(), "expected fp32, bf16 or fp8".into()));
     rules.push((t.device == "cpu", "train.device", t.device.clone(), "this version trains on cpu".into()));
     rules.push((j.schedule == "1f1b", "job.schedule", j.schedule.clone(), "this version knows 1f1b".into()));
+    let pace = j.pace.unwrap_or(1.0);
+    let why = "expected multiply-adds a second, more than 0".into();
+    rules.push((pace > 0.0 && pace.is_finite(), "job.pace", pace.to_string(), why));
     rules.push((
         m.rope > 0 && m.rope.is_multiple_of(2),
         "model.rope",

@@ -194,6 +194,11 @@ fn add_vectors(a: Arc<Vec<f32>>, b: Arc<Vec<f32>>) -> Arc<Vec<f32>> {
 }
 
 impl Reduce {
+    /// The step whose sums it adds.
+    pub(crate) fn step(&self) -> Step {
+        self.step
+    }
+
     /// Of a balanced ledger.
     pub fn new(step: Step, ledger: &Ledger, spec: &JobSpec, layout: &Layout, groups: &[Group]) -> Self {
         let sums = |g: &Group| {

@@ -78,7 +78,8 @@ impl Ledger {
                 all.sort_by_key(|(sender, _)| *sender);
                 return all;
             }
-            Some(Bug::FenceSkipped | Bug::AcknowledgedBeforeSynced | Bug::LostAtReconnect) | None => {}
+            Some(Bug::FenceSkipped | Bug::ComputedTwice | Bug::AcknowledgedBeforeSynced | Bug::LostAtReconnect)
+            | None => {}
         }
         self.expected[&group].iter().filter_map(|(sender, r)| Some((*sender, r.clone()?))).collect()
     }

@@ -61,14 +61,16 @@ pub async fn run_node(options: &NodeOptions) -> Result<NodeEnd, AnyError> {
     }
     let (hub, mut events) = Hub::open(listen, &credentials, new_name())?;
     let supervisor = find(&hub, options.join, SUPERVISOR_WAIT).await?;
-    let Some(materials) = receive_job(&hub, supervisor, &mut events).await? else { return Ok(NodeEnd::Fenced) };
+    let Some((materials, pace)) = receive_job(&hub, supervisor, &mut events).await? else {
+        return Ok(NodeEnd::Fenced);
+    };
     let backend: Arc<dyn Backend> = Arc::new(CpuBackend::new(materials.spec.precision));
     let (pid, machine) = (std::process::id(), machine());
     let info = NodeInfo { address: hub.address()?.to_string(), peer: hub.me(), pid, machine };
     let join = Control::Join { info, device_class: backend.class().0 };
     tell(&hub, supervisor, join);
     let (end, mut ended) = mpsc::channel(1);
-    let pool = Pool::new(options.threads, &backend)?;
+    let pool = Pool::new(options.threads, &backend, pace)?;
     let args = Args { hub: hub.clone(), supervisor, join: options.join, materials, pool, end };
     let (node, handle) = Actor::spawn(None, Node, args).await.map_err(|e| NodeError::Start(e.to_string()))?;
     let result = pump(&mut events, &node, Msg::Hub, &mut ended).await;
@@ -124,15 +126,16 @@ pub(super) async fn find(hub: &Hub, address: SocketAddr, wait: Duration) -> Resu
     }
 }
 
-/// Asks for the job, opens its sources of text or asks for them. None: the supervisor went away
-/// meanwhile, there may be another.
+/// Asks for the job and the pace at which it is to be computed, opens its sources of text or asks for them. None: the
+/// supervisor went away meanwhile, there may be another.
 async fn receive_job(
     hub: &Hub,
     supervisor: Peer,
     events: &mut mpsc::Receiver<HubEvent>,
-) -> Result<Option<Materials>, AnyError> {
+) -> Result<Option<(Materials, Option<f64>)>, AnyError> {
     tell(hub, supervisor, Control::Enquire);
     let mut job: Option<(Arc<JobSpec>, Vec<SourceInfo>)> = None;
+    let mut pace = None;
     let mut tokens: Vec<Tokens> = Vec::new();
     let mut coming: Option<Coming> = None;
     loop {
@@ -140,14 +143,16 @@ async fn receive_job(
             if tokens.len() == sources.len() {
                 let corpus = Corpus::new(tokens, spec)?;
                 let materials = Materials { layout: Layout::new(spec), spec: Arc::clone(spec), corpus, plant: None };
-                return Ok(Some(materials));
+                return Ok(Some((materials, pace)));
             }
             let (source, from) = (tokens.len() as u32, coming.as_ref().map_or(0, |c| c.length));
             tell(hub, supervisor, Control::TokensWanted { source, from });
         }
         match next_control(supervisor, events).await? {
             Some(Control::Job { config, sources, folder, machine: theirs }) => {
-                let spec = Arc::new(Config::parse(&config, "the supervisor's configuration", &[])?.spec);
+                let config = Config::parse(&config, "the supervisor's configuration", &[])?;
+                pace = config.pace;
+                let spec = Arc::new(config.spec);
                 let run = RunFolder(folder.into());
                 if theirs == machine()
                     && let Ok(here) = open_tokens(&run, &sources)

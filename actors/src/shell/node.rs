@@ -15,6 +15,7 @@ use crate::effect::{Effect, Event};
 use crate::ids::{ActorId, Address, Incarnation, NodeId, SUPERVISOR_NODE};
 use crate::message::Envelope;
 use crate::router::{Action, Router};
+use crate::tally::Tally;
 use crate::wire::Unit;
 use crate::worker::Materials;
 use everstep_transport::{Hub, HubEvent, Peer};
@@ -325,7 +326,8 @@ impl State {
 
     async fn spawn(&mut self, myself: &ActorRef<Msg>, address: Address) {
         let Some(core) = self.materials.core(address) else { return };
-        let args = worker::Args { address, core, node: myself.clone(), pool: self.pool.clone() };
+        let args =
+            worker::Args { address, core, node: myself.clone(), pool: self.pool.clone(), tally: Tally::default() };
         match Actor::spawn_linked(None, Worker, args, myself.get_cell()).await {
             Ok((actor, _)) => {
                 self.lives.insert(actor.get_id(), address);

@@ -1,5 +1,8 @@
 //! Threads for jobs, so that nothing heavy runs on a runtime's thread.
 //!
+//! A thread that is paced takes at least the planned time for a job, so that several nodes on one machine behave like as
+//! many machines of that speed.
+//!
 //! Bound: an actor has one job at a time, or two when a commit overtakes a life that replays the step; a host
 //! has at most one for each micro-batch that a lane has in flight.
 
@@ -9,6 +12,7 @@ use std::panic::{AssertUnwindSafe, catch_unwind};
 use std::sync::atomic::{AtomicU64, Ordering};
 use std::sync::mpsc::{Receiver, SyncSender, TrySendError, sync_channel};
 use std::sync::{Arc, Mutex, PoisonError};
+use std::time::{Duration, Instant};
 
 /// Jobs that may wait.
 const QUEUE: usize = 65_536;
@@ -27,6 +31,7 @@ struct Task {
 pub(super) struct Pool {
     queue: SyncSender<Task>,
     work: Arc<AtomicU64>,
+    redone: Arc<AtomicU64>,
 }
 
 impl std::fmt::Debug for Task {
@@ -36,20 +41,33 @@ impl std::fmt::Debug for Task {
 }
 
 impl Pool {
-    pub(super) fn new(threads: usize, backend: &Arc<dyn Backend>) -> std::io::Result<Self> {
+    /// `pace`: multiply-adds a second of each thread.
+    pub(super) fn new(threads: usize, backend: &Arc<dyn Backend>, pace: Option<f64>) -> std::io::Result<Self> {
         let (queue, tasks) = sync_channel::<Task>(QUEUE);
         let tasks = Arc::new(Mutex::new(tasks));
         let work = Arc::new(AtomicU64::new(0));
         for n in 0..threads.max(1) {
             let (tasks, backend, work) = (Arc::clone(&tasks), Arc::clone(backend), Arc::clone(&work));
-            std::thread::Builder::new().name(format!("compute-{n}")).spawn(move || serve(&tasks, &*backend, &work))?;
+            std::thread::Builder::new().name(format!("compute-{n}")).spawn(move || {
+                serve(&tasks, &*backend, &work, pace);
+            })?;
         }
-        Ok(Self { queue, work })
+        Ok(Self { queue, work, redone: Arc::default() })
     }
 
     /// Multiply-adds done so far.
     pub(super) fn work(&self) -> u64 {
         self.work.load(Ordering::Relaxed)
+    }
+
+    /// Multiply-adds among them that an actor's life had done before in its step.
+    pub(super) fn redone(&self) -> u64 {
+        self.redone.load(Ordering::Relaxed)
+    }
+
+    /// A job that is submitted is done again.
+    pub(super) fn again(&self, cost: u64) {
+        self.redone.fetch_add(cost, Ordering::Relaxed);
     }
 
     /// Runs a job; `reply` is called on the job's thread.
@@ -61,11 +79,15 @@ impl Pool {
     }
 }
 
-fn serve(tasks: &Mutex<Receiver<Task>>, backend: &dyn Backend, work: &AtomicU64) {
+fn serve(tasks: &Mutex<Receiver<Task>>, backend: &dyn Backend, work: &AtomicU64, pace: Option<f64>) {
     loop {
         let next = tasks.lock().unwrap_or_else(PoisonError::into_inner).recv();
         let Ok(Task { job, cost, reply }) = next else { return };
+        let began = Instant::now();
         let result = catch_unwind(AssertUnwindSafe(|| run(job, backend)));
+        if let Some(pace) = pace {
+            std::thread::sleep(Duration::from_secs_f64(cost as f64 / pace).saturating_sub(began.elapsed()));
+        }
         work.fetch_add(cost, Ordering::Relaxed);
         reply(result.map_err(|panic| words_of(&*panic)));
     }

@@ -53,7 +53,7 @@ fn beat(shared: &Weak<Shared>, hub: &Hub, pool: &Pool) {
         let Some(shared) = shared.upgrade() else { return };
         let node = shared.node.load(Ordering::Relaxed);
         if node > 0 {
-            let beat = Control::Heartbeat { node: NodeId(node), work: pool.work() };
+            let beat = Control::Heartbeat { node: NodeId(node), work: pool.work(), redone: pool.redone() };
             tell(hub, shared.supervisor.load(Ordering::Relaxed), beat);
         }
     }

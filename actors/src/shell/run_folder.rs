@@ -136,6 +136,9 @@ pub struct MetricsLine {
     pub copies: u32,
     /// Multiply-adds by node since the line before.
     pub operations: BTreeMap<String, u64>,
+    /// Those among them that a surviving actor had done before: recoveries leave survivors their work.
+    #[serde(default)]
+    pub redone: u64,
     /// Root of the fingerprint.
     pub fingerprint: String,
 }
@@ -160,6 +163,7 @@ impl MetricsLine {
             nodes: report.operations.len(),
             copies: report.commit.copies,
             operations: report.operations.into_iter().map(|(node, n)| (node.0.to_string(), n)).collect(),
+            redone: report.redone,
             fingerprint: report.fingerprint,
         }
     }

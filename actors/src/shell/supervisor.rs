@@ -404,9 +404,9 @@ impl State {
                 self.peers.insert(node, peer);
                 self.supervise(SupervisorEvent::Return(node));
             }
-            Control::Heartbeat { node, work } => {
+            Control::Heartbeat { node, work, redone } => {
                 self.peers.insert(node, peer);
-                self.supervise(SupervisorEvent::Heartbeat { node, work });
+                self.supervise(SupervisorEvent::Heartbeat { node, work, redone });
             }
             Control::ActorFailed { address, reason } => {
                 self.supervise(SupervisorEvent::ActorFailed { address, reason });

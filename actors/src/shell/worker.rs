@@ -8,6 +8,7 @@ use super::node;
 use super::pool::Pool;
 use crate::effect::{Core, Effect, Event};
 use crate::ids::Address;
+use crate::tally::Tally;
 use ractor::{Actor, ActorProcessingErr, ActorRef, RpcReplyPort, SupervisionEvent};
 
 /// What a worker is told.
@@ -33,6 +34,7 @@ pub(super) struct Args {
     pub(super) core: Box<dyn Core>,
     pub(super) node: ActorRef<node::Msg>,
     pub(super) pool: Pool,
+    pub(super) tally: Tally,
 }
 
 /// A worker's failure.
@@ -88,11 +90,15 @@ impl Actor for Worker {
 }
 
 impl Args {
-    fn perform(&self, myself: &ActorRef<Msg>, effects: Vec<Effect>) {
+    fn perform(&mut self, myself: &ActorRef<Msg>, effects: Vec<Effect>) {
         let mut out = Vec::new();
         for effect in effects {
             match effect {
                 Effect::Compute { job, cost } => {
+                    if let Some(what) = self.tally.begin(&job, self.address) {
+                        tracing::warn!(what, "work is done again");
+                        self.pool.again(cost);
+                    }
                     let myself = myself.clone();
                     self.pool.submit(job, cost, move |result| {
                         let message = match result {

@@ -53,6 +53,11 @@ pub(super) fn fenced_batch(batch: &[Envelope], table: &Table) -> Result<(), Brok
     })
 }
 
+/// C6: survivors keep their work: no life computes anything twice in a step.
+pub(super) fn once(again: Option<String>) -> Result<(), Broken> {
+    again.map_or(Ok(()), |what| Err(("C6", what)))
+}
+
 /// C5: no queue is longer than its bound.
 pub(super) fn bounded(what: impl Fn() -> String, length: usize, bound: usize) -> Result<(), Broken> {
     if length <= bound { Ok(()) } else { Err(("C5", format!("{} holds {length}, more than {bound}", what()))) }

@@ -10,6 +10,7 @@ use crate::keeper::KeeperCore;
 use crate::root::Root;
 use crate::router::Router;
 use crate::supervisor::Supervisor;
+use crate::tally::Tally;
 use std::collections::BTreeMap;
 use std::sync::Arc;
 use std::time::Duration;
@@ -29,6 +30,7 @@ impl World {
             actors: BTreeMap::new(),
             paused: 0,
             work: 0,
+            tally: Tally::default(),
             supervisor: None,
         });
         self.after(1, SimEvent::Heartbeat(life));

@@ -24,7 +24,7 @@ impl World {
         node.supervisor = root.or(node.supervisor);
         let control = match number {
             Some(node) if new_root => Control::Return { node },
-            Some(node) => Control::Heartbeat { node, work },
+            Some(node) => Control::Heartbeat { node, work, redone: 0 },
             None if new_root => {
                 let info = NodeInfo { address: format!("life {life}"), peer: life, pid: 0, machine: String::new() };
                 Control::Join { info, device_class: String::new() }
@@ -162,7 +162,7 @@ impl World {
             match effect {
                 Effect::Send { from, to, body } => messages.push((from.unwrap_or(me), to, body)),
                 Effect::Tell { to, local } => self.deliver(life, to, None, Event::Local { from: me.actor, local }),
-                Effect::Compute { job, cost } => self.compute(life, me, job, cost),
+                Effect::Compute { job, cost } => self.compute(life, me, job, cost)?,
             }
         }
         let Some(node) = self.node_of_life(life) else { return Ok(()) };
@@ -170,12 +170,14 @@ impl World {
         self.perform_node(life, actions)
     }
 
-    pub(super) fn compute(&mut self, life: Life, me: Address, job: Job, cost: u64) {
+    pub(super) fn compute(&mut self, life: Life, me: Address, job: Job, cost: u64) -> Result<(), Broken> {
         if let Some(node) = self.node_of_life(life) {
             node.work += cost;
+            checks::once(node.tally.begin(&job, me))?;
         }
         let outcome = Box::new(run(job, &CpuBackend::FP32));
         let micros = 100 + self.draw(3000);
         self.after(micros, SimEvent::Computed(life, me.actor, me.incarnation, outcome));
+        Ok(())
     }
 }

@@ -5,6 +5,7 @@ use crate::effect::{Core, Event};
 use crate::ids::{ActorId, Incarnation, NodeId};
 use crate::root::Root;
 use crate::router::Router;
+use crate::tally::Tally;
 use std::collections::{BTreeMap, VecDeque};
 
 /// An actor and its mailbox.
@@ -25,6 +26,7 @@ pub(super) struct SimNode {
     /// Stopped until then.
     pub(super) paused: u64,
     pub(super) work: u64,
+    pub(super) tally: Tally,
     /// The life of the supervisor that it talks to.
     pub(super) supervisor: Option<Life>,
 }

@@ -57,9 +57,9 @@ impl World {
                 root.lives.insert(node, from);
                 SupervisorEvent::Return(node)
             }
-            Control::Heartbeat { node, work } => {
+            Control::Heartbeat { node, work, redone } => {
                 root.lives.insert(node, from);
-                SupervisorEvent::Heartbeat { node, work }
+                SupervisorEvent::Heartbeat { node, work, redone }
             }
             Control::ActorFailed { address, reason } => SupervisorEvent::ActorFailed { address, reason },
             _ => return Ok(()),

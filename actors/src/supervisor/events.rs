@@ -23,6 +23,8 @@ pub enum SupervisorEvent {
         node: NodeId,
         /// Multiply-adds since it joined.
         work: u64,
+        /// Those among them that a life of an actor had done before in its step.
+        redone: u64,
     },
     /// A node's process is known to have ended.
     Lost {
@@ -85,6 +87,8 @@ pub struct Report {
     pub epoch: u64,
     /// Work of each living node since the report before.
     pub operations: BTreeMap<NodeId, u64>,
+    /// Work since then that a life of an actor had done before in its step.
+    pub redone: u64,
 }
 
 /// A line of events.jsonl, without its time.

@@ -4,51 +4,10 @@
 //! - PL-2: copies of one shard live on different nodes; a copy that has no node of its own is not placed.
 //! - PL-3: the same input gives the same places (ties go to the lower number).
 
+use crate::costs::Costs;
 use crate::ids::{ActorId, NodeId};
 use crate::spec::JobSpec;
-use everstep_kernels::{Group, Parameter};
 use std::collections::BTreeMap;
-
-/// Multiply-adds of a step by actor: what a place costs.
-#[derive(Debug, Clone)]
-pub(crate) struct Costs {
-    by_actor: BTreeMap<ActorId, u64>,
-}
-
-impl Costs {
-    /// Expected costs, with even loads of the experts.
-    pub(crate) fn new(spec: &JobSpec) -> Self {
-        let size = |g: &Group| spec.model.parameters_of(*g).iter().map(|p| Parameter::len(p) as u64).sum::<u64>();
-        let tokens = spec.targets_of_step(spec.steps);
-        let lane_tokens = tokens / u64::from(spec.lanes);
-        let mut by_actor = BTreeMap::new();
-        for actor in spec.workers() {
-            let cost = match actor {
-                ActorId::Stage { stage, .. } => {
-                    3 * lane_tokens * spec.groups_of_stage(stage).iter().map(size).sum::<u64>()
-                }
-                ActorId::Expert { layer, expert } => {
-                    let share = tokens * spec.model.top_k as u64 / spec.model.experts as u64;
-                    3 * share * size(&Group::Expert { layer, expert })
-                }
-                ActorId::Supervisor | ActorId::Keeper | ActorId::Reducer { .. } | ActorId::Host { .. } => 0,
-            };
-            by_actor.insert(actor, cost);
-        }
-        for (group, shard) in spec.shard_of_groups() {
-            for replica in 0..=spec.mirrors {
-                // An update costs about as much as a few passes of one row.
-                *by_actor.entry(ActorId::Reducer { shard, replica }).or_default() += 8 * size(&group);
-            }
-        }
-        Self { by_actor }
-    }
-
-    /// Of one actor.
-    pub(crate) fn of(&self, actor: ActorId) -> u64 {
-        self.by_actor.get(&actor).copied().unwrap_or(0)
-    }
-}
 
 /// See the module.
 #[derive(Debug)]

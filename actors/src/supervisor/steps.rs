@@ -2,7 +2,7 @@
 
 use super::commit::Prepared;
 use super::{Happening, Record, Report, Supervisor, SupervisorEffect};
-use crate::ids::{ActorId, Address, Step};
+use crate::ids::{ActorId, Address, NodeId, Step};
 use crate::message::Body;
 use everstep_kernels::Tensor;
 
@@ -136,10 +136,15 @@ impl Supervisor {
                 return self.finish(Err(why));
             }
             (None, Some(commit)) if commit.commit.step == step => {
-                let since = |told: &mut (u64, u64)| told.0 - std::mem::replace(&mut told.1, told.0);
-                let operations = self.work.iter_mut().map(|(node, told)| (*node, since(told))).collect();
+                let mut redone = 0;
+                let since = |(node, (done, told)): (&NodeId, &mut ([u64; 2], [u64; 2]))| {
+                    let before = std::mem::replace(told, *done);
+                    redone += done[1] - before[1];
+                    (*node, done[0] - before[0])
+                };
+                let operations = self.work.iter_mut().map(since).collect();
                 let (fingerprint, epoch) = (fingerprint.clone(), self.table.epoch);
-                effects.push(SupervisorEffect::Report(Report { commit, fingerprint, epoch, operations }));
+                effects.push(SupervisorEffect::Report(Report { commit, fingerprint, epoch, operations, redone }));
             }
             (Some(_) | None, _) => {}
         }

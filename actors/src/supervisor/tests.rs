@@ -149,7 +149,9 @@ fn a_compacted_log_says_the_same() {
 fn the_dead_stay_dead() {
     let mut job = started();
     job.on(SupervisorEvent::Lost { node: NodeId(2), why: "test".to_owned() });
-    for event in [SupervisorEvent::Heartbeat { node: NodeId(2), work: 1 }, SupervisorEvent::Return(NodeId(2))] {
+    for event in
+        [SupervisorEvent::Heartbeat { node: NodeId(2), work: 1, redone: 0 }, SupervisorEvent::Return(NodeId(2))]
+    {
         let effects = job.on(event);
         assert!(matches!(effects[0], SupervisorEffect::Fence(NodeId(2))), "{effects:?}");
     }
@@ -305,14 +307,26 @@ fn actors_move_to_a_new_node_only_with_a_commit() {
     let copies = job.supervisor.table().entries.iter().filter(|(_, e)| came(e)).map(|(a, _)| *a).collect::<Vec<_>>();
     assert!(!copies.is_empty() && copies.iter().all(|a| matches!(a, ActorId::Reducer { .. })), "{copies:?}");
     assert_eq!(places(&job), before);
-    let mut effects = Vec::new();
-    for shard in 0..2 {
-        let replicas: Vec<u32> = (0..2).filter(|r| job.supervisor.commit.in_sync(shard, *r)).collect();
-        for replica in replicas {
-            effects.extend(job.say(shard, replica, prepared(1, 4)(shard)));
+    let step = |job: &mut Job, step: Step| {
+        let mut effects = Vec::new();
+        for shard in 0..2 {
+            let replicas: Vec<u32> = (0..2).filter(|r| job.supervisor.commit.in_sync(shard, *r)).collect();
+            for replica in replicas {
+                effects.extend(job.say(shard, replica, prepared(step, 4)(shard)));
+            }
         }
+        assert!(!commits(&effects).is_empty());
+        effects
+    };
+    // A node that has said nothing yet may never do so.
+    job.on(SupervisorEvent::Heartbeat { node: NodeId(1), work: 0, redone: 0 });
+    step(&mut job, 1);
+    assert_eq!(places(&job), before);
+    job.on(SupervisorEvent::Heartbeat { node: NodeId(3), work: 0, redone: 0 });
+    for shard in 0..2 {
+        job.say(shard, 0, applied(1)(shard));
     }
-    assert!(!commits(&effects).is_empty());
+    let effects = step(&mut job, 2);
     let after = places(&job);
     let moved: Vec<_> = after.iter().filter(|(a, place)| before[*a] != **place).collect();
     assert!(!moved.is_empty() && moved.iter().all(|(_, (node, _))| *node == NodeId(3)), "{moved:?}");

@@ -1,0 +1,161 @@
+//! Planned multiply-adds: of what an actor does in a step, and of every part of a stage's operations.
+//!
+//! An operation of a stage stops wherever it needs experts; its parts are counted apart.
+//! - CS-1: the parts of a pass add up to the pass, wherever it stops.
+
+use crate::ids::ActorId;
+use crate::message::Pass;
+use crate::spec::JobSpec;
+use everstep_kernels::{Group, ModelConfig, Parameter, Update};
+use std::collections::BTreeMap;
+
+/// Of one token's way through a group, forward: the elements of its matrices, and for a layer its attention to half a
+/// sequence. The embedding is looked up, not multiplied.
+pub(crate) fn of_token(model: &ModelConfig, group: Group) -> u64 {
+    let matrices = |update: Update| update == Update::Decayed;
+    let products = || {
+        let parameters = model.parameters_of(group);
+        parameters.iter().filter(|p| matrices(p.update)).map(|p| Parameter::len(p) as u64).sum::<u64>()
+    };
+    match group {
+        Group::Embedding => 0,
+        Group::Head | Group::Expert { .. } => products(),
+        Group::Layer(_) => {
+            let scores = model.sequence * model.heads * (model.nope + model.rope + model.value) / 2;
+            products() + scores as u64
+        }
+    }
+}
+
+/// A stretch of a stage's layers.
+#[derive(Debug, Clone, Copy)]
+struct Stretch {
+    cost: u64,
+    /// The layer, if it waits for experts.
+    mixture: Option<u32>,
+}
+
+/// Of a stage's operations on one micro-batch.
+#[derive(Debug, Clone)]
+pub(crate) struct StageCosts {
+    /// In the order of the forward function.
+    stretches: Vec<Stretch>,
+}
+
+impl StageCosts {
+    /// Of a stage of a job.
+    pub(crate) fn new(spec: &JobSpec, stage: u32) -> Self {
+        let model = &spec.model;
+        let tokens = u64::from(spec.sequences) * model.sequence as u64;
+        let layer = |n: usize| Stretch {
+            cost: tokens * of_token(model, Group::Layer(n as u32)),
+            mixture: model.is_mixture(n).then_some(n as u32),
+        };
+        let head = Stretch { cost: tokens * of_token(model, Group::Head), mixture: None };
+        let layers = spec.layers_of(stage);
+        let last = layers.end == model.layers;
+        let mut stretches: Vec<Stretch> = layers.map(layer).collect();
+        if last {
+            stretches.push(head);
+            // A module of multi-token prediction has a block, and the head's weights once more.
+            stretches.extend((model.layers..model.blocks()).flat_map(|n| [layer(n), head]));
+        }
+        Self { stretches }
+    }
+
+    /// Of one whole pass: forward, or the input part, or the weight part of backward.
+    pub(crate) fn whole(&self) -> u64 {
+        self.stretches.iter().map(|s| s.cost).sum()
+    }
+
+    fn at(&self, layer: u32) -> usize {
+        self.stretches.iter().position(|s| s.mixture == Some(layer)).expect("a layer of the stage that has experts")
+    }
+
+    /// Of the part that goes on after the experts of `after` (none: that begins), up to the next experts or the end.
+    pub(crate) fn part(&self, pass: Pass, after: Option<u32>) -> u64 {
+        match pass {
+            Pass::Forward => {
+                let rest = &self.stretches[after.map_or(0, |layer| self.at(layer) + 1)..];
+                let end = rest.iter().position(|s| s.mixture.is_some()).map_or(rest.len(), |n| n + 1);
+                rest[..end].iter().map(|s| s.cost).sum()
+            }
+            // A layer's gradient goes through its experts first.
+            Pass::Backward => {
+                let end = after.map_or(self.stretches.len(), |layer| self.at(layer));
+                let own = after.map_or(0, |_| self.stretches[end].cost);
+                let below = self.stretches[..end].iter().rev().take_while(|s| s.mixture.is_none());
+                own + below.map(|s| s.cost).sum::<u64>()
+            }
+        }
+    }
+
+    /// Of the weight products that can be made while the backward function waits for the experts of `layer`, with those that
+    /// could be made before.
+    pub(crate) fn weights_above(&self, layer: u32) -> u64 {
+        self.stretches[self.at(layer) + 1..].iter().map(|s| s.cost).sum()
+    }
+}
+
+/// Of a step, by actor: what a place costs.
+#[derive(Debug, Clone)]
+pub(crate) struct Costs {
+    by_actor: BTreeMap<ActorId, u64>,
+}
+
+impl Costs {
+    /// Expected costs, with even loads of the experts.
+    pub(crate) fn new(spec: &JobSpec) -> Self {
+        let tokens = spec.targets_of_step(spec.steps);
+        let passes = 3 * u64::from(spec.micro_batches.at(spec.steps));
+        let mut by_actor = BTreeMap::new();
+        for actor in spec.workers() {
+            let cost = match actor {
+                ActorId::Stage { stage, .. } => passes * StageCosts::new(spec, stage).whole(),
+                ActorId::Expert { layer, expert } => {
+                    let share = tokens * spec.model.top_k as u64 / spec.model.experts as u64;
+                    3 * share * of_token(&spec.model, Group::Expert { layer, expert })
+                }
+                ActorId::Supervisor | ActorId::Keeper | ActorId::Reducer { .. } | ActorId::Host { .. } => 0,
+            };
+            by_actor.insert(actor, cost);
+        }
+        let size = |g: Group| spec.model.parameters_of(g).iter().map(|p| Parameter::len(p) as u64).sum::<u64>();
+        for (group, shard) in spec.shard_of_groups() {
+            for replica in 0..=spec.mirrors {
+                // An update costs about as much as a few passes of one row.
+                *by_actor.entry(ActorId::Reducer { shard, replica }).or_default() += 8 * size(group);
+            }
+        }
+        Self { by_actor }
+    }
+
+    /// Of one actor.
+    pub(crate) fn of(&self, actor: ActorId) -> u64 {
+        self.by_actor.get(&actor).copied().unwrap_or(0)
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    /// CS-1.
+    #[test]
+    fn the_parts_of_a_pass_add_up() {
+        for shape in 0..4 {
+            let spec = crate::sim::spec(shape);
+            for stage in 0..spec.stages {
+                let costs = StageCosts::new(&spec, stage);
+                let mixtures: Vec<u32> = costs.stretches.iter().filter_map(|s| s.mixture).collect();
+                let sum = |pass| {
+                    let parts = std::iter::once(None).chain(mixtures.iter().copied().map(Some));
+                    parts.map(|after| costs.part(pass, after)).sum::<u64>()
+                };
+                assert_eq!([sum(Pass::Forward), sum(Pass::Backward)], [costs.whole(); 2], "shape {shape}, {stage}");
+                let above: Vec<u64> = mixtures.iter().map(|layer| costs.weights_above(*layer)).collect();
+                assert!(above.is_sorted_by(|a, b| a > b) && above.iter().all(|a| *a < costs.whole()), "{above:?}");
+            }
+        }
+    }
+}
