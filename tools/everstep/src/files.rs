@@ -109,10 +109,11 @@ pub(crate) enum Command {
     },
     /// Measure: one JSON object per figure, with what bounds it and, where there is one, a peer.
     Bench {
-        /// What the GPU is to run; the CPU's products by default.
+        /// What; the CPU's products by default.
+        #[command(subcommand)]
         what: Option<bench::What>,
         /// Every line is an object, with or without this.
-        #[arg(long)]
+        #[arg(long, global = true)]
         json: bool,
     },
 }

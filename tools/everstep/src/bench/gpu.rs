@@ -20,7 +20,7 @@ const LIMIT_TFLOPS: f64 = 1979.0;
 const LIMIT_BF16: f64 = 989.0;
 
 /// What can be measured on a GPU.
-#[derive(Debug, Clone, Copy, clap::ValueEnum)]
+#[derive(Debug, Clone, Copy, clap::Subcommand)]
 pub(crate) enum What {
     /// Dense products in FP8.
     Gemm,

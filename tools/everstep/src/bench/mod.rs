@@ -2,11 +2,11 @@
 
 mod cubins;
 mod gpu;
-
-pub(crate) use gpu::What;
+mod recovery;
 
 use anyhow::Result;
 use everstep_kernels::{Backend, CpuBackend, Philox, Role, Tensor, multiply_add_limit, peer_linear};
+use std::path::PathBuf;
 use std::process::ExitCode;
 use std::time::Instant;
 
@@ -31,10 +31,30 @@ fn matrix(rows: usize, columns: usize) -> Tensor {
     Tensor::from_vec(rows, columns, Philox::new(1, 9, rows as u32).normals(rows * columns, 1.0))
 }
 
-/// Measures the GPU's kernels, or the CPU's.
+/// What can be measured.
+#[derive(Debug, Clone, clap::Subcommand)]
+pub(crate) enum What {
+    /// What failures cost a job of real processes, by what failed; and its goodput.
+    Recovery {
+        /// The plan of the kills.
+        #[arg(long, default_value = "configs/chaos/actors.toml")]
+        plan: PathBuf,
+        /// The configuration.
+        #[arg(long, default_value = "configs/quickstart.toml")]
+        config: PathBuf,
+        /// Override a key of the configuration.
+        #[arg(long = "set", value_name = "KEY=VALUE")]
+        set: Vec<String>,
+    },
+    #[command(flatten)]
+    Gpu(gpu::What),
+}
+
+/// Measures.
 pub(crate) fn run(what: Option<What>) -> Result<ExitCode> {
     match what {
-        Some(what) => gpu::run(what)?,
+        Some(What::Recovery { plan, config, set }) => recovery::run(&plan, &config, &set)?,
+        Some(What::Gpu(what)) => gpu::run(what)?,
         None => products()?,
     }
     Ok(ExitCode::SUCCESS)

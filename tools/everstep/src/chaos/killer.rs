@@ -1,0 +1,169 @@
+//! What is killed and when: by a plan, from a seed.
+
+use crate::admin;
+use crate::launcher::{self, Targets};
+use anyhow::{Context, Result, bail};
+use everstep_actors::{ActorId, AdminRequest, JobSpec, RunFolder};
+use everstep_kernels::Philox;
+use rustix::process::Signal;
+use serde::Deserialize;
+use std::path::Path;
+use std::time::{Duration, Instant, SystemTime, UNIX_EPOCH};
+
+const PURPOSE_CHAOS: u32 = 4;
+
+/// What is killed.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord, Deserialize)]
+#[serde(rename_all = "kebab-case")]
+pub(crate) enum Target {
+    /// A random stage: it panics.
+    Stage,
+    /// A random expert: it panics.
+    Expert,
+    /// A random copy of a shard: it panics.
+    Reducer,
+    /// A random node.
+    Node,
+    /// Two random nodes at once.
+    TwoNodes,
+    /// The supervisor.
+    Supervisor,
+    /// Everything; the run is resumed.
+    Everything,
+    /// A random node is stopped for a while.
+    Stop,
+}
+
+/// When and what.
+#[derive(Debug, Clone, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub(crate) struct Plan {
+    /// Names the moments and the victims.
+    seed: u64,
+    /// Kills in all.
+    pub(crate) kills: u64,
+    /// Mean milliseconds between two kills.
+    every_ms: u64,
+    /// Milliseconds for which a node is stopped.
+    #[serde(default = "stop_ms")]
+    stop_ms: u64,
+    /// Taken in turn.
+    targets: Vec<Target>,
+}
+
+fn stop_ms() -> u64 {
+    10_000
+}
+
+impl Plan {
+    /// Reads one.
+    pub(crate) fn read(path: &Path) -> Result<Self> {
+        let text = std::fs::read_to_string(path).with_context(|| format!("cannot read {}", path.display()))?;
+        let plan: Self = toml::from_str(&text).with_context(|| path.display().to_string())?;
+        if plan.targets.is_empty() {
+            bail!("{}: targets is empty", path.display());
+        }
+        Ok(plan)
+    }
+}
+
+/// Something was killed.
+#[derive(Debug, Clone, Copy)]
+pub(crate) struct Kill {
+    /// Milliseconds since 1970.
+    pub(crate) time: u64,
+    /// What.
+    pub(crate) target: Target,
+}
+
+/// Carries a plan out.
+pub(crate) struct Killer {
+    pub(crate) plan: Plan,
+    run: RunFolder,
+    actors: Vec<ActorId>,
+    random: Philox,
+    next: Instant,
+    stopped: Option<(u32, Instant)>,
+    /// What was killed so far.
+    pub(crate) kills: Vec<Kill>,
+}
+
+impl Killer {
+    /// For a run that has been started.
+    pub(crate) fn new(plan: Plan, run: RunFolder, spec: &JobSpec) -> Self {
+        let copies = (0..spec.shards)
+            .flat_map(|shard| (0..=spec.mirrors).map(move |replica| ActorId::Reducer { shard, replica }));
+        let actors = spec.workers().into_iter().chain(copies).collect();
+        let random = Philox::new(plan.seed, PURPOSE_CHAOS, 0);
+        let mut killer = Self { plan, run, actors, random, next: Instant::now(), stopped: None, kills: Vec::new() };
+        killer.wait();
+        killer
+    }
+
+    fn draw(&self, salt: u64) -> u64 {
+        (self.random.uniform(self.kills.len() as u64 * 4 + salt) * 1e9) as u64
+    }
+
+    fn wait(&mut self) {
+        // Between half and one and a half of the mean.
+        let ms = self.plan.every_ms / 2 + self.draw(0) % self.plan.every_ms.max(1);
+        self.next = Instant::now() + Duration::from_millis(ms);
+    }
+
+    /// Kills what is due.
+    pub(crate) fn act(&mut self, targets: &mut Targets) {
+        if let Some((pid, until)) = self.stopped
+            && Instant::now() > until
+        {
+            launcher::kill(pid, Signal::CONT);
+            self.stopped = None;
+            // It joins again before it may be stopped again.
+            self.next = self.next.max(Instant::now() + Duration::from_secs(1));
+        }
+        // The first step shows that the job runs.
+        let done = self.kills.len() as u64;
+        if done == self.plan.kills || targets.steps == 0 || Instant::now() < self.next {
+            return;
+        }
+        let target = self.plan.targets[done as usize % self.plan.targets.len()];
+        if target == Target::Stop && self.stopped.is_some() {
+            return;
+        }
+        let n = targets.nodes.len().max(1) as u64;
+        let first = self.draw(1) % n;
+        match target {
+            Target::Stage => self.panic(|a| matches!(a, ActorId::Stage { .. })),
+            Target::Expert => self.panic(|a| matches!(a, ActorId::Expert { .. })),
+            Target::Reducer => self.panic(|a| matches!(a, ActorId::Reducer { .. })),
+            Target::Node => launcher::kill(targets.nodes[first as usize], Signal::KILL),
+            Target::TwoNodes => {
+                launcher::kill(targets.nodes[first as usize], Signal::KILL);
+                launcher::kill(targets.nodes[((first + 1) % n) as usize], Signal::KILL);
+            }
+            Target::Supervisor => launcher::kill(targets.supervisor, Signal::KILL),
+            Target::Everything => targets.kill_all = true,
+            Target::Stop => {
+                let pid = targets.nodes[first as usize];
+                launcher::kill(pid, Signal::STOP);
+                self.stopped = Some((pid, Instant::now() + Duration::from_millis(self.plan.stop_ms)));
+            }
+        }
+        eprintln!("kill {} of {}: {target:?} after step {}", done + 1, self.plan.kills, targets.steps);
+        let time = SystemTime::now().duration_since(UNIX_EPOCH).map_or(0, |d| d.as_millis() as u64);
+        self.kills.push(Kill { time, target });
+        self.wait();
+    }
+
+    /// Makes a random actor of a kind panic.
+    fn panic(&self, of_kind: impl Fn(&ActorId) -> bool) {
+        let kind: Vec<ActorId> = self.actors.iter().copied().filter(of_kind).collect();
+        let Some(actor) = kind.get((self.draw(1) % kind.len().max(1) as u64) as usize) else { return };
+        let asked = tokio::runtime::Builder::new_current_thread().enable_all().build().map_err(anyhow::Error::from);
+        let asked = asked.and_then(|rt| rt.block_on(admin::ask(&self.run, AdminRequest::Kill(*actor))));
+        match asked {
+            Ok(said) => eprintln!("{said}"),
+            // The supervisor may be the one that was killed a moment ago.
+            Err(error) => eprintln!("{actor} was not reached: {error:#}"),
+        }
+    }
+}
