@@ -22,6 +22,8 @@ pub struct Config {
     pub listen: String,
     /// Nodes that the launcher starts, and that the job waits for.
     pub nodes: usize,
+    /// Nodes beyond those that are held ready without actors.
+    pub spares: usize,
     /// Multiply-adds a second to which every thread of a node is held back, if it is: nodes that share a machine then
     /// have a speed of their own each.
     pub pace: Option<f64>,
@@ -130,6 +132,7 @@ impl Config {
             folder: raw.run.folder,
             listen: raw.run.listen,
             nodes: raw.job.nodes as usize,
+            spares: raw.recovery.spares as usize,
             pace: raw.job.pace,
             data: data(raw.data),
             keep: raw.checkpoint.keep,

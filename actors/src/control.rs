@@ -35,6 +35,11 @@ pub enum Control {
     },
     /// A new epoch.
     Table(Arc<Table>),
+    /// A node wants to leave; the supervisor says the same once nothing lives on it any more: the process ends.
+    Leave {
+        /// Which.
+        node: NodeId,
+    },
     /// The node was declared dead: it gives up all it has and joins as new.
     Fence,
     /// The node lives.
@@ -114,6 +119,8 @@ pub enum AdminRequest {
     Inspect(ActorId),
     /// Make an actor panic (chaos).
     Kill(ActorId),
+    /// Move everything away from a node and let it end.
+    Drain(NodeId),
 }
 
 /// What an operator asks of an actor.

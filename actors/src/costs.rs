@@ -100,7 +100,9 @@ impl StageCosts {
 /// Of a step, by actor: what a place costs.
 #[derive(Debug, Clone)]
 pub(crate) struct Costs {
-    by_actor: BTreeMap<ActorId, u64>,
+    workers: BTreeMap<ActorId, u64>,
+    /// Of each copy, by shard.
+    shards: Vec<u64>,
 }
 
 impl Costs {
@@ -108,7 +110,7 @@ impl Costs {
     pub(crate) fn new(spec: &JobSpec) -> Self {
         let tokens = spec.targets_of_step(spec.steps);
         let passes = 3 * u64::from(spec.micro_batches.at(spec.steps));
-        let mut by_actor = BTreeMap::new();
+        let mut workers = BTreeMap::new();
         for actor in spec.workers() {
             let cost = match actor {
                 ActorId::Stage { stage, .. } => passes * StageCosts::new(spec, stage).whole(),
@@ -118,21 +120,28 @@ impl Costs {
                 }
                 ActorId::Supervisor | ActorId::Keeper | ActorId::Reducer { .. } | ActorId::Host { .. } => 0,
             };
-            by_actor.insert(actor, cost);
+            workers.insert(actor, cost);
         }
         let size = |g: Group| spec.model.parameters_of(g).iter().map(|p| Parameter::len(p) as u64).sum::<u64>();
+        let mut shards = vec![0; spec.shards as usize];
         for (group, shard) in spec.shard_of_groups() {
-            for replica in 0..=spec.mirrors {
-                // An update costs about as much as a few passes of one row.
-                *by_actor.entry(ActorId::Reducer { shard, replica }).or_default() += 8 * size(group);
-            }
+            // An update costs about as much as a few passes of one row.
+            shards[shard as usize] += 8 * size(group);
         }
-        Self { by_actor }
+        Self { workers, shards }
     }
 
     /// Of one actor.
     pub(crate) fn of(&self, actor: ActorId) -> u64 {
-        self.by_actor.get(&actor).copied().unwrap_or(0)
+        match actor {
+            ActorId::Reducer { shard, .. } => self.shards[shard as usize],
+            other => self.workers.get(&other).copied().unwrap_or(0),
+        }
+    }
+
+    /// Stages and experts.
+    pub(crate) fn workers(&self) -> impl Iterator<Item = ActorId> {
+        self.workers.keys().copied()
     }
 }
 

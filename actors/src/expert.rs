@@ -218,8 +218,7 @@ impl ExpertCore {
             losses: [0.0; 2],
         };
         let shard = self.layout.shard_of[&Group::Expert { layer: self.layer, expert: self.expert }];
-        let replicas = 0..=self.spec.mirrors;
-        replicas.map(|replica| self.outbox.send(step, ActorId::Reducer { shard, replica }, body.clone())).collect()
+        self.outbox.send_to_shard(step, shard, body, &self.table)
     }
 
     fn take_weights(&mut self, committed: Step, tensors: Vec<Tensor>) -> Vec<Effect> {

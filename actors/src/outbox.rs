@@ -1,6 +1,7 @@
 //! What an actor sent in the step that is not committed yet.
 //!
-//! Promise: a receiver that gets a new life gets every kept message again (DESIGN section 5).
+//! Promise: a receiver that gets a new life gets every kept message again (DESIGN section 5), and so does every new copy of
+//! a shard.
 //! Bound: the messages of at most two steps, since a sender cannot start a step before the last but
 //! one is committed.
 
@@ -11,17 +12,28 @@ use crate::table::Table;
 use everstep_kernels::Tensor;
 use std::collections::BTreeMap;
 
+type Kept = Vec<(Step, Body<Tensor>)>;
+
 /// See the module.
 #[derive(Debug, Default)]
 pub(crate) struct Outbox {
-    kept: BTreeMap<ActorId, Vec<(Step, Body<Tensor>)>>,
+    kept: BTreeMap<ActorId, Kept>,
+    /// For every copy of a shard, whichever there are.
+    shards: BTreeMap<u32, Kept>,
 }
 
 impl Outbox {
     /// Keeps a message of `step` and gives the effect that sends it.
     pub(crate) fn send(&mut self, step: Step, to: ActorId, body: Body<Tensor>) -> Effect {
-        self.kept.entry(to).or_default().push((step, body.clone()));
+        self.keep(step, to, body.clone());
         Effect::send(to, body)
+    }
+
+    /// Keeps a message of `step` for every copy of a shard, and gives the effects that send it to those there are.
+    pub(crate) fn send_to_shard(&mut self, step: Step, shard: u32, body: Body<Tensor>, table: &Table) -> Vec<Effect> {
+        let effects = table.replicas(shard).map(|to| Effect::send(to, body.clone())).collect();
+        self.shards.entry(shard).or_default().push((step, body));
+        effects
     }
 
     /// Keeps a message that somebody else sends in the actor's name.
@@ -31,20 +43,24 @@ impl Outbox {
 
     /// Sends again what receivers with a new life have not got.
     pub(crate) fn resend(&self, before: &Table, now: &Table) -> Vec<Effect> {
-        let replaced = self.kept.iter().filter(|(to, _)| now.replaced(before, **to));
-        replaced.flat_map(|(to, kept)| kept.iter().map(|(_, body)| Effect::send(*to, body.clone()))).collect()
+        let copies = self.shards.iter().flat_map(|(shard, kept)| now.replicas(*shard).map(move |to| (to, kept)));
+        let all = self.kept.iter().map(|(to, kept)| (*to, kept)).chain(copies);
+        let replaced = all.filter(|(to, _)| now.replaced(before, *to));
+        replaced.flat_map(|(to, kept)| kept.iter().map(move |(_, body)| Effect::send(to, body.clone()))).collect()
     }
 
     /// Forgets messages of committed steps.
     pub(crate) fn forget_until(&mut self, committed: Step) {
-        for kept in self.kept.values_mut() {
+        let forget = |kept: &mut Kept| {
             kept.retain(|(step, _)| *step > committed);
-        }
-        self.kept.retain(|_, kept| !kept.is_empty());
+            !kept.is_empty()
+        };
+        self.kept.retain(|_, kept| forget(kept));
+        self.shards.retain(|_, kept| forget(kept));
     }
 
     /// Messages kept.
     pub(crate) fn len(&self) -> usize {
-        self.kept.values().map(Vec::len).sum()
+        self.kept.values().chain(self.shards.values()).map(Vec::len).sum()
     }
 }

@@ -85,6 +85,12 @@ impl Root {
         (root, effects)
     }
 
+    /// A node is to leave: what the operator who asked is told, and what is to be done.
+    pub(crate) fn drain(&mut self, now: Duration, node: NodeId) -> (String, Vec<RootEffect>) {
+        let (said, effects) = self.supervisor.drain(node);
+        (said, self.supervised(now, effects))
+    }
+
     /// Takes an event and gives what is to be done.
     pub(crate) fn on(&mut self, now: Duration, event: RootEvent) -> Vec<RootEffect> {
         match event {
@@ -118,6 +124,7 @@ impl Root {
                 SupervisorEffect::Welcome(node, _) => {
                     out.push(RootEffect::Tell(node, Control::Welcome { node }));
                 }
+                SupervisorEffect::Release(node) => out.push(RootEffect::Tell(node, Control::Leave { node })),
                 SupervisorEffect::Fence(node) => out.push(RootEffect::Tell(node, Control::Fence)),
                 SupervisorEffect::Send(to, body) => messages.push((ActorId::Supervisor, to, body)),
                 SupervisorEffect::Report(report) => out.push(RootEffect::Report(report)),

@@ -144,6 +144,9 @@ impl Router {
         if self.plant == Some(Bug::FenceSkipped) {
             return Verdict::Pass;
         }
+        if self.table.is_retired(envelope.from.actor) || self.table.is_retired(envelope.to.actor) {
+            return Verdict::Refuse;
+        }
         let compare = |a: &Address| self.table.address(a.actor).map(|now| a.incarnation.cmp(&now.incarnation));
         match (compare(&envelope.from), compare(&envelope.to)) {
             (Some(Ordering::Less), _) | (_, Some(Ordering::Less)) => Verdict::Refuse,

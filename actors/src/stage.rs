@@ -330,9 +330,7 @@ impl StageCore {
                 losses: if *group == Group::Head { sums.losses } else { [0.0; 2] },
             };
             let shard = self.layout.shard_of[group];
-            for replica in 0..=self.spec.mirrors {
-                effects.push(self.outbox.send(self.step, ActorId::Reducer { shard, replica }, body.clone()));
-            }
+            effects.extend(self.outbox.send_to_shard(self.step, shard, body, &self.table));
         }
         effects
     }

@@ -11,7 +11,9 @@
 //! - SU-6: an actor whose node lives is moved only with a commit: nothing of a step is done again because a node came.
 
 mod commit;
+mod copies;
 mod events;
+mod leave;
 mod lives;
 mod membership;
 mod placement;
@@ -43,12 +45,23 @@ const FENCED_MAX: usize = 1024;
 /// See [`RESTARTS_MAX`].
 pub(crate) const RESTART_WINDOW: Duration = Duration::from_secs(60);
 
+/// How many nodes a job has.
+#[derive(Debug, Clone, Copy)]
+pub struct Nodes {
+    /// It begins with so many.
+    pub wanted: usize,
+    /// So many of those beyond are held ready without actors.
+    pub spares: usize,
+}
+
 /// See the module.
 #[derive(Debug)]
 pub struct Supervisor {
     spec: Arc<JobSpec>,
     costs: Costs,
     nodes_wanted: usize,
+    /// Nodes beyond those that are held ready without actors.
+    spares: usize,
     table: Table,
     membership: Membership,
     commit: CommitCore,
@@ -70,6 +83,8 @@ pub struct Supervisor {
     finished: bool,
     /// Dead nodes that spoke, the newest [`FENCED_MAX`].
     fenced: BTreeSet<NodeId>,
+    /// Nodes that were let go, as many.
+    released: BTreeSet<NodeId>,
     /// The time of the event that is handled.
     now: Duration,
     plant: Option<Bug>,
@@ -80,7 +95,7 @@ impl Supervisor {
     /// one that exists (0: none), `reported` are the fingerprints in metrics.jsonl. Gives the first effects too.
     pub fn new(
         spec: Arc<JobSpec>,
-        nodes_wanted: usize,
+        nodes: Nodes,
         log: &[Record],
         checkpoint: Step,
         reported: BTreeMap<Step, String>,
@@ -91,8 +106,13 @@ impl Supervisor {
         let mut s = Self {
             costs: Costs::new(&spec),
             commit: CommitCore::new(Arc::clone(&spec), layout),
-            nodes_wanted,
-            table: Table { primaries: vec![None; spec.shards as usize], ..Table::default() },
+            nodes_wanted: nodes.wanted,
+            spares: nodes.spares,
+            table: Table {
+                primaries: vec![None; spec.shards as usize],
+                copies: vec![0; spec.shards as usize],
+                ..Table::default()
+            },
             membership: Membership::default(),
             last: None,
             checkpoint,
@@ -105,6 +125,7 @@ impl Supervisor {
             uneven: !log.is_empty(),
             finished: false,
             fenced: BTreeSet::new(),
+            released: BTreeSet::new(),
             now,
             plant,
             spec,
@@ -194,6 +215,7 @@ impl Supervisor {
             SupervisorEvent::Return(node) => self.returned(node),
             SupervisorEvent::Heartbeat { node, work, redone } => self.heartbeat(node, [work, redone]),
             SupervisorEvent::Lost { node, why } => self.dead(&[(node, why, Duration::ZERO)]),
+            SupervisorEvent::Leave(node) => self.drain(node).1,
             SupervisorEvent::ActorFailed { address, reason } => self.actor_failed(address, reason),
             SupervisorEvent::Message { from, body } => self.message(from, body),
             SupervisorEvent::Checkpointed(step) => self.checkpointed(step),
@@ -283,8 +305,11 @@ impl Supervisor {
         (0..self.spec.shards).flat_map(|shard| self.table.replicas(shard).collect::<Vec<_>>())
     }
 
-    /// A dead node speaks: it is told, and people are told once.
+    /// A node speaks that is none any more: it is told, and people are told once.
     fn fence(&mut self, node: NodeId) -> Vec<SupervisorEffect> {
+        if self.released.contains(&node) {
+            return self.after_sync(vec![SupervisorEffect::Release(node)]);
+        }
         let mut effects = vec![SupervisorEffect::Fence(node)];
         if self.fenced.insert(node) {
             effects.push(SupervisorEffect::Note(Happening::NodeFenced { node: node.0 }));

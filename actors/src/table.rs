@@ -2,7 +2,7 @@
 
 use crate::ids::{ActorId, Address, Incarnation, NodeId, Step};
 use serde::{Deserialize, Serialize};
-use std::collections::BTreeMap;
+use std::collections::{BTreeMap, BTreeSet};
 
 /// Where an actor lives, and which of its lives this is.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
@@ -24,6 +24,8 @@ pub struct NodeInfo {
     pub pid: u32,
     /// The machine's boot: equal for processes that can watch each other.
     pub machine: String,
+    /// What fails with it (a host, a rack): copies of a shard are kept apart where they can be. Empty: the node alone.
+    pub domain: String,
 }
 
 /// An epoch. Only the supervisor makes one; nodes take the one with the highest number.
@@ -33,10 +35,14 @@ pub struct Table {
     pub epoch: u64,
     /// Living nodes.
     pub nodes: BTreeMap<NodeId, NodeInfo>,
+    /// Those among them that are to leave.
+    pub leaving: BTreeSet<NodeId>,
     /// Every actor that is placed.
     pub entries: BTreeMap<ActorId, Entry>,
     /// The copy of each shard that hands out weights and state; none until one has a state.
     pub primaries: Vec<Option<u32>>,
+    /// Numbers that were given to copies of each shard so far: one that is not placed and has such a number was retired.
+    pub copies: Vec<u32>,
     /// The checkpoint that reducers start from when no copy of their shard has a state; 0: the initial state.
     pub base: Step,
 }
@@ -62,6 +68,13 @@ impl Table {
     pub fn primary(&self, shard: u32) -> Option<ActorId> {
         let replica = (*self.primaries.get(shard as usize)?)?;
         Some(ActorId::Reducer { shard, replica })
+    }
+
+    /// Whether an actor's last life is over and there will be no other.
+    pub fn is_retired(&self, actor: ActorId) -> bool {
+        let ActorId::Reducer { shard, replica } = actor else { return false };
+        let given = self.copies.get(shard as usize).is_some_and(|given| replica < *given);
+        given && !self.entries.contains_key(&actor)
     }
 
     /// Copies of a shard that are placed, ascending.

@@ -33,7 +33,7 @@ pub(crate) fn address(actor: ActorId, incarnation: u32) -> Address {
 }
 
 pub(crate) fn info(peer: u64) -> NodeInfo {
-    NodeInfo { address: format!("127.0.0.1:{peer}"), peer, pid: 0, machine: String::new() }
+    NodeInfo { address: format!("127.0.0.1:{peer}"), peer, pid: 0, machine: String::new(), domain: String::new() }
 }
 
 /// A table where every actor has life 1 on node 1, mirrors on node 2; `replica` 0 is primary.
@@ -52,7 +52,8 @@ pub(crate) fn table(materials: &Materials) -> Table {
         }
     }
     let nodes = [(NodeId(1), info(1)), (NodeId(2), info(2))].into();
-    Table { epoch: 1, nodes, entries, primaries: vec![Some(0); spec.shards as usize], base: 0 }
+    let (primaries, copies) = (vec![Some(0); spec.shards as usize], vec![spec.mirrors + 1; spec.shards as usize]);
+    Table { epoch: 1, nodes, entries, primaries, copies, ..Table::default() }
 }
 
 /// The same with a new life for one actor.

@@ -264,10 +264,11 @@ fn default_keep() -> usize {
 #[serde(deny_unknown_fields, default)]
 pub(super) struct RawRecovery {
     pub(super) mirrors: u32,
+    pub(super) spares: u32,
 }
 
 impl Default for RawRecovery {
     fn default() -> Self {
-        Self { mirrors: 1 }
+        Self { mirrors: 1, spares: 0 }
     }
 }

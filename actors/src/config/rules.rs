@@ -102,6 +102,7 @@ fn choice_rules(raw: &Raw) -> Vec<Rule> {
     let at_most =
         |key, value: u32, most: u32| (value <= most, key, value.to_string(), format!("expected at most {most}"));
     rules.push(at_most("recovery.mirrors", raw.recovery.mirrors, 15));
+    rules.push(at_most("recovery.spares", raw.recovery.spares, 1024));
     rules.push(at_most("job.lanes", j.lanes, 65_536));
     let batches: Vec<u32> = j.micro_batches.values().collect();
     rules.push((

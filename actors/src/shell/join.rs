@@ -39,6 +39,8 @@ pub struct NodeOptions {
     pub credentials: std::path::PathBuf,
     /// Threads for jobs.
     pub threads: usize,
+    /// See [`NodeInfo::domain`].
+    pub domain: String,
 }
 
 /// How being a node ended.
@@ -48,6 +50,8 @@ pub enum NodeEnd {
     Dismissed(String),
     /// It was declared dead, or cannot be trusted any more; the process joins as new.
     Fenced,
+    /// It was told to end, and nothing lives on it any more.
+    Left,
 }
 
 /// Joins a job and serves it until it ends or this node is fenced.
@@ -66,14 +70,23 @@ pub async fn run_node(options: &NodeOptions) -> Result<NodeEnd, AnyError> {
     };
     let backend: Arc<dyn Backend> = Arc::new(CpuBackend::new(materials.spec.precision));
     let (pid, machine) = (std::process::id(), machine());
-    let info = NodeInfo { address: hub.address()?.to_string(), peer: hub.me(), pid, machine };
+    let info =
+        NodeInfo { address: hub.address()?.to_string(), peer: hub.me(), pid, machine, domain: options.domain.clone() };
     let join = Control::Join { info, device_class: backend.class().0 };
     tell(&hub, supervisor, join);
     let (end, mut ended) = mpsc::channel(1);
     let pool = Pool::new(options.threads, &backend, pace)?;
     let args = Args { hub: hub.clone(), supervisor, join: options.join, materials, pool, end };
     let (node, handle) = Actor::spawn(None, Node, args).await.map_err(|e| NodeError::Start(e.to_string()))?;
+    let mut told = tokio::signal::unix::signal(tokio::signal::unix::SignalKind::terminate())?;
+    let leaving = node.clone();
+    let listener = tokio::spawn(async move {
+        while told.recv().await.is_some() {
+            let _ = leaving.cast(Msg::Leave);
+        }
+    });
     let result = pump(&mut events, &node, Msg::Hub, &mut ended).await;
+    listener.abort();
     node.stop(None);
     let _ = handle.await;
     hub.shut_down();

@@ -2,6 +2,7 @@
 
 mod join;
 mod node;
+mod operators;
 mod pool;
 mod pulse;
 mod restore;

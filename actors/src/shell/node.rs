@@ -36,6 +36,8 @@ pub(super) enum Msg {
     SupervisorFound(Peer),
     /// From that task: it gave up.
     SupervisorGone(String),
+    /// The process was told to end: it asks to leave. Told again, it ends at once.
+    Leave,
     /// From the task that asked a worker to describe itself.
     Described { ticket: u64, text: String },
 }
@@ -60,6 +62,7 @@ pub(super) struct State {
     /// Peers with which a session is kept.
     peers: BTreeMap<NodeId, Peer>,
     looking: bool,
+    leaving: bool,
     end: mpsc::Sender<NodeEnd>,
 }
 
@@ -94,6 +97,7 @@ impl Actor for Node {
             lives: BTreeMap::new(),
             peers: BTreeMap::new(),
             looking: false,
+            leaving: false,
             end,
         })
     }
@@ -104,8 +108,9 @@ impl Actor for Node {
             Msg::Effects { from, effects } => state.perform(&myself, from, effects).await,
             Msg::SupervisorFound(peer) => state.on_supervisor(peer),
             Msg::SupervisorGone(why) => {
-                let _ = state.end.try_send(NodeEnd::Dismissed(why));
+                state.finish(NodeEnd::Dismissed(why));
             }
+            Msg::Leave => state.leave(),
             Msg::Described { ticket, text } => state.say(Control::Described { ticket, text }),
         }
         Ok(())
@@ -131,6 +136,18 @@ impl Actor for Node {
 impl State {
     fn say(&self, control: Control) {
         tell(&self.hub, self.supervisor, control);
+    }
+
+    fn leave(&mut self) {
+        match self.router.node() {
+            Some(node) if !std::mem::replace(&mut self.leaving, true) => self.say(Control::Leave { node }),
+            Some(_) | None => self.finish(NodeEnd::Left),
+        }
+    }
+
+    fn finish(&self, end: NodeEnd) {
+        let end = if self.leaving && end == NodeEnd::Fenced { NodeEnd::Left } else { end };
+        let _ = self.end.try_send(end);
     }
 
     async fn on_failure(&mut self, myself: &ActorRef<Msg>, cell: &ActorCell, reason: String) {
@@ -189,12 +206,12 @@ impl State {
             HubEvent::Broken(peer, why) if peer == self.supervisor => {
                 // The supervisor has forgotten the session: for it this node is dead.
                 tracing::warn!(why, "the session with the supervisor is over");
-                let _ = self.end.try_send(NodeEnd::Fenced);
+                self.finish(NodeEnd::Fenced);
             }
             HubEvent::Broken(peer, why) if self.peers.values().any(|p| *p == peer) => {
                 // Something may be lost that nobody sends again: this life cannot be trusted any more.
                 tracing::warn!(peer, why, "the session with a node is over");
-                let _ = self.end.try_send(NodeEnd::Fenced);
+                self.finish(NodeEnd::Fenced);
             }
             HubEvent::Refused(why) => tracing::warn!(why, "a stranger was refused"),
             HubEvent::Up(_) | HubEvent::Down(_) | HubEvent::Broken(..) => {}
@@ -226,10 +243,13 @@ impl State {
         self.pulse.talk_to(peer);
         let Some(node) = self.router.node() else {
             // It was never welcomed: the life that might have is gone, so it joins as new.
-            let _ = self.end.try_send(NodeEnd::Fenced);
+            self.finish(NodeEnd::Fenced);
             return;
         };
         self.say(Control::Return { node });
+        if self.leaving {
+            self.say(Control::Leave { node });
+        }
         for (address, reason) in self.router.failures() {
             self.say(Control::ActorFailed { address: *address, reason: reason.clone() });
         }
@@ -246,11 +266,10 @@ impl State {
                 self.meet_peers();
                 self.act(myself, actions).await;
             }
-            Control::Fence => {
-                let _ = self.end.try_send(NodeEnd::Fenced);
-            }
+            Control::Fence => self.finish(NodeEnd::Fenced),
+            Control::Leave { .. } => self.finish(NodeEnd::Left),
             Control::Dismiss { why } => {
-                let _ = self.end.try_send(NodeEnd::Dismissed(why));
+                self.finish(NodeEnd::Dismissed(why));
             }
             Control::Actor { address, request, ticket } => self.on_request(myself, address, request, ticket),
             // What nodes say to the supervisor, or before joining.

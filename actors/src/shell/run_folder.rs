@@ -134,6 +134,9 @@ pub struct MetricsLine {
     pub nodes: usize,
     /// The fewest copies in which a shard was safe.
     pub copies: u32,
+    /// Samples that every copy of every shard counted.
+    #[serde(default)]
+    pub samples: u64,
     /// Multiply-adds by node since the line before.
     pub operations: BTreeMap<String, u64>,
     /// Those among them that a surviving actor had done before: recoveries leave survivors their work.
@@ -162,6 +165,7 @@ impl MetricsLine {
             epoch: report.epoch,
             nodes: report.operations.len(),
             copies: report.commit.copies,
+            samples: report.commit.samples,
             operations: report.operations.into_iter().map(|(node, n)| (node.0.to_string(), n)).collect(),
             redone: report.redone,
             fingerprint: report.fingerprint,

@@ -9,19 +9,18 @@ use super::scribe::{Checkpointing, Line, start_scribe, start_store};
 use super::watch::watch;
 use super::{AnyError, machine, new_name, pump, send, tell};
 use crate::config::Config;
-use crate::control::{ActorRequest, AdminRequest, Control};
+use crate::control::Control;
 use crate::ids::{ActorId, NodeId, Step};
 use crate::keeper::{KeeperCore, KeeperEvent};
 use crate::message::ParameterState;
 use crate::root::{Root, RootEffect, RootEvent};
-use crate::supervisor::{Happening, Report, Supervisor, SupervisorEvent};
+use crate::supervisor::{Happening, Nodes, Report, Supervisor, SupervisorEvent};
 use crate::tokens::Tokens;
 use crate::wire::Unit;
 use everstep_kernels::{Backend, CpuBackend, Tensor};
 use everstep_transport::{Credentials, Hub, HubEvent, Peer};
 use ractor::{Actor, ActorProcessingErr, ActorRef, SupervisionEvent};
 use std::collections::BTreeMap;
-use std::fmt::Write;
 use std::net::SocketAddr;
 use std::sync::Arc;
 use std::sync::mpsc::SyncSender;
@@ -31,8 +30,6 @@ use tokio::sync::{OwnedSemaphorePermit, mpsc};
 const TICK: Duration = Duration::from_millis(50);
 /// Bytes of a source in one answer.
 const TOKENS_PART: usize = 1 << 20;
-/// Questions of operators that wait for a node's answer; older ones are given up.
-const OPERATORS_MAX: usize = 256;
 /// Refused strangers are told of at most so often.
 const STRANGERS_EVERY: Duration = Duration::from_secs(1);
 /// A dead node's session is kept for so long, so that it is fenced if it wakes.
@@ -72,20 +69,20 @@ pub(super) enum Msg {
     ProcessEnded(Peer),
 }
 
-struct State {
-    root: Root,
+pub(super) struct State {
+    pub(super) root: Root,
     config: Config,
     identity: RunIdentity,
     run: RunFolder,
     tokens: Vec<Tokens>,
-    hub: Hub,
-    began: Instant,
+    pub(super) hub: Hub,
+    pub(super) began: Instant,
     scribe: SyncSender<Line>,
     store: SyncSender<Checkpointing>,
     peers: BTreeMap<NodeId, Peer>,
     reported_at: Option<u64>,
-    operators: BTreeMap<u64, (Peer, u64)>,
-    next_ticket: u64,
+    pub(super) operators: BTreeMap<u64, (Peer, u64)>,
+    pub(super) next_ticket: u64,
     class: String,
     result: Option<SupervisorEnd>,
     /// When a refused stranger was last told of.
@@ -160,8 +157,9 @@ impl Actor for SupervisorProcess {
         let checkpoint = restored.checkpoint;
         let identity_class = identity.class.clone();
         let keeper = KeeperCore::new(Arc::clone(&spec), Arc::clone(&layout), checkpoint);
+        let nodes = Nodes { wanted: config.nodes, spares: config.spares };
         let (supervisor, first) =
-            Supervisor::new(spec, config.nodes, &restored.records, checkpoint, restored.reported, Duration::ZERO, None);
+            Supervisor::new(spec, nodes, &restored.records, checkpoint, restored.reported, Duration::ZERO, None);
         let (root, effects) = Root::new(supervisor, first, keeper, None);
         let mut state = State {
             root,
@@ -259,7 +257,7 @@ impl State {
         self.write(Line::Event(value.to_string()));
     }
 
-    fn perform(&mut self, effects: Vec<RootEffect>) {
+    pub(super) fn perform(&mut self, effects: Vec<RootEffect>) {
         for effect in effects {
             match effect {
                 RootEffect::Append(record) => {
@@ -303,7 +301,7 @@ impl State {
     }
 
     /// The session of a node: of its last word, or as the table has it.
-    fn peer_of(&mut self, node: NodeId) -> Option<Peer> {
+    pub(super) fn peer_of(&mut self, node: NodeId) -> Option<Peer> {
         if let Some(peer) = self.peers.get(&node) {
             return Some(*peer);
         }
@@ -417,6 +415,7 @@ impl State {
                 }
             }
             Control::Admin { ticket, request } => self.on_admin(peer, ticket, request),
+            Control::Leave { node } => self.supervise(SupervisorEvent::Leave(node)),
             // What only the supervisor says.
             Control::Welcome { .. }
             | Control::Dismiss { .. }
@@ -426,51 +425,5 @@ impl State {
             | Control::TokensPart { .. }
             | Control::Job { .. } => {}
         }
-    }
-
-    fn on_admin(&mut self, operator: Peer, ticket: u64, request: AdminRequest) {
-        let (actor, request) = match request {
-            AdminRequest::Tree => {
-                tell(&self.hub, operator, Control::Described { ticket, text: self.tree() });
-                return;
-            }
-            AdminRequest::Inspect(ActorId::Supervisor) => {
-                let text =
-                    format!("{}; {} messages refused", self.root.supervisor.describe(), self.root.router().refused());
-                tell(&self.hub, operator, Control::Described { ticket, text });
-                return;
-            }
-            AdminRequest::Inspect(actor) => (actor, ActorRequest::Describe),
-            AdminRequest::Kill(actor) => (actor, ActorRequest::Panic),
-        };
-        let table = self.root.supervisor.table();
-        let target = table.address(actor).zip(table.node_of(actor));
-        let Some((address, peer)) = target.and_then(|(a, node)| Some((a, self.peer_of(node)?))) else {
-            let text = format!("{actor} has no place on a node");
-            tell(&self.hub, operator, Control::Described { ticket, text });
-            return;
-        };
-        self.next_ticket += 1;
-        self.operators.insert(self.next_ticket, (operator, ticket));
-        if self.operators.len() > OPERATORS_MAX {
-            self.operators.pop_first();
-        }
-        tell(&self.hub, peer, Control::Actor { address, request, ticket: self.next_ticket });
-    }
-
-    fn tree(&self) -> String {
-        let table = self.root.supervisor.table();
-        let mut text = format!("supervisor: {}\n", self.root.supervisor.describe());
-        for (node, info) in &table.nodes {
-            let _ = writeln!(text, "{node} at {}", info.address);
-            for address in table.actors_of(*node) {
-                let primary = match address.actor {
-                    ActorId::Reducer { shard, .. } if table.primary(shard) == Some(address.actor) => "  primary",
-                    _ => "",
-                };
-                let _ = writeln!(text, "  {address}{primary}");
-            }
-        }
-        text
     }
 }

@@ -1,7 +1,7 @@
 //! The contracts, as the simulator checks them. Each is stated over what can be seen from outside the
 //! cores, so that a bug in a core cannot hide itself.
 
-use crate::ids::{ActorId, Step};
+use crate::ids::{ActorId, NodeId, Step};
 use crate::message::Envelope;
 use crate::supervisor::{Record, Report};
 use crate::table::Table;
@@ -56,6 +56,12 @@ pub(super) fn fenced_batch(batch: &[Envelope], table: &Table) -> Result<(), Brok
 /// C6: survivors keep their work: no life computes anything twice in a step.
 pub(super) fn once(again: Option<String>) -> Result<(), Broken> {
     again.map_or(Ok(()), |what| Err(("C6", what)))
+}
+
+/// LV-1: a node that was told to end is released only when nothing lives on it.
+pub(super) fn released(node: Option<NodeId>, table: &Table) -> Result<(), Broken> {
+    let left = table.entries.iter().find(|(_, entry)| Some(entry.node) == node);
+    left.map_or(Ok(()), |(actor, entry)| Err(("LV-1", format!("{actor} lives on {}, which was released", entry.node))))
 }
 
 /// C5: no queue is longer than its bound.

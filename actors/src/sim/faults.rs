@@ -9,7 +9,7 @@ use crate::ids::{ActorId, Address, Step};
 use crate::keeper::KeeperCore;
 use crate::root::Root;
 use crate::router::Router;
-use crate::supervisor::Supervisor;
+use crate::supervisor::{Nodes, Supervisor};
 use crate::tally::Tally;
 use std::collections::BTreeMap;
 use std::sync::Arc;
@@ -32,6 +32,7 @@ impl World {
             work: 0,
             tally: Tally::default(),
             supervisor: None,
+            leaving: false,
         });
         self.after(1, SimEvent::Heartbeat(life));
     }
@@ -42,7 +43,8 @@ impl World {
         let now = Duration::from_micros(self.now);
         let spec = Arc::clone(&self.materials.spec);
         let plant = self.materials.plant;
-        let (supervisor, first) = Supervisor::new(spec, self.wanted, &self.disk, self.published, reported, now, plant);
+        let nodes = Nodes { wanted: self.slots - self.spares, spares: self.spares };
+        let (supervisor, first) = Supervisor::new(spec, nodes, &self.disk, self.published, reported, now, plant);
         self.note(format!("the supervisor starts as life {life} with step {} committed", supervisor.committed()));
         if supervisor.committed() < self.announced {
             let what =
@@ -91,7 +93,7 @@ impl World {
             Fault::KillSupervisor => self.kill_root(),
             Fault::KillAll => {
                 self.kill_root();
-                (0..self.wanted).for_each(|slot| self.kill_node(slot, false));
+                (0..self.slots).for_each(|slot| self.kill_node(slot, false));
             }
             Fault::Pause { slot, micros } => {
                 let until = self.now + micros;
@@ -104,6 +106,14 @@ impl World {
             Fault::BreakLinks { slot } => {
                 if let Some(life) = self.nodes[slot].as_ref().map(|n| n.life) {
                     self.break_links(life);
+                }
+            }
+            Fault::Leave { slot } => {
+                let Some(node) = self.nodes[slot].as_mut().filter(|n| n.router.node().is_some()) else { return Ok(()) };
+                node.leaving = true;
+                let (life, number) = (node.life, node.router.node());
+                if let Some(node) = number {
+                    self.send_to_root(life, Control::Leave { node })?;
                 }
             }
             Fault::Panic { slot, choice } => self.panic(slot, choice)?,

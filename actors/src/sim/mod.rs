@@ -18,6 +18,7 @@ mod world;
 use crate::pieces::Pieces;
 use crate::plant::Bug;
 use crate::spec::{JobSpec, OptimizerSpec};
+use crate::supervisor::Nodes;
 use everstep_kernels::{ModelConfig, Precision};
 use std::fmt;
 use std::sync::OnceLock;
@@ -132,7 +133,7 @@ pub(crate) fn spec(shape: usize) -> JobSpec {
 fn reference(shape: usize) -> &'static [String] {
     static RUNS: [OnceLock<Vec<String>>; SHAPES.len()] = [const { OnceLock::new() }; SHAPES.len()];
     RUNS[shape].get_or_init(|| {
-        let mut world = World::new(0, spec(shape), 1, Faults::None, None, None);
+        let mut world = World::new(0, spec(shape), Nodes { wanted: 1, spares: 0 }, Faults::None, None, None);
         world.run().unwrap_or_else(|v| panic!("the undisturbed run failed: {v}"));
         world.fingerprints()
     })
@@ -141,8 +142,11 @@ fn reference(shape: usize) -> &'static [String] {
 /// Runs one seed, with a planted bug if asked.
 pub fn simulate(seed: u64, plant: Option<Bug>) -> Result<Summary, Violation> {
     let shape = (seed % SHAPES.len() as u64) as usize;
-    let nodes = 2 + (seed / 4 % 3) as usize;
-    let mut world = World::new(seed, spec(shape), nodes, Faults::Random, plant, Some(reference(shape)));
+    let wanted = 2 + (seed / 4 % 3) as usize;
+    let nodes = Nodes { wanted, spares: usize::from(seed / 12 % 4 == 0) };
+    let mut spec = spec(shape);
+    spec.mirrors = [1, 1, 0, 2][(seed / 48 % 4) as usize];
+    let mut world = World::new(seed, spec, nodes, Faults::Random, plant, Some(reference(shape)));
     world.run()
 }
 

@@ -26,7 +26,13 @@ impl World {
             Some(node) if new_root => Control::Return { node },
             Some(node) => Control::Heartbeat { node, work, redone: 0 },
             None if new_root => {
-                let info = NodeInfo { address: format!("life {life}"), peer: life, pid: 0, machine: String::new() };
+                let info = NodeInfo {
+                    address: format!("life {life}"),
+                    peer: life,
+                    pid: 0,
+                    machine: String::new(),
+                    domain: String::new(),
+                };
                 Control::Join { info, device_class: String::new() }
             }
             None => {
@@ -38,6 +44,11 @@ impl World {
         let returns = matches!(control, Control::Return { .. });
         self.send_to_root(life, control)?;
         let Some(node) = self.node_of_life(life).filter(|_| returns) else { return Ok(()) };
+        let leaving = node.router.node().filter(|_| node.leaving);
+        if let Some(node) = leaving {
+            self.send_to_root(life, Control::Leave { node })?;
+        }
+        let Some(node) = self.node_of_life(life) else { return Ok(()) };
         let failures: Vec<(Address, String)> = node.router.failures().map(|(a, r)| (*a, r.clone())).collect();
         failures
             .into_iter()
@@ -59,6 +70,16 @@ impl World {
             Control::Table(table) => {
                 let actions = node.router.on_table(table);
                 self.perform_node(life, actions)
+            }
+            Control::Leave { .. } => {
+                let number = node.router.node();
+                if let Some(root) = &self.root {
+                    checks::released(number, root.root.supervisor.table())?;
+                }
+                let slot = self.nodes.iter().position(|n| n.as_ref().is_some_and(|n| n.life == life)).expect("alive");
+                self.note(format!("life {life} leaves"));
+                self.kill_node(slot, false);
+                Ok(())
             }
             Control::Fence => {
                 // It gives up all it has and comes as new.

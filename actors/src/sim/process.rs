@@ -27,6 +27,8 @@ pub(super) struct SimNode {
     pub(super) paused: u64,
     pub(super) work: u64,
     pub(super) tally: Tally,
+    /// It was told to end.
+    pub(super) leaving: bool,
     /// The life of the supervisor that it talks to.
     pub(super) supervisor: Option<Life>,
 }

@@ -61,6 +61,7 @@ impl World {
                 root.lives.insert(node, from);
                 SupervisorEvent::Heartbeat { node, work, redone }
             }
+            Control::Leave { node } => SupervisorEvent::Leave(node),
             Control::ActorFailed { address, reason } => SupervisorEvent::ActorFailed { address, reason },
             _ => return Ok(()),
         };

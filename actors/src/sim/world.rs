@@ -12,7 +12,7 @@ use crate::message::ParameterState;
 use crate::plant::Bug;
 use crate::root::RootEvent;
 use crate::spec::{JobSpec, Layout};
-use crate::supervisor::{Record, SupervisorEvent};
+use crate::supervisor::{Nodes, Record, SupervisorEvent};
 use crate::tokens::Tokens;
 use crate::worker::Materials;
 use everstep_kernels::{Philox, Tensor};
@@ -60,6 +60,10 @@ pub(super) enum Fault {
     BreakLinks {
         slot: usize,
     },
+    /// A node is told to end.
+    Leave {
+        slot: usize,
+    },
     /// An actor of a node panics.
     Panic {
         slot: usize,
@@ -102,7 +106,9 @@ pub(super) struct World {
     pub(super) queue: BinaryHeap<Reverse<(u64, u64)>>,
     pub(super) events: BTreeMap<u64, SimEvent>,
     pub(super) materials: Materials,
-    pub(super) wanted: usize,
+    /// Processes of nodes: those that the job wants, and spares.
+    pub(super) slots: usize,
+    pub(super) spares: usize,
     pub(super) nodes: Vec<Option<SimNode>>,
     pub(super) root: Option<SimRoot>,
     pub(super) network: Network,
@@ -129,7 +135,7 @@ impl World {
     pub(super) fn new(
         seed: u64,
         spec: JobSpec,
-        wanted: usize,
+        nodes: Nodes,
         faults: Faults,
         plant: Option<Bug>,
         reference: Option<&'static [String]>,
@@ -140,6 +146,7 @@ impl World {
         let corpus = Corpus::new(vec![Tokens::new(Arc::new(bytes), 1)], &spec).expect("the text is long enough");
         let spec = Arc::new(spec);
         let materials = Materials { layout: Layout::new(&spec), spec, corpus, plant };
+        let slots = nodes.wanted + nodes.spares;
         let mut world = Self {
             seed,
             random: Philox::new(seed, 78, 0),
@@ -149,8 +156,9 @@ impl World {
             queue: BinaryHeap::new(),
             events: BTreeMap::new(),
             materials,
-            wanted,
-            nodes: (0..wanted).map(|_| None).collect(),
+            slots,
+            spares: nodes.spares,
+            nodes: (0..slots).map(|_| None).collect(),
             root: None,
             network: Network::default(),
             next_life: 1,
@@ -170,7 +178,7 @@ impl World {
             stopped: BTreeMap::new(),
         };
         world.after(0, SimEvent::StartRoot);
-        for slot in 0..wanted {
+        for slot in 0..slots {
             world.after(1000 + slot as u64, SimEvent::Start(slot));
         }
         if faults == Faults::Random {
@@ -188,15 +196,16 @@ impl World {
     pub(super) fn plan_faults(&mut self) {
         for _ in 0..1 + self.draw(5) {
             let at = self.draw(FAULTS_UNTIL / 10) * 10u64.pow(self.draw(2) as u32);
-            let slot = self.draw(self.wanted as u64) as usize;
-            let fault = match self.draw(16) {
+            let slot = self.draw(self.slots as u64) as usize;
+            let fault = match self.draw(19) {
                 0..=2 => Fault::Kill { slot, seen: true },
                 3 => Fault::Kill { slot, seen: false },
-                4 => Fault::KillTwo { first: slot, second: self.draw(self.wanted as u64) as usize },
+                4 => Fault::KillTwo { first: slot, second: self.draw(self.slots as u64) as usize },
                 5..=6 => Fault::KillSupervisor,
                 7 => Fault::KillAll,
                 8 => Fault::Pause { slot, micros: 10_000 + self.draw(4_000_000) },
                 9..=12 => Fault::BreakLinks { slot },
+                13..=15 => Fault::Leave { slot },
                 _ => Fault::Panic { slot, choice: self.draw(1 << 20) as u32 },
             };
             self.after(at, SimEvent::Fault(fault));

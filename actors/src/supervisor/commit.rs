@@ -148,8 +148,9 @@ impl CommitCore {
         self.copies(shard).next().is_some()
     }
 
-    fn copies(&self, shard: u32) -> impl Iterator<Item = Copy> {
-        self.in_sync.range((shard, 0)..=(shard, u32::MAX)).copied()
+    /// Copies of a shard that have the newest committed state, ascending.
+    pub(crate) fn copies(&self, shard: u32) -> impl Iterator<Item = u32> {
+        self.in_sync.range((shard, 0)..=(shard, u32::MAX)).map(|copy| copy.1)
     }
 
     /// A copy died, or has no state.
@@ -215,9 +216,9 @@ impl CommitCore {
         let step = self.committed + 1;
         let expected = u64::from(self.spec.lanes) * self.spec.sequences_of_lane(step);
         let mut norm: BTreeMap<u32, &Vec<f64>> = BTreeMap::new();
-        let (mut losses, mut copies) = ([0.0; 2], u32::MAX);
+        let (mut losses, mut copies, mut samples) = ([0.0; 2], u32::MAX, 0);
         for shard in 0..self.spec.shards {
-            let mut reports = self.copies(shard).map(|c| (c.1, &self.prepared[&c]));
+            let mut reports = self.copies(shard).map(|replica| (replica, &self.prepared[&(shard, replica)]));
             let (first, report) = reports.next().expect("every shard has a copy in sync");
             let mut of_shard = 1;
             for (second, other) in reports {
@@ -233,8 +234,10 @@ impl CommitCore {
             norm.extend(report.norm.iter().map(|(n, parts)| (*n, parts)));
             losses = report.losses.unwrap_or(losses);
             copies = copies.min(of_shard);
+            samples = report.samples;
         }
-        let record = self.record(step, norm.values().flat_map(|p| p.iter()).sum(), losses, copies);
+        let record =
+            self.record(step, norm.values().flat_map(|p| p.iter()).sum(), losses, [u64::from(copies), samples]);
         self.committed = step;
         self.prepared.clear();
         self.applied.clear();
@@ -242,7 +245,7 @@ impl CommitCore {
         Ok(Some(record))
     }
 
-    fn record(&self, step: Step, squares: f64, losses: [f64; 2], copies: u32) -> CommitRecord {
+    fn record(&self, step: Step, squares: f64, losses: [f64; 2], [copies, samples]: [u64; 2]) -> CommitRecord {
         let grad_norm = squares.sqrt();
         let clip = self.spec.optimizer.clip;
         let scale = if grad_norm > clip { clip / grad_norm } else { 1.0 };
@@ -250,7 +253,7 @@ impl CommitCore {
             Commit { step, clip: scale as f32, lr: self.spec.lr(step) as f32, skipped: !grad_norm.is_finite() };
         let targets = self.spec.targets_of_step(step) as f64;
         let mtp = (self.spec.model.mtp > 0).then(|| losses[1] / self.spec.mtp_targets_of_step(step) as f64);
-        CommitRecord { commit, loss: losses[0] / targets, mtp_loss: mtp, grad_norm, copies }
+        CommitRecord { commit, loss: losses[0] / targets, mtp_loss: mtp, grad_norm, copies: copies as u32, samples }
     }
 
     /// What the next commit waits for.

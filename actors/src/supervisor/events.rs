@@ -26,6 +26,8 @@ pub enum SupervisorEvent {
         /// Those among them that a life of an actor had done before in its step.
         redone: u64,
     },
+    /// A node wants to leave.
+    Leave(NodeId),
     /// A node's process is known to have ended.
     Lost {
         /// Which.
@@ -64,6 +66,8 @@ pub enum SupervisorEffect {
     Announce(Arc<Table>),
     /// Tell a new node its number.
     Welcome(NodeId, NodeInfo),
+    /// Tell a node that is to leave that it may.
+    Release(NodeId),
     /// Tell a node that was declared dead.
     Fence(NodeId),
     /// Send to an actor.
@@ -100,6 +104,8 @@ pub enum Happening {
     NodeReturned { node: u64 },
     NodeDead { node: u64, why: String, epoch: u64 },
     NodeFenced { node: u64 },
+    NodeLeaving { node: u64, actors: usize },
+    NodeLeft { node: u64 },
     ActorFailed { actor: String, incarnation: u32, reason: String, epoch: u64 },
     Placed { epoch: u64, actors: usize, nodes: usize },
     Moved { epoch: u64, actors: Vec<String> },

@@ -1,5 +1,6 @@
 //! Who lives where: new lives for what failed, primaries for shards, the way back to a checkpoint.
 
+use super::copies::{self, Home};
 use super::placement::Placement;
 use super::timeline::Timeline;
 use super::{Happening, RESTART_WINDOW, RESTARTS_MAX, Supervisor, SupervisorEffect};
@@ -17,10 +18,19 @@ impl Supervisor {
         if self.table.nodes.is_empty() || (!started && self.table.nodes.len() < self.nodes_wanted) {
             return Vec::new();
         }
-        let nodes: Vec<NodeId> = self.table.nodes.keys().copied().collect();
-        let present = self.table.entries.iter().filter(|(a, _)| !matches!(a, ActorId::Supervisor | ActorId::Keeper));
+        let working = self.working();
+        let copies = self.plan_copies(&working);
+        let stays = |actor: &ActorId, node: &NodeId| match actor {
+            ActorId::Supervisor | ActorId::Keeper => false,
+            ActorId::Reducer { .. } => self.table.nodes.contains_key(node),
+            ActorId::Stage { .. } | ActorId::Expert { .. } | ActorId::Host { .. } => {
+                working.contains(node) || (!level && self.table.nodes.contains_key(node))
+            }
+        };
+        let present = self.table.entries.iter().filter(|(actor, e)| stays(actor, &e.node));
         let present: BTreeMap<ActorId, NodeId> = present.map(|(a, e)| (*a, e.node)).collect();
-        let wanted = Placement::new(&self.spec, &self.costs, &nodes).place(&present, level);
+        let domains = self.table.nodes.iter().map(|(node, info)| (*node, info.domain.as_str())).collect();
+        let wanted = Placement::new(&self.costs, &working, domains).place(&present, copies, level);
         let mut moved = Vec::new();
         for (actor, node) in wanted {
             let life = self.table.entries.get(&actor).copied();
@@ -34,6 +44,36 @@ impl Supervisor {
         moved
     }
 
+    /// Retires copies of which there are more than are wanted, and gives those that are to be placed.
+    fn plan_copies(&mut self, working: &[NodeId]) -> Vec<ActorId> {
+        let mut placed = Vec::new();
+        for shard in 0..self.spec.shards {
+            let home = |actor: ActorId| {
+                let ActorId::Reducer { replica, .. } = actor else { unreachable!("copies are reducers") };
+                let node = self.table.entries[&actor].node;
+                let home = if working.contains(&node) {
+                    Home::Working { in_sync: self.commit.in_sync(shard, replica) }
+                } else if self.table.nodes.contains_key(&node) {
+                    Home::Leaving
+                } else {
+                    Home::Gone
+                };
+                (replica, home)
+            };
+            let present: Vec<(u32, Home)> = self.table.replicas(shard).map(home).collect();
+            let given = &mut self.table.copies[shard as usize];
+            let plan = copies::of_shard(&present, working.len(), self.spec.mirrors, *given);
+            *given = plan.placed.iter().map(|n| n + 1).fold(*given, u32::max);
+            for replica in plan.retired {
+                let actor = ActorId::Reducer { shard, replica };
+                self.table.entries.remove(&actor);
+                self.commit.out_of_sync(actor);
+            }
+            placed.extend(plan.placed.into_iter().map(|replica| ActorId::Reducer { shard, replica }));
+        }
+        placed
+    }
+
     pub(super) fn dead(&mut self, lost: &[(NodeId, String, Duration)]) -> Vec<SupervisorEffect> {
         let mut effects = Vec::new();
         let mut any = false;
@@ -43,6 +83,7 @@ impl Supervisor {
             }
             any = true;
             self.failed(format!("{node}: {why}"), *silence);
+            self.table.leaving.remove(node);
             self.membership.forget(*node);
             self.work.remove(node);
             let note = Happening::NodeDead { node: node.0, why: why.clone(), epoch: self.table.epoch + 1 };
@@ -89,6 +130,8 @@ impl Supervisor {
     /// Publishes the changed table, with primaries that are in sync or everybody back at the checkpoint.
     pub(super) fn settle(&mut self, first: Vec<SupervisorEffect>) -> Vec<SupervisorEffect> {
         let note = self.elect();
+        let gone = self.depart();
+        let first = first.into_iter().chain(gone).collect();
         let mut effects = self.publish(first);
         effects.extend(note.map(SupervisorEffect::Note));
         effects
@@ -103,7 +146,7 @@ impl Supervisor {
             if present.is_some_and(in_sync) {
                 continue;
             }
-            let heir = (0..=self.spec.mirrors).find(|r| in_sync(*r));
+            let heir = self.commit.copies(shard).next();
             if present.is_some() && heir.is_none() && !self.commit.unheard(shard) {
                 return Some(self.roll_back(format!("shard {shard} lost all its copies")));
             }

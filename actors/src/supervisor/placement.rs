@@ -1,49 +1,49 @@
 //! Where actors live: a pure function of the nodes, the costs and where they live now.
 //!
 //! - PL-1: an actor whose node lives stays there, unless evening out is asked for.
-//! - PL-2: copies of one shard live on different nodes; a copy that has no node of its own is not placed.
+//! - PL-2: copies of one shard live on different nodes, and where they can in different domains; a copy that has no node of
+//!   its own is not placed.
 //! - PL-3: the same input gives the same places (ties go to the lower number).
 
 use crate::costs::Costs;
 use crate::ids::{ActorId, NodeId};
-use crate::spec::JobSpec;
 use std::collections::BTreeMap;
 
 /// See the module.
 #[derive(Debug)]
 pub(crate) struct Placement<'a> {
     costs: &'a Costs,
-    actors: Vec<ActorId>,
     nodes: &'a [NodeId],
+    /// What fails with a node; empty: it alone.
+    domains: BTreeMap<NodeId, &'a str>,
     load: BTreeMap<NodeId, u64>,
 }
 
 impl<'a> Placement<'a> {
     /// On these nodes; there is at least one.
-    pub(crate) fn new(spec: &JobSpec, costs: &'a Costs, nodes: &'a [NodeId]) -> Self {
-        let copies = (0..spec.shards)
-            .flat_map(|shard| (0..=spec.mirrors).map(move |replica| ActorId::Reducer { shard, replica }));
-        let mut actors: Vec<ActorId> = spec.workers().into_iter().chain(copies).collect();
-        actors.sort_by(|a, b| costs.of(*b).cmp(&costs.of(*a)).then(a.cmp(b)));
-        Self { costs, actors, nodes, load: nodes.iter().map(|n| (*n, 0)).collect() }
+    pub(crate) fn new(costs: &'a Costs, nodes: &'a [NodeId], domains: BTreeMap<NodeId, &'a str>) -> Self {
+        Self { costs, nodes, domains, load: nodes.iter().map(|n| (*n, 0)).collect() }
     }
 
-    /// Places every actor that can be placed. `present` may name nodes that are gone.
-    pub(crate) fn place(mut self, present: &BTreeMap<ActorId, NodeId>, level: bool) -> BTreeMap<ActorId, NodeId> {
-        let mut places: BTreeMap<ActorId, NodeId> = BTreeMap::new();
-        for actor in &self.actors {
-            if let Some(node) = present.get(actor).filter(|n| self.nodes.contains(n)) {
-                places.insert(*actor, *node);
-                *self.load.entry(*node).or_default() += self.costs.of(*actor);
-            }
+    /// Places stages, experts and these copies of shards; what is `present` has a place and keeps it, unless evening out
+    /// (`level`) moves it.
+    pub(crate) fn place(
+        mut self,
+        present: &BTreeMap<ActorId, NodeId>,
+        copies: Vec<ActorId>,
+        level: bool,
+    ) -> BTreeMap<ActorId, NodeId> {
+        let mut places = present.clone();
+        for (actor, node) in present {
+            *self.load.entry(*node).or_default() += self.costs.of(*actor);
         }
-        for actor in self.actors.clone() {
-            if places.contains_key(&actor) {
-                continue;
-            }
+        let costs = self.costs;
+        let mut homeless: Vec<ActorId> = costs.workers().chain(copies).filter(|a| !present.contains_key(a)).collect();
+        homeless.sort_by(|a, b| costs.of(*b).cmp(&costs.of(*a)).then(a.cmp(b)));
+        for actor in homeless {
             if let Some(node) = self.lightest(actor, &places) {
                 places.insert(actor, node);
-                *self.load.entry(node).or_default() += self.costs.of(actor);
+                *self.load.entry(node).or_default() += costs.of(actor);
             }
         }
         if level {
@@ -62,27 +62,26 @@ impl<'a> Placement<'a> {
                 .collect(),
             _ => Vec::new(),
         };
-        self.nodes.iter().filter(|n| !taken.contains(n)).min_by_key(|n| self.load[n]).copied()
+        let domain = |node: &NodeId| self.domains.get(node).copied().filter(|d| !d.is_empty());
+        let shared = |node: &NodeId| domain(node).is_some_and(|d| taken.iter().any(|t| domain(t) == Some(d)));
+        self.nodes.iter().filter(|n| !taken.contains(n)).min_by_key(|n| (shared(n), self.load[n])).copied()
     }
 
     /// Moves stages and experts (never state) from the heaviest node to the lightest while that helps.
     fn level(&mut self, places: &mut BTreeMap<ActorId, NodeId>) {
-        for _ in 0..self.actors.len() {
+        let costs = self.costs;
+        let mut actors: Vec<ActorId> = costs.workers().collect();
+        actors.sort_by(|a, b| costs.of(*b).cmp(&costs.of(*a)).then(a.cmp(b)));
+        for _ in 0..actors.len() {
             let heaviest = *self.nodes.iter().max_by_key(|n| (self.load[n], std::cmp::Reverse(**n))).expect("a node");
             let lightest = *self.nodes.iter().min_by_key(|n| (self.load[n], **n)).expect("a node");
             let gap = self.load[&heaviest] - self.load[&lightest];
-            let movable = |a: &&ActorId| {
-                matches!(a, ActorId::Stage { .. } | ActorId::Expert { .. })
-                    && places.get(a) == Some(&heaviest)
-                    && self.costs.of(**a) > 0
-                    && self.costs.of(**a) < gap
-            };
+            let movable = |a: &&ActorId| places.get(a) == Some(&heaviest) && costs.of(**a) > 0 && costs.of(**a) < gap;
             // The one that brings the two closest together.
-            let Some(actor) = self.actors.iter().filter(movable).min_by_key(|a| gap.abs_diff(2 * self.costs.of(**a)))
-            else {
+            let Some(actor) = actors.iter().filter(movable).min_by_key(|a| gap.abs_diff(2 * costs.of(**a))) else {
                 return;
             };
-            let cost = self.costs.of(*actor);
+            let cost = costs.of(*actor);
             places.insert(*actor, lightest);
             *self.load.entry(heaviest).or_default() -= cost;
             *self.load.entry(lightest).or_default() += cost;
@@ -99,10 +98,18 @@ mod tests {
         n.iter().map(|n| NodeId(*n)).collect()
     }
 
-    fn place(on: &[u64], present: &BTreeMap<ActorId, NodeId>, level: bool) -> BTreeMap<ActorId, NodeId> {
+    fn place_in(on: &[(u64, &str)], present: &BTreeMap<ActorId, NodeId>, level: bool) -> BTreeMap<ActorId, NodeId> {
         let materials = materials();
         let costs = Costs::new(&materials.spec);
-        Placement::new(&materials.spec, &costs, &nodes(on)).place(present, level)
+        let copies = (0..2).flat_map(|shard| (0..2).map(move |replica| ActorId::Reducer { shard, replica }));
+        let domains = on.iter().map(|(n, domain)| (NodeId(*n), *domain)).collect();
+        let nodes = nodes(&on.iter().map(|(n, _)| *n).collect::<Vec<_>>());
+        let present = present.iter().filter(|(_, n)| nodes.contains(n)).map(|(a, n)| (*a, *n)).collect();
+        Placement::new(&costs, &nodes, domains).place(&present, copies.collect(), level)
+    }
+
+    fn place(on: &[u64], present: &BTreeMap<ActorId, NodeId>, level: bool) -> BTreeMap<ActorId, NodeId> {
+        place_in(&on.iter().map(|n| (*n, "")).collect::<Vec<_>>(), present, level)
     }
 
     fn spread(places: &BTreeMap<ActorId, NodeId>, on: &[u64]) -> (u64, u64) {
@@ -142,6 +149,23 @@ mod tests {
                 assert!(homes.len() < 2 || homes[0] != homes[1]);
             }
         }
+    }
+
+    /// PL-2: the copies of a shard are in two racks, though the lighter node is in the same one.
+    #[test]
+    fn copies_live_in_different_domains() {
+        for on in [[(1, "a"), (2, "a"), (3, "b")], [(1, "a"), (2, "b"), (3, "b")]] {
+            let places = place_in(&on, &BTreeMap::new(), true);
+            for shard in 0..2 {
+                let domain = |replica| {
+                    let node = places[&ActorId::Reducer { shard, replica }];
+                    on.iter().find(|(n, _)| *n == node.0).unwrap().1
+                };
+                assert_ne!(domain(0), domain(1), "{places:?}");
+            }
+        }
+        let crowded = place_in(&[(1, "a"), (2, "a")], &BTreeMap::new(), true);
+        assert_eq!(crowded.keys().filter(|a| matches!(a, ActorId::Reducer { .. })).count(), 4, "better than no copy");
     }
 
     /// PL-3: the same input, the same places.

@@ -17,6 +17,8 @@ pub struct CommitRecord {
     pub grad_norm: f64,
     /// The fewest copies in which a shard was safe.
     pub copies: u32,
+    /// Samples that every copy of every shard counted in its sums.
+    pub samples: u64,
 }
 
 /// One decision.

@@ -84,18 +84,23 @@ impl Supervisor {
         effects
     }
 
-    /// Moves actors to nodes that came during the step that is committed now (SU-6).
+    /// Moves actors to nodes that came during the step that is committed now, and from those that leave (SU-6).
     fn even_out(&mut self, committed: Step) -> Vec<SupervisorEffect> {
         // A node that says nothing may never do so.
-        if !self.uneven || committed == self.spec.steps || !self.membership.all_heard() {
+        let uneven = self.uneven && self.membership.all_heard();
+        if committed == self.spec.steps || !(uneven || self.is_leaving()) {
             return Vec::new();
         }
-        self.uneven = false;
+        self.uneven &= !uneven;
+        let before = self.table.entries.len();
         let moved = self.place(true);
-        if moved.is_empty() {
+        if moved.is_empty() && self.table.entries.len() == before {
             return Vec::new();
         }
         let mut effects = self.settle(Vec::new());
+        if moved.is_empty() {
+            return effects;
+        }
         let actors = moved.iter().map(ToString::to_string).collect();
         effects.push(SupervisorEffect::Note(Happening::Moved { epoch: self.table.epoch, actors }));
         effects

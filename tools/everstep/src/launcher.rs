@@ -3,10 +3,10 @@
 //!
 //! It decides nothing about the job: it watches processes and reads the run's files.
 
-use crate::STATUS_FAILED;
 use crate::data::Data;
 use crate::eval::Evaluator;
 use crate::progress::Progress;
+use crate::{STATUS_FAILED, STATUS_LEFT};
 use anyhow::{Context, Result, bail};
 use everstep_actors::{Config, RunFolder, RunIdentity};
 use everstep_kernels::{Backend, CpuBackend};
@@ -125,6 +125,8 @@ pub(crate) struct Targets {
     pub(crate) steps: u64,
     /// Kill everything and resume, as if the machine had been switched off.
     pub(crate) kill_all: bool,
+    /// Start another node.
+    pub(crate) join: bool,
 }
 
 /// See the module.
@@ -134,6 +136,9 @@ pub(crate) struct Launcher {
     address: String,
     supervisor: Slot,
     nodes: Vec<Slot>,
+    /// Nodes that the job begins with, without spares.
+    wanted: usize,
+    started: usize,
     progress: Progress,
     evaluator: Evaluator,
     signals: Signals,
@@ -170,19 +175,28 @@ impl Launcher {
             address,
             supervisor,
             nodes: Vec::new(),
+            wanted: nodes,
+            started: 0,
             signals,
         };
-        for n in 0..nodes {
-            let name = format!("node-{n}");
-            let child = launcher.spawn_node(&name, nodes)?;
-            launcher.nodes.push(Slot { name, child, restarts: Vec::new() });
+        let spares = if nodes > 0 { config.spares } else { 0 };
+        for _ in 0..nodes + spares {
+            launcher.add_node()?;
         }
         Ok(launcher)
     }
 
-    fn spawn_node(&self, name: &str, nodes: usize) -> Result<Child> {
+    fn add_node(&mut self) -> Result<()> {
+        let name = format!("node-{}", self.started);
+        self.started += 1;
+        let child = self.spawn_node(&name)?;
+        self.nodes.push(Slot { name, child, restarts: Vec::new() });
+        Ok(())
+    }
+
+    fn spawn_node(&self, name: &str) -> Result<Child> {
         let cores = std::thread::available_parallelism().map_or(1, usize::from);
-        let threads = (cores / nodes.max(1)).max(1).to_string();
+        let threads = (cores / self.wanted.max(1)).max(1).to_string();
         let mut command = this_program(&self.run, name)?;
         command.args(["node", "--join", &self.address, "--threads", &threads]);
         command.arg("--credentials").arg(self.run.credentials()).args(["--parent", &std::process::id().to_string()]);
@@ -207,11 +221,15 @@ impl Launcher {
                 nodes: self.nodes.iter().map(|n| n.child.id()).collect(),
                 steps,
                 kill_all: false,
+                join: false,
             };
             act(&mut targets);
+            if targets.join {
+                self.add_node()?;
+            }
             if targets.kill_all {
                 self.kill_all();
-                return Self::start(self.run.clone(), self.nodes.len(), false)?.wait(act);
+                return Self::start(self.run.clone(), self.wanted, false)?.wait(act);
             }
             if let Some(status) = self.supervisor.child.try_wait()?
                 && let Some(end) = self.on_supervisor(status)?
@@ -242,13 +260,17 @@ impl Launcher {
             let words = last_words(&self.run, "supervisor", &mut self.supervisor.child, status);
             return Ok(Some(End::Failed(words)));
         }
-        self.supervisor.child = spawn_supervisor(&self.run, &self.address, self.nodes.len())?;
+        self.supervisor.child = spawn_supervisor(&self.run, &self.address, self.wanted)?;
         Ok(None)
     }
 
     fn look_at_nodes(&mut self) -> Result<Option<End>> {
-        for at in 0..self.nodes.len() {
+        for at in (0..self.nodes.len()).rev() {
             let Some(status) = self.nodes[at].child.try_wait()? else { continue };
+            if status.code() == Some(i32::from(STATUS_LEFT)) {
+                self.nodes.remove(at);
+                continue;
+            }
             let name = self.nodes[at].name.clone();
             if !may_restart(&mut self.nodes[at]) {
                 return Ok(Some(End::Failed(last_words(&self.run, &name, &mut self.nodes[at].child, status))));
@@ -257,7 +279,7 @@ impl Launcher {
             if status.success() && self.supervisor_ends()? {
                 return Ok(None);
             }
-            self.nodes[at].child = self.spawn_node(&name, self.nodes.len())?;
+            self.nodes[at].child = self.spawn_node(&name)?;
         }
         Ok(None)
     }

@@ -21,7 +21,7 @@ mod weights;
 
 use anyhow::{Context, Result, bail};
 use clap::{Parser, Subcommand};
-use everstep_actors::{ActorId, AdminRequest, Bug, Config, NodeEnd, NodeOptions, RunFolder, SupervisorEnd};
+use everstep_actors::{ActorId, AdminRequest, Bug, Config, NodeEnd, NodeId, NodeOptions, RunFolder, SupervisorEnd};
 use launcher::{End, Launcher};
 use std::backtrace::{Backtrace, BacktraceStatus};
 use std::io::Write;
@@ -35,6 +35,9 @@ static ALLOCATOR: mimalloc::MiMalloc = mimalloc::MiMalloc;
 
 /// Exit status of a supervisor or node that ended for a reason that a restart would not change.
 const STATUS_FAILED: u8 = 3;
+
+/// Exit status of a launcher's node that left on purpose: it is not started again.
+const STATUS_LEFT: u8 = 4;
 
 /// Elastic, fault-tolerant training of mixture-of-experts models: the same bits, whatever fails.
 #[derive(Debug, Parser)]
@@ -79,6 +82,9 @@ enum Command {
         /// Threads that compute; the machine's cores by default.
         #[arg(long)]
         threads: Option<usize>,
+        /// What fails with this machine (a host, a rack, a zone): copies of the state are kept in different ones.
+        #[arg(long, default_value = "")]
+        domain: String,
         /// End when this process ends.
         #[arg(long, hide = true)]
         parent: Option<u32>,
@@ -151,6 +157,11 @@ enum Admin {
     },
     /// What failed, and how long each phase of the recovery took. The job need not run any more.
     Recoveries,
+    /// Move everything away from a node; when it is empty its process ends, and is not started again.
+    Drain {
+        /// Its number: see tree.
+        node: u64,
+    },
     /// Make an actor panic: it is restarted, and the job goes on.
     Kill {
         /// The actor.
@@ -199,11 +210,12 @@ fn run(command: Command) -> Result<ExitCode> {
             let config = Config::parse(&text, &path.display().to_string(), &[])?;
             train(run, nodes.unwrap_or(config.nodes))
         }
-        Command::Node { join, credentials, listen, threads, parent } => {
+        Command::Node { join, credentials, listen, threads, domain, parent } => {
             launcher::end_with(parent)?;
             keep_memory()?;
             let cores = std::thread::available_parallelism().map_or(1, usize::from);
-            be_node(&NodeOptions { join, listen, credentials, threads: threads.unwrap_or(cores) })
+            let options = NodeOptions { join, listen, credentials, threads: threads.unwrap_or(cores), domain };
+            be_node(&options, parent.is_some())
         }
         Command::Supervisor { run, listen, nodes, parent } => {
             launcher::end_with(parent)?;
@@ -220,6 +232,7 @@ fn run(command: Command) -> Result<ExitCode> {
             let text = match request {
                 Admin::Tree => ask(AdminRequest::Tree),
                 Admin::Inspect { actor } => ask(AdminRequest::Inspect(actor)),
+                Admin::Drain { node } => ask(AdminRequest::Drain(NodeId(node))),
                 Admin::Kill { actor } => ask(AdminRequest::Kill(actor)),
                 Admin::Recoveries => Ok(recoveries::table(&recoveries::among(&recoveries::events(&run)?)?)),
             }?;
@@ -320,13 +333,17 @@ fn keep_memory() -> Result<()> {
 }
 
 /// A node of a job; when it is fenced, the process joins as a new one.
-fn be_node(options: &NodeOptions) -> Result<ExitCode> {
+fn be_node(options: &NodeOptions, launched: bool) -> Result<ExitCode> {
     // The runtime passes messages on beside threads that compute on every core: more than a quarter as many threads
     // would wake each other and take turns with those.
     let threads = (options.threads / 4).clamp(1, 8);
     loop {
         match runtime(threads)?.block_on(everstep_actors::run_node(options)) {
             Ok(NodeEnd::Fenced) => eprintln!("this node is not a member any more: it joins as new"),
+            Ok(NodeEnd::Left) => {
+                eprintln!("the node leaves");
+                return Ok(if launched { ExitCode::from(STATUS_LEFT) } else { ExitCode::SUCCESS });
+            }
             Ok(NodeEnd::Dismissed(why)) => {
                 eprintln!("the node ends: {why}");
                 return Ok(ExitCode::SUCCESS);

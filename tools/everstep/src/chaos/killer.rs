@@ -1,4 +1,4 @@
-//! What is killed and when: by a plan, from a seed.
+//! What is killed, what comes and what leaves, and when: by a plan, from a seed.
 
 use crate::admin;
 use crate::launcher::{self, Targets};
@@ -32,6 +32,10 @@ pub(crate) enum Target {
     Everything,
     /// A random node is stopped for a while.
     Stop,
+    /// Another node comes.
+    Join,
+    /// A random node is told to leave, and does.
+    Leave,
 }
 
 /// When and what.
@@ -142,6 +146,8 @@ impl Killer {
             }
             Target::Supervisor => launcher::kill(targets.supervisor, Signal::KILL),
             Target::Everything => targets.kill_all = true,
+            Target::Join => targets.join = true,
+            Target::Leave => launcher::kill(targets.nodes[first as usize], Signal::TERM),
             Target::Stop => {
                 let pid = targets.nodes[first as usize];
                 launcher::kill(pid, Signal::STOP);

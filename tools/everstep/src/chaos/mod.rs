@@ -86,6 +86,13 @@ pub(crate) fn run(plan: &Path, config: &Path, set: &[String]) -> Result<ExitCode
     };
     let kills = &both.kills;
     println!("{} steps, {} kills: every fingerprint equals the undisturbed run's", steps.len(), kills.len());
+    let samples = steps.iter().map(|l| l.samples).sum::<u64>();
+    let spec = read_config(config, set)?.spec;
+    let expected: u64 = (1..=spec.steps).map(|step| u64::from(spec.lanes) * spec.sequences_of_lane(step)).sum();
+    println!("ledger: {samples} samples were counted by every copy of every shard, {expected} are in the steps");
+    if samples != expected {
+        return Ok(ExitCode::FAILURE);
+    }
     println!("{} multiply-adds were done again by survivors", steps.iter().map(|l| l.redone).sum::<u64>());
     let events = recoveries::events(&both.disturbed)?;
     let dead = events.iter().filter(|e| e["event"] == "node_dead").filter_map(|e| e["time"].as_u64());

@@ -1,0 +1,66 @@
+//! What operators ask of the supervisor's process.
+
+use super::supervisor::State;
+use super::tell;
+use crate::control::{ActorRequest, AdminRequest, Control};
+use crate::ids::ActorId;
+use everstep_transport::Peer;
+use std::fmt::Write;
+
+/// Questions that wait for a node's answer; older ones are given up.
+const OPERATORS_MAX: usize = 256;
+
+impl State {
+    pub(super) fn on_admin(&mut self, operator: Peer, ticket: u64, request: AdminRequest) {
+        let (actor, request) = match request {
+            AdminRequest::Tree => {
+                tell(&self.hub, operator, Control::Described { ticket, text: self.tree() });
+                return;
+            }
+            AdminRequest::Inspect(ActorId::Supervisor) => {
+                let text =
+                    format!("{}; {} messages refused", self.root.supervisor.describe(), self.root.router().refused());
+                tell(&self.hub, operator, Control::Described { ticket, text });
+                return;
+            }
+            AdminRequest::Drain(node) => {
+                let (text, effects) = self.root.drain(self.began.elapsed(), node);
+                self.perform(effects);
+                tell(&self.hub, operator, Control::Described { ticket, text });
+                return;
+            }
+            AdminRequest::Inspect(actor) => (actor, ActorRequest::Describe),
+            AdminRequest::Kill(actor) => (actor, ActorRequest::Panic),
+        };
+        let table = self.root.supervisor.table();
+        let target = table.address(actor).zip(table.node_of(actor));
+        let Some((address, peer)) = target.and_then(|(a, node)| Some((a, self.peer_of(node)?))) else {
+            let text = format!("{actor} has no place on a node");
+            tell(&self.hub, operator, Control::Described { ticket, text });
+            return;
+        };
+        self.next_ticket += 1;
+        self.operators.insert(self.next_ticket, (operator, ticket));
+        if self.operators.len() > OPERATORS_MAX {
+            self.operators.pop_first();
+        }
+        tell(&self.hub, peer, Control::Actor { address, request, ticket: self.next_ticket });
+    }
+
+    fn tree(&self) -> String {
+        let table = self.root.supervisor.table();
+        let mut text = format!("supervisor: {}\n", self.root.supervisor.describe());
+        for (node, info) in &table.nodes {
+            let leaving = if table.leaving.contains(node) { ", leaving" } else { "" };
+            let _ = writeln!(text, "{node} at {}{leaving}", info.address);
+            for address in table.actors_of(*node) {
+                let primary = match address.actor {
+                    ActorId::Reducer { shard, .. } if table.primary(shard) == Some(address.actor) => "  primary",
+                    _ => "",
+                };
+                let _ = writeln!(text, "  {address}{primary}");
+            }
+        }
+        text
+    }
+}
