@@ -50,6 +50,8 @@ pub enum Control {
         work: u64,
         /// Those among them that a life of an actor had done before in its step.
         redone: u64,
+        /// Nodes of the table to which it has no link.
+        down: Vec<NodeId>,
     },
     /// An actor panicked or failed.
     ActorFailed {

@@ -14,6 +14,7 @@ mod commit;
 mod copies;
 mod events;
 mod leave;
+mod links;
 mod lives;
 mod membership;
 mod placement;
@@ -23,6 +24,7 @@ mod timeline;
 
 use commit::CommitCore;
 pub use events::{Happening, Report, SupervisorEffect, SupervisorEvent};
+use links::Links;
 use membership::{Membership, Silent};
 pub use record::{CommitRecord, Record};
 pub use timeline::Phases;
@@ -64,6 +66,7 @@ pub struct Supervisor {
     spares: usize,
     table: Table,
     membership: Membership,
+    links: Links,
     commit: CommitCore,
     /// The newest numbers of a committed step.
     last: Option<CommitRecord>,
@@ -114,6 +117,7 @@ impl Supervisor {
                 ..Table::default()
             },
             membership: Membership::default(),
+            links: Links::default(),
             last: None,
             checkpoint,
             next_node: 1,
@@ -213,7 +217,7 @@ impl Supervisor {
         let mut effects = match event {
             SupervisorEvent::Join(info) => self.join(info),
             SupervisorEvent::Return(node) => self.returned(node),
-            SupervisorEvent::Heartbeat { node, work, redone } => self.heartbeat(node, [work, redone]),
+            SupervisorEvent::Heartbeat { node, work, redone, down } => self.heartbeat(node, [work, redone], &down),
             SupervisorEvent::Lost { node, why } => self.dead(&[(node, why, Duration::ZERO)]),
             SupervisorEvent::Leave(node) => self.drain(node).1,
             SupervisorEvent::ActorFailed { address, reason } => self.actor_failed(address, reason),
@@ -320,14 +324,20 @@ impl Supervisor {
         effects
     }
 
-    fn heartbeat(&mut self, node: NodeId, work: [u64; 2]) -> Vec<SupervisorEffect> {
+    fn heartbeat(&mut self, node: NodeId, work: [u64; 2], down: &[NodeId]) -> Vec<SupervisorEffect> {
         if !self.table.nodes.contains_key(&node) {
             return self.fence(node);
         }
         self.membership.beat(self.now, node);
         // What a node had done before this life of the supervisor has been reported by an earlier one.
         self.work.entry(node).or_insert((work, work)).0 = work;
-        Vec::new()
+        self.uneven |= self.links.beat(node, down);
+        // Nodes without actors need no links.
+        let busy = self.table.entries.values().map(|e| e.node).filter(|n| self.table.nodes.contains_key(n)).collect();
+        let silence = |node| self.membership.silence(self.now, node);
+        let Some((node, others)) = self.links.victim(&busy, silence) else { return Vec::new() };
+        let others: Vec<String> = others.iter().map(ToString::to_string).collect();
+        self.dead(&[(node, format!("it has no link to {}", others.join(", ")), silence(node))])
     }
 
     fn finish(&mut self, result: Result<(), String>) -> Vec<SupervisorEffect> {

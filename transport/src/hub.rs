@@ -163,6 +163,11 @@ impl Hub {
         Ok(peer)
     }
 
+    /// Whether there is a link to a peer now.
+    pub fn is_linked(&self, peer: Peer) -> bool {
+        self.sessions().get(&peer).is_some_and(|session| *session.linked.borrow())
+    }
+
     /// Keeps a link to a peer until the session is closed or another life answers. Call once for each peer.
     pub fn keep(&self, peer: Peer, address: SocketAddr) {
         let hub = self.clone();

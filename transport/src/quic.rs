@@ -24,8 +24,8 @@ use tokio::sync::mpsc;
 /// Both ends must speak the same.
 const PROTOCOL: &[u8] = b"everstep/1";
 /// A connection without a sign of life for so long is broken.
-const IDLE: Duration = Duration::from_millis(2000);
-const KEEP_ALIVE: Duration = Duration::from_millis(300);
+const IDLE: Duration = Duration::from_millis(500);
+const KEEP_ALIVE: Duration = Duration::from_millis(100);
 /// A handshake must be over by then.
 pub(crate) const HANDSHAKE: Duration = Duration::from_secs(3);
 
@@ -72,7 +72,7 @@ pub enum QuicError {
 
 fn transport() -> Arc<TransportConfig> {
     let mut config = TransportConfig::default();
-    let idle = IdleTimeout::try_from(IDLE).expect("two seconds are a valid time-out");
+    let idle = IdleTimeout::try_from(IDLE).expect("half a second is a valid time-out");
     config.max_idle_timeout(Some(idle)).keep_alive_interval(Some(KEEP_ALIVE));
     config.stream_receive_window(VarInt::from_u32(16 << 20)).receive_window(VarInt::from_u32(64 << 20));
     config.send_window(64 << 20).max_concurrent_bidi_streams(VarInt::from_u32(4));

@@ -214,7 +214,15 @@ impl State {
                 self.finish(NodeEnd::Fenced);
             }
             HubEvent::Refused(why) => tracing::warn!(why, "a stranger was refused"),
-            HubEvent::Up(_) | HubEvent::Down(_) | HubEvent::Broken(..) => {}
+            HubEvent::Up(peer) => self.on_link(peer, true),
+            HubEvent::Down(peer) => self.on_link(peer, false),
+            HubEvent::Broken(..) => {}
+        }
+    }
+
+    fn on_link(&self, peer: Peer, up: bool) {
+        if let Some((node, _)) = self.peers.iter().find(|(_, p)| **p == peer) {
+            self.pulse.link(*node, up);
         }
     }
 
@@ -317,6 +325,7 @@ impl State {
                 continue;
             }
             self.peers.insert(*node, info.peer);
+            self.pulse.link(*node, self.hub.is_linked(info.peer));
             if me > Some(*node)
                 && let Ok(address) = info.address.parse()
             {
@@ -335,6 +344,7 @@ impl State {
                 Action::Forget(nodes) => {
                     for node in nodes {
                         if let Some(peer) = self.peers.remove(&node) {
+                            self.pulse.link(node, true);
                             self.hub.close(peer);
                         }
                     }

@@ -402,9 +402,9 @@ impl State {
                 self.peers.insert(node, peer);
                 self.supervise(SupervisorEvent::Return(node));
             }
-            Control::Heartbeat { node, work, redone } => {
+            Control::Heartbeat { node, work, redone, down } => {
                 self.peers.insert(node, peer);
-                self.supervise(SupervisorEvent::Heartbeat { node, work, redone });
+                self.supervise(SupervisorEvent::Heartbeat { node, work, redone, down });
             }
             Control::ActorFailed { address, reason } => {
                 self.supervise(SupervisorEvent::ActorFailed { address, reason });

@@ -116,6 +116,14 @@ impl World {
                     self.send_to_root(life, Control::Leave { node })?;
                 }
             }
+            Fault::Cut { slot, other, micros } => {
+                let life = |slot: usize| self.nodes[slot].as_ref().map(|n| n.life);
+                if let (Some(a), Some(b)) = (life(slot), life(other))
+                    && a != b
+                {
+                    self.break_link(a.min(b), a.max(b), micros);
+                }
+            }
             Fault::Panic { slot, choice } => self.panic(slot, choice)?,
         }
         Ok(())

@@ -45,14 +45,19 @@ impl World {
         let pairs: Vec<(Life, Life)> =
             self.network.links.keys().filter(|(a, b)| *a == life || *b == life).copied().collect();
         for (a, b) in pairs {
-            if let Some(link) = self.network.links.get_mut(&(a, b)).filter(|l| l.up) {
-                link.up = false;
-                link.number += 1;
-                self.session(a, b).link_down();
-                self.session(b, a).link_down();
-                let delay = 1000 + self.draw(100_000);
-                self.after(delay, SimEvent::LinkUp(a, b));
-            }
+            let delay = 1000 + self.draw(100_000);
+            self.break_link(a, b, delay);
+        }
+    }
+
+    /// Breaks the link of two lives, the lower first; it comes back after a while.
+    pub(super) fn break_link(&mut self, a: Life, b: Life, micros: u64) {
+        if let Some(link) = self.network.links.get_mut(&(a, b)).filter(|l| l.up) {
+            link.up = false;
+            link.number += 1;
+            self.session(a, b).link_down();
+            self.session(b, a).link_down();
+            self.after(micros, SimEvent::LinkUp(a, b));
         }
     }
 

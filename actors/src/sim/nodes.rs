@@ -1,7 +1,7 @@
 //! What the simulated world does for node processes: their routers, actors, mailboxes and jobs.
 
 use super::checks::{self, Broken};
-use super::network::Life;
+use super::network::{Life, Network};
 use super::process::SimActor;
 use super::world::{HEARTBEAT, SimEvent, World};
 use crate::compute::{Job, run};
@@ -14,6 +14,7 @@ use crate::table::NodeInfo;
 use crate::wire::Unit;
 use everstep_kernels::CpuBackend;
 use std::collections::VecDeque;
+use std::sync::Arc;
 
 impl World {
     pub(super) fn heartbeat(&mut self, life: Life) -> Result<(), Broken> {
@@ -24,7 +25,7 @@ impl World {
         node.supervisor = root.or(node.supervisor);
         let control = match number {
             Some(node) if new_root => Control::Return { node },
-            Some(node) => Control::Heartbeat { node, work, redone: 0 },
+            Some(node) => Control::Heartbeat { node, work, redone: 0, down: self.unreached(life) },
             None if new_root => {
                 let info = NodeInfo {
                     address: format!("life {life}"),
@@ -53,6 +54,14 @@ impl World {
         failures
             .into_iter()
             .try_for_each(|(address, reason)| self.send_to_root(life, Control::ActorFailed { address, reason }))
+    }
+
+    /// Nodes of a node's table to which its link is down.
+    fn unreached(&mut self, life: Life) -> Vec<NodeId> {
+        let Some(node) = self.node_of_life(life) else { return Vec::new() };
+        let table = Arc::clone(node.router.table());
+        let down = |peer: Life| self.network.links.get(&Network::pair(life, peer)).is_some_and(|l| !l.up);
+        table.nodes.iter().filter(|(_, info)| down(info.peer)).map(|(node, _)| *node).collect()
     }
 
     pub(super) fn send_to_root(&mut self, life: Life, control: Control) -> Result<(), Broken> {

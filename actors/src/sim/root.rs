@@ -57,9 +57,9 @@ impl World {
                 root.lives.insert(node, from);
                 SupervisorEvent::Return(node)
             }
-            Control::Heartbeat { node, work, redone } => {
+            Control::Heartbeat { node, work, redone, down } => {
                 root.lives.insert(node, from);
-                SupervisorEvent::Heartbeat { node, work, redone }
+                SupervisorEvent::Heartbeat { node, work, redone, down }
             }
             Control::Leave { node } => SupervisorEvent::Leave(node),
             Control::ActorFailed { address, reason } => SupervisorEvent::ActorFailed { address, reason },

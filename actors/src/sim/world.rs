@@ -64,6 +64,12 @@ pub(super) enum Fault {
     Leave {
         slot: usize,
     },
+    /// The link of two nodes is cut for so long: dialling is of no use.
+    Cut {
+        slot: usize,
+        other: usize,
+        micros: u64,
+    },
     /// An actor of a node panics.
     Panic {
         slot: usize,
@@ -197,7 +203,7 @@ impl World {
         for _ in 0..1 + self.draw(5) {
             let at = self.draw(FAULTS_UNTIL / 10) * 10u64.pow(self.draw(2) as u32);
             let slot = self.draw(self.slots as u64) as usize;
-            let fault = match self.draw(19) {
+            let fault = match self.draw(22) {
                 0..=2 => Fault::Kill { slot, seen: true },
                 3 => Fault::Kill { slot, seen: false },
                 4 => Fault::KillTwo { first: slot, second: self.draw(self.slots as u64) as usize },
@@ -206,6 +212,11 @@ impl World {
                 8 => Fault::Pause { slot, micros: 10_000 + self.draw(4_000_000) },
                 9..=12 => Fault::BreakLinks { slot },
                 13..=15 => Fault::Leave { slot },
+                16..=18 => Fault::Cut {
+                    slot,
+                    other: self.draw(self.slots as u64) as usize,
+                    micros: 10_000 + self.draw(3_000_000),
+                },
                 _ => Fault::Panic { slot, choice: self.draw(1 << 20) as u32 },
             };
             self.after(at, SimEvent::Fault(fault));

@@ -25,6 +25,8 @@ pub enum SupervisorEvent {
         work: u64,
         /// Those among them that a life of an actor had done before in its step.
         redone: u64,
+        /// Nodes of the table to which it has no link.
+        down: Vec<NodeId>,
     },
     /// A node wants to leave.
     Leave(NodeId),

@@ -10,14 +10,22 @@ use crate::table::Entry;
 use std::collections::BTreeSet;
 
 impl Supervisor {
-    /// Nodes that actors may be on: neither to leave, nor spare. Spares are the newest of the nodes beyond those that the
+    /// Nodes that actors may be on: neither to leave, nor cut off, nor spare. Spares are the newest of the nodes beyond those that the
     /// job wants.
     pub(super) fn working(&self) -> Vec<NodeId> {
         let stays = |node: &NodeId| !self.table.leaving.contains(node);
-        let mut staying: Vec<NodeId> = self.table.nodes.keys().copied().filter(stays).collect();
+        let staying: Vec<NodeId> = self.table.nodes.keys().copied().filter(stays).collect();
         if staying.is_empty() {
             return self.table.nodes.keys().copied().collect();
         }
+        // A node that does not reach an older one waits until it does.
+        let mut linked: Vec<NodeId> = Vec::new();
+        for node in staying {
+            if linked.iter().all(|older| !self.links.is_cut(*older, node)) {
+                linked.push(node);
+            }
+        }
+        let mut staying = linked;
         staying.truncate(self.nodes_wanted.max(staying.len().saturating_sub(self.spares)));
         staying
     }
@@ -62,6 +70,7 @@ impl Supervisor {
             self.table.leaving.remove(&node);
             if self.table.nodes.remove(&node).is_some() {
                 self.membership.forget(node);
+                self.links.forget(node);
                 self.work.remove(&node);
                 self.released.insert(node);
                 if self.released.len() > FENCED_MAX {

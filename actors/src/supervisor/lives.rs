@@ -85,6 +85,7 @@ impl Supervisor {
             self.failed(format!("{node}: {why}"), *silence);
             self.table.leaving.remove(node);
             self.membership.forget(*node);
+            self.links.forget(*node);
             self.work.remove(node);
             let note = Happening::NodeDead { node: node.0, why: why.clone(), epoch: self.table.epoch + 1 };
             effects.push(SupervisorEffect::Note(note));

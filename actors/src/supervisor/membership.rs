@@ -118,6 +118,11 @@ impl Membership {
         self.beats.values().all(|beats| beats.begun)
     }
 
+    /// How long ago a node was heard of.
+    pub(crate) fn silence(&self, now: Duration, node: NodeId) -> Duration {
+        self.beats.get(&node).map_or(Duration::ZERO, |beats| now.saturating_sub(beats.heard))
+    }
+
     /// A node is gone.
     pub(crate) fn forget(&mut self, node: NodeId) {
         self.beats.remove(&node);

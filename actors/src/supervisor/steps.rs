@@ -86,8 +86,8 @@ impl Supervisor {
 
     /// Moves actors to nodes that came during the step that is committed now, and from those that leave (SU-6).
     fn even_out(&mut self, committed: Step) -> Vec<SupervisorEffect> {
-        // A node that says nothing may never do so.
-        let uneven = self.uneven && self.membership.all_heard();
+        // A node that says nothing, or does not reach the others, may never do so.
+        let uneven = self.uneven && self.membership.all_heard() && self.links.all_up(&self.working());
         if committed == self.spec.steps || !(uneven || self.is_leaving()) {
             return Vec::new();
         }

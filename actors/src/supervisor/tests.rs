@@ -150,9 +150,10 @@ fn a_compacted_log_says_the_same() {
 fn the_dead_stay_dead() {
     let mut job = started();
     job.on(SupervisorEvent::Lost { node: NodeId(2), why: "test".to_owned() });
-    for event in
-        [SupervisorEvent::Heartbeat { node: NodeId(2), work: 1, redone: 0 }, SupervisorEvent::Return(NodeId(2))]
-    {
+    for event in [
+        SupervisorEvent::Heartbeat { node: NodeId(2), work: 1, redone: 0, down: Vec::new() },
+        SupervisorEvent::Return(NodeId(2)),
+    ] {
         let effects = job.on(event);
         assert!(matches!(effects[0], SupervisorEffect::Fence(NodeId(2))), "{effects:?}");
     }
@@ -320,10 +321,10 @@ fn actors_move_to_a_new_node_only_with_a_commit() {
         effects
     };
     // A node that has said nothing yet may never do so.
-    job.on(SupervisorEvent::Heartbeat { node: NodeId(1), work: 0, redone: 0 });
+    job.on(SupervisorEvent::Heartbeat { node: NodeId(1), work: 0, redone: 0, down: Vec::new() });
     step(&mut job, 1);
     assert_eq!(places(&job), before);
-    job.on(SupervisorEvent::Heartbeat { node: NodeId(3), work: 0, redone: 0 });
+    job.on(SupervisorEvent::Heartbeat { node: NodeId(3), work: 0, redone: 0, down: Vec::new() });
     for shard in 0..2 {
         job.say(shard, 0, applied(1)(shard));
     }
@@ -395,7 +396,7 @@ fn a_node_leaves_when_nothing_lives_on_it() {
     assert!(!job.supervisor.table().nodes.contains_key(&NodeId(2)) && places_on(&job, 2).is_empty());
     assert!(effects.iter().all(|e| !matches!(e, SupervisorEffect::Note(Happening::NodeDead { .. }))));
     // What it still says is answered in the same way, and the job goes on with what stayed.
-    let late = job.on(SupervisorEvent::Heartbeat { node: NodeId(2), work: 9, redone: 0 });
+    let late = job.on(SupervisorEvent::Heartbeat { node: NodeId(2), work: 9, redone: 0, down: Vec::new() });
     assert_eq!(released(&late), [NodeId(2)]);
     assert!(!late.iter().any(|e| matches!(e, SupervisorEffect::Fence(_))));
     apply_step(&mut job, 2);
@@ -430,7 +431,7 @@ fn the_last_node_waits_for_another() {
     apply_step(&mut job, 1);
     job.on(SupervisorEvent::Join(info(3)));
     for node in 1..=3 {
-        job.on(SupervisorEvent::Heartbeat { node: NodeId(node), work: 0, redone: 0 });
+        job.on(SupervisorEvent::Heartbeat { node: NodeId(node), work: 0, redone: 0, down: Vec::new() });
     }
     let mut gone = released(&commit_step(&mut job, 2));
     apply_step(&mut job, 2);
@@ -445,7 +446,7 @@ fn a_spare_takes_over() {
     job.supervisor.spares = 1;
     job.on(SupervisorEvent::Join(info(3)));
     for node in 1..=3 {
-        job.on(SupervisorEvent::Heartbeat { node: NodeId(node), work: 0, redone: 0 });
+        job.on(SupervisorEvent::Heartbeat { node: NodeId(node), work: 0, redone: 0, down: Vec::new() });
     }
     commit_step(&mut job, 1);
     apply_step(&mut job, 1);
@@ -453,4 +454,46 @@ fn a_spare_takes_over() {
     let lost = places_on(&job, 2);
     job.on(SupervisorEvent::Lost { node: NodeId(2), why: "test".to_owned() });
     assert_eq!(places_on(&job, 3), lost);
+}
+
+fn beat(node: u64, down: &[u64]) -> SupervisorEvent {
+    let down = down.iter().map(|n| NodeId(*n)).collect();
+    SupervisorEvent::Heartbeat { node: NodeId(node), work: 0, redone: 0, down }
+}
+
+/// LI-1, LI-2: of two nodes that do not reach each other one is given up; what comes in its place gets its share when it
+/// reaches the others.
+#[test]
+fn a_cut_between_two_nodes_is_decided() {
+    let mut job = started();
+    let lost = |effects: &[SupervisorEffect]| -> Vec<String> {
+        let why = |e: &SupervisorEffect| match e {
+            SupervisorEffect::Note(Happening::NodeDead { node, why, .. }) => Some(format!("{node}: {why}")),
+            _ => None,
+        };
+        effects.iter().filter_map(why).collect()
+    };
+    let told: Vec<String> = (0..8).flat_map(|_| lost(&job.on(beat(1, &[2])))).collect();
+    assert_eq!(told, ["2: it has no link to node 1"]);
+    job.on(SupervisorEvent::Join(info(3)));
+    let effects: Vec<String> = (0..8).flat_map(|_| lost(&job.on(beat(1, &[3])))).collect();
+    assert_eq!(effects, ["3: it has no link to node 1"], "it has copies of node 1's shards");
+    // With a third node those copies have a place, so the one that is cut off only waits.
+    job.on(SupervisorEvent::Join(info(4)));
+    (0..2).for_each(|_| drop(job.on(beat(4, &[]))));
+    job.on(beat(1, &[]));
+    commit_step(&mut job, 1);
+    apply_step(&mut job, 1);
+    commit_step(&mut job, 2);
+    apply_step(&mut job, 2);
+    job.on(SupervisorEvent::Join(info(5)));
+    (0..8).for_each(|_| drop((job.on(beat(1, &[5])), job.on(beat(4, &[])), job.on(beat(5, &[1])))));
+    commit_step(&mut job, 3);
+    apply_step(&mut job, 3);
+    assert!(job.supervisor.table().nodes.contains_key(&NodeId(5)) && places_on(&job, 5).is_empty());
+    for node in [1, 4, 5] {
+        job.on(beat(node, &[]));
+    }
+    commit_step(&mut job, 4);
+    assert!(!places_on(&job, 5).is_empty());
 }

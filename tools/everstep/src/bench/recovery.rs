@@ -20,10 +20,10 @@ fn median_of(mut values: Vec<f64>) -> f64 {
 }
 
 /// Milliseconds that the interval with each kill took longer than `usual`; with the intervals after it, up to the next kill,
-/// what the kill cost in all.
+/// what the kill cost in all. The last kill is left out: no other ends what it costs.
 fn costs(intervals: &[(u64, f64)], kills: &[Kill], usual: f64) -> Vec<(Target, f64, f64)> {
     let of_kill = |(n, kill): (usize, &Kill)| {
-        let next = kills.get(n + 1).map_or(u64::MAX, |next| next.time);
+        let next = kills.get(n + 1)?.time;
         let mut after = intervals.iter().filter(|(end, _)| (kill.time..next).contains(end)).map(|(_, ms)| ms - usual);
         let first = after.next()?;
         Some((kill.target, first, first + after.sum::<f64>()))
@@ -92,5 +92,6 @@ mod tests {
             .map(|(time, target)| Kill { time, target });
         let all = costs(&intervals, &kills, 100.0);
         assert_eq!(all, [(Target::Node, 150.0, 170.0), (Target::Stage, 230.0, 230.0)]);
+        assert!(costs(&intervals, &kills[2..], 100.0).is_empty());
     }
 }

@@ -1,0 +1,94 @@
+//! Contracts C1, C3 and C6 while nodes come and go: a fixed share of what `make chaos-scale` does in full.
+
+use anyhow::Result;
+use everstep_tests::{Place, events, fingerprints, lives, metrics, signal, wait};
+use rustix::process::Signal;
+
+/// From one node to three and back to one, with a kill on the way: every fingerprint, every sample.
+#[test]
+fn a_job_grows_and_shrinks() -> Result<()> {
+    let place = Place::new()?;
+    let targets = r#"["join", "join", "node", "leave", "leave"]"#;
+    std::fs::write(
+        place.path().join("plan.toml"),
+        format!("seed = 5\nkills = 5\nevery_ms = 900\ntargets = {targets}\n"),
+    )?;
+    let set =
+        ["train.steps=700", "data.paths=[\"text.txt\"]", "checkpoint.every=200", "job.nodes=1", "run.folder=scale"];
+    let mut arguments = vec!["chaos", "plan.toml", "tiny.toml"];
+    set.iter().for_each(|s| arguments.extend(["--set", s]));
+    let output = place.everstep(&arguments)?;
+    let said = String::from_utf8_lossy(&output.stdout);
+    assert!(output.status.success(), "{said}{}", String::from_utf8_lossy(&output.stderr));
+    assert!(said.contains("every fingerprint equals") && said.contains("0 multiply-adds were done again"), "{said}");
+    assert!(said.contains("ledger: "), "{said}");
+    let run = place.run("scale/chaos");
+    assert_eq!(events(&run, "node_left")?.len(), 2);
+    assert_eq!(events(&run, "node_dead")?.len(), 1);
+    Ok(())
+}
+
+/// LV-1: a drained node's process ends by itself when nothing lives on it, and nothing is recovered; so does one that gets
+/// SIGTERM. Both are left out from then on.
+#[test]
+fn drained_nodes_end_and_are_not_started_again() -> Result<()> {
+    let place = Place::new()?;
+    let training = place.start("run", &["train.steps=900", "checkpoint.every=300"])?;
+    training.wait_for_step(20)?;
+    let path = training.run.0.display().to_string();
+    let ask = |request: &[&str]| -> Result<String> {
+        let output = place.everstep(&[&["admin", "--run", &path][..], request].concat())?;
+        Ok(String::from_utf8_lossy(&output.stdout).into_owned())
+    };
+    assert!(ask(&["drain", "77"])?.contains("there is no node 77"));
+    let said = ask(&["drain", "2"])?;
+    assert!(said.contains("node 2 leaves"), "{said}");
+    wait("the drained node's departure", || Ok(events(&training.run, "node_left")?.len() == 1))?;
+    wait("its process's end", || Ok(training.nodes()?.len() == 2))?;
+    assert!(!ask(&["tree"])?.contains("node 2"));
+    let told = training.nodes()?[0];
+    signal(told, Signal::TERM)?;
+    wait("the told node's departure", || Ok(events(&training.run, "node_left")?.len() == 2))?;
+    wait("its process's end", || Ok(!lives(told)))?;
+    let at = metrics(&training.run)?.last().map_or(0, |l| l.step);
+    training.wait_for_step(at + 30)?;
+    assert_eq!(training.nodes()?.len(), 1);
+    assert_eq!(events(&training.run, "node_joined")?.len(), 3);
+    for kind in ["node_dead", "recovered", "rolled_back"] {
+        assert_eq!(events(&training.run, kind)?, Vec::<serde_json::Value>::new());
+    }
+    let run = training.finish()?;
+    let alone = place.train("alone", &["train.steps=900", "checkpoint.every=300", "job.nodes=1"])?;
+    assert_eq!(fingerprints(&run)?, fingerprints(&alone)?);
+    Ok(())
+}
+
+/// What failures cost is measured by what failed.
+#[test]
+fn recoveries_are_measured() -> Result<()> {
+    let place = Place::new()?;
+    let targets = r#"["stage", "expert", "reducer", "node", "supervisor"]"#;
+    std::fs::write(
+        place.path().join("plan.toml"),
+        format!("seed = 5\nkills = 6\nevery_ms = 600\ntargets = {targets}\n"),
+    )?;
+    let set = [
+        "train.steps=150",
+        "data.paths=[\"text.txt\"]",
+        "checkpoint.every=50",
+        "job.nodes=2",
+        "job.pace=2e7",
+        "run.folder=bench",
+    ];
+    let mut arguments = vec!["bench", "recovery", "--json", "--plan", "plan.toml", "--config", "tiny.toml"];
+    set.iter().for_each(|s| arguments.extend(["--set", s]));
+    let output = place.everstep(&arguments)?;
+    let said = String::from_utf8_lossy(&output.stdout);
+    assert!(output.status.success(), "{said}{}", String::from_utf8_lossy(&output.stderr));
+    let lines: Vec<serde_json::Value> = said.lines().map(serde_json::from_str).collect::<Result<_, _>>()?;
+    assert_eq!(lines[0]["killed"], "all", "{said}");
+    let goodput = lines.last().expect("a last line");
+    assert_eq!((&goodput["bench"], &goodput["redone_by_survivors"]), (&"goodput".into(), &0.into()), "{said}");
+    assert_eq!(goodput["fingerprints_equal"], 150, "{said}");
+    Ok(())
+}
