@@ -105,3 +105,4 @@ setup-peers: setup-python
 setup-test: setup
 	@command -v cargo-nextest >/dev/null || cargo install cargo-nextest --locked
 	@command -v mount >/dev/null || { apt-get update && apt-get install --yes mount; }
+	@command -v ip >/dev/null || { apt-get update && apt-get install --yes iproute2; }

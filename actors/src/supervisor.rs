@@ -8,6 +8,7 @@
 //!   counted every sample once (contracts C2, C3).
 //! - SU-5: a shard without a copy in sync sends the whole job back to the newest checkpoint, with new
 //!   lives for all; a step done again must give the fingerprint that was reported.
+//! - SU-7: a node gets its first actors when a beat of it says that it reaches all others.
 //! - SU-6: an actor whose node lives is moved only with a commit: nothing of a step is done again because a node came.
 
 mod commit;
@@ -81,6 +82,8 @@ pub struct Supervisor {
     reported: BTreeMap<Step, String>,
     /// Of failures after which no step has been committed yet.
     recovery: Option<Timeline>,
+    /// Nodes that have reached all others once (SU-7).
+    admitted: BTreeSet<NodeId>,
     /// A node came that may take over work at the next commit.
     uneven: bool,
     finished: bool,
@@ -126,6 +129,7 @@ impl Supervisor {
             work: BTreeMap::new(),
             reported,
             recovery: None,
+            admitted: BTreeSet::new(),
             uneven: !log.is_empty(),
             finished: false,
             fenced: BTreeSet::new(),
@@ -144,6 +148,10 @@ impl Supervisor {
         let nodes: Vec<NodeId> = s.table.nodes.keys().copied().collect();
         for node in nodes {
             s.membership.expect(now, node);
+            // One without actors is to say again that it reaches the others.
+            if s.table.actors_of(node).next().is_some() {
+                s.admitted.insert(node);
+            }
         }
         let unheard = if s.table.primaries.contains(&None) { BTreeSet::new() } else { s.placed_copies() };
         s.commit.restore(s.last.as_ref().map_or(s.table.base, |l| l.commit.step), unheard);
@@ -272,11 +280,18 @@ impl Supervisor {
         self.table.nodes.insert(node, info.clone());
         let note = Happening::NodeJoined { node: node.0, address: info.address.clone() };
         let mut effects = vec![SupervisorEffect::Note(note)];
-        // What has no place gets one now.
-        self.place(false);
-        self.uneven = true;
         effects.extend(self.settle(vec![SupervisorEffect::Welcome(node, info)]));
         effects
+    }
+
+    /// What has no place gets one on a node that reaches all others (SU-7), and more with the next commit.
+    fn admit(&mut self, node: NodeId) -> Vec<SupervisorEffect> {
+        if !self.admitted.insert(node) {
+            return Vec::new();
+        }
+        self.uneven = true;
+        let moved = self.place(false);
+        if moved.is_empty() { Vec::new() } else { self.settle(Vec::new()) }
     }
 
     fn returned(&mut self, node: NodeId) -> Vec<SupervisorEffect> {
@@ -332,12 +347,14 @@ impl Supervisor {
         // What a node had done before this life of the supervisor has been reported by an earlier one.
         self.work.entry(node).or_insert((work, work)).0 = work;
         self.uneven |= self.links.beat(node, down);
+        let admitted = if down.is_empty() { self.admit(node) } else { Vec::new() };
         // Nodes without actors need no links.
         let busy = self.table.entries.values().map(|e| e.node).filter(|n| self.table.nodes.contains_key(n)).collect();
         let silence = |node| self.membership.silence(self.now, node);
-        let Some((node, others)) = self.links.victim(&busy, silence) else { return Vec::new() };
+        let Some((node, others)) = self.links.victim(&busy, silence) else { return admitted };
         let others: Vec<String> = others.iter().map(ToString::to_string).collect();
-        self.dead(&[(node, format!("it has no link to {}", others.join(", ")), silence(node))])
+        let dead = self.dead(&[(node, format!("it has no link to {}", others.join(", ")), silence(node))]);
+        admitted.into_iter().chain(dead).collect()
     }
 
     fn finish(&mut self, result: Result<(), String>) -> Vec<SupervisorEffect> {

@@ -14,9 +14,9 @@ impl Supervisor {
     /// job wants.
     pub(super) fn working(&self) -> Vec<NodeId> {
         let stays = |node: &NodeId| !self.table.leaving.contains(node);
-        let staying: Vec<NodeId> = self.table.nodes.keys().copied().filter(stays).collect();
+        let staying: Vec<NodeId> = self.admitted.iter().copied().filter(stays).collect();
         if staying.is_empty() {
-            return self.table.nodes.keys().copied().collect();
+            return self.admitted.iter().copied().collect();
         }
         // A node that does not reach an older one waits until it does.
         let mut linked: Vec<NodeId> = Vec::new();
@@ -36,7 +36,8 @@ impl Supervisor {
 
     /// Whether a node is to leave and actors still live on it.
     pub(super) fn is_leaving(&self) -> bool {
-        self.table.nodes.len() > self.table.leaving.len() && self.table.leaving.iter().any(|node| !self.is_empty(*node))
+        self.working().iter().any(|n| !self.table.leaving.contains(n))
+            && self.table.leaving.iter().any(|node| !self.is_empty(*node))
     }
 
     /// A node is to leave. Gives what an operator is told.
@@ -50,7 +51,7 @@ impl Supervisor {
             return (format!("{node} is leaving already; {actors} actors live on it"), Vec::new());
         }
         let mut effects = vec![SupervisorEffect::Note(Happening::NodeLeaving { node: node.0, actors })];
-        if self.table.leaving.len() == self.table.nodes.len() {
+        if self.working().iter().all(|n| self.table.leaving.contains(n)) {
             let why = format!("{node} is to leave, and there is no other: it works on until one comes");
             effects.push(SupervisorEffect::Note(Happening::Waiting { why: why.clone() }));
             effects.extend(self.settle(Vec::new()));
@@ -70,6 +71,7 @@ impl Supervisor {
             self.table.leaving.remove(&node);
             if self.table.nodes.remove(&node).is_some() {
                 self.membership.forget(node);
+                self.admitted.remove(&node);
                 self.links.forget(node);
                 self.work.remove(&node);
                 self.released.insert(node);

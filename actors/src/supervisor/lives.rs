@@ -15,7 +15,7 @@ impl Supervisor {
     pub(super) fn place(&mut self, level: bool) -> Vec<ActorId> {
         let started = self.table.entries.len() > 2;
         let level = level || !started;
-        if self.table.nodes.is_empty() || (!started && self.table.nodes.len() < self.nodes_wanted) {
+        if self.admitted.is_empty() || (!started && self.admitted.len() < self.nodes_wanted) {
             return Vec::new();
         }
         let working = self.working();
@@ -85,6 +85,7 @@ impl Supervisor {
             self.failed(format!("{node}: {why}"), *silence);
             self.table.leaving.remove(node);
             self.membership.forget(*node);
+            self.admitted.remove(node);
             self.links.forget(*node);
             self.work.remove(node);
             let note = Happening::NodeDead { node: node.0, why: why.clone(), epoch: self.table.epoch + 1 };
@@ -108,7 +109,7 @@ impl Supervisor {
         // Without a node they keep their last entry, and get a new life with the first one that joins.
         let moved = self.place(false);
         let mut effects = self.settle(Vec::new());
-        let note = if self.table.nodes.is_empty() {
+        let note = if self.admitted.is_empty() {
             Happening::Waiting { why: "no node is left".to_owned() }
         } else {
             let actors = moved.iter().map(ToString::to_string).collect();

@@ -1,0 +1,206 @@
+//! Nodes that come, leave, are held ready or cut off.
+
+use super::*;
+
+/// SU-6: a node that comes gets what has no place at once, and its share of the work with the next commit.
+#[test]
+fn actors_move_to_a_new_node_only_with_a_commit() {
+    let mut job = started();
+    job.on(SupervisorEvent::Lost { node: NodeId(2), why: "test".to_owned() });
+    let places = |job: &Job| -> BTreeMap<ActorId, (NodeId, Incarnation)> {
+        let works = |a: &ActorId| matches!(a, ActorId::Stage { .. } | ActorId::Expert { .. });
+        let entries = job.supervisor.table().entries.iter().filter(|(a, _)| works(a));
+        entries.map(|(a, e)| (*a, (e.node, e.incarnation))).collect()
+    };
+    let before = places(&job);
+    job.on(SupervisorEvent::Join(info(3)));
+    let step = |job: &mut Job, step: Step| {
+        let mut effects = Vec::new();
+        for shard in 0..2 {
+            let replicas: Vec<u32> = (0..2).filter(|r| job.supervisor.commit.in_sync(shard, *r)).collect();
+            for replica in replicas {
+                effects.extend(job.say(shard, replica, prepared(step, 4)(shard)));
+            }
+        }
+        assert!(!commits(&effects).is_empty());
+        effects
+    };
+    // SU-7: a node that has said nothing yet, or does not reach the others, may never do so.
+    for down in [&[][..], &[1]] {
+        if !down.is_empty() {
+            job.on(beat(3, down));
+        }
+        assert_eq!((places(&job), places_on(&job, 3)), (before.clone(), Vec::new()));
+    }
+    step(&mut job, 1);
+    job.on(beat(3, &[]));
+    let copies = places_on(&job, 3);
+    assert!(!copies.is_empty() && copies.iter().all(|a| matches!(a, ActorId::Reducer { .. })), "{copies:?}");
+    assert_eq!(places(&job), before);
+    for shard in 0..2 {
+        job.say(shard, 0, applied(1)(shard));
+    }
+    let effects = step(&mut job, 2);
+    let after = places(&job);
+    let moved: Vec<_> = after.iter().filter(|(a, place)| before[*a] != **place).collect();
+    assert!(!moved.is_empty() && moved.iter().all(|(_, (node, _))| *node == NodeId(3)), "{moved:?}");
+    let order = |e: &SupervisorEffect| match e {
+        SupervisorEffect::Send(_, Body::Commit(_)) => Some("commit"),
+        SupervisorEffect::Announce(_) => Some("table"),
+        _ => None,
+    };
+    let mut order: Vec<&str> = effects.iter().filter_map(order).collect();
+    order.dedup();
+    assert_eq!(order, ["commit", "table"]);
+}
+
+fn places_on(job: &Job, node: u64) -> Vec<ActorId> {
+    job.supervisor.table().actors_of(NodeId(node)).map(|address| address.actor).collect()
+}
+
+/// All copies in sync prepare a step; gives what comes of it.
+fn commit_step(job: &mut Job, step: Step) -> Vec<SupervisorEffect> {
+    let mut effects = Vec::new();
+    for shard in 0..2 {
+        let copies: Vec<u32> = job.supervisor.commit.copies(shard).collect();
+        for replica in copies {
+            effects.extend(job.say(shard, replica, prepared(step, 4)(shard)));
+        }
+    }
+    assert_eq!(commits(&effects).first().map(|c| c.step), Some(step));
+    effects
+}
+
+fn apply_step(job: &mut Job, step: Step) -> Vec<SupervisorEffect> {
+    let mut effects = Vec::new();
+    for shard in 0..2 {
+        let copies: Vec<ActorId> = job.supervisor.table().replicas(shard).collect();
+        for copy in copies {
+            let ActorId::Reducer { replica, .. } = copy else { unreachable!() };
+            effects.extend(job.say(shard, replica, applied(step)(shard)));
+        }
+    }
+    effects
+}
+
+fn released(effects: &[SupervisorEffect]) -> Vec<NodeId> {
+    effects.iter().filter_map(|e| if let SupervisorEffect::Release(node) = e { Some(*node) } else { None }).collect()
+}
+
+/// LV-1, CP-1: a node that leaves keeps its actors until a commit, its copies until others have the state; then it is let go.
+#[test]
+fn a_node_leaves_when_nothing_lives_on_it() {
+    let mut job = started();
+    job.join(3);
+    let before = places_on(&job, 2);
+    assert!(before.iter().any(|a| matches!(a, ActorId::Reducer { .. })), "{before:?}");
+    let effects = job.on(SupervisorEvent::Leave(NodeId(2)));
+    assert_eq!((released(&effects), places_on(&job, 2)), (Vec::new(), before), "nothing moves in the middle of a step");
+    let guests = places_on(&job, 3);
+    assert!(guests.iter().all(|a| matches!(a, ActorId::Reducer { replica: 2, .. })) && guests.len() == 2, "{guests:?}");
+    // Stages and experts go with the commit; the guests have no state yet.
+    assert!(released(&commit_step(&mut job, 1)).is_empty());
+    assert!(places_on(&job, 2).iter().all(|a| matches!(a, ActorId::Reducer { .. })), "{:?}", places_on(&job, 2));
+    apply_step(&mut job, 1);
+    // Now they have it: the next commit needs all three copies, and lets the node go.
+    let effects = commit_step(&mut job, 2);
+    assert_eq!(released(&effects), [NodeId(2)]);
+    assert!(!job.supervisor.table().nodes.contains_key(&NodeId(2)) && places_on(&job, 2).is_empty());
+    assert!(effects.iter().all(|e| !matches!(e, SupervisorEffect::Note(Happening::NodeDead { .. }))));
+    // What it still says is answered in the same way, and the job goes on with what stayed.
+    let late = job.on(SupervisorEvent::Heartbeat { node: NodeId(2), work: 9, redone: 0, down: Vec::new() });
+    assert_eq!(released(&late), [NodeId(2)]);
+    assert!(!late.iter().any(|e| matches!(e, SupervisorEffect::Fence(_))));
+    apply_step(&mut job, 2);
+    commit_step(&mut job, 3);
+    // The supervisor's next life knows which numbers were given.
+    let next = Job::from_log(job.log.clone());
+    assert_eq!(next.supervisor.table(), &{
+        let mut table = job.supervisor.table().clone();
+        table.epoch += 1;
+        for actor in [ActorId::Supervisor, ActorId::Keeper] {
+            table.entries.get_mut(&actor).unwrap().incarnation = Incarnation(2);
+        }
+        table
+    });
+    assert!(
+        next.supervisor.table().is_retired(ActorId::Reducer { shard: 0, replica: 1 }) || {
+            next.supervisor.table().is_retired(ActorId::Reducer { shard: 0, replica: 0 })
+        }
+    );
+}
+
+/// LV-2: the last node works on, and leaves when another has come.
+#[test]
+fn the_last_node_waits_for_another() {
+    let mut job = started();
+    for n in [1, 2] {
+        job.on(SupervisorEvent::Leave(NodeId(n)));
+    }
+    let (said, _) = job.supervisor.drain(NodeId(9));
+    assert!(said.contains("no node 9") && said.contains("node 1, node 2"), "{said}");
+    assert!(released(&commit_step(&mut job, 1)).is_empty() && !places_on(&job, 1).is_empty());
+    apply_step(&mut job, 1);
+    job.join(3);
+    for node in 1..=3 {
+        job.on(SupervisorEvent::Heartbeat { node: NodeId(node), work: 0, redone: 0, down: Vec::new() });
+    }
+    let mut gone = released(&commit_step(&mut job, 2));
+    apply_step(&mut job, 2);
+    gone.extend(released(&commit_step(&mut job, 3)));
+    assert_eq!(gone, [NodeId(1), NodeId(2)]);
+}
+
+/// Spares have no actors until they are needed, and then at once.
+#[test]
+fn a_spare_takes_over() {
+    let mut job = started();
+    job.supervisor.spares = 1;
+    job.join(3);
+    for node in 1..=3 {
+        job.on(SupervisorEvent::Heartbeat { node: NodeId(node), work: 0, redone: 0, down: Vec::new() });
+    }
+    commit_step(&mut job, 1);
+    apply_step(&mut job, 1);
+    assert!(places_on(&job, 3).is_empty(), "{:?}", places_on(&job, 3));
+    let lost = places_on(&job, 2);
+    job.on(SupervisorEvent::Lost { node: NodeId(2), why: "test".to_owned() });
+    assert_eq!(places_on(&job, 3), lost);
+}
+
+/// LI-1, LI-2: of two nodes that do not reach each other one is given up; what comes in its place gets its share when it
+/// reaches the others.
+#[test]
+fn a_cut_between_two_nodes_is_decided() {
+    let mut job = started();
+    let lost = |effects: &[SupervisorEffect]| -> Vec<String> {
+        let why = |e: &SupervisorEffect| match e {
+            SupervisorEffect::Note(Happening::NodeDead { node, why, .. }) => Some(format!("{node}: {why}")),
+            _ => None,
+        };
+        effects.iter().filter_map(why).collect()
+    };
+    let told: Vec<String> = (0..8).flat_map(|_| lost(&job.on(beat(1, &[2])))).collect();
+    assert_eq!(told, ["2: it has no link to node 1"]);
+    job.join(3);
+    let effects: Vec<String> = (0..8).flat_map(|_| lost(&job.on(beat(1, &[3])))).collect();
+    assert_eq!(effects, ["3: it has no link to node 1"], "it has copies of node 1's shards");
+    // With a third node those copies have a place, so the one that is cut off only waits.
+    job.join(4);
+    (0..2).for_each(|_| drop(job.on(beat(4, &[]))));
+    job.on(beat(1, &[]));
+    commit_step(&mut job, 1);
+    apply_step(&mut job, 1);
+    commit_step(&mut job, 2);
+    apply_step(&mut job, 2);
+    job.join(5);
+    (0..8).for_each(|_| drop((job.on(beat(1, &[5])), job.on(beat(4, &[])), job.on(beat(5, &[1])))));
+    commit_step(&mut job, 3);
+    apply_step(&mut job, 3);
+    assert!(job.supervisor.table().nodes.contains_key(&NodeId(5)) && places_on(&job, 5).is_empty());
+    for node in [1, 4, 5] {
+        job.on(beat(node, &[]));
+    }
+    commit_step(&mut job, 4);
+    assert!(!places_on(&job, 5).is_empty());
+}
