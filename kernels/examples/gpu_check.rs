@@ -426,10 +426,20 @@ fn check() -> Result<bool, BackendError> {
     for (tokens, columns) in [(1, 128), (1001, 1152), (77, 7168)] {
         good &= rows(gpu.gpu(), tokens, columns)?;
     }
-    // Strips that are not whole, and of more rows than there are stages, of which the number depends on the columns.
-    for (tokens, columns) in
-        [(0, 128), (1, 128), (3, 384), (77, 7168), (1001, 1152), (4611, 512), (8191, 2048), (19, 8192)]
-    {
+    // Strips that are not whole, and of more rows than there are stages, of which the number depends on the columns; more
+    // columns than blocks that add the strips.
+    for (tokens, columns) in [
+        (0, 128),
+        (1, 128),
+        (3, 384),
+        (77, 7168),
+        (1001, 1152),
+        (2100, 7168),
+        (4611, 512),
+        (8191, 2048),
+        (19, 8192),
+        (2100, 8192),
+    ] {
         good &= norm_weight(gpu.gpu(), tokens, columns)?;
     }
     for (tokens, top_k, columns) in

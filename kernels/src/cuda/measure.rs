@@ -1,10 +1,11 @@
 //! What benches need beside the kernels: data on the GPU, times by its own clock, and what peers and memory reach.
 
-use super::device::Gpu;
+use super::device::{Gpu, launch_of};
 use super::products::{Blocks, Codes};
+use super::sources::READ;
 use crate::backend::BackendError;
 use cudarc::cublaslt::{result, sys};
-use cudarc::driver::{CudaSlice, DevicePtr, DevicePtrMut, DeviceRepr, sys as driver};
+use cudarc::driver::{CudaSlice, DevicePtr, DevicePtrMut, DeviceRepr, PushKernelArg, sys as driver};
 use std::ffi::c_void;
 
 /// Bytes that push everything else out of the second-level cache (50 MB).
@@ -57,6 +58,23 @@ impl Gpu {
         let (from, mut to) = (self.room::<u8>(bytes)?, self.room::<u8>(bytes)?);
         let time = self.seconds(20, || self.stream.memcpy_dtod(&from, &mut to).map_err(|e| self.error(e)))?;
         Ok(2.0 * bytes as f64 / time)
+    }
+
+    /// Bytes a second of reading so many, at least 16. The cache was emptied by writing: what a kernel reads drives out lines
+    /// that must be written first, of which a copy leaves as many as it found. So this is the limit of what only reads.
+    pub fn read_rate(&self, bytes: usize) -> Result<f64, BackendError> {
+        let pieces = u32::try_from(bytes / 16).map_err(|e| self.error(format!("{bytes} bytes: {e}")))?;
+        assert!(pieces > 0, "{bytes} bytes in pieces of 16");
+        let (from, mut to) = (self.room::<u8>(bytes)?, self.room::<u32>(1)?);
+        let function = self.function(&READ, "read_bytes", 0)?;
+        let time = self.seconds(20, || {
+            let mut launch = self.stream.launch_builder(&function);
+            launch.arg(&from).arg(&mut to).arg(&pieces);
+            // SAFETY: the kernel reads as many pieces as there are, and writes one word.
+            unsafe { launch.launch(launch_of(pieces.div_ceil(256 * 8), 256, 0)) }.map_err(|e| self.error(e))?;
+            Ok(())
+        })?;
+        Ok(f64::from(pieces) * 16.0 / time)
     }
 }
 

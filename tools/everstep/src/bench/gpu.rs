@@ -214,8 +214,33 @@ fn line(gpu: &Gpu, what: &str, [rows, columns]: [usize; 2], bytes: usize, time: 
 fn rows(gpu: &Gpu) -> Result<()> {
     for columns in [2048usize, 7168] {
         in_place(gpu, [8192, columns])?;
+        norm_weights(gpu, [8192, columns])?;
         routed(gpu, [8192, columns])?;
     }
+    norm_weights(gpu, [16384, 7168])
+}
+
+/// The gradient of a norm's weights: it only reads, so its limit is reading; the copy's rate stands beside it.
+fn norm_weights(gpu: &Gpu, shape: [usize; 2]) -> Result<()> {
+    let [tokens, columns] = shape;
+    let n = tokens * columns;
+    let (x, dy) = (gpu.upload(&random_bf16(n, 6))?, gpu.upload(&random_bf16(n, 7))?);
+    let mut sums = gpu.upload(&vec![0f32; Gpu::strips(tokens).0 * columns])?;
+    let mut dw = gpu.upload(&vec![0f32; columns])?;
+    let bytes = 4 * n + 4 * columns;
+    let mut gradient = || gpu.rms_norm_weight_gradient(&x, &dy, &mut sums, &mut dw, 1e-6);
+    let mut ours = || Ok(gpu.seconds(REPETITIONS, &mut gradient)?);
+    let (mut copy, mut read) = (|| Ok(1.0 / gpu.copy_rate(bytes / 2)?), || Ok(1.0 / gpu.read_rate(bytes)?));
+    let times = in_turns(&mut [&mut ours, &mut copy, &mut read])?;
+    let rate = bytes as f64 / times[0];
+    println!(
+        "{}",
+        json!({
+            "bench": "RMSNorm, gradient of the weights", "rows": tokens, "columns": columns, "gb_per_s": rate / 1e9,
+            "limit": "copy of as many bytes", "limit_gb_per_s": 1e-9 / times[1], "share": rate * times[1],
+            "read_limit": "reading as many bytes", "read_limit_gb_per_s": 1e-9 / times[2], "read_share": rate * times[2],
+        })
+    );
     Ok(())
 }
 
@@ -234,11 +259,6 @@ fn in_place(gpu: &Gpu, shape: [usize; 2]) -> Result<()> {
     let norm = |y: &mut _, out: &mut _| gpu.rms_norm_quantised(&x, &weight, y, out, 1e-6);
     let time = best(|| Ok(gpu.seconds(REPETITIONS, || norm(&mut y, &mut out))?))?;
     line(gpu, "RMSNorm and quantise", shape, 5 * n + scales, time)?;
-    let mut sums = gpu.upload(&vec![0f32; Gpu::strips(tokens).0 * columns])?;
-    let mut dw = gpu.upload(&vec![0f32; columns])?;
-    let gradient = |sums: &mut _, dw: &mut _| gpu.rms_norm_weight_gradient(&x, &up, sums, dw, 1e-6);
-    let time = best(|| Ok(gpu.seconds(REPETITIONS, || gradient(&mut sums, &mut dw))?))?;
-    line(gpu, "RMSNorm, gradient of the weights", shape, 4 * n + 4 * columns, time)?;
     let time = best(|| Ok(gpu.seconds(REPETITIONS, || gpu.swiglu_quantised(&x, &up, &mut y, &mut out))?))?;
     line(gpu, "SwiGLU and quantise", shape, 7 * n + scales, time)?;
     let groups = Groups::new(gpu, &[tokens as u32 / 8; 8])?;
