@@ -4,7 +4,7 @@
 // wide, and a row's tiles are read and written in whole lines.
 //
 // Promised, and checked by tests/peers/hopper/memory.py (the gradients of a norm's weights and of combine: by
-// kernels/examples/gpu_check.rs): every rounding is the reference's. What the reference rounds
+// kernels/examples/gpu_check): every rounding is the reference's. What the reference rounds
 // singly is written with intrinsics, which the compiler does not fuse; where an instruction is saved, it is said why the
 // bits stay. Results depend on a row alone (a tile along the tokens: on its tokens alone; the gradient of a norm's weights: on
 // all rows), never on the grid.

@@ -9,16 +9,20 @@
 //! rounding, and is not yet independent of the number of rows.
 
 mod attention;
+mod blas;
 mod cudnn;
 mod device;
+mod gate;
 mod measure;
+mod peer;
 mod products;
 mod rows;
 mod sources;
 
 pub use attention::{CausalAttention, CausalGradients, CausalShape, Qkv};
 pub use device::{Cubins, Gpu, NoCubins};
-pub use measure::CublasPeer;
+pub use gate::Activation;
+pub use peer::CublasPeer;
 pub use products::{Blocks, Codes, Groups};
 pub use rows::Places;
 pub use sources::{SOURCES, Source};

@@ -56,11 +56,12 @@ pub(super) const NORM: Source = file!("norm");
 pub(super) const SWIGLU: Source = file!("swiglu");
 pub(super) const PERMUTE: Source = file!("permute");
 pub(super) const TURN: Source = file!("turn");
+pub(super) const GATE: Source = file!("gate");
 pub(super) const READ: Source = file!("read");
 
 /// Every file, in every variant that is used.
-pub const SOURCES: [Source; 11] =
-    [DENSE_256X128, DENSE_128X176, DENSE_192X128, GROUPED, WGRAD, QUANTISE, NORM, SWIGLU, PERMUTE, TURN, READ];
+pub const SOURCES: [Source; 12] =
+    [DENSE_256X128, DENSE_128X176, DENSE_192X128, GROUPED, WGRAD, QUANTISE, NORM, SWIGLU, PERMUTE, TURN, GATE, READ];
 
 /// What a function needs, as the compiler reports it; bytes but for the registers.
 #[derive(Debug, Clone, PartialEq, Eq)]

@@ -9,6 +9,6 @@ python3 build.py fp8_gemm.cu d_256x128:$C1,-DSHARE=0,-DBAND=8,$Z d_256x128_pair:
   d_192x128:-DMATH=3,-DBM=192,-DBN=128,-DSTAGES=4,-DSHARE=0,-DBAND=8,$Z \
   g_256x128_pair:$C1,-DSHARE=1,-DBAND=8,$G
 python3 build.py fp8_wgrad.cu w_128x128:-DMATH=2,-DBN=128,-DSTAGES=4,-DSHARE=0,-DBAND=8
-for f in quantise swiglu norm permute turn read; do python3 build.py $f.cu m_$f:; done
+for f in quantise swiglu norm permute turn gate read; do python3 build.py $f.cu m_$f:; done
 python3 build.py ../../tests/peers/hopper/copy.cu m_copy:
 python3 banks.py cubin/[dgw]_*.cubin

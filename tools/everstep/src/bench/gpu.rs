@@ -15,14 +15,15 @@ const REPETITIONS: usize = 20;
 const ROUNDS: usize = 3;
 /// The card draws all it may: each timing begins after the same rest.
 const REST: Duration = Duration::from_millis(100);
-/// Dense E4M3 of an H100 SXM by its data sheet, and BF16.
+/// Dense E4M3 of an H100 SXM by its data sheet, BF16, and FP32 without tensor cores.
 const LIMIT_TFLOPS: f64 = 1979.0;
 const LIMIT_BF16: f64 = 989.0;
+const LIMIT_FP32: f64 = 67.0;
 
 /// What can be measured on a GPU.
 #[derive(Debug, Clone, Copy, clap::Subcommand)]
 pub(crate) enum What {
-    /// Dense products in FP8.
+    /// Dense products in FP8, and the gate's in FP32.
     Gemm,
     /// Products grouped by expert.
     Grouped,
@@ -38,7 +39,7 @@ pub(crate) fn run(what: What) -> Result<()> {
     let gpu = Gpu::new(0, Box::new(Folder::find()))?;
     println!("{}", json!({ "card": gpu.card()? }));
     match what {
-        What::Gemm => gemm(&gpu),
+        What::Gemm => gemm(&gpu).and_then(|()| gate(&gpu)),
         What::Grouped => grouped(&gpu),
         What::Wgrad => wgrad(&gpu),
         What::Quantise => rows(&gpu),
@@ -128,6 +129,50 @@ fn gemm(gpu: &Gpu) -> Result<()> {
         );
     }
     println!("{}", json!({ "bench": "dense FP8", "geometric_mean_of_ratios": geometric_mean(&ratios) }));
+    Ok(())
+}
+
+/// The gate's three products, with the CPU's order of sums, from activations in BF16; cuBLASLt has them in FP32.
+fn gate(gpu: &Gpu) -> Result<()> {
+    let cublas = CublasPeer::new(gpu)?;
+    for (tokens, experts, inputs) in [(4096, 64, 2048), (8192, 64, 2048), (8192, 256, 7168), (16384, 256, 7168)] {
+        let shape = [tokens, experts, inputs];
+        let words = random_bf16(tokens * inputs, 9);
+        let wide: Vec<f32> = words.iter().map(|x| everstep_kernels::bf16_value(*x)).collect();
+        let (x, wide) = (gpu.upload(&words)?, gpu.upload(&wide)?);
+        let normals = |count, name| gpu.upload(&Philox::new(7, 54, name).normals(count, 1.0));
+        let (w, dlogits) = (normals(experts * inputs, 1)?, normals(tokens * experts, 2)?);
+        let mut room = gpu.upload(&vec![0f32; gpu.gate_room(shape)])?;
+        let (mut logits, mut dw) = (normals(tokens * experts, 3)?, normals(experts * inputs, 4)?);
+        let mut dx = gpu.upload(&vec![0u16; tokens * inputs])?;
+        let mut least = [[f64::INFINITY; 3]; 2];
+        for _ in 0..ROUNDS {
+            std::thread::sleep(REST);
+            let ours = [
+                gpu.seconds(REPETITIONS, || gpu.gate_logits(shape, &x, &w, &mut room, &mut logits))?,
+                gpu.seconds(REPETITIONS, || gpu.gate_input_gradient(shape, &dlogits, &w, &mut dx))?,
+                gpu.seconds(REPETITIONS, || gpu.gate_weight_gradient(shape, &dlogits, &x, &mut room, &mut dw))?,
+            ];
+            std::thread::sleep(REST);
+            let theirs = cublas.f32_products(shape, &wide, &w)?;
+            for (least, times) in least.iter_mut().zip([ours, theirs]) {
+                least.iter_mut().zip(times).for_each(|(least, time)| *least = least.min(time));
+            }
+        }
+        let tflops = |time: f64| 2.0 * (tokens * experts * inputs) as f64 / time / 1e12;
+        for (at, what) in ["logits", "gradient of the input", "gradient of the weight"].iter().enumerate() {
+            let [ours, peer] = [least[0][at], least[1][at]];
+            println!(
+                "{}",
+                json!({
+                    "bench": format!("gate in FP32, {what}"), "tokens": tokens, "experts": experts, "inputs": inputs,
+                    "microseconds": ours * 1e6, "tflops": tflops(ours), "peer": "cuBLASLt, FP32, an order of its own",
+                    "peer_tflops": tflops(peer), "ratio": peer / ours,
+                    "limit": "FP32 multiply-adds by the data sheet", "limit_tflops": LIMIT_FP32,
+                })
+            );
+        }
+    }
     Ok(())
 }
 

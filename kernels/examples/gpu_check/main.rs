@@ -1,6 +1,8 @@
 //! Runs what there is for the GPU against the CPU backend, on a real GPU. Prints JSON lines; fails if anything differs
 //! more than it may, or if there is no GPU. Speed is `everstep bench`.
 
+mod gate;
+
 use everstep_kernels::{
     Backend, BackendError, Blocks, CausalAttention, CausalGradients, CausalShape, Codes, CpuBackend, CudaBackend,
     Dispatch, GateShape, Gpu, Groups, NoCubins, Philox, Places, Precision, Qkv, Role, Tensor, bf16_bits, bf16_value,
@@ -447,6 +449,7 @@ fn check() -> Result<bool, BackendError> {
     {
         good &= combine_backward(gpu.gpu(), tokens, top_k, columns)?;
     }
+    good &= gate::all(gpu.gpu())?;
     good &= repeated(gpu.gpu())?;
     for (batch, heads, tokens) in [(2, 3, 256), (1, 2, 333)] {
         good &= attention(gpu.gpu(), CausalShape { batch, heads, tokens, keys: 192, values: 128 })?;
