@@ -21,8 +21,8 @@ pub use backend::{AttentionState, Backend, BackendError, DeviceClass, Precision,
 pub use cpu::CpuBackend;
 #[cfg(feature = "cuda")]
 pub use cuda::{
-    Activation, Blocks, CausalAttention, CausalGradients, CausalShape, Codes, Cubins, CublasPeer, CudaBackend, Gpu,
-    Groups, NoCubins, Places, Qkv, SOURCES, Source,
+    Activation, Blocks, CausalAttention, CausalGradients, CausalShape, Codes, Cubins, CublasPeer, CudaBackend, Dense,
+    Gpu, Groups, NoCubins, Places, Qkv, SOURCES, Source,
 };
 pub use element::Bf16;
 pub use layers::decode::Decoder;

@@ -1,12 +1,13 @@
 //! Runs what there is for the GPU against the CPU backend, on a real GPU. Prints JSON lines; fails if anything differs
 //! more than it may, or if there is no GPU. Speed is `everstep bench`.
 
+mod dense;
 mod gate;
 
 use everstep_kernels::{
     Backend, BackendError, Blocks, CausalAttention, CausalGradients, CausalShape, Codes, CpuBackend, CudaBackend,
-    Dispatch, GateShape, Gpu, Groups, NoCubins, Philox, Places, Precision, Qkv, Role, Tensor, bf16_bits, bf16_value,
-    quantise_blocks,
+    Dense, Dispatch, GateShape, Gpu, Groups, NoCubins, Philox, Places, Precision, Qkv, Role, Tensor, bf16_bits,
+    bf16_value, quantise_blocks,
 };
 use std::process::ExitCode;
 use std::sync::{Arc, OnceLock};
@@ -399,6 +400,7 @@ fn check() -> Result<bool, BackendError> {
     let gpu = CudaBackend::new(0, Box::new(NoCubins))?;
     println!("{{\"seed\":{}}}", seed());
     println!("{{\"device_class\":\"{}\",\"card\":\"{}\"}}", gpu.class(), gpu.gpu().card()?);
+    println!("{{\"cublaslt\":{}}}", Dense::new(gpu.gpu())?.library());
     let mut good = true;
     for (rows, columns) in [(1, 7), (3, 16), (17, 129), (1000, 1536), (4096, 7168)] {
         good &= rms_norm(&gpu, rows, columns)?;
@@ -450,6 +452,7 @@ fn check() -> Result<bool, BackendError> {
         good &= combine_backward(gpu.gpu(), tokens, top_k, columns)?;
     }
     good &= gate::all(gpu.gpu())?;
+    good &= dense::all(gpu.gpu())?;
     good &= repeated(gpu.gpu())?;
     for (batch, heads, tokens) in [(2, 3, 256), (1, 2, 333)] {
         good &= attention(gpu.gpu(), CausalShape { batch, heads, tokens, keys: 192, values: 128 })?;

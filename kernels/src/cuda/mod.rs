@@ -11,6 +11,7 @@
 mod attention;
 mod blas;
 mod cudnn;
+mod dense;
 mod device;
 mod gate;
 mod measure;
@@ -20,6 +21,7 @@ mod rows;
 mod sources;
 
 pub use attention::{CausalAttention, CausalGradients, CausalShape, Qkv};
+pub use dense::Dense;
 pub use device::{Cubins, Gpu, NoCubins};
 pub use gate::Activation;
 pub use peer::CublasPeer;

@@ -70,20 +70,6 @@ impl<'a> CublasPeer<'a> {
         self.time(times, shape, &product, operands, y)
     }
 
-    /// Median seconds of `x_MK, w_NK` in BF16.
-    pub fn bf16(
-        &self,
-        [m, n, k]: [usize; 3],
-        x: &CudaSlice<u16>,
-        w: &CudaSlice<u16>,
-        y: &mut CudaSlice<u16>,
-    ) -> Result<f64, BackendError> {
-        assert_eq!((x.len(), w.len(), y.len()), (m * k, n * k, m * n), "matrices of a product");
-        let (stream, kind) = (&self.gpu.stream, sys::cudaDataType_t::CUDA_R_16BF);
-        let product = Product::new(Way::Forward, [m, n, k], kind, kind).map_err(|e| self.say([m, n, k], e))?;
-        self.time(1, [m, n, k], &product, [w.device_ptr(stream).0, x.device_ptr(stream).0], y)
-    }
-
     /// Median seconds of the three products of `x_TI` and `w_OI` in FP32, in an order of sums of its own: the result, and
     /// the gradients of `x` and of `w` as if that were the result's.
     pub fn f32_products(
@@ -93,6 +79,16 @@ impl<'a> CublasPeer<'a> {
         w: &CudaSlice<f32>,
     ) -> Result<[f64; 3], BackendError> {
         self.products(sys::cudaDataType_t::CUDA_R_32F, shape, x, w)
+    }
+
+    /// The same in BF16; the gradient of the weight in FP32, and not added to another.
+    pub fn bf16_products(
+        &self,
+        shape: [usize; 3],
+        x: &CudaSlice<u16>,
+        w: &CudaSlice<u16>,
+    ) -> Result<[f64; 3], BackendError> {
+        self.products(sys::cudaDataType_t::CUDA_R_16BF, shape, x, w)
     }
 
     /// Operands of this kind; the gradient of the weight is in FP32.

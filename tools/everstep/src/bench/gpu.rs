@@ -5,7 +5,7 @@
 use super::cubins::Folder;
 use anyhow::Result;
 use everstep_kernels::{
-    Blocks, CausalAttention, CausalGradients, CausalShape, Codes, CublasPeer, Gpu, Groups, Philox, Places, Qkv,
+    Blocks, CausalAttention, CausalGradients, CausalShape, Codes, CublasPeer, Dense, Gpu, Groups, Philox, Places, Qkv,
 };
 use serde_json::json;
 use std::time::Duration;
@@ -23,7 +23,7 @@ const LIMIT_FP32: f64 = 67.0;
 /// What can be measured on a GPU.
 #[derive(Debug, Clone, Copy, clap::Subcommand)]
 pub(crate) enum What {
-    /// Dense products in FP8, and the gate's in FP32.
+    /// Dense products in FP8, with those in BF16, and the gate's in FP32.
     Gemm,
     /// Products grouped by expert.
     Grouped,
@@ -114,8 +114,7 @@ fn gemm(gpu: &Gpu) -> Result<()> {
         let (ours, peer) = (times[0], times[1]);
         let (got, want) = (gpu.download(&y)?, gpu.download(&theirs)?);
         let wide = best(|| Ok(cublas.tensor_wide(&x, &w, &mut theirs)?))?;
-        let (a, b) = (gpu.upload(&random_bf16(m * k, 4))?, gpu.upload(&random_bf16(n * k, 5))?);
-        let bf16 = best(|| Ok(cublas.bf16([m, n, k], &a, &b, &mut theirs)?))?;
+        let [bf16, other] = bf16(gpu, &cublas, [m, n, k])?;
         let tflops = |time: f64| 2.0 * (m * n * k) as f64 / time / 1e12;
         ratios.push(peer / ours);
         println!(
@@ -123,13 +122,50 @@ fn gemm(gpu: &Gpu) -> Result<()> {
             json!({
                 "bench": "dense FP8, scales 1x128 by 128x128", "m": m, "n": n, "k": k, "tflops": tflops(ours),
                 "peer": "cuBLASLt, block-scaled", "peer_tflops": tflops(peer), "ratio": peer / ours,
-                "results_differ": differ(&got, &want), "tensor_wide_tflops": tflops(wide), "bf16_tflops": tflops(bf16),
+                "results_differ": differ(&got, &want), "tensor_wide_tflops": tflops(wide),
+                "bf16_tflops": bf16.map(tflops), "bf16_peer": "cuBLASLt, an algorithm for each number of rows",
+                "bf16_peer_tflops": other.map(tflops), "bf16_limit_tflops": LIMIT_BF16,
                 "limit": "tensor cores by the data sheet", "limit_tflops": LIMIT_TFLOPS,
             })
         );
     }
     println!("{}", json!({ "bench": "dense FP8", "geometric_mean_of_ratios": geometric_mean(&ratios) }));
     Ok(())
+}
+
+/// Seconds of the result and the two gradients in BF16, by the algorithms that are taken for any number of rows, and by those
+/// that cuBLASLt takes for these.
+fn bf16(gpu: &Gpu, cublas: &CublasPeer<'_>, shape: [usize; 3]) -> Result<[[f64; 3]; 2]> {
+    let ([m, n, k], dense) = (shape, Dense::new(gpu)?);
+    let (x, w) = (gpu.upload(&random_bf16(m * k, 4))?, gpu.upload(&random_bf16(n * k, 5))?);
+    let dy = gpu.upload(&random_bf16(m * n, 10))?;
+    let (mut y, mut dx) = (gpu.upload(&vec![0u16; m * n])?, gpu.upload(&vec![0u16; m * k])?);
+    let mut dw = gpu.upload(&vec![0f32; n * k])?;
+    least(
+        &mut || {
+            Ok([
+                gpu.seconds(REPETITIONS, || dense.forward(shape, &x, &w, &mut y))?,
+                gpu.seconds(REPETITIONS, || dense.backward_input(shape, &dy, &w, &mut dx))?,
+                gpu.seconds(REPETITIONS, || dense.backward_weight(shape, &dy, &x, &mut dw))?,
+            ])
+        },
+        &mut || Ok(cublas.bf16_products(shape, &x, &w)?),
+    )
+}
+
+/// The best of several rounds of ours and the peer's three products, in turns, each after a rest.
+fn least<'a>(
+    ours: &'a mut dyn FnMut() -> Result<[f64; 3]>,
+    theirs: &'a mut dyn FnMut() -> Result<[f64; 3]>,
+) -> Result<[[f64; 3]; 2]> {
+    let (mut least, mut both) = ([[f64::INFINITY; 3]; 2], [ours, theirs]);
+    for _ in 0..ROUNDS {
+        for (least, timed) in least.iter_mut().zip(&mut both) {
+            std::thread::sleep(REST);
+            least.iter_mut().zip(timed()?).for_each(|(least, time)| *least = least.min(time));
+        }
+    }
+    Ok(least)
 }
 
 /// The gate's three products, with the CPU's order of sums, from activations in BF16; cuBLASLt has them in FP32.
@@ -145,23 +181,17 @@ fn gate(gpu: &Gpu) -> Result<()> {
         let mut room = gpu.upload(&vec![0f32; gpu.gate_room(shape)])?;
         let (mut logits, mut dw) = (normals(tokens * experts, 3)?, normals(experts * inputs, 4)?);
         let mut dx = gpu.upload(&vec![0u16; tokens * inputs])?;
-        let mut least = [[f64::INFINITY; 3]; 2];
-        for _ in 0..ROUNDS {
-            std::thread::sleep(REST);
-            let ours = [
+        let mut run = || {
+            Ok([
                 gpu.seconds(REPETITIONS, || gpu.gate_logits(shape, &x, &w, &mut room, &mut logits))?,
                 gpu.seconds(REPETITIONS, || gpu.gate_input_gradient(shape, &dlogits, &w, &mut dx))?,
                 gpu.seconds(REPETITIONS, || gpu.gate_weight_gradient(shape, &dlogits, &x, &mut room, &mut dw))?,
-            ];
-            std::thread::sleep(REST);
-            let theirs = cublas.f32_products(shape, &wide, &w)?;
-            for (least, times) in least.iter_mut().zip([ours, theirs]) {
-                least.iter_mut().zip(times).for_each(|(least, time)| *least = least.min(time));
-            }
-        }
+            ])
+        };
+        let times = least(&mut run, &mut || Ok(cublas.f32_products(shape, &wide, &w)?))?;
         let tflops = |time: f64| 2.0 * (tokens * experts * inputs) as f64 / time / 1e12;
         for (at, what) in ["logits", "gradient of the input", "gradient of the weight"].iter().enumerate() {
-            let [ours, peer] = [least[0][at], least[1][at]];
+            let [ours, peer] = times.map(|of| of[at]);
             println!(
                 "{}",
                 json!({
