@@ -10,7 +10,8 @@ PYTHON := target/python
 TEXT := tokio syn rustls zerocopy chrono time quinn-proto winnow clap_builder ractor tokenizers futures-util proptest \
 	tracing-subscriber rayon
 
-.PHONY: train test kernels conformance precision rate verify bench chaos chaos-full chaos-times simulate gpu-check setup setup-test \
+.PHONY: train test kernels conformance precision rate recovery verify bench chaos chaos-full chaos-times chaos-scale \
+	simulate gpu-check setup setup-test \
 	setup-python setup-peers build
 
 ## Build, then train the quickstart: a supervisor and three nodes on this machine.
@@ -38,6 +39,14 @@ conformance: build setup-test setup-peers
 rate: build setup-peers
 	$(PEERS)/bin/python tests/peers/rate.py $(PROGRAM) small
 	$(PEERS)/bin/python tests/peers/rate.py $(PROGRAM) large 6
+
+## What failures cost by what failed, 200 of them; goodput beside torchrun and torchft under one schedule.
+recovery: build setup-peers
+	$(PEERS)/bin/pip install --quiet torchft==0.2.0
+	$(PROGRAM) bench recovery --set run.folder=runs/recovery-$(NOW) --set job.nodes=4 --set job.pace=5e9 \
+		--set train.steps=1050
+	$(PEERS)/bin/python tests/peers/recovery.py $(PROGRAM) 600 20
+	$(PEERS)/bin/python tests/peers/recovery.py $(PROGRAM) 600 5
 
 ## fp32, bf16 (in two orders of sums) and fp8 on the same samples, compared.
 precision: build setup-python
@@ -75,6 +84,11 @@ chaos-times: build
 		--set train.steps=30000 --set checkpoint.every=500
 	$(PROGRAM) chaos configs/chaos/stops.toml configs/tiny.toml --set run.folder=runs/stops-$(NOW) \
 		--set train.steps=60000 --set checkpoint.every=500
+
+## From one node to eight and back to one, with kills on the way, on the tiny model.
+chaos-scale: build
+	$(PROGRAM) chaos configs/chaos/scale.toml configs/tiny.toml --set run.folder=runs/scale-$(NOW) --set job.nodes=1 \
+		--set train.steps=4000 --set checkpoint.every=500
 
 ## Many seeds of the simulated job, then each planted bug.
 simulate: build

@@ -27,6 +27,8 @@ pub struct Config {
     /// Multiply-adds a second to which every thread of a node is held back, if it is: nodes that share a machine then
     /// have a speed of their own each.
     pub pace: Option<f64>,
+    /// MiB that the actors of a node of the launcher's may need, if there is a limit.
+    pub memory: Option<u64>,
     /// The text.
     pub data: DataConfig,
     /// Checkpoints that are kept.
@@ -134,6 +136,7 @@ impl Config {
             nodes: raw.job.nodes as usize,
             spares: raw.recovery.spares as usize,
             pace: raw.job.pace,
+            memory: raw.job.memory,
             data: data(raw.data),
             keep: raw.checkpoint.keep,
             text: effective,

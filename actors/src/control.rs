@@ -121,6 +121,8 @@ pub enum AdminRequest {
     Inspect(ActorId),
     /// Make an actor panic (chaos).
     Kill(ActorId),
+    /// Flip a bit of an actor's state (chaos).
+    Flip(ActorId),
     /// Move everything away from a node and let it end.
     Drain(NodeId),
 }
@@ -132,4 +134,6 @@ pub enum ActorRequest {
     Describe,
     /// Panic.
     Panic,
+    /// Flip a bit of its state.
+    Flip,
 }

@@ -1,4 +1,7 @@
-//! Planned multiply-adds: of what an actor does in a step, and of every part of a stage's operations.
+//! Planned multiply-adds and bytes: of what an actor does in a step, and of every part of a stage's operations.
+//!
+//! Bytes are the most that an actor holds at once: weights and their sums, activations of the micro-batches that are on
+//! their way, and what its outbox keeps until the commit.
 //!
 //! An operation of a stage stops wherever it needs experts; its parts are counted apart.
 //! - CS-1: the parts of a pass add up to the pass, wherever it stops.
@@ -97,12 +100,52 @@ impl StageCosts {
     }
 }
 
+/// Bytes of a stage: see the module.
+fn stage_bytes(spec: &JobSpec, stage: u32) -> u64 {
+    let m = &spec.model;
+    let tokens = u64::from(spec.sequences) * m.sequence as u64;
+    let micro_batches = u64::from(spec.micro_batches.at(spec.steps));
+    let parameters: u64 = spec.groups_of_stage(stage).into_iter().map(|g| elements(m, g)).sum();
+    // Of a token in a layer: the residual stream and its norms, queries, keys, values, the result, and the inner rows.
+    let attention = m.heads * (2 * (m.nope + m.rope) + 2 * m.value + m.nope) + m.query_rank.unwrap_or(0) + m.kv_rank;
+    let (mut saved, mut sent) = (0, 2 * m.hidden);
+    for layer in spec.layers_of(stage) {
+        let inner = if m.is_mixture(layer) { m.shared_experts * m.expert_inner } else { m.dense_inner };
+        saved += 6 * m.hidden + attention + 3 * inner;
+        if m.is_mixture(layer) {
+            // Rows to experts and back, of both passes.
+            saved += 2 * m.top_k * m.hidden;
+            sent += 2 * m.top_k * m.hidden;
+        }
+    }
+    let last = stage + 1 == spec.stages;
+    let logits = if last { 2 * m.vocabulary } else { 0 };
+    let in_flight = micro_batches.min(u64::from(spec.stages - stage));
+    WORD * (2 * parameters + tokens * (in_flight * (saved + logits) as u64 + micro_batches * sent as u64))
+}
+
+/// Bytes of an expert with an even load.
+fn expert_bytes(spec: &JobSpec, group: Group) -> u64 {
+    let m = &spec.model;
+    let rows = spec.targets_of_step(spec.steps) * m.top_k as u64 / m.experts as u64;
+    // Rows, gradients and answers of both passes stay until the commit, inner rows until the weight gradient.
+    WORD * (2 * elements(m, group) + rows * (4 * m.hidden + 3 * m.expert_inner) as u64)
+}
+
+/// Bytes of a word of f32: in low precision there is less.
+const WORD: u64 = 4;
+
+fn elements(model: &ModelConfig, group: Group) -> u64 {
+    model.parameters_of(group).iter().map(|p| Parameter::len(p) as u64).sum()
+}
+
 /// Of a step, by actor: what a place costs.
 #[derive(Debug, Clone)]
 pub(crate) struct Costs {
-    workers: BTreeMap<ActorId, u64>,
+    /// Multiply-adds and bytes.
+    workers: BTreeMap<ActorId, (u64, u64)>,
     /// Of each copy, by shard.
-    shards: Vec<u64>,
+    shards: Vec<(u64, u64)>,
 }
 
 impl Costs {
@@ -113,30 +156,44 @@ impl Costs {
         let mut workers = BTreeMap::new();
         for actor in spec.workers() {
             let cost = match actor {
-                ActorId::Stage { stage, .. } => passes * StageCosts::new(spec, stage).whole(),
+                ActorId::Stage { stage, .. } => {
+                    (passes * StageCosts::new(spec, stage).whole(), stage_bytes(spec, stage))
+                }
                 ActorId::Expert { layer, expert } => {
                     let share = tokens * spec.model.top_k as u64 / spec.model.experts as u64;
-                    3 * share * of_token(&spec.model, Group::Expert { layer, expert })
+                    let group = Group::Expert { layer, expert };
+                    (3 * share * of_token(&spec.model, group), expert_bytes(spec, group))
                 }
-                ActorId::Supervisor | ActorId::Keeper | ActorId::Reducer { .. } | ActorId::Host { .. } => 0,
+                ActorId::Supervisor | ActorId::Keeper | ActorId::Reducer { .. } | ActorId::Host { .. } => (0, 0),
             };
             workers.insert(actor, cost);
         }
-        let size = |g: Group| spec.model.parameters_of(g).iter().map(|p| Parameter::len(p) as u64).sum::<u64>();
-        let mut shards = vec![0; spec.shards as usize];
+        let mut shards = vec![(0, 0); spec.shards as usize];
         for (group, shard) in spec.shard_of_groups() {
-            // An update costs about as much as a few passes of one row.
-            shards[shard as usize] += 8 * size(group);
+            let (elements, senders) = (elements(&spec.model, group), spec.senders_of(group).len() as u64);
+            let of_shard = &mut shards[shard as usize];
+            // An update costs about as much as a few passes of one row. The next state is made beside the present one.
+            of_shard.0 += 8 * elements;
+            of_shard.1 += WORD * elements * (2 * spec.parts().len() as u64 + senders + 1);
         }
         Self { workers, shards }
     }
 
-    /// Of one actor.
-    pub(crate) fn of(&self, actor: ActorId) -> u64 {
+    fn both(&self, actor: ActorId) -> (u64, u64) {
         match actor {
             ActorId::Reducer { shard, .. } => self.shards[shard as usize],
-            other => self.workers.get(&other).copied().unwrap_or(0),
+            other => self.workers.get(&other).copied().unwrap_or_default(),
         }
+    }
+
+    /// Multiply-adds of one actor.
+    pub(crate) fn of(&self, actor: ActorId) -> u64 {
+        self.both(actor).0
+    }
+
+    /// Bytes of one actor.
+    pub(crate) fn bytes(&self, actor: ActorId) -> u64 {
+        self.both(actor).1
     }
 
     /// Stages and experts.

@@ -76,6 +76,9 @@ pub trait Core: Send + std::fmt::Debug {
     /// Takes an event and gives what is to be done.
     fn on(&mut self, event: Event) -> Vec<Effect>;
 
+    /// Chaos: flips a bit of its state, if it has any, as bad memory would.
+    fn flip(&mut self) {}
+
     /// One line about its state, for operators.
     fn describe(&self) -> String;
 }

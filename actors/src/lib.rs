@@ -12,6 +12,7 @@ mod data;
 mod effect;
 mod expert;
 mod fingerprint;
+mod hang;
 mod host;
 mod ids;
 mod keeper;

@@ -369,6 +369,12 @@ impl Core for ReducerCore {
         }
     }
 
+    fn flip(&mut self) {
+        if let Some(parameter) = self.state.as_mut().and_then(|s| s.parameters.first_mut()) {
+            parameter.flip();
+        }
+    }
+
     fn describe(&self) -> String {
         let state = self.step().map_or("no state yet".to_owned(), |s| format!("state of step {s}"));
         let role = if self.is_primary() { "primary" } else { "mirror" };

@@ -43,6 +43,8 @@ use std::time::Duration;
 
 /// Restarts of one actor within [`RESTART_WINDOW`] that are still taken for accidents.
 pub(crate) const RESTARTS_MAX: usize = 5;
+/// Times that copies may differ in one life of the supervisor.
+const CORRUPTIONS_MAX: u32 = 5;
 /// Dead nodes that are remembered to have spoken.
 const FENCED_MAX: usize = 1024;
 /// See [`RESTARTS_MAX`].
@@ -86,6 +88,12 @@ pub struct Supervisor {
     admitted: BTreeSet<NodeId>,
     /// A node came that may take over work at the next commit.
     uneven: bool,
+    /// Actors that a step needs and that have no room on any node, and the bytes that they need.
+    no_room: Option<(u64, u64)>,
+    /// What operators were last told of that.
+    told_room: Option<(u64, u64)>,
+    /// Times that copies of a shard differed.
+    corruptions: u32,
     finished: bool,
     /// Dead nodes that spoke, the newest [`FENCED_MAX`].
     fenced: BTreeSet<NodeId>,
@@ -131,6 +139,9 @@ impl Supervisor {
             recovery: None,
             admitted: BTreeSet::new(),
             uneven: !log.is_empty(),
+            no_room: None,
+            told_room: None,
+            corruptions: 0,
             finished: false,
             fenced: BTreeSet::new(),
             released: BTreeSet::new(),
@@ -245,6 +256,7 @@ impl Supervisor {
         };
         // A report may complete a step, and so may the death of the copy that it waited for.
         effects.extend(self.decide());
+        effects.extend(self.tell_room());
         effects
     }
 
@@ -290,8 +302,8 @@ impl Supervisor {
             return Vec::new();
         }
         self.uneven = true;
-        let moved = self.place(false);
-        if moved.is_empty() { Vec::new() } else { self.settle(Vec::new()) }
+        self.place(false);
+        self.settle(Vec::new())
     }
 
     fn returned(&mut self, node: NodeId) -> Vec<SupervisorEffect> {
@@ -364,8 +376,9 @@ impl Supervisor {
 
     /// Which copies the next commit waits for, for operators.
     pub fn describe(&self) -> String {
+        let waits = self.waits_for_room().map_or(String::new(), |why| format!("; {why}"));
         format!(
-            "epoch {}, {} nodes, step {} committed, checkpoint of step {}; {}",
+            "epoch {}, {} nodes, step {} committed, checkpoint of step {}; {}{waits}",
             self.table.epoch,
             self.table.nodes.len(),
             self.committed(),

@@ -26,6 +26,8 @@ pub struct NodeInfo {
     pub machine: String,
     /// What fails with it (a host, a rack): copies of a shard are kept apart where they can be. Empty: the node alone.
     pub domain: String,
+    /// Bytes that its actors may need, as planned; 0: no limit.
+    pub memory: u64,
 }
 
 /// An epoch. Only the supervisor makes one; nodes take the one with the highest number.

@@ -33,7 +33,14 @@ pub(crate) fn address(actor: ActorId, incarnation: u32) -> Address {
 }
 
 pub(crate) fn info(peer: u64) -> NodeInfo {
-    NodeInfo { address: format!("127.0.0.1:{peer}"), peer, pid: 0, machine: String::new(), domain: String::new() }
+    NodeInfo {
+        address: format!("127.0.0.1:{peer}"),
+        peer,
+        pid: 0,
+        machine: String::new(),
+        domain: String::new(),
+        memory: 0,
+    }
 }
 
 /// A table where every actor has life 1 on node 1, mirrors on node 2; `replica` 0 is primary.

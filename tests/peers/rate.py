@@ -28,22 +28,13 @@ def peer(size, experts, precision, compiled, steps):
     """One variant of transformers in this process; prints its median tokens a second."""
     os.environ["HF_HUB_OFFLINE"] = "1"
     import torch
-    from transformers import DeepseekV3Config, DeepseekV3ForCausalLM
+
+    from models import of_sizes
 
     m = tomllib.loads((ROOT / f"configs/peers/{size}.toml").read_text())["model"]
     torch.set_num_threads(os.cpu_count())
     torch.manual_seed(0)
-    config = DeepseekV3Config(
-        vocab_size=m["vocabulary"], hidden_size=m["hidden"], intermediate_size=m["dense_inner"],
-        moe_intermediate_size=m["expert_inner"], num_hidden_layers=m["layers"],
-        first_k_dense_replace=m["dense_layers"], num_attention_heads=m["heads"], num_key_value_heads=m["heads"],
-        qk_nope_head_dim=m["nope"], qk_rope_head_dim=m["rope"], v_head_dim=m["value"], kv_lora_rank=m["kv_rank"],
-        q_lora_rank=m["query_rank"], n_routed_experts=m["experts"], num_experts_per_tok=m["top_k"],
-        n_group=m["groups"], topk_group=m["groups_kept"], n_shared_experts=m["shared_experts"], norm_topk_prob=True,
-        routed_scaling_factor=m["routed_scale"], max_position_embeddings=m["sequence"], num_mtp_layers=0,
-        tie_word_embeddings=False, use_cache=False, bos_token_id=0, eos_token_id=1)
-    config._experts_implementation = experts
-    model = DeepseekV3ForCausalLM(config).train()
+    model = of_sizes(m, experts).train()
     optimizer = torch.optim.AdamW(model.parameters(), lr=1e-3)
     run = torch.compile(model) if compiled else model
     rng = torch.Generator().manual_seed(1)

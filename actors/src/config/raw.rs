@@ -141,6 +141,8 @@ pub(super) struct RawJob {
     pub(super) shards: u32,
     #[serde(skip_serializing_if = "Option::is_none")]
     pub(super) pace: Option<f64>,
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub(super) memory: Option<u64>,
 }
 
 fn default_schedule() -> String {

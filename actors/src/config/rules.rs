@@ -65,6 +65,8 @@ fn choice_rules(raw: &Raw) -> Vec<Rule> {
     rules.push((known, "train.precision", t.precision.clone(), "expected fp32, bf16 or fp8".into()));
     rules.push((t.device == "cpu", "train.device", t.device.clone(), "this version trains on cpu".into()));
     rules.push((j.schedule == "1f1b", "job.schedule", j.schedule.clone(), "this version knows 1f1b".into()));
+    let memory = j.memory.unwrap_or(1);
+    rules.push((memory > 0, "job.memory", memory.to_string(), "expected MiB of a node, at least 1".into()));
     let pace = j.pace.unwrap_or(1.0);
     let why = "expected multiply-adds a second, more than 0".into();
     rules.push((pace > 0.0 && pace.is_finite(), "job.pace", pace.to_string(), why));

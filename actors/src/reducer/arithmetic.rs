@@ -33,6 +33,15 @@ impl ParameterData {
         Tensor::host(self.0[0].rows(), self.0[0].columns(), Arc::clone(weight))
     }
 
+    /// Flips a bit of the weight (chaos).
+    pub fn flip(&mut self) {
+        let mut data = self.0[0].as_host().expect("a weight is f32 in host memory").to_vec();
+        if let Some(first) = data.first_mut() {
+            *first = f32::from_bits(first.to_bits() ^ 1 << 20);
+        }
+        self.0[0] = Tensor::from_vec(self.0[0].rows(), self.0[0].columns(), data);
+    }
+
     /// Fingerprint sum.
     pub fn sum(&self) -> u128 {
         state_sum(&self.0)

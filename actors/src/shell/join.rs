@@ -41,6 +41,8 @@ pub struct NodeOptions {
     pub threads: usize,
     /// See [`NodeInfo::domain`].
     pub domain: String,
+    /// See [`NodeInfo::memory`].
+    pub memory: u64,
 }
 
 /// How being a node ended.
@@ -70,8 +72,14 @@ pub async fn run_node(options: &NodeOptions) -> Result<NodeEnd, AnyError> {
     };
     let backend: Arc<dyn Backend> = Arc::new(CpuBackend::new(materials.spec.precision));
     let (pid, machine) = (std::process::id(), machine());
-    let info =
-        NodeInfo { address: hub.address()?.to_string(), peer: hub.me(), pid, machine, domain: options.domain.clone() };
+    let info = NodeInfo {
+        address: hub.address()?.to_string(),
+        peer: hub.me(),
+        pid,
+        machine,
+        domain: options.domain.clone(),
+        memory: options.memory,
+    };
     let join = Control::Join { info, device_class: backend.class().0 };
     tell(&hub, supervisor, join);
     let (end, mut ended) = mpsc::channel(1);

@@ -305,6 +305,10 @@ impl State {
                 let _ = running.actor.cast(worker::Msg::Panic);
                 self.say(Control::Described { ticket, text: format!("{address} was made to panic") });
             }
+            ActorRequest::Flip => {
+                let _ = running.actor.cast(worker::Msg::Flip);
+                self.say(Control::Described { ticket, text: format!("a bit of {address} was flipped") });
+            }
             ActorRequest::Describe => {
                 let (actor, myself) = (running.actor.clone(), myself.clone());
                 tokio::spawn(async move {

@@ -31,6 +31,7 @@ impl State {
             }
             AdminRequest::Inspect(actor) => (actor, ActorRequest::Describe),
             AdminRequest::Kill(actor) => (actor, ActorRequest::Panic),
+            AdminRequest::Flip(actor) => (actor, ActorRequest::Flip),
         };
         let table = self.root.supervisor.table();
         let target = table.address(actor).zip(table.node_of(actor));

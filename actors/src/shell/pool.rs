@@ -32,6 +32,8 @@ pub(super) struct Pool {
     queue: SyncSender<Task>,
     work: Arc<AtomicU64>,
     redone: Arc<AtomicU64>,
+    /// Of each thread: the number of the job that it is at, 0 for none.
+    at: Arc<Vec<AtomicU64>>,
 }
 
 impl std::fmt::Debug for Task {
@@ -46,18 +48,25 @@ impl Pool {
         let (queue, tasks) = sync_channel::<Task>(QUEUE);
         let tasks = Arc::new(Mutex::new(tasks));
         let work = Arc::new(AtomicU64::new(0));
+        let at: Arc<Vec<AtomicU64>> = Arc::new((0..threads.max(1)).map(|_| AtomicU64::new(0)).collect());
         for n in 0..threads.max(1) {
             let (tasks, backend, work) = (Arc::clone(&tasks), Arc::clone(backend), Arc::clone(&work));
+            let at = Arc::clone(&at);
             std::thread::Builder::new().name(format!("compute-{n}")).spawn(move || {
-                serve(&tasks, &*backend, &work, pace);
+                serve(&tasks, &*backend, &work, &at[n], pace);
             })?;
         }
-        Ok(Self { queue, work, redone: Arc::default() })
+        Ok(Self { queue, work, redone: Arc::default(), at })
     }
 
     /// Multiply-adds done so far.
     pub(super) fn work(&self) -> u64 {
         self.work.load(Ordering::Relaxed)
+    }
+
+    /// What each thread is at: the number of its job, 0 for none.
+    pub(super) fn at(&self) -> impl Iterator<Item = u64> {
+        self.at.iter().map(|at| at.load(Ordering::Relaxed))
     }
 
     /// Multiply-adds among them that an actor's life had done before in its step.
@@ -79,16 +88,18 @@ impl Pool {
     }
 }
 
-fn serve(tasks: &Mutex<Receiver<Task>>, backend: &dyn Backend, work: &AtomicU64, pace: Option<f64>) {
-    loop {
+fn serve(tasks: &Mutex<Receiver<Task>>, backend: &dyn Backend, work: &AtomicU64, at: &AtomicU64, pace: Option<f64>) {
+    for number in 1.. {
         let next = tasks.lock().unwrap_or_else(PoisonError::into_inner).recv();
         let Ok(Task { job, cost, reply }) = next else { return };
+        at.store(number, Ordering::Relaxed);
         let began = Instant::now();
         let result = catch_unwind(AssertUnwindSafe(|| run(job, backend)));
         if let Some(pace) = pace {
             std::thread::sleep(Duration::from_secs_f64(cost as f64 / pace).saturating_sub(began.elapsed()));
         }
         work.fetch_add(cost, Ordering::Relaxed);
+        at.store(0, Ordering::Relaxed);
         reply(result.map_err(|panic| words_of(&*panic)));
     }
 }

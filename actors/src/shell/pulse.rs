@@ -1,10 +1,11 @@
 //! A node's heartbeats, from a thread of their own: a full mailbox or a busy runtime is not taken for
-//! death. Each carries the work that the node's jobs have done, so that a hung node can be told from a
-//! busy one, and the nodes that it does not reach.
+//! death. Each carries the work that the node's jobs have done, and the nodes that it does not reach. A process with a thread that
+//! hangs ends.
 
 use super::pool::Pool;
 use super::tell;
 use crate::control::Control;
+use crate::hang::Hang;
 use crate::ids::NodeId;
 use everstep_transport::{Hub, Peer};
 use std::collections::BTreeSet;
@@ -65,8 +66,14 @@ impl Pulse {
 }
 
 fn beat(shared: &Weak<Shared>, hub: &Hub, pool: &Pool) {
+    let mut hang = Hang::default();
     loop {
         std::thread::sleep(HEARTBEAT);
+        if let Some(thread) = hang.look(pool.at()) {
+            // Nothing else stops a thread that hangs; the kernel tells the supervisor.
+            tracing::error!(thread, "a compute thread hangs: the process ends");
+            std::process::abort();
+        }
         let Some(shared) = shared.upgrade() else { return };
         let node = shared.node.load(Ordering::Relaxed);
         if node > 0 {

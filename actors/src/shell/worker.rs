@@ -25,6 +25,8 @@ pub(super) enum Msg {
     },
     /// From chaos.
     Panic,
+    /// From chaos.
+    Flip,
 }
 
 /// What a worker is made from.
@@ -67,6 +69,10 @@ impl Actor for Worker {
             Msg::Describe { reply } => {
                 // An operator that stopped waiting is not our failure.
                 let _ = reply.send(state.core.describe());
+                Ok(())
+            }
+            Msg::Flip => {
+                state.core.flip();
                 Ok(())
             }
             Msg::Panic => panic!("asked to panic"),

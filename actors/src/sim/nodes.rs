@@ -33,6 +33,7 @@ impl World {
                     pid: 0,
                     machine: String::new(),
                     domain: String::new(),
+                    memory: 0,
                 };
                 Control::Join { info, device_class: String::new() }
             }

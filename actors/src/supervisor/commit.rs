@@ -5,7 +5,8 @@
 //! - CO-1: steps are committed one after another; the next not before the last is reported.
 //! - CO-2: every shard has a copy in sync, and all copies in sync are prepared.
 //! - CO-3: every group of every shard counted every sample of the step once.
-//! - CO-4: copies of a shard report the same sums, by their hash, and the same norm; a difference stops the job.
+//! - CO-4: copies of a shard report the same sums, by their hash, and the same norm; after the commit the same state. All are
+//!   compared before anything is told of the step; a difference sends the job back.
 //! - CO-5: the norm adds f64 parts by parameter name and chunk, never by shard.
 
 use super::record::CommitRecord;
@@ -92,7 +93,10 @@ pub(crate) struct CommitCore {
     committed: Step,
     in_sync: BTreeSet<Copy>,
     prepared: BTreeMap<Copy, Prepared>,
+    /// By shard: the first copy that has the state of the newest committed step, and the state's sums.
     applied: BTreeMap<u32, (u32, Sums)>,
+    /// All copies that have it.
+    applied_by: BTreeSet<Copy>,
     /// Copies that lived before this supervisor and have not reported to it yet.
     unheard: BTreeSet<Copy>,
     reported: bool,
@@ -108,6 +112,7 @@ impl CommitCore {
             in_sync: BTreeSet::new(),
             prepared: BTreeMap::new(),
             applied: BTreeMap::new(),
+            applied_by: BTreeSet::new(),
             unheard: BTreeSet::new(),
             reported: false,
         }
@@ -119,6 +124,7 @@ impl CommitCore {
         self.in_sync.clear();
         self.prepared.clear();
         self.applied.clear();
+        self.applied_by.clear();
         self.unheard = unheard;
         self.reported = false;
     }
@@ -193,12 +199,14 @@ impl CommitCore {
             self.applied.insert(shard, (replica, sums));
         }
         self.in_sync.insert((shard, replica));
+        self.applied_by.insert((shard, replica));
         Ok(())
     }
 
-    /// The fingerprint of the newest committed step, once, when every shard has reported it.
+    /// The fingerprint of the newest committed step, once, when every copy in sync of every shard has the state (CO-4).
     pub(crate) fn take_fingerprint(&mut self) -> Option<String> {
-        if self.reported || self.applied.len() < self.spec.shards as usize {
+        let complete = self.applied.len() == self.spec.shards as usize && self.unheard.is_empty();
+        if self.reported || !complete || !self.in_sync.is_subset(&self.applied_by) {
             return None;
         }
         self.reported = true;
@@ -241,6 +249,7 @@ impl CommitCore {
         self.committed = step;
         self.prepared.clear();
         self.applied.clear();
+        self.applied_by.clear();
         self.reported = false;
         Ok(Some(record))
     }

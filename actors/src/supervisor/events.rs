@@ -111,6 +111,7 @@ pub enum Happening {
     ActorFailed { actor: String, incarnation: u32, reason: String, epoch: u64 },
     Placed { epoch: u64, actors: usize, nodes: usize },
     Moved { epoch: u64, actors: Vec<String> },
+    Corrupted { why: String },
     RolledBack { to_step: u64, epoch: u64, why: String },
     CheckpointStored { step: u64 },
     SupervisorRestarted { incarnation: u32, committed: u64 },

@@ -29,8 +29,8 @@ impl Supervisor {
         };
         let present = self.table.entries.iter().filter(|(actor, e)| stays(actor, &e.node));
         let present: BTreeMap<ActorId, NodeId> = present.map(|(a, e)| (*a, e.node)).collect();
-        let domains = self.table.nodes.iter().map(|(node, info)| (*node, info.domain.as_str())).collect();
-        let wanted = Placement::new(&self.costs, &working, domains).place(&present, copies, level);
+        let wanted = Placement::new(&self.costs, &working, &self.table.nodes).place(&present, copies, level);
+        self.no_room = self.without_room(&wanted);
         let mut moved = Vec::new();
         for (actor, node) in wanted {
             let life = self.table.entries.get(&actor).copied();
@@ -42,6 +42,38 @@ impl Supervisor {
             }
         }
         moved
+    }
+
+    /// How many actors that a step needs have no place, and the bytes that they need.
+    fn without_room(&self, places: &BTreeMap<ActorId, NodeId>) -> Option<(u64, u64)> {
+        let first = |shard: u32| ActorId::Reducer { shard, replica: 0 };
+        let copied = |shard: &u32| places.range(first(*shard)..first(*shard + 1)).next().is_some();
+        let shards = (0..self.spec.shards).filter(|shard| !copied(shard)).map(first);
+        let homeless = self.costs.workers().filter(|a| !places.contains_key(a)).chain(shards);
+        let (count, bytes) = homeless.fold((0, 0), |(count, bytes), a| (count + 1, bytes + self.costs.bytes(a)));
+        (count > 0).then_some((count, bytes))
+    }
+
+    /// Tells operators once what waits for room, and how much.
+    pub(super) fn tell_room(&mut self) -> Option<SupervisorEffect> {
+        if std::mem::replace(&mut self.told_room, self.no_room) == self.no_room {
+            return None;
+        }
+        let why = self.waits_for_room()?;
+        Some(SupervisorEffect::Note(Happening::Waiting { why }))
+    }
+
+    /// What waits for room, for people.
+    pub(super) fn waits_for_room(&self) -> Option<String> {
+        let (count, bytes) = self.no_room?;
+        let mib = |bytes: u64| bytes.div_ceil(1 << 20);
+        let limits: Vec<String> =
+            self.table.nodes.iter().map(|(node, info)| format!("{node} {} MiB", mib(info.memory))).collect();
+        Some(format!(
+            "{count} actors need {} MiB for which no node has room (limits: {}): the job goes on when a node with room comes",
+            mib(bytes),
+            limits.join(", ")
+        ))
     }
 
     /// Retires copies of which there are more than are wanted, and gives those that are to be placed.

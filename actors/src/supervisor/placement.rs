@@ -3,10 +3,12 @@
 //! - PL-1: an actor whose node lives stays there, unless evening out is asked for.
 //! - PL-2: copies of one shard live on different nodes, and where they can in different domains; a copy that has no node of
 //!   its own is not placed.
+//! - PL-4: an actor gets a place only where there is room for it; what a step needs comes before further copies.
 //! - PL-3: the same input gives the same places (ties go to the lower number).
 
 use crate::costs::Costs;
 use crate::ids::{ActorId, NodeId};
+use crate::table::NodeInfo;
 use std::collections::BTreeMap;
 
 /// See the module.
@@ -14,15 +16,34 @@ use std::collections::BTreeMap;
 pub(crate) struct Placement<'a> {
     costs: &'a Costs,
     nodes: &'a [NodeId],
-    /// What fails with a node; empty: it alone.
-    domains: BTreeMap<NodeId, &'a str>,
+    /// The nodes of the table.
+    infos: &'a BTreeMap<NodeId, NodeInfo>,
     load: BTreeMap<NodeId, u64>,
+    bytes: BTreeMap<NodeId, u64>,
 }
 
 impl<'a> Placement<'a> {
     /// On these nodes; there is at least one.
-    pub(crate) fn new(costs: &'a Costs, nodes: &'a [NodeId], domains: BTreeMap<NodeId, &'a str>) -> Self {
-        Self { costs, nodes, domains, load: nodes.iter().map(|n| (*n, 0)).collect() }
+    pub(crate) fn new(costs: &'a Costs, nodes: &'a [NodeId], infos: &'a BTreeMap<NodeId, NodeInfo>) -> Self {
+        let none: BTreeMap<NodeId, u64> = nodes.iter().map(|n| (*n, 0)).collect();
+        Self { costs, nodes, infos, load: none.clone(), bytes: none }
+    }
+
+    fn add(&mut self, actor: ActorId, node: NodeId) {
+        *self.load.entry(node).or_default() += self.costs.of(actor);
+        *self.bytes.entry(node).or_default() += self.costs.bytes(actor);
+    }
+
+    /// Bytes that a node has left.
+    fn room(&self, node: NodeId) -> u64 {
+        match self.infos.get(&node).map_or(0, |info| info.memory) {
+            0 => u64::MAX,
+            limit => limit.saturating_sub(self.bytes.get(&node).copied().unwrap_or(0)),
+        }
+    }
+
+    fn fits(&self, actor: ActorId, node: NodeId) -> bool {
+        self.costs.bytes(actor) <= self.room(node)
     }
 
     /// Places stages, experts and these copies of shards; what is `present` has a place and keeps it, unless evening out
@@ -35,15 +56,26 @@ impl<'a> Placement<'a> {
     ) -> BTreeMap<ActorId, NodeId> {
         let mut places = present.clone();
         for (actor, node) in present {
-            *self.load.entry(*node).or_default() += self.costs.of(*actor);
+            self.add(*actor, *node);
         }
         let costs = self.costs;
         let mut homeless: Vec<ActorId> = costs.workers().chain(copies).filter(|a| !present.contains_key(a)).collect();
         homeless.sort_by(|a, b| costs.of(*b).cmp(&costs.of(*a)).then(a.cmp(b)));
-        for actor in homeless {
-            if let Some(node) = self.lightest(actor, &places) {
-                places.insert(actor, node);
-                *self.load.entry(node).or_default() += costs.of(actor);
+        let has_copy = |places: &BTreeMap<ActorId, NodeId>, actor: ActorId| match actor {
+            ActorId::Reducer { shard, .. } => {
+                places.keys().any(|a| matches!(a, ActorId::Reducer { shard: s, .. } if *s == shard))
+            }
+            _ => false,
+        };
+        for further in [false, true] {
+            for actor in &homeless {
+                if places.contains_key(actor) || has_copy(&places, *actor) != further {
+                    continue;
+                }
+                if let Some(node) = self.lightest(*actor, &places) {
+                    places.insert(*actor, node);
+                    self.add(*actor, node);
+                }
             }
         }
         if level {
@@ -62,9 +94,10 @@ impl<'a> Placement<'a> {
                 .collect(),
             _ => Vec::new(),
         };
-        let domain = |node: &NodeId| self.domains.get(node).copied().filter(|d| !d.is_empty());
+        let domain = |node: &NodeId| self.infos.get(node).map(|info| &info.domain).filter(|d| !d.is_empty());
         let shared = |node: &NodeId| domain(node).is_some_and(|d| taken.iter().any(|t| domain(t) == Some(d)));
-        self.nodes.iter().filter(|n| !taken.contains(n)).min_by_key(|n| (shared(n), self.load[n])).copied()
+        let may = |node: &&NodeId| !taken.contains(node) && self.fits(actor, **node);
+        self.nodes.iter().filter(may).min_by_key(|n| (shared(n), self.load[n])).copied()
     }
 
     /// Moves stages and experts (never state) from the heaviest node to the lightest while that helps.
@@ -76,15 +109,19 @@ impl<'a> Placement<'a> {
             let heaviest = *self.nodes.iter().max_by_key(|n| (self.load[n], std::cmp::Reverse(**n))).expect("a node");
             let lightest = *self.nodes.iter().min_by_key(|n| (self.load[n], **n)).expect("a node");
             let gap = self.load[&heaviest] - self.load[&lightest];
-            let movable = |a: &&ActorId| places.get(a) == Some(&heaviest) && costs.of(**a) > 0 && costs.of(**a) < gap;
+            let movable = |a: &&ActorId| {
+                let helps = costs.of(**a) > 0 && costs.of(**a) < gap;
+                helps && places.get(a) == Some(&heaviest) && self.fits(**a, lightest)
+            };
             // The one that brings the two closest together.
             let Some(actor) = actors.iter().filter(movable).min_by_key(|a| gap.abs_diff(2 * costs.of(**a))) else {
                 return;
             };
-            let cost = costs.of(*actor);
-            places.insert(*actor, lightest);
-            *self.load.entry(heaviest).or_default() -= cost;
-            *self.load.entry(lightest).or_default() += cost;
+            let actor = *actor;
+            places.insert(actor, lightest);
+            *self.load.entry(heaviest).or_default() -= costs.of(actor);
+            *self.bytes.entry(heaviest).or_default() -= costs.bytes(actor);
+            self.add(actor, lightest);
         }
     }
 }
@@ -99,13 +136,23 @@ mod tests {
     }
 
     fn place_in(on: &[(u64, &str)], present: &BTreeMap<ActorId, NodeId>, level: bool) -> BTreeMap<ActorId, NodeId> {
+        place_with(on, 0, present, level)
+    }
+
+    fn place_with(
+        on: &[(u64, &str)],
+        memory: u64,
+        present: &BTreeMap<ActorId, NodeId>,
+        level: bool,
+    ) -> BTreeMap<ActorId, NodeId> {
         let materials = materials();
         let costs = Costs::new(&materials.spec);
         let copies = (0..2).flat_map(|shard| (0..2).map(move |replica| ActorId::Reducer { shard, replica }));
-        let domains = on.iter().map(|(n, domain)| (NodeId(*n), *domain)).collect();
+        let info = |n: u64, domain: &str| NodeInfo { domain: domain.to_owned(), memory, ..crate::testing::info(n) };
+        let infos = on.iter().map(|(n, domain)| (NodeId(*n), info(*n, domain))).collect();
         let nodes = nodes(&on.iter().map(|(n, _)| *n).collect::<Vec<_>>());
         let present = present.iter().filter(|(_, n)| nodes.contains(n)).map(|(a, n)| (*a, *n)).collect();
-        Placement::new(&costs, &nodes, domains).place(&present, copies.collect(), level)
+        Placement::new(&costs, &nodes, &infos).place(&present, copies.collect(), level)
     }
 
     fn place(on: &[u64], present: &BTreeMap<ActorId, NodeId>, level: bool) -> BTreeMap<ActorId, NodeId> {
@@ -166,6 +213,31 @@ mod tests {
         }
         let crowded = place_in(&[(1, "a"), (2, "a")], &BTreeMap::new(), true);
         assert_eq!(crowded.keys().filter(|a| matches!(a, ActorId::Reducer { .. })).count(), 4, "better than no copy");
+    }
+
+    /// PL-4: nothing is placed beyond a node's memory, and workers and first copies come first.
+    #[test]
+    fn what_does_not_fit_is_not_placed() {
+        let costs = Costs::new(&materials().spec);
+        let on = [(1, ""), (2, "")];
+        let all = place_in(&on, &BTreeMap::new(), true);
+        let bytes = |places: &BTreeMap<ActorId, NodeId>, node: u64| {
+            places.iter().filter(|(_, at)| at.0 == node).map(|(a, _)| costs.bytes(*a)).sum::<u64>()
+        };
+        let whole = bytes(&all, 1) + bytes(&all, 2);
+        for part in 1..12 {
+            let memory = whole * part / 12;
+            let places = place_with(&on, memory, &BTreeMap::new(), true);
+            assert!([1, 2].iter().all(|n| bytes(&places, *n) <= memory), "{memory}");
+            let is_copy = |a: &ActorId| matches!(a, ActorId::Reducer { .. });
+            let (copies, workers): (Vec<_>, Vec<_>) = all.keys().partition(|a| is_copy(a));
+            let placed = |of: &[&ActorId]| of.iter().filter(|a| places.contains_key(a)).count();
+            if placed(&copies) > 2 {
+                assert_eq!(placed(&workers), workers.len(), "mirrors come last: {places:?}");
+            }
+            assert!(part < 7 || places.len() == all.len(), "with {part} twelfths each");
+            assert!(part >= 6 || places.len() < all.len(), "with {part} twelfths each");
+        }
     }
 
     /// PL-3: the same input, the same places.

@@ -1,7 +1,7 @@
 //! The supervisor's way through the steps: reports of reducers, commits, checkpoints, the end.
 
-use super::commit::Prepared;
-use super::{Happening, Record, Report, Supervisor, SupervisorEffect};
+use super::commit::{CommitError, Prepared};
+use super::{CORRUPTIONS_MAX, Happening, Record, Report, Supervisor, SupervisorEffect};
 use crate::ids::{ActorId, Address, NodeId, Step};
 use crate::message::Body;
 use everstep_kernels::Tensor;
@@ -22,7 +22,7 @@ impl Supervisor {
             }
             Body::Applied { step, sums } => {
                 if let Err(e) = self.commit.applied(shard, replica, step, sums) {
-                    return self.finish(Err(e.to_string()));
+                    return self.refused(&e);
                 }
                 if self.can_elect() {
                     effects.extend(self.settle(Vec::new()));
@@ -66,7 +66,7 @@ impl Supervisor {
             Ok(Some(commit)) => commit,
             Ok(None) => return effects,
             Err(e) => {
-                effects.extend(self.finish(Err(e.to_string())));
+                effects.extend(self.refused(&e));
                 return effects;
             }
         };
@@ -81,6 +81,21 @@ impl Supervisor {
             recovery.replayed(self.now);
         }
         effects.extend(self.even_out(commit.commit.step));
+        effects
+    }
+
+    /// A step cannot be committed, or its states differ. Which copy is corrupt nobody can say: all go back to the newest
+    /// checkpoint, and the steps since are done again. What is found too often ends the job.
+    fn refused(&mut self, error: &CommitError) -> Vec<SupervisorEffect> {
+        let why = error.to_string();
+        self.corruptions += 1;
+        if matches!(error, CommitError::Unbalanced { .. }) || self.corruptions > CORRUPTIONS_MAX {
+            return self.finish(Err(why));
+        }
+        let mut effects = vec![SupervisorEffect::Note(Happening::Corrupted { why: why.clone() })];
+        let note = self.roll_back(why);
+        effects.extend(self.publish(Vec::new()));
+        effects.push(SupervisorEffect::Note(note));
         effects
     }
 

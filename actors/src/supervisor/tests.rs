@@ -204,9 +204,18 @@ fn unbalanced_books_end_the_job() {
     }
 }
 
-/// CO-4: copies that differ end the job, by sums or by state.
+/// Why a job goes back.
+fn way_back(effects: &[SupervisorEffect]) -> Option<String> {
+    let corrupted = effects.iter().any(|e| matches!(e, SupervisorEffect::Note(Happening::Corrupted { .. })));
+    effects.iter().find_map(|e| match e {
+        SupervisorEffect::Note(Happening::RolledBack { why, .. }) if corrupted => Some(why.clone()),
+        _ => None,
+    })
+}
+
+/// CO-4: copies that differ, by sums or by state, send the job back before anything is told of the step.
 #[test]
-fn copies_that_differ_end_the_job() {
+fn copies_that_differ_send_the_job_back() {
     // Another norm; and the same norm of other bits, as a flipped sign gives.
     for (part, digest) in [(0.26, 0), (0.25, 0xabc)] {
         let mut job = started();
@@ -214,15 +223,31 @@ fn copies_that_differ_end_the_job() {
         let (norm, losses) = (vec![(0, vec![part])], Some([8.0, 0.0]));
         job.say(0, 1, Body::Prepared { step: 1, norm, losses, samples: 4, digest: Some(digest) });
         job.say(1, 0, prepared(1, 4)(1));
-        let why = failure(&job.say(1, 1, prepared(1, 4)(1))).unwrap();
+        let why = way_back(&job.say(1, 1, prepared(1, 4)(1))).unwrap();
         assert!(why.contains("copies 0 and 1 of shard 0 differ in sums of step 1"), "{why}");
         assert!(why.contains(&format!("{:032x} and {digest:032x}", 0)), "{why}");
     }
     let mut job = started();
     job.everybody(prepared(1, 4));
-    job.say(1, 0, applied(1)(1));
+    for (shard, replica) in [(0, 0), (0, 1), (1, 0)] {
+        let effects = job.say(shard, replica, applied(1)(shard));
+        assert!(
+            !effects.iter().any(|e| matches!(e, SupervisorEffect::Report(_))),
+            "not before all copies are compared"
+        );
+    }
     let effects = job.say(1, 1, Body::Applied { step: 1, sums: sums(1, 99) });
-    assert!(failure(&effects).unwrap().contains("shard 1 differ in state of step 1"));
+    assert!(way_back(&effects).unwrap().contains("shard 1 differ in state of step 1"));
+    assert!(job.supervisor.table().primaries.iter().all(Option::is_none));
+    assert_eq!(job.supervisor.committed(), 0);
+    // A machine that does so again and again is not worked around.
+    for n in 2..=6 {
+        job.everybody(applied(0));
+        job.everybody(prepared(1, 4));
+        job.say(0, 0, applied(1)(0));
+        let effects = job.say(0, 1, Body::Applied { step: 1, sums: sums(0, 99) });
+        assert_eq!((way_back(&effects).is_some(), failure(&effects).is_some()), (n < 6, n == 6));
+    }
 }
 
 /// CO-5: the norm is that of all parts; a norm above the limit scales gradients down to it.

@@ -139,6 +139,8 @@ pub(crate) struct Launcher {
     /// Nodes that the job begins with, without spares.
     wanted: usize,
     started: usize,
+    /// MiB of each node; 0: no limit.
+    memory: u64,
     progress: Progress,
     evaluator: Evaluator,
     signals: Signals,
@@ -177,6 +179,7 @@ impl Launcher {
             nodes: Vec::new(),
             wanted: nodes,
             started: 0,
+            memory: config.memory.unwrap_or(0),
             signals,
         };
         let spares = if nodes > 0 { config.spares } else { 0 };
@@ -198,7 +201,7 @@ impl Launcher {
         let cores = std::thread::available_parallelism().map_or(1, usize::from);
         let threads = (cores / self.wanted.max(1)).max(1).to_string();
         let mut command = this_program(&self.run, name)?;
-        command.args(["node", "--join", &self.address, "--threads", &threads]);
+        command.args(["node", "--join", &self.address, "--threads", &threads, "--memory", &self.memory.to_string()]);
         command.arg("--credentials").arg(self.run.credentials()).args(["--parent", &std::process::id().to_string()]);
         Ok(command.spawn()?)
     }

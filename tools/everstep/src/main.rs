@@ -85,6 +85,9 @@ enum Command {
         /// What fails with this machine (a host, a rack, a zone): copies of the state are kept in different ones.
         #[arg(long, default_value = "")]
         domain: String,
+        /// MiB that its actors may need, as planned (0: no limit). What fits nowhere waits for another node.
+        #[arg(long, default_value_t = 0)]
+        memory: u64,
         /// End when this process ends.
         #[arg(long, hide = true)]
         parent: Option<u32>,
@@ -210,11 +213,18 @@ fn run(command: Command) -> Result<ExitCode> {
             let config = Config::parse(&text, &path.display().to_string(), &[])?;
             train(run, nodes.unwrap_or(config.nodes))
         }
-        Command::Node { join, credentials, listen, threads, domain, parent } => {
+        Command::Node { join, credentials, listen, threads, domain, memory, parent } => {
             launcher::end_with(parent)?;
             keep_memory()?;
             let cores = std::thread::available_parallelism().map_or(1, usize::from);
-            let options = NodeOptions { join, listen, credentials, threads: threads.unwrap_or(cores), domain };
+            let options = NodeOptions {
+                join,
+                listen,
+                credentials,
+                threads: threads.unwrap_or(cores),
+                domain,
+                memory: memory << 20,
+            };
             be_node(&options, parent.is_some())
         }
         Command::Supervisor { run, listen, nodes, parent } => {

@@ -37,9 +37,7 @@ fn actors_move_to_a_new_node_only_with_a_commit() {
     let copies = places_on(&job, 3);
     assert!(!copies.is_empty() && copies.iter().all(|a| matches!(a, ActorId::Reducer { .. })), "{copies:?}");
     assert_eq!(places(&job), before);
-    for shard in 0..2 {
-        job.say(shard, 0, applied(1)(shard));
-    }
+    apply_step(&mut job, 1);
     let effects = step(&mut job, 2);
     let after = places(&job);
     let moved: Vec<_> = after.iter().filter(|(a, place)| before[*a] != **place).collect();
@@ -203,4 +201,37 @@ fn a_cut_between_two_nodes_is_decided() {
     }
     commit_step(&mut job, 4);
     assert!(!places_on(&job, 5).is_empty());
+}
+
+/// What fits nowhere waits; operators are told once what it needs, and it gets a place when a node with room comes.
+#[test]
+fn without_room_the_job_waits_and_says_so() {
+    let mut job = Job::from_log(Vec::new());
+    let whole: u64 = {
+        let costs = crate::costs::Costs::new(&materials().spec);
+        let copies = (0..2).map(|shard| ActorId::Reducer { shard, replica: 0 });
+        costs.workers().chain(copies).map(|a| costs.bytes(a)).sum()
+    };
+    let waits = |effects: &[SupervisorEffect]| -> Vec<String> {
+        let why = |e: &SupervisorEffect| match e {
+            SupervisorEffect::Note(Happening::Waiting { why }) => Some(why.clone()),
+            _ => None,
+        };
+        effects.iter().filter_map(why).collect()
+    };
+    let mut said = Vec::new();
+    for peer in 1..=2 {
+        let info = NodeInfo { memory: whole / 3, ..info(peer) };
+        said.extend(waits(&job.on(SupervisorEvent::Join(info))));
+        said.extend(waits(&job.on(beat(peer, &[]))));
+        said.extend(waits(&job.on(beat(peer, &[]))));
+    }
+    assert_eq!(said.len(), 1, "{said:?}");
+    assert!(said[0].contains("no node has room") && said[0].contains("goes on when a node"), "{said:?}");
+    assert!(job.supervisor.describe().contains("no node has room"));
+    job.on(SupervisorEvent::Join(NodeInfo { memory: whole, ..info(3) }));
+    job.on(beat(3, &[]));
+    assert!(!job.supervisor.describe().contains("no node has room"), "{}", job.supervisor.describe());
+    let placed = job.supervisor.table().entries.keys().filter(|a| !matches!(a, ActorId::Reducer { .. })).count();
+    assert_eq!(placed, 2 + materials().spec.workers().len());
 }

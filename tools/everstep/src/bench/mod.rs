@@ -3,6 +3,7 @@
 mod cubins;
 mod gpu;
 mod recovery;
+mod steady;
 
 use anyhow::Result;
 use everstep_kernels::{Backend, CpuBackend, Philox, Role, Tensor, multiply_add_limit, peer_linear};
@@ -46,6 +47,15 @@ pub(crate) enum What {
         #[arg(long = "set", value_name = "KEY=VALUE")]
         set: Vec<String>,
     },
+    /// What mirrors and checkpoints cost a job in which nothing fails.
+    Steady {
+        /// The configuration.
+        #[arg(long, default_value = "configs/thirty.toml")]
+        config: PathBuf,
+        /// Override a key of the configuration.
+        #[arg(long = "set", value_name = "KEY=VALUE")]
+        set: Vec<String>,
+    },
     #[command(flatten)]
     Gpu(gpu::What),
 }
@@ -54,6 +64,7 @@ pub(crate) enum What {
 pub(crate) fn run(what: Option<What>) -> Result<ExitCode> {
     match what {
         Some(What::Recovery { plan, config, set }) => recovery::run(&plan, &config, &set)?,
+        Some(What::Steady { config, set }) => steady::run(&config, &set)?,
         Some(What::Gpu(what)) => gpu::run(what)?,
         None => products()?,
     }

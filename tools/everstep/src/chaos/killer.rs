@@ -22,6 +22,8 @@ pub(crate) enum Target {
     Expert,
     /// A random copy of a shard: it panics.
     Reducer,
+    /// A bit of a random copy of a shard flips.
+    Flip,
     /// A random node.
     Node,
     /// Two random nodes at once.
@@ -126,19 +128,20 @@ impl Killer {
         }
         // The first step shows that the job runs.
         let done = self.kills.len() as u64;
-        if done == self.plan.kills || targets.steps == 0 || Instant::now() < self.next {
+        if done == self.plan.kills || targets.steps == 0 || targets.nodes.is_empty() || Instant::now() < self.next {
             return;
         }
         let target = self.plan.targets[done as usize % self.plan.targets.len()];
         if target == Target::Stop && self.stopped.is_some() {
             return;
         }
-        let n = targets.nodes.len().max(1) as u64;
+        let n = targets.nodes.len() as u64;
         let first = self.draw(1) % n;
         match target {
-            Target::Stage => self.panic(|a| matches!(a, ActorId::Stage { .. })),
-            Target::Expert => self.panic(|a| matches!(a, ActorId::Expert { .. })),
-            Target::Reducer => self.panic(|a| matches!(a, ActorId::Reducer { .. })),
+            Target::Stage => self.ask(AdminRequest::Kill, |a| matches!(a, ActorId::Stage { .. })),
+            Target::Expert => self.ask(AdminRequest::Kill, |a| matches!(a, ActorId::Expert { .. })),
+            Target::Reducer => self.ask(AdminRequest::Kill, |a| matches!(a, ActorId::Reducer { .. })),
+            Target::Flip => self.ask(AdminRequest::Flip, |a| matches!(a, ActorId::Reducer { .. })),
             Target::Node => launcher::kill(targets.nodes[first as usize], Signal::KILL),
             Target::TwoNodes => {
                 launcher::kill(targets.nodes[first as usize], Signal::KILL);
@@ -160,12 +163,12 @@ impl Killer {
         self.wait();
     }
 
-    /// Makes a random actor of a kind panic.
-    fn panic(&self, of_kind: impl Fn(&ActorId) -> bool) {
+    /// Asks something of a random actor of a kind.
+    fn ask(&self, request: fn(ActorId) -> AdminRequest, of_kind: impl Fn(&ActorId) -> bool) {
         let kind: Vec<ActorId> = self.actors.iter().copied().filter(of_kind).collect();
         let Some(actor) = kind.get((self.draw(1) % kind.len().max(1) as u64) as usize) else { return };
         let asked = tokio::runtime::Builder::new_current_thread().enable_all().build().map_err(anyhow::Error::from);
-        let asked = asked.and_then(|rt| rt.block_on(admin::ask(&self.run, AdminRequest::Kill(*actor))));
+        let asked = asked.and_then(|rt| rt.block_on(admin::ask(&self.run, request(*actor))));
         match asked {
             Ok(said) => eprintln!("{said}"),
             // The supervisor may be the one that was killed a moment ago.
