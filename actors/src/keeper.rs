@@ -3,6 +3,7 @@
 //! It lives beside the supervisor, since the catalogue has one owner; the heavy half (hashing, writing,
 //! syncing) is done elsewhere and reported back.
 //! - KE-1: a checkpoint exists once every shard of one step is stored and its manifest is published.
+//! - KE-5: a manifest is published only when all copies of the step's state were compared: a corrupt one is no checkpoint.
 //! - KE-3: snapshots of [`WAITING_MAX`] steps at most wait for the disk, and those of the job's last.
 //! - KE-4: a snapshot that is not its shard's state, as the layout has it, is not stored.
 //! - KE-2: a snapshot is acknowledged when the checkpoint that it is part of exists.
@@ -31,6 +32,8 @@ pub(crate) enum KeeperEvent {
         /// What it says.
         body: Body<Tensor>,
     },
+    /// All copies of a step's state are the same.
+    Verified(Step),
     /// A shard's chunks are on disk.
     Stored {
         /// The step.
@@ -87,6 +90,10 @@ pub(crate) struct KeeperCore {
     layout: Arc<Layout>,
     table: Arc<Table>,
     published: Step,
+    /// The newest step whose copies were compared.
+    verified: Step,
+    /// The newest step whose manifest was asked for.
+    asked: Step,
     /// Shards of each step that are being stored, and whether they are.
     storing: BTreeMap<Step, BTreeMap<u32, bool>>,
 }
@@ -94,7 +101,15 @@ pub(crate) struct KeeperCore {
 impl KeeperCore {
     /// A keeper of a job whose newest checkpoint is of step `published` (0: none, or the imported one).
     pub(crate) fn new(spec: Arc<JobSpec>, layout: Arc<Layout>, published: Step) -> Self {
-        Self { spec, layout, table: Arc::default(), published, storing: BTreeMap::new() }
+        Self {
+            spec,
+            layout,
+            table: Arc::default(),
+            published,
+            verified: published,
+            asked: published,
+            storing: BTreeMap::new(),
+        }
     }
 
     /// Takes an event and gives what is to be done.
@@ -105,12 +120,24 @@ impl KeeperCore {
                     // The job went back: what was being stored is made again, and must not push out
                     // the checkpoint that reducers start from.
                     self.storing.clear();
+                    (self.verified, self.asked) = (table.base, table.base);
                 }
                 self.table = table;
                 Vec::new()
             }
             KeeperEvent::Message { from, body } => self.message(from, body),
-            KeeperEvent::Stored { step, shard } => self.stored(step, shard),
+            KeeperEvent::Verified(step) => {
+                self.verified = step;
+                let steps: Vec<Step> = self.storing.keys().copied().collect();
+                steps.into_iter().filter_map(|step| self.publish(step)).collect()
+            }
+            KeeperEvent::Stored { step, shard } => {
+                // One that was given before a way back is not of this attempt.
+                if let Some(stored) = self.storing.get_mut(&step).and_then(|of_step| of_step.get_mut(&shard)) {
+                    *stored = true;
+                }
+                self.publish(step).into_iter().collect()
+            }
             KeeperEvent::Published(step) => {
                 self.published = self.published.max(step);
                 self.storing.retain(|s, _| *s > step);
@@ -167,11 +194,17 @@ impl KeeperCore {
         }
     }
 
-    fn stored(&mut self, step: Step, shard: u32) -> Vec<KeeperEffect> {
-        let Some(of_step) = self.storing.get_mut(&step) else { return Vec::new() };
-        of_step.insert(shard, true);
-        let complete = of_step.len() == self.spec.shards as usize && of_step.values().all(|stored| *stored);
-        if complete { vec![KeeperEffect::Publish(step)] } else { Vec::new() }
+    /// Asks for a step's manifest once, if it can be (KE-1, KE-5).
+    fn publish(&mut self, step: Step) -> Option<KeeperEffect> {
+        let stored = |of_step: &BTreeMap<u32, bool>| {
+            of_step.len() == self.spec.shards as usize && of_step.values().all(|stored| *stored)
+        };
+        let new = self.asked < step && step <= self.verified;
+        let complete = new && self.storing.get(&step).is_some_and(stored);
+        complete.then(|| {
+            self.asked = step;
+            KeeperEffect::Publish(step)
+        })
     }
 }
 
@@ -253,8 +286,14 @@ mod tests {
         assert!(give(&mut keeper, 3, 0).is_empty(), "a second copy is not stored again");
         assert!(keeper.on(KeeperEvent::Stored { step: 3, shard: 0 }).is_empty());
         give(&mut keeper, 3, 1);
-        let effects = keeper.on(KeeperEvent::Stored { step: 3, shard: 1 });
+        assert!(keeper.on(KeeperEvent::Verified(2)).is_empty());
+        assert!(
+            keeper.on(KeeperEvent::Stored { step: 3, shard: 1 }).is_empty(),
+            "its copies are not compared yet (KE-5)"
+        );
+        let effects = keeper.on(KeeperEvent::Verified(3));
         assert!(matches!(effects[..], [KeeperEffect::Publish(3)]));
+        assert!(keeper.on(KeeperEvent::Verified(4)).is_empty(), "it is asked for once");
         let effects = keeper.on(KeeperEvent::Published(3));
         assert!(matches!(
             effects[..],
@@ -292,6 +331,7 @@ mod tests {
         give(&mut keeper, 3, 0);
         (table.primaries, table.epoch) = (vec![None, None], 2);
         keeper.on(KeeperEvent::Table(Arc::new(table)));
+        keeper.on(KeeperEvent::Verified(3));
         assert!(keeper.on(KeeperEvent::Stored { step: 3, shard: 0 }).is_empty());
         assert!(matches!(give(&mut keeper, 3, 0)[..], [KeeperEffect::Store { .. }]));
     }

@@ -127,6 +127,10 @@ impl Root {
                 SupervisorEffect::Release(node) => out.push(RootEffect::Tell(node, Control::Leave { node })),
                 SupervisorEffect::Fence(node) => out.push(RootEffect::Tell(node, Control::Fence)),
                 SupervisorEffect::Send(to, body) => messages.push((ActorId::Supervisor, to, body)),
+                SupervisorEffect::Verified(step) => {
+                    let effects = self.keeper.on(KeeperEvent::Verified(step));
+                    out.extend(self.kept(now, effects));
+                }
                 SupervisorEffect::Report(report) => out.push(RootEffect::Report(report)),
                 SupervisorEffect::Note(happening) => out.push(RootEffect::Note(happening)),
                 SupervisorEffect::Finish(result) => out.push(RootEffect::Finish(result)),

@@ -74,6 +74,8 @@ pub enum SupervisorEffect {
     Fence(NodeId),
     /// Send to an actor.
     Send(ActorId, Body<Tensor>),
+    /// All copies of this step's state are the same.
+    Verified(Step),
     /// A committed step, reported once.
     Report(Report),
     /// Something that operators want to know.

@@ -168,6 +168,7 @@ impl Supervisor {
             }
             (Some(_) | None, _) => {}
         }
+        effects.push(SupervisorEffect::Verified(step));
         self.reported.insert(step, fingerprint);
         if step == self.spec.steps && self.checkpoint == step {
             effects.extend(self.finish(Ok(())));
