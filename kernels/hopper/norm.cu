@@ -3,9 +3,9 @@
 //   y:      as x, or null
 //   codes, scales, stride, power: as in quantise.cu; null where no E4M3 is wanted
 //   backward: dx = r * (dy * w - (x * r) * mean of (dy * w) * (x * r)), rounded to BF16
-//   weight:   dw = the sum over rows of dy * (x * r), FP32; sums: [strips][columns], FP32, where strips meet
+//   weight:   dw = the sum over rows of dy * (x * r), FP32; sums: [strips][columns], FP32, what lies between its two kernels
 // Any number of rows; columns a multiple of 128, of weight up to 8,192. A CTA takes 4 rows (backward: 2); more CTAs do
-// nothing. Weight: a CTA takes a strip of `each` rows; there is one at least. One launch at a time.
+// nothing. Weight: a CTA takes a strip of `each` rows, and there is one at least.
 // Shared memory: for each row, and backward also each row of dy, 2 * columns + PAD bytes; weight: as much for each row of x
 // and of dy of its 2^depth stages, which are 4 to 16.
 //
@@ -221,68 +221,18 @@ rms_norm_backward(const u16* __restrict__ x, const float* __restrict__ w, const 
 // Every term and every r is the reference's; the sum has another order, which depends on the number of rows alone: within a
 // strip the rows ascend, then come the strips of each of RUNS runs, then the runs. Each warp does one thing, so that rows come
 // and the chains of the next rows are added while the terms of this one are made.
-//
-// The CTAs that finish last add the strips, columns shared among them, so that no second launch waits for the first. Who they
-// are differs from run to run, and no bit shows it: they all wait until every strip is in memory, and then each column is added
-// by one warp a run, in the order of the strips, whoever has it. The one thing that is counted atomically is CTAs.
-constexpr int RUNS = WARPS, FETCHED = 32;     // strips of a run that are in flight at once
+constexpr int RUNS = WARPS;
 constexpr int ROOT_WARPS = 2, ROOTS = 2;      // warps that sum squares, and rows of each at a time
 constexpr int WEIGHT = THREADS + (ROOT_WARPS + 1) * 32; // threads: those that add, those that sum squares, and a warp that loads
 constexpr int CHUNKS = 4;                     // of 8 columns, of a thread that adds
 constexpr int MOST_STAGES = 16;
 
-// Strips of this launch that are in memory, and closing CTAs that have left. Both are zero between launches.
-__device__ u32 strips_done, closers_gone;
-
-// The warps that add wait for each other; the others are gone.
-__device__ __forceinline__ void adders_meet() { asm volatile("bar.sync 1, %0;" :: "n"(THREADS) : "memory"); }
-// One more, told to all who acquire it, with what this CTA wrote before it met; how many there were.
-__device__ __forceinline__ u32 add_one(u32* count) {
-    u32 before; asm volatile("atom.add.acq_rel.gpu.global.u32 %0, [%1], 1;" : "=r"(before) : "l"(count) : "memory"); return before;
-}
-__device__ __forceinline__ u32 acquire(const u32* count) {
-    u32 v; asm volatile("ld.acquire.gpu.global.u32 %0, [%1];" : "=r"(v) : "l"(count) : "memory"); return v;
-}
-
-// Columns first, first + step, ... in groups of 32: a lane has a column, a warp a run of strips. `runs` has room for 32
-// columns of each run.
-__device__ __forceinline__ void add_strips(const float* sums, float* dw, float* runs, int strips, int columns, int first, int step) {
-    const int lane = threadIdx.x % 32, warp = threadIdx.x / 32, run = (strips + RUNS - 1) / RUNS, begin = warp * run;
-    const int count = min(run, strips - begin);
-#pragma unroll 1
-    for (int column = first * 32 + lane; column < columns; column += step * 32) {
-        float sum = 0;
-#pragma unroll 1
-        for (int from = 0; from < count; from += FETCHED) {
-            const float* const at = sums + (size_t)(begin + from) * columns + column;
-            float part[FETCHED];
-            // Past L1: other CTAs have just written them.
-#pragma unroll
-            for (int i = 0; i < FETCHED; i++) part[i] = from + i < count ? __ldcg(at + i * columns) : 0;
-#pragma unroll
-            for (int i = 0; i < FETCHED; i++) if (from + i < count) sum = __fadd_rn(sum, part[i]);
-        }
-        runs[warp * 32 + lane] = sum;
-        adders_meet();
-        if (warp == 0) {
-            sum = 0;
-#pragma unroll
-            for (int i = 0; i < RUNS; i++) sum = __fadd_rn(sum, runs[i * 32 + lane]);
-            dw[column] = sum;
-        }
-        adders_meet();
-    }
-}
-
-// `closing`: CTAs that add the strips, at least one and fewer than fit on the card at once. So one of those that they wait for
-// always has a place, in whatever order CTAs start.
 extern "C" __global__ void __launch_bounds__(WEIGHT, 2)
-rms_norm_weight(const u16* __restrict__ x, const u16* __restrict__ dy, float* sums, float* __restrict__ dw,
-                int rows, int columns, int each, int depth, int closing, float eps) {
+rms_norm_weight(const u16* __restrict__ x, const u16* __restrict__ dy, float* __restrict__ sums,
+                int rows, int columns, int each, int depth, float eps) {
     extern __shared__ __align__(16) char memory[];
     __shared__ u64 barriers[3][MOST_STAGES];
     __shared__ float r[MOST_STAGES];
-    __shared__ u32 before;
     const u32 full = shared_address(barriers[0]), rooted = shared_address(barriers[1]), empty = shared_address(barriers[2]);
     const int stages = 1 << depth, pitch = columns * 2 + PAD, warp = threadIdx.x / 32;
     const int first = blockIdx.x * each, count = min(each, rows - first);
@@ -352,16 +302,24 @@ rms_norm_weight(const u16* __restrict__ x, const u16* __restrict__ dy, float* su
             to[0] = {sum[c][0], sum[c][1], sum[c][2], sum[c][3]};
             to[1] = {sum[c][4], sum[c][5], sum[c][6], sum[c][7]};
         }
-    const u32 strips = gridDim.x;
-    adders_meet();
-    if (threadIdx.x == 0) before = add_one(&strips_done);
-    adders_meet();
-    const int place = (int)before - (int)strips + closing;
-    if (place < 0) return;
-    if (threadIdx.x == 0)
-        while (acquire(&strips_done) < strips) asm volatile("nanosleep.u32 40;");
-    adders_meet();
-    // Rows have left their stages: the first has room for the runs.
-    add_strips(sums, dw, (float*)memory, strips, columns, place, closing);
-    if (threadIdx.x == 0 && add_one(&closers_gone) == closing - 1) strips_done = closers_gone = 0;
+}
+
+// A launch of its own: strips that the last CTAs of the first launch added took two to four times as long
+// (docs/measurements/hopper-memory.md).
+// A CTA takes 32 columns, a warp a run of strips: one chain over all strips would wait for memory longer than the rows do.
+extern "C" __global__ void __launch_bounds__(THREADS)
+rms_norm_weight_sum(const float* __restrict__ sums, float* __restrict__ dw, int strips, int columns) {
+    __shared__ float runs[RUNS][32];
+    const int lane = threadIdx.x % 32, warp = threadIdx.x / 32, column = blockIdx.x * 32 + lane;
+    const int run = (strips + RUNS - 1) / RUNS, end = min(strips, (warp + 1) * run);
+    float sum = 0;
+#pragma unroll 32
+    for (int i = warp * run; i < end; i++) sum = __fadd_rn(sum, __ldg(sums + (size_t)i * columns + column));
+    runs[warp][lane] = sum;
+    __syncthreads();
+    if (warp) return;
+    sum = 0;
+#pragma unroll
+    for (int i = 0; i < RUNS; i++) sum = __fadd_rn(sum, runs[i][lane]);
+    dw[column] = sum;
 }

@@ -430,8 +430,8 @@ fn check() -> Result<bool, BackendError> {
     for (tokens, columns) in [(1, 128), (1001, 1152), (77, 7168)] {
         good &= rows(gpu.gpu(), tokens, columns)?;
     }
-    // Strips that are not whole, and of more rows than there are stages, of which the number depends on the columns; more
-    // columns than blocks that add the strips.
+    // Strips that are not whole, and of more rows than there are stages, of which the number depends on the columns; as
+    // many strips as there can be, of many columns.
     for (tokens, columns) in [
         (0, 128),
         (1, 128),

@@ -158,28 +158,25 @@ impl Gpu {
         let (strips, each) = Self::strips(rows);
         let lengths = (x.len(), dy.len(), sums.len());
         assert_eq!(lengths, (rows * columns, rows * columns, strips * columns), "elements of a norm and its strips");
+        self.sum_strips(x, dy, sums, [rows, columns, strips, each], eps)?;
+        let (count, c) = (strips as i32, columns as i32);
+        run!(self, NORM, "rms_norm_weight_sum", (columns / 32, 256, 0), &*sums, dw, &count, &c)
+    }
+
+    /// The sum of each strip, of which the caller has asserted the lengths.
+    fn sum_strips(
+        &self,
+        x: &CudaSlice<u16>,
+        dy: &CudaSlice<u16>,
+        sums: &mut CudaSlice<f32>,
+        [rows, columns, strips, each]: [usize; 4],
+        eps: f32,
+    ) -> Result<(), BackendError> {
         // As many stages as two blocks of a multiprocessor have room for, which each need some 1.5 kB besides.
         let stage = 2 * (2 * columns + 32);
         let depth = [4i32, 3].into_iter().find(|depth| stage << depth <= 115_200).unwrap_or(2);
-        // Fewer than fit at once, since these wait for the others; columns are shared in groups of 32.
-        let closing = strips.min(columns / 32).min((self.processors as usize - 1).max(1)) as i32;
         let (r, c, each) = (rows as i32, columns as i32, each as i32);
-        run!(
-            self,
-            NORM,
-            "rms_norm_weight",
-            (strips, 352, stage << depth),
-            x,
-            dy,
-            sums,
-            dw,
-            &r,
-            &c,
-            &each,
-            &depth,
-            &closing,
-            &eps
-        )
+        run!(self, NORM, "rms_norm_weight", (strips, 352, stage << depth), x, dy, sums, &r, &c, &each, &depth, &eps)
     }
 
     /// SwiGLU of `gate_RC` and `up_RC` to BF16 and to E4M3.
