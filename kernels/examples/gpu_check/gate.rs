@@ -66,8 +66,9 @@ pub(crate) fn all(gpu: &Gpu) -> Result<bool, BackendError> {
             good &= gate(gpu, [tokens, experts, inputs])?;
         }
     }
-    // Fewer experts than a tile has columns, terms that fill no slice, and tokens enough for one part.
-    for shape in [[1000, 8, 136], [77, 264, 1032], [40_000, 24, 1032]] {
+    // Fewer experts than a tile has columns, terms that fill no slice, tokens enough for one part of several blocks, and more,
+    // which leave places to other parts.
+    for shape in [[1000, 8, 136], [77, 264, 1032], [33_792, 24, 1032], [40_000, 24, 1032]] {
         good &= gate(gpu, shape)?;
     }
     Ok(good)

@@ -27,17 +27,12 @@ impl Activation for f32 {
     const NAMES: [&'static str; 3] = ["logits_f32", "input_f32", "weight_f32"];
 }
 
-/// Blocks of each part of a product of `tiles`: the fewest parts among those that should be done first. One part on a
-/// multiprocessor hides its waits worse than several, and where there is more than one, blocks go through memory. Those are
-/// estimates; the result's bits are the same for all.
-fn share(tiles: usize, blocks: usize, processors: usize) -> usize {
-    let cost = |each: &usize| {
-        let turns = (tiles * blocks.div_ceil(*each)).div_ceil(processors);
-        let time = if turns == 1 { 125 } else { 100 * turns };
-        time * each * if *each < blocks { 130 } else { 100 }
-    };
-    (1..=blocks.max(1)).rev().min_by_key(cost).expect("there is one at least")
-}
+/// What an H100 was measured to need, in ns: a block of a tile, alone on a multiprocessor and beside another, and the launch
+/// that adds blocks; and the bytes of its operands in a ns. Only the choice of parts depends on them.
+const ALONE_NS: usize = 16_400;
+const BESIDE_NS: usize = 26_900;
+const LAUNCH_NS: usize = 4_000;
+const BYTES_PER_NS: usize = 2_500;
 
 /// The sizes of a product of the kernel: rows and columns of its result, and the terms of its sums.
 #[derive(Debug, Clone, Copy)]
@@ -45,6 +40,14 @@ struct Sizes {
     m: usize,
     n: usize,
     k: usize,
+}
+
+/// How the blocks of each tile are shared: a first part of `head`, one at least, and others of `each`. The first part adds its
+/// blocks itself; those of the others go through memory.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+struct Parts {
+    head: usize,
+    each: usize,
 }
 
 impl Sizes {
@@ -56,9 +59,53 @@ impl Sizes {
         self.k.div_ceil(BLOCK)
     }
 
-    /// Elements of `sums` if there are parts of so many blocks.
-    fn sums(self, each: usize) -> usize {
-        if each < self.blocks() { self.blocks() * self.m * self.n } else { 0 }
+    /// One part, which needs no room.
+    fn whole(self) -> Parts {
+        Parts { head: self.blocks().max(1), each: 1 }
+    }
+
+    /// Blocks that the first part leaves to others.
+    fn left(self, parts: Parts) -> usize {
+        self.blocks().saturating_sub(parts.head)
+    }
+
+    /// Sums of each element that meet in memory.
+    fn sums(self, parts: Parts) -> usize {
+        if self.left(parts) == 0 { 0 } else { 1 + self.left(parts) }
+    }
+
+    /// When all is done, about. Two blocks of threads have a place on each multiprocessor; first parts go first, and the others
+    /// take places that are free or become free.
+    fn time_ns(self, parts: Parts, processors: usize) -> usize {
+        let (tiles, places, Parts { head, each }) = (self.tiles(), 2 * processors, parts);
+        let others = tiles * self.left(parts).div_ceil(each);
+        // The last round of first parts leaves places free. In blocks: when that begins, and when it and the others end.
+        let (begin, last) = (tiles / places * head, tiles % places);
+        let (free, heads_end) = (places - last, begin + if last > 0 { head } else { 0 });
+        let others_end = match others.saturating_sub(free * (head / each)) {
+            0 => begin + each * others.div_ceil(free),
+            late => begin + head + each * late.div_ceil(places),
+        };
+        let blocks = if tiles + others <= processors {
+            heads_end.max(others_end) * ALONE_NS
+        } else if tiles <= processors {
+            others_end * BESIDE_NS + heads_end.saturating_sub(others_end) * ALONE_NS
+        } else {
+            heads_end.max(others_end) * BESIDE_NS
+        };
+        // Each sum is written and read.
+        let bytes = self.sums(parts) * self.m * self.n * 8;
+        blocks + bytes / BYTES_PER_NS + if bytes > 0 { LAUNCH_NS } else { 0 }
+    }
+
+    /// The parts that should be done first: of those that are equal, the fewest.
+    fn parts(self, processors: usize) -> Parts {
+        let shared = (1..self.blocks()).rev().flat_map(|head| {
+            let each = [16, 8, 4, 2, 1].into_iter().filter(move |each| *each <= head.min(self.blocks() - head));
+            each.map(move |each| Parts { head, each })
+        });
+        let all = std::iter::once(self.whole()).chain(shared);
+        all.min_by_key(|parts| self.time_ns(*parts, processors)).expect("one part is among them")
     }
 }
 
@@ -69,14 +116,11 @@ fn check(experts: usize, inputs: usize) {
 }
 
 impl Gpu {
-    fn gate_share(&self, sizes: Sizes) -> usize {
-        share(sizes.tiles(), sizes.blocks(), self.processors as usize)
-    }
-
     /// Elements of the room that logits and gradients of a weight of `[T, E, I]` need between the parts of their sums.
     pub fn gate_room(&self, [tokens, experts, inputs]: [usize; 3]) -> usize {
         let all = [Sizes { m: tokens, n: experts, k: inputs }, Sizes { m: inputs, n: experts, k: tokens }];
-        all.into_iter().map(|sizes| sizes.sums(self.gate_share(sizes))).max().unwrap_or(0)
+        let room = |sizes: Sizes| sizes.sums(sizes.parts(self.processors as usize)) * sizes.m * sizes.n;
+        all.into_iter().map(room).max().unwrap_or(0)
     }
 
     /// `x_TI, w_EI -> logits_TE`. `room` is as long as [`Self::gate_room`] says, or longer.
@@ -107,8 +151,8 @@ impl Gpu {
         let lengths = (dlogits.len(), w.len(), dx.len());
         assert_eq!(lengths, (tokens * experts, experts * inputs, tokens * inputs), "elements of a gate's gradients");
         let sizes = Sizes { m: tokens, n: inputs, k: experts };
-        // There are few terms and many tiles: one part, which needs no room.
-        self.gate_product(X::NAMES[1], sizes, sizes.blocks(), (dlogits, w), dx, &mut self.room(0)?)
+        // There are few terms and many tiles.
+        self.gate_product(X::NAMES[1], sizes, sizes.whole(), (dlogits, w), dx, &mut self.room(0)?)
     }
 
     /// `dlogits_TE, x_TI -> dw_EI`, all tokens in their order. `room` as for the logits.
@@ -127,7 +171,7 @@ impl Gpu {
         self.in_parts(X::NAMES[2], sizes, x, dlogits, room, dw)
     }
 
-    /// A product of as many parts as are best, and the sum of their blocks.
+    /// A product of the parts that are best, and the sum of what they leave.
     fn in_parts<X: Activation>(
         &self,
         name: &'static str,
@@ -137,42 +181,42 @@ impl Gpu {
         room: &mut CudaSlice<f32>,
         y: &mut CudaSlice<f32>,
     ) -> Result<(), BackendError> {
-        let each = self.gate_share(sizes);
-        let (needed, elements) = (sizes.sums(each), sizes.m * sizes.n);
+        let parts = sizes.parts(self.processors as usize);
+        let (sums, elements) = (sizes.sums(parts), sizes.m * sizes.n);
+        let needed = sums * elements;
         assert!(room.len() >= needed, "room for {needed} sums, not {}", room.len());
-        self.gate_product(name, sizes, each, (a, b), y, room)?;
+        self.gate_product(name, sizes, parts, (a, b), y, room)?;
         if needed == 0 {
             return Ok(());
         }
         let function = self.function(&GATE, "sum_blocks", 0)?;
-        let (count, blocks) = (elements as u32, sizes.blocks() as i32);
+        let (count, sums) = (elements as u32, sums as i32);
         let mut launch = self.stream.launch_builder(&function);
-        launch.arg(&*room).arg(y).arg(&count).arg(&blocks);
+        launch.arg(&*room).arg(y).arg(&count).arg(&sums);
         let config = launch_of(count.div_ceil(4 * 256), 256, 0);
-        // SAFETY: `y` has so many elements and `room` as many of each block, which is asserted; the kernel checks its own.
+        // SAFETY: `y` has so many elements and `room` as many of each sum, which is asserted; the kernel checks its own.
         unsafe { launch.launch(config) }.map_err(|e| self.error(format!("sum_blocks: {e}")))?;
         Ok(())
     }
 
-    /// The product in parts of `each` blocks, of operands whose lengths the callers have asserted.
+    /// The product in parts, of operands whose lengths the callers have asserted.
     fn gate_product<A: DeviceRepr, Y: DeviceRepr>(
         &self,
         name: &'static str,
         sizes: Sizes,
-        each: usize,
+        parts: Parts,
         (a, b): (&CudaSlice<A>, &CudaSlice<f32>),
         y: &mut CudaSlice<Y>,
         sums: &mut CudaSlice<f32>,
     ) -> Result<(), BackendError> {
-        let each = each.max(1);
-        let blocks = sizes.tiles() * sizes.blocks().div_ceil(each).max(1);
+        let blocks = sizes.tiles() * (1 + sizes.left(parts).div_ceil(parts.each));
         if blocks == 0 {
             return Ok(());
         }
         let function = self.function(&GATE, name, SHARED as u32)?;
-        let [m, n, k, each] = [sizes.m, sizes.n, sizes.k, each].map(|n| n as i32);
+        let [m, n, k, head, each] = [sizes.m, sizes.n, sizes.k, parts.head, parts.each].map(|n| n as i32);
         let mut launch = self.stream.launch_builder(&function);
-        launch.arg(a).arg(b).arg(y).arg(sums).arg(&m).arg(&n).arg(&k).arg(&each);
+        launch.arg(a).arg(b).arg(y).arg(sums).arg(&m).arg(&n).arg(&k).arg(&head).arg(&each);
         // SAFETY: the lengths are asserted by the callers; the kernel checks its rows, columns and terms, and writes `sums`
         // only where there are parts.
         unsafe { launch.launch(launch_of(blocks as u32, 128, SHARED as u32)) }
@@ -185,12 +229,51 @@ impl Gpu {
 mod tests {
     use super::*;
 
+    const H100: usize = 132;
+
+    fn parts(m: usize, n: usize, k: usize) -> (usize, usize) {
+        let Parts { head, each } = Sizes { m, n, k }.parts(H100);
+        (head, each)
+    }
+
     #[test]
-    fn parts_fill_a_card_and_cost_nothing_where_it_is_full() {
-        // 16,384 tokens of 256 experts are tiles enough; a weight of 64 experts is not.
-        assert_eq!(share(512, 28, 132), 28);
-        assert_eq!(share(128, 28, 132), 28);
-        assert!(share(16, 32, 132) <= 4);
-        assert_eq!(share(1, 0, 132), 1);
+    fn parts_fill_a_card_and_are_one_where_it_is_full() {
+        // Logits of 8,192 and 16,384 tokens of 256 experts are one and two rounds of tiles.
+        assert_eq!(parts(8192, 256, 7168), (28, 1));
+        assert_eq!(parts(16_384, 256, 7168), (28, 1));
+        // The gradient of their weight leaves places free, which some blocks of each tile fill.
+        assert_eq!(parts(7168, 256, 8192), (28, 4));
+        // 64 experts are few tiles: equal parts, in one round.
+        assert_eq!(parts(4096, 64, 2048), (1, 1));
+        assert_eq!(parts(2048, 64, 8192), (2, 2));
+        // Nothing to add, or nothing to make.
+        assert_eq!(parts(2048, 64, 0), (1, 1));
+        assert_eq!(parts(0, 64, 256), (1, 1));
+    }
+
+    #[test]
+    fn a_sum_in_memory_is_counted_where_blocks_are_left() {
+        let sizes = Sizes { m: 7168, n: 256, k: 8192 };
+        assert_eq!(sizes.sums(Parts { head: 28, each: 4 }), 5);
+        assert_eq!(sizes.sums(sizes.whole()), 0);
+    }
+
+    #[test]
+    fn times_are_about_those_that_were_measured() {
+        // Sizes, parts, and microseconds on an H100.
+        let measured = [
+            ([4096, 64, 2048], [1, 1], 39),
+            ([4096, 64, 2048], [2, 1], 54),
+            ([4096, 64, 2048], [8, 1], 137),
+            ([8192, 64, 2048], [3, 1], 83),
+            ([2048, 64, 8192], [4, 4], 81),
+            ([8192, 256, 7168], [28, 1], 754),
+            ([7168, 256, 8192], [28, 4], 790),
+            ([7168, 256, 16_384], [54, 2], 1503),
+        ];
+        for ([m, n, k], [head, each], microseconds) in measured {
+            let (time, was) = (Sizes { m, n, k }.time_ns(Parts { head, each }, H100), microseconds * 1000);
+            assert!(time.abs_diff(was) * 20 <= was, "{m} x {n} x {k}: {time} ns, not {was}");
+        }
     }
 }
