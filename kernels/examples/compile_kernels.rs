@@ -14,7 +14,9 @@ fn main() -> ExitCode {
                 good &= !compiled.resources.is_empty();
                 for r in compiled.resources {
                     let spilled = r.spill_stores + r.spill_loads;
-                    println!("| {} | {} | {} | {} | {spilled} |", source.name, r.function, r.registers, r.stack);
+                    // As the card gives them out. ptxas takes one more or less from run to run.
+                    let registers = r.registers.next_multiple_of(8);
+                    println!("| {} | {} | {registers} | {} | {spilled} |", source.name, r.function, r.stack);
                     good &= spilled == 0 && r.stack == 0 && r.registers > 0;
                 }
             }
