@@ -136,5 +136,8 @@ fn invariants(files: &[PathBuf]) -> Result<Vec<String>> {
 }
 
 fn is_test(path: &Path) -> bool {
-    path.starts_with("tests") || path.starts_with("actors/src/sim") || path.ends_with("tests.rs")
+    path.starts_with("tests")
+        || path.starts_with("actors/src/sim")
+        || path.ends_with("tests.rs")
+        || path.contains("/tests/")
 }
