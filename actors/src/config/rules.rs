@@ -1,6 +1,6 @@
 //! What must hold of a configuration beyond its types: rules by key, checked in order.
 
-use super::raw::{Raw, RawData, RawModel, RawOptimizer};
+use super::raw::{Raw, RawData, RawJob, RawModel, RawOptimizer};
 use super::{ConfigError, line_of};
 use crate::pieces::Pieces;
 
@@ -11,6 +11,7 @@ type Rule = (bool, &'static str, String, String);
 pub(super) fn check(raw: &Raw, text: &str, origin: &str, overrides: &[String]) -> Result<(), ConfigError> {
     let mut rules = size_rules(raw);
     rules.extend(choice_rules(raw));
+    rules.extend(node_rules(&raw.job));
     if raw.model.dense_layers < raw.model.layers {
         rules.extend(mixture_rules(&raw.model));
     }
@@ -54,6 +55,16 @@ fn size_rules(raw: &Raw) -> Vec<Rule> {
     rules
 }
 
+/// What nodes are held to.
+fn node_rules(j: &RawJob) -> [Rule; 2] {
+    let (memory, pace) = (j.memory.unwrap_or(1), j.pace.unwrap_or(1.0));
+    let why = "expected multiply-adds a second, more than 0".into();
+    [
+        (memory > 0, "job.memory", memory.to_string(), "expected MiB of a node, at least 1".into()),
+        (pace > 0.0 && pace.is_finite(), "job.pace", pace.to_string(), why),
+    ]
+}
+
 /// Values of which only some are possible.
 fn choice_rules(raw: &Raw) -> Vec<Rule> {
     let (m, j, t) = (&raw.model, &raw.job, &raw.train);
@@ -65,11 +76,6 @@ fn choice_rules(raw: &Raw) -> Vec<Rule> {
     rules.push((known, "train.precision", t.precision.clone(), "expected fp32, bf16 or fp8".into()));
     rules.push((t.device == "cpu", "train.device", t.device.clone(), "this version trains on cpu".into()));
     rules.push((j.schedule == "1f1b", "job.schedule", j.schedule.clone(), "this version knows 1f1b".into()));
-    let memory = j.memory.unwrap_or(1);
-    rules.push((memory > 0, "job.memory", memory.to_string(), "expected MiB of a node, at least 1".into()));
-    let pace = j.pace.unwrap_or(1.0);
-    let why = "expected multiply-adds a second, more than 0".into();
-    rules.push((pace > 0.0 && pace.is_finite(), "job.pace", pace.to_string(), why));
     rules.push((
         m.rope > 0 && m.rope.is_multiple_of(2),
         "model.rope",

@@ -95,11 +95,12 @@ fn serve(tasks: &Mutex<Receiver<Task>>, backend: &dyn Backend, work: &AtomicU64,
         at.store(number, Ordering::Relaxed);
         let began = Instant::now();
         let result = catch_unwind(AssertUnwindSafe(|| run(job, backend)));
+        // What follows is no hang.
+        at.store(0, Ordering::Relaxed);
         if let Some(pace) = pace {
             std::thread::sleep(Duration::from_secs_f64(cost as f64 / pace).saturating_sub(began.elapsed()));
         }
         work.fetch_add(cost, Ordering::Relaxed);
-        at.store(0, Ordering::Relaxed);
         reply(result.map_err(|panic| words_of(&*panic)));
     }
 }

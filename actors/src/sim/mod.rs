@@ -143,7 +143,7 @@ fn reference(shape: usize) -> &'static [String] {
 pub fn simulate(seed: u64, plant: Option<Bug>) -> Result<Summary, Violation> {
     let shape = (seed % SHAPES.len() as u64) as usize;
     let wanted = 2 + (seed / 4 % 3) as usize;
-    let nodes = Nodes { wanted, spares: usize::from(seed / 12 % 4 == 0) };
+    let nodes = Nodes { wanted, spares: usize::from((seed / 12).is_multiple_of(4)) };
     let mut spec = spec(shape);
     spec.mirrors = [1, 1, 0, 2][(seed / 48 % 4) as usize];
     let mut world = World::new(seed, spec, nodes, Faults::Random, plant, Some(reference(shape)));

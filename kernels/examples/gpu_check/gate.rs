@@ -10,13 +10,16 @@ fn other<T: Copy>(got: &[T], want: &[T], bits: impl Fn(T) -> u32) -> f64 {
     got.iter().zip(want).filter(|(a, b)| bits(**a) != bits(**b)).count() as f64
 }
 
+/// Logits, the gradient of the input, the gradient of the weight.
+type Products<X> = (Vec<f32>, Vec<X>, Vec<f32>);
+
 /// What the GPU makes of activations of one kind, over poison.
 fn run<X: Activation + Copy>(
     gpu: &Gpu,
     shape: [usize; 3],
     (x, poison): (&[X], X),
     (w, dlogits): (&[f32], &[f32]),
-) -> Result<(Vec<f32>, Vec<X>, Vec<f32>), BackendError> {
+) -> Result<Products<X>, BackendError> {
     let (x_gpu, w, dlogits) = (gpu.upload(x)?, gpu.upload(w)?, gpu.upload(dlogits)?);
     let mut room = gpu.upload(&vec![f32::NAN; gpu.gate_room(shape)])?;
     let mut logits = gpu.upload(&vec![f32::NAN; dlogits.len()])?;

@@ -139,5 +139,5 @@ fn is_test(path: &Path) -> bool {
     path.starts_with("tests")
         || path.starts_with("actors/src/sim")
         || path.ends_with("tests.rs")
-        || path.contains("/tests/")
+        || path.iter().any(|part| part == "tests")
 }
