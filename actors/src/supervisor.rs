@@ -8,7 +8,7 @@
 //!   counted every sample once (contracts C2, C3).
 //! - SU-5: a shard without a copy in sync sends the whole job back to the newest checkpoint, with new
 //!   lives for all; a step done again must give the fingerprint that was reported.
-//! - SU-7: a node gets its first actors when a beat of it says that it reaches all others.
+//! - SU-7: a node gets its first actors when a beat of it says that it reaches all that have had theirs.
 //! - SU-6: an actor whose node lives is moved only with a commit: nothing of a step is done again because a node came.
 
 mod commit;
@@ -43,8 +43,10 @@ use std::time::Duration;
 
 /// Restarts of one actor within [`RESTART_WINDOW`] that are still taken for accidents.
 pub(crate) const RESTARTS_MAX: usize = 5;
-/// Times that copies may differ in one life of the supervisor.
-const CORRUPTIONS_MAX: u32 = 5;
+/// Times that copies may differ within [`CORRUPTION_WINDOW`].
+const CORRUPTIONS_MAX: usize = 5;
+/// See [`CORRUPTIONS_MAX`].
+const CORRUPTION_WINDOW: Duration = Duration::from_secs(3600);
 /// Dead nodes that are remembered to have spoken.
 const FENCED_MAX: usize = 1024;
 /// See [`RESTARTS_MAX`].
@@ -84,7 +86,7 @@ pub struct Supervisor {
     reported: BTreeMap<Step, String>,
     /// Of failures after which no step has been committed yet.
     recovery: Option<Timeline>,
-    /// Nodes that have reached all others once (SU-7).
+    /// Nodes that have reached those before them (SU-7).
     admitted: BTreeSet<NodeId>,
     /// A node came that may take over work at the next commit.
     uneven: bool,
@@ -92,8 +94,8 @@ pub struct Supervisor {
     no_room: Option<(u64, u64)>,
     /// What operators were last told of that.
     told_room: Option<(u64, u64)>,
-    /// Times that copies of a shard differed.
-    corruptions: u32,
+    /// When copies of a shard differed, lately.
+    corruptions: VecDeque<Duration>,
     finished: bool,
     /// Dead nodes that spoke, the newest [`FENCED_MAX`].
     fenced: BTreeSet<NodeId>,
@@ -141,7 +143,7 @@ impl Supervisor {
             uneven: !log.is_empty(),
             no_room: None,
             told_room: None,
-            corruptions: 0,
+            corruptions: VecDeque::new(),
             finished: false,
             fenced: BTreeSet::new(),
             released: BTreeSet::new(),
@@ -251,7 +253,9 @@ impl Supervisor {
                     format!("silent for {} ms, {} are allowed it", s.silence.as_millis(), s.allowed.as_millis())
                 };
                 let silent: Vec<_> = self.membership.expired(now).iter().map(|s| (s.node, why(s), s.silence)).collect();
-                if silent.is_empty() { Vec::new() } else { self.dead(&silent) }
+                let mut effects = if silent.is_empty() { Vec::new() } else { self.dead(&silent) };
+                effects.extend(self.cut());
+                effects
             }
         };
         // A report may complete a step, and so may the death of the copy that it waited for.
@@ -296,7 +300,7 @@ impl Supervisor {
         effects
     }
 
-    /// What has no place gets one on a node that reaches all others (SU-7), and more with the next commit.
+    /// What has no place gets one on a node that reaches the others (SU-7), and more with the next commit.
     fn admit(&mut self, node: NodeId) -> Vec<SupervisorEffect> {
         if !self.admitted.insert(node) {
             return Vec::new();
@@ -358,15 +362,23 @@ impl Supervisor {
         self.membership.beat(self.now, node);
         // What a node had done before this life of the supervisor has been reported by an earlier one.
         self.work.entry(node).or_insert((work, work)).0 = work;
-        self.uneven |= self.links.beat(node, down);
-        let admitted = if down.is_empty() { self.admit(node) } else { Vec::new() };
+        // It may not have heard yet that a node is gone.
+        let down: Vec<NodeId> = down.iter().copied().filter(|other| self.table.nodes.contains_key(other)).collect();
+        self.uneven |= self.links.beat(self.now, node, &down);
+        if down.iter().any(|other| self.admitted.contains(other)) { Vec::new() } else { self.admit(node) }
+    }
+
+    /// Gives up a node that does not reach others. Beats that wait are handled before a tick, so that old ones decide nothing.
+    fn cut(&mut self) -> Vec<SupervisorEffect> {
+        if self.links.are_quiet() {
+            return Vec::new();
+        }
         // Nodes without actors need no links.
         let busy = self.table.entries.values().map(|e| e.node).filter(|n| self.table.nodes.contains_key(n)).collect();
         let silence = |node| self.membership.silence(self.now, node);
-        let Some((node, others)) = self.links.victim(&busy, silence) else { return admitted };
+        let Some((node, others)) = self.links.victim(self.now, &busy, silence) else { return Vec::new() };
         let others: Vec<String> = others.iter().map(ToString::to_string).collect();
-        let dead = self.dead(&[(node, format!("it has no link to {}", others.join(", ")), silence(node))]);
-        admitted.into_iter().chain(dead).collect()
+        self.dead(&[(node, format!("it has no link to {}", others.join(", ")), silence(node))])
     }
 
     fn finish(&mut self, result: Result<(), String>) -> Vec<SupervisorEffect> {

@@ -20,7 +20,7 @@ fn a_job_grows_and_shrinks() -> Result<()> {
     let output = place.everstep(&arguments)?;
     let said = String::from_utf8_lossy(&output.stdout);
     assert!(output.status.success(), "{said}{}", String::from_utf8_lossy(&output.stderr));
-    assert!(said.contains("every fingerprint equals") && said.contains("0 multiply-adds were done again"), "{said}");
+    assert!(said.contains("every fingerprint equals") && said.contains("\n0 multiply-adds were done again"), "{said}");
     assert!(said.contains("ledger: "), "{said}");
     let run = place.run("scale/chaos");
     assert_eq!(events(&run, "node_left")?.len(), 2);

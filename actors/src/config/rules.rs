@@ -58,10 +58,10 @@ fn size_rules(raw: &Raw) -> Vec<Rule> {
 /// What nodes are held to.
 fn node_rules(j: &RawJob) -> [Rule; 2] {
     let (memory, pace) = (j.memory.unwrap_or(1), j.pace.unwrap_or(1.0));
-    let why = "expected multiply-adds a second, more than 0".into();
+    let why = "expected multiply-adds a second, at least 1".into();
     [
         (memory > 0, "job.memory", memory.to_string(), "expected MiB of a node, at least 1".into()),
-        (pace > 0.0 && pace.is_finite(), "job.pace", pace.to_string(), why),
+        (pace >= 1.0 && pace.is_finite(), "job.pace", pace.to_string(), why),
     ]
 }
 

@@ -63,6 +63,8 @@ pub(super) struct State {
     peers: BTreeMap<NodeId, Peer>,
     looking: bool,
     leaving: bool,
+    /// The supervisor lets it leave.
+    drained: bool,
     end: mpsc::Sender<NodeEnd>,
 }
 
@@ -98,6 +100,7 @@ impl Actor for Node {
             peers: BTreeMap::new(),
             looking: false,
             leaving: false,
+            drained: false,
             end,
         })
     }
@@ -146,7 +149,7 @@ impl State {
     }
 
     fn finish(&self, end: NodeEnd) {
-        let end = if self.leaving && end == NodeEnd::Fenced { NodeEnd::Left } else { end };
+        let end = if (self.leaving || self.drained) && end == NodeEnd::Fenced { NodeEnd::Left } else { end };
         let _ = self.end.try_send(end);
     }
 
@@ -267,11 +270,15 @@ impl State {
         match control {
             Control::Welcome { node } => {
                 self.router.welcome(node);
-                self.pulse.welcome(node);
             }
             Control::Table(table) => {
                 let actions = self.router.on_table(Arc::clone(&table));
                 self.meet_peers();
+                if let Some(node) = self.router.node() {
+                    self.drained |= table.leaving.contains(&node);
+                    // Its beats begin when it knows whom it has to reach.
+                    self.pulse.welcome(node);
+                }
                 self.act(myself, actions).await;
             }
             Control::Fence => self.finish(NodeEnd::Fenced),

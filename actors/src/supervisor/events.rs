@@ -111,7 +111,6 @@ pub enum Happening {
     NodeLeaving { node: u64, actors: usize },
     NodeLeft { node: u64 },
     ActorFailed { actor: String, incarnation: u32, reason: String, epoch: u64 },
-    Placed { epoch: u64, actors: usize, nodes: usize },
     Moved { epoch: u64, actors: Vec<String> },
     Corrupted { why: String },
     RolledBack { to_step: u64, epoch: u64, why: String },

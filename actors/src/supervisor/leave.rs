@@ -14,14 +14,16 @@ impl Supervisor {
     /// job wants.
     pub(super) fn working(&self) -> Vec<NodeId> {
         let stays = |node: &NodeId| !self.table.leaving.contains(node);
-        let staying: Vec<NodeId> = self.admitted.iter().copied().filter(stays).collect();
+        let mut staying: Vec<NodeId> = self.admitted.iter().copied().filter(stays).collect();
+        // Those that have actors count before those that wait for some.
+        staying.sort_by_key(|node| (self.is_empty(*node), *node));
         if staying.is_empty() {
             return self.admitted.iter().copied().collect();
         }
-        // A node that does not reach an older one waits until it does.
+        // A node that does not reach one before it waits until it does.
         let mut linked: Vec<NodeId> = Vec::new();
         for node in staying {
-            if linked.iter().all(|older| !self.links.is_cut(*older, node)) {
+            if linked.iter().all(|older| !self.links.is_cut(self.now, *older, node)) {
                 linked.push(node);
             }
         }
@@ -64,10 +66,12 @@ impl Supervisor {
 
     /// Takes nodes that are to leave and are empty out of the table. Gives their dismissals, which follow the table's sync.
     pub(super) fn depart(&mut self) -> Vec<SupervisorEffect> {
-        let empty: BTreeSet<NodeId> =
-            self.table.leaving.iter().copied().filter(|n| self.is_empty(*n) && self.table.nodes.len() > 1).collect();
+        let empty: BTreeSet<NodeId> = self.table.leaving.iter().copied().filter(|n| self.is_empty(*n)).collect();
         let mut effects = Vec::new();
         for node in empty {
+            if self.table.nodes.len() == 1 {
+                break;
+            }
             self.table.leaving.remove(&node);
             if self.table.nodes.remove(&node).is_some() {
                 self.membership.forget(node);

@@ -12,6 +12,7 @@ struct Job {
     supervisor: Supervisor,
     log: Vec<Record>,
     asked: Vec<SupervisorEffect>,
+    now: Duration,
 }
 
 impl Job {
@@ -19,7 +20,7 @@ impl Job {
         let spec = materials().spec;
         let (supervisor, first) =
             Supervisor::new(spec, Nodes { wanted: 2, spares: 0 }, &log, 0, BTreeMap::new(), Duration::ZERO, None);
-        let mut job = Self { supervisor, log, asked: Vec::new() };
+        let mut job = Self { supervisor, log, asked: Vec::new(), now: NOW };
         job.take(first);
         job
     }
@@ -28,7 +29,7 @@ impl Job {
         for effect in effects {
             if let SupervisorEffect::Append(record) = effect {
                 self.log.push(record);
-                let effects = self.supervisor.on(NOW, SupervisorEvent::Synced);
+                let effects = self.supervisor.on(self.now, SupervisorEvent::Synced);
                 self.take(effects);
             } else {
                 self.asked.push(effect);
@@ -38,7 +39,7 @@ impl Job {
 
     fn on(&mut self, event: SupervisorEvent) -> Vec<SupervisorEffect> {
         self.asked.clear();
-        let effects = self.supervisor.on(NOW, event);
+        let effects = self.supervisor.on(self.now, event);
         self.take(effects);
         std::mem::take(&mut self.asked)
     }
