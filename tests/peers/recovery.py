@@ -1,10 +1,11 @@
 """Goodput under one fault schedule: Everstep, torchrun (elastic restart from checkpoints) and torchft, one after another.
 
 usage: recovery.py PROGRAM [SECONDS] [EVERY] [NODES]. A random worker is killed (SIGKILL) every EVERY seconds of SECONDS (ours
-after half to one and a half of EVERY, on NODES nodes; the peers have two workers, their better case on two cores), and comes back as its system does it: torchrun and Everstep's launcher start it again themselves, torchft's replicas are started
-again at once. The model is that of configs/quickstart.toml, the batch too; a worker has one thread. Goodput is the share of
-an undisturbed run's steps on as many workers (for the peers twice those of a run half as long); for torchft also of its samples, since it goes on with
-smaller batches. First steps are waited for, so that starting is no part of it.
+after half to one and a half of EVERY, on NODES nodes; the peers have two workers, their better case on two cores). It comes back
+as its system does it: torchrun and Everstep's launcher start it again themselves, torchft's replicas are started again at once.
+The model is that of configs/quickstart.toml, the batch too; a worker has one thread. Goodput is the share of an undisturbed
+run's steps on as many workers (for the peers twice those of a run half as long); for torchft also of its samples, since it goes
+on with smaller batches. First steps are waited for, so that starting is no part of it.
 """
 
 import json
