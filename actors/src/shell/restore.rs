@@ -14,9 +14,24 @@ use std::fs::OpenOptions;
 /// Records with which a supervisor may begin; with more, it begins with a shorter log that says the same.
 const RECORDS_MAX: usize = 1000;
 
+/// The first byte of a record: of the form of what follows. Records of the first programs had none, and began with 0 or 1.
+const VERSION: u8 = 2;
+
 pub(super) fn encode(record: &Record) -> Vec<u8> {
     let limit = bincode::config::standard().with_limit::<RECORD_MAX>();
-    bincode::serde::encode_to_vec(record, limit).expect("a record can be encoded")
+    let body = bincode::serde::encode_to_vec(record, limit).expect("a record can be encoded");
+    [&[VERSION][..], &body].concat()
+}
+
+/// Reads a record as [`encode`] writes it.
+fn decode(bytes: &[u8]) -> Result<Record, String> {
+    let limit = bincode::config::standard().with_limit::<RECORD_MAX>();
+    match bytes.split_first() {
+        Some((&VERSION, body)) => {
+            Ok(bincode::serde::decode_from_slice(body, limit).map_err(|e| format!("it cannot be decoded: {e}"))?.0)
+        }
+        Some(_) | None => Err(format!("another version of this program wrote it, this one reads version {VERSION}")),
+    }
 }
 
 /// What a supervisor starts from: files of the run folder.
@@ -34,10 +49,8 @@ pub(super) struct Restored {
 pub(super) fn restore(run: &RunFolder, config: &Config, identity: &RunIdentity) -> Result<Restored, AnyError> {
     let lock = run.lock()?;
     let (log, raw) = Log::open(&run.control_log())?;
-    let limit = bincode::config::standard().with_limit::<RECORD_MAX>();
-    let decode = |(n, bytes): (usize, Vec<u8>)| -> Result<Record, AnyError> {
-        let decoded = bincode::serde::decode_from_slice(&bytes, limit);
-        Ok(decoded.map_err(|e| format!("{}: record {n} cannot be decoded: {e}", run.control_log().display()))?.0)
+    let decode = |(n, bytes): (usize, Vec<u8>)| {
+        decode(&bytes).map_err(|why| format!("{}: record {n}: {why}", run.control_log().display()))
     };
     let mut records: Vec<Record> = raw.into_iter().enumerate().map(decode).collect::<Result<_, _>>()?;
     let mut log = log;
@@ -80,4 +93,21 @@ pub(super) fn restore(run: &RunFolder, config: &Config, identity: &RunIdentity) 
     let notes = wrong.iter().map(ToString::to_string).collect();
     let files = Files { log, metrics, events: open(run.events())? };
     Ok(Restored { records, checkpoint, reported, files, store, notes, lock })
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::table::Table;
+
+    #[test]
+    fn records_of_another_form_are_named_not_misread() {
+        let record = Record::Epoch { table: Table::default(), next_node: 7 };
+        let bytes = encode(&record);
+        assert_eq!(decode(&bytes), Ok(record));
+        for other in [&bytes[1..], &[], &[9, 9]] {
+            assert!(decode(other).unwrap_err().contains("another version"), "{other:?}");
+        }
+        assert!(decode(&bytes[..bytes.len() - 1]).unwrap_err().contains("cannot be decoded"));
+    }
 }
