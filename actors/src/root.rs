@@ -85,12 +85,6 @@ impl Root {
         (root, effects)
     }
 
-    /// A node is to leave: what the operator who asked is told, and what is to be done.
-    pub(crate) fn drain(&mut self, now: Duration, node: NodeId) -> (String, Vec<RootEffect>) {
-        let (said, effects) = self.supervisor.drain(node);
-        (said, self.supervised(now, effects))
-    }
-
     /// Takes an event and gives what is to be done.
     pub(crate) fn on(&mut self, now: Duration, event: RootEvent) -> Vec<RootEffect> {
         match event {

@@ -8,8 +8,8 @@
 //!   counted every sample once (contracts C2, C3).
 //! - SU-5: a shard without a copy in sync sends the whole job back to the newest checkpoint, with new
 //!   lives for all; a step done again must give the fingerprint that was reported.
-//! - SU-7: a node gets its first actors when a beat of it says that it reaches all that have had theirs.
 //! - SU-6: an actor whose node lives is moved only with a commit: nothing of a step is done again because a node came.
+//! - SU-7: a node gets its first actors when a beat of it says that it reaches all that have had theirs.
 
 mod commit;
 mod copies;
@@ -59,6 +59,22 @@ pub struct Nodes {
     pub wanted: usize,
     /// So many of those beyond are held ready without actors.
     pub spares: usize,
+}
+
+/// Adds to the newest [`FENCED_MAX`] nodes. Gives whether it is new.
+fn remember(nodes: &mut BTreeSet<NodeId>, node: NodeId) -> bool {
+    let new = nodes.insert(node);
+    if nodes.len() > FENCED_MAX {
+        nodes.pop_first();
+    }
+    new
+}
+
+/// Counts one more within a window of time.
+fn count_within(times: &mut VecDeque<Duration>, now: Duration, window: Duration) -> usize {
+    times.retain(|at| now.saturating_sub(*at) < window);
+    times.push_back(now);
+    times.len()
 }
 
 /// See the module.
@@ -240,7 +256,7 @@ impl Supervisor {
             SupervisorEvent::Return(node) => self.returned(node),
             SupervisorEvent::Heartbeat { node, work, redone, down } => self.heartbeat(node, [work, redone], &down),
             SupervisorEvent::Lost { node, why } => self.dead(&[(node, why, Duration::ZERO)]),
-            SupervisorEvent::Leave(node) => self.drain(node).1,
+            SupervisorEvent::Leave(node) => self.leave(node),
             SupervisorEvent::ActorFailed { address, reason } => self.actor_failed(address, reason),
             SupervisorEvent::Message { from, body } => self.message(from, body),
             SupervisorEvent::Checkpointed(step) => self.checkpointed(step),
@@ -340,17 +356,27 @@ impl Supervisor {
         (0..self.spec.shards).flat_map(|shard| self.table.replicas(shard).collect::<Vec<_>>())
     }
 
+    /// Takes a node out of the job. Gives whether it was in it.
+    fn forget(&mut self, node: NodeId) -> bool {
+        if self.table.nodes.remove(&node).is_none() {
+            return false;
+        }
+        self.table.leaving.remove(&node);
+        self.membership.forget(node);
+        self.links.forget(node);
+        self.admitted.remove(&node);
+        self.work.remove(&node);
+        true
+    }
+
     /// A node speaks that is none any more: it is told, and people are told once.
     fn fence(&mut self, node: NodeId) -> Vec<SupervisorEffect> {
         if self.released.contains(&node) {
             return self.after_sync(vec![SupervisorEffect::Release(node)]);
         }
         let mut effects = vec![SupervisorEffect::Fence(node)];
-        if self.fenced.insert(node) {
+        if remember(&mut self.fenced, node) {
             effects.push(SupervisorEffect::Note(Happening::NodeFenced { node: node.0 }));
-        }
-        if self.fenced.len() > FENCED_MAX {
-            self.fenced.pop_first();
         }
         effects
     }

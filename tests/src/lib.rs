@@ -100,6 +100,19 @@ impl Place {
         Ok(Training { run: self.run(name), child })
     }
 
+    /// Runs the program with other arguments and a plan of kills, for the tiny configuration; gives what it said. Fails if
+    /// the program does.
+    pub fn with_plan(&self, arguments: &[&str], plan: &str, set: &[&str]) -> Result<String> {
+        std::fs::write(self.path().join("plan.toml"), plan)?;
+        let set: Vec<&str> = [self.data.as_str()].iter().chain(set).flat_map(|s| ["--set", s]).collect();
+        let output = self.everstep(&[arguments, &set].concat())?;
+        let said = String::from_utf8_lossy(&output.stdout).into_owned();
+        if !output.status.success() {
+            bail!("{arguments:?}: {}\n{said}{}", output.status, String::from_utf8_lossy(&output.stderr));
+        }
+        Ok(said)
+    }
+
     /// Runs the program with other arguments.
     pub fn everstep(&self, arguments: &[&str]) -> Result<Output> {
         Ok(Command::new(program()).current_dir(self.path()).args(arguments).output()?)

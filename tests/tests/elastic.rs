@@ -9,17 +9,9 @@ use rustix::process::Signal;
 fn a_job_grows_and_shrinks() -> Result<()> {
     let place = Place::new()?;
     let targets = r#"["join", "join", "node", "leave", "leave"]"#;
-    std::fs::write(
-        place.path().join("plan.toml"),
-        format!("seed = 5\nkills = 5\nevery_ms = 900\ntargets = {targets}\n"),
-    )?;
-    let set =
-        ["train.steps=700", "data.paths=[\"text.txt\"]", "checkpoint.every=200", "job.nodes=1", "run.folder=scale"];
-    let mut arguments = vec!["chaos", "plan.toml", "tiny.toml"];
-    set.iter().for_each(|s| arguments.extend(["--set", s]));
-    let output = place.everstep(&arguments)?;
-    let said = String::from_utf8_lossy(&output.stdout);
-    assert!(output.status.success(), "{said}{}", String::from_utf8_lossy(&output.stderr));
+    let plan = format!("seed = 5\nkills = 5\nevery_ms = 900\ntargets = {targets}\n");
+    let set = ["train.steps=700", "checkpoint.every=200", "job.nodes=1", "run.folder=scale"];
+    let said = place.with_plan(&["chaos", "plan.toml", "tiny.toml"], &plan, &set)?;
     assert!(said.contains("every fingerprint equals") && said.contains("\n0 multiply-adds were done again"), "{said}");
     assert!(said.contains("ledger: "), "{said}");
     let run = place.run("scale/chaos");
@@ -68,23 +60,10 @@ fn drained_nodes_end_and_are_not_started_again() -> Result<()> {
 fn recoveries_are_measured() -> Result<()> {
     let place = Place::new()?;
     let targets = r#"["stage", "expert", "reducer", "node", "supervisor"]"#;
-    std::fs::write(
-        place.path().join("plan.toml"),
-        format!("seed = 5\nkills = 6\nevery_ms = 600\ntargets = {targets}\n"),
-    )?;
-    let set = [
-        "train.steps=200",
-        "data.paths=[\"text.txt\"]",
-        "checkpoint.every=50",
-        "job.nodes=2",
-        "job.pace=1e9",
-        "run.folder=bench",
-    ];
-    let mut arguments = vec!["bench", "recovery", "--json", "--plan", "plan.toml", "--config", "tiny.toml"];
-    set.iter().for_each(|s| arguments.extend(["--set", s]));
-    let output = place.everstep(&arguments)?;
-    let said = String::from_utf8_lossy(&output.stdout);
-    assert!(output.status.success(), "{said}{}", String::from_utf8_lossy(&output.stderr));
+    let plan = format!("seed = 5\nkills = 6\nevery_ms = 600\ntargets = {targets}\n");
+    let set = ["train.steps=200", "checkpoint.every=50", "job.nodes=2", "job.pace=1e9", "run.folder=bench"];
+    let bench = ["bench", "recovery", "--json", "--plan", "plan.toml", "--config", "tiny.toml"];
+    let said = place.with_plan(&bench, &plan, &set)?;
     let lines: Vec<serde_json::Value> = said.lines().map(serde_json::from_str).collect::<Result<_, _>>()?;
     assert_eq!(lines[0]["killed"], "all", "{said}");
     let goodput = lines.last().expect("a last line");

@@ -9,24 +9,10 @@ use std::time::{Duration, Instant};
 #[test]
 fn every_fingerprint_survives_kills_of_everything() -> Result<()> {
     let place = Place::new()?;
-    let plan = place.path().join("plan.toml");
     let targets = r#"["node", "supervisor", "two-nodes", "everything", "node"]"#;
-    std::fs::write(&plan, format!("seed = 5\nkills = 5\nevery_ms = 1200\ntargets = {targets}\n"))?;
-    let output = place.everstep(&[
-        "chaos",
-        "plan.toml",
-        "tiny.toml",
-        "--set",
-        "train.steps=500",
-        "--set",
-        "data.paths=[\"text.txt\"]",
-        "--set",
-        "checkpoint.every=40",
-        "--set",
-        "run.folder=chaos",
-    ])?;
-    let said = String::from_utf8_lossy(&output.stdout);
-    assert!(output.status.success(), "{said}{}", String::from_utf8_lossy(&output.stderr));
+    let plan = format!("seed = 5\nkills = 5\nevery_ms = 1200\ntargets = {targets}\n");
+    let set = ["train.steps=500", "checkpoint.every=40", "run.folder=chaos"];
+    let said = place.with_plan(&["chaos", "plan.toml", "tiny.toml"], &plan, &set)?;
     assert!(said.contains("500 steps, 5 kills") && said.contains("every fingerprint equals"), "{said}");
     Ok(())
 }

@@ -33,13 +33,9 @@ fn a_job_waits_for_memory() -> Result<()> {
 #[test]
 fn flipped_bits_are_found_and_undone() -> Result<()> {
     let place = Place::new()?;
-    std::fs::write(place.path().join("plan.toml"), "seed = 3\nkills = 3\nevery_ms = 1500\ntargets = [\"flip\"]\n")?;
-    let set = ["train.steps=600", "data.paths=[\"text.txt\"]", "checkpoint.every=30", "run.folder=flips"];
-    let mut arguments = vec!["chaos", "plan.toml", "tiny.toml"];
-    set.iter().for_each(|s| arguments.extend(["--set", s]));
-    let output = place.everstep(&arguments)?;
-    let said = String::from_utf8_lossy(&output.stdout);
-    assert!(output.status.success(), "{said}{}", String::from_utf8_lossy(&output.stderr));
+    let plan = "seed = 3\nkills = 3\nevery_ms = 1500\ntargets = [\"flip\"]\n";
+    let set = ["train.steps=600", "checkpoint.every=30", "run.folder=flips"];
+    let said = place.with_plan(&["chaos", "plan.toml", "tiny.toml"], plan, &set)?;
     assert!(said.contains("600 steps, 3 kills: every fingerprint equals"), "{said}");
     let run = place.run("flips/chaos");
     let corrupted = events(&run, "corrupted")?;

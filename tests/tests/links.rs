@@ -2,9 +2,9 @@
 //! own, with a router between them that begins to lose what one sends to the other. Needs the right to make namespaces.
 
 use anyhow::{Context, Result, bail};
+use everstep_actors::milliseconds;
 use everstep_tests::{Place, Training, events, fingerprints, metrics, program, wait};
 use std::process::{Child, Command, Stdio};
-use std::time::{SystemTime, UNIX_EPOCH};
 
 fn ip(arguments: &str) -> Result<()> {
     let output = Command::new("ip").args(arguments.split_whitespace()).output().context("cannot run ip (iproute2)")?;
@@ -73,10 +73,6 @@ impl Drop for Node {
     }
 }
 
-fn now() -> u64 {
-    SystemTime::now().duration_since(UNIX_EPOCH).map_or(0, |d| d.as_millis() as u64)
-}
-
 /// C1, LI-1, SU-7: the job goes on without one of the two, which comes back when the wire does.
 #[test]
 fn a_cut_wire_is_survived() -> Result<()> {
@@ -109,7 +105,7 @@ fn a_cut_wire_is_survived() -> Result<()> {
     let _nodes = [node("r")?, node("n1")?, node("n2")?];
     training.wait_for_step(50)?;
     assert_eq!(events(&training.run, "node_joined")?.len(), 3);
-    let began = now();
+    let began = milliseconds();
     wires.cut(true)?;
     wait("the decision", || Ok(!events(&training.run, "node_dead")?.is_empty()))?;
     let dead = events(&training.run, "node_dead")?;

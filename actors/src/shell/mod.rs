@@ -14,7 +14,7 @@ mod worker;
 
 pub use join::{NodeEnd, NodeOptions, run_node};
 pub use run_folder::{MetricsLine, RunFolder, RunIdentity, verify_tokens};
-pub use supervisor::{SupervisorEnd, run_supervisor};
+pub use supervisor::{SupervisorEnd, milliseconds, run_supervisor};
 
 use crate::control::Control;
 use crate::wire::Unit;

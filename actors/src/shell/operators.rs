@@ -4,6 +4,7 @@ use super::supervisor::State;
 use super::tell;
 use crate::control::{ActorRequest, AdminRequest, Control};
 use crate::ids::ActorId;
+use crate::supervisor::SupervisorEvent;
 use everstep_transport::Peer;
 use std::fmt::Write;
 
@@ -24,8 +25,8 @@ impl State {
                 return;
             }
             AdminRequest::Drain(node) => {
-                let (text, effects) = self.root.drain(self.began.elapsed(), node);
-                self.perform(effects);
+                let text = self.root.supervisor.parting(node);
+                self.supervise(SupervisorEvent::Leave(node));
                 tell(&self.hub, operator, Control::Described { ticket, text });
                 return;
             }

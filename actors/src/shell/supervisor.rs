@@ -76,7 +76,7 @@ pub(super) struct State {
     run: RunFolder,
     tokens: Vec<Tokens>,
     pub(super) hub: Hub,
-    pub(super) began: Instant,
+    began: Instant,
     scribe: SyncSender<Line>,
     store: SyncSender<Checkpointing>,
     peers: BTreeMap<NodeId, Peer>,
@@ -103,7 +103,8 @@ struct Args {
 
 struct SupervisorProcess;
 
-fn milliseconds() -> u64 {
+/// Milliseconds since 1970.
+pub fn milliseconds() -> u64 {
     SystemTime::now().duration_since(UNIX_EPOCH).map_or(0, |d| d.as_millis() as u64)
 }
 
@@ -233,7 +234,7 @@ impl Actor for SupervisorProcess {
 }
 
 impl State {
-    fn supervise(&mut self, event: SupervisorEvent) {
+    pub(super) fn supervise(&mut self, event: SupervisorEvent) {
         self.root_event(RootEvent::Supervisor(event));
     }
 
@@ -257,7 +258,7 @@ impl State {
         self.write(Line::Event(value.to_string()));
     }
 
-    pub(super) fn perform(&mut self, effects: Vec<RootEffect>) {
+    fn perform(&mut self, effects: Vec<RootEffect>) {
         for effect in effects {
             match effect {
                 RootEffect::Append(record) => {

@@ -4,7 +4,7 @@
 //!   because it left.
 //! - LV-2: the last node cannot leave: it works on until another comes.
 
-use super::{FENCED_MAX, Happening, Supervisor, SupervisorEffect};
+use super::{Happening, Supervisor, SupervisorEffect, remember};
 use crate::ids::NodeId;
 use crate::table::Entry;
 use std::collections::BTreeSet;
@@ -42,26 +42,41 @@ impl Supervisor {
             && self.table.leaving.iter().any(|node| !self.is_empty(*node))
     }
 
-    /// A node is to leave. Gives what an operator is told.
-    pub fn drain(&mut self, node: NodeId) -> (String, Vec<SupervisorEffect>) {
+    /// Whether no other node stays.
+    fn is_last(&self, node: NodeId) -> bool {
+        !self.admitted.iter().any(|other| *other != node && !self.table.leaving.contains(other))
+    }
+
+    /// What an operator is told who wants a node to leave.
+    pub fn parting(&self, node: NodeId) -> String {
+        let actors = self.table.actors_of(node).count();
         if !self.table.nodes.contains_key(&node) {
             let nodes: Vec<String> = self.table.nodes.keys().map(ToString::to_string).collect();
-            return (format!("there is no {node}: there are {}", nodes.join(", ")), Vec::new());
+            format!("there is no {node}: there are {}", nodes.join(", "))
+        } else if self.table.leaving.contains(&node) {
+            format!("{node} is leaving already; {actors} actors live on it")
+        } else if self.is_last(node) {
+            format!("{node} is to leave, and there is no other: it works on until one comes")
+        } else {
+            format!("{node} leaves: {actors} actors move with the next commits")
+        }
+    }
+
+    /// A node is to leave.
+    pub(super) fn leave(&mut self, node: NodeId) -> Vec<SupervisorEffect> {
+        let told = self.parting(node);
+        if !self.table.nodes.contains_key(&node) || !self.table.leaving.insert(node) {
+            return Vec::new();
         }
         let actors = self.table.actors_of(node).count();
-        if !self.table.leaving.insert(node) {
-            return (format!("{node} is leaving already; {actors} actors live on it"), Vec::new());
-        }
         let mut effects = vec![SupervisorEffect::Note(Happening::NodeLeaving { node: node.0, actors })];
-        if self.working().iter().all(|n| self.table.leaving.contains(n)) {
-            let why = format!("{node} is to leave, and there is no other: it works on until one comes");
-            effects.push(SupervisorEffect::Note(Happening::Waiting { why: why.clone() }));
-            effects.extend(self.settle(Vec::new()));
-            return (why, effects);
+        if self.is_last(node) {
+            effects.push(SupervisorEffect::Note(Happening::Waiting { why: told }));
+        } else {
+            self.place(false);
         }
-        self.place(false);
         effects.extend(self.settle(Vec::new()));
-        (format!("{node} leaves: {actors} actors move with the next commits"), effects)
+        effects
     }
 
     /// Takes nodes that are to leave and are empty out of the table. Gives their dismissals, which follow the table's sync.
@@ -72,19 +87,10 @@ impl Supervisor {
             if self.table.nodes.len() == 1 {
                 break;
             }
-            self.table.leaving.remove(&node);
-            if self.table.nodes.remove(&node).is_some() {
-                self.membership.forget(node);
-                self.admitted.remove(&node);
-                self.links.forget(node);
-                self.work.remove(&node);
-                self.released.insert(node);
-                if self.released.len() > FENCED_MAX {
-                    self.released.pop_first();
-                }
-                effects.push(SupervisorEffect::Release(node));
-                effects.push(SupervisorEffect::Note(Happening::NodeLeft { node: node.0 }));
-            }
+            self.forget(node);
+            remember(&mut self.released, node);
+            effects.push(SupervisorEffect::Release(node));
+            effects.push(SupervisorEffect::Note(Happening::NodeLeft { node: node.0 }));
         }
         effects
     }

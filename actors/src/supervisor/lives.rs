@@ -3,7 +3,7 @@
 use super::copies::{self, Home};
 use super::placement::Placement;
 use super::timeline::Timeline;
-use super::{Happening, RESTART_WINDOW, RESTARTS_MAX, Supervisor, SupervisorEffect};
+use super::{Happening, RESTART_WINDOW, RESTARTS_MAX, Supervisor, SupervisorEffect, count_within};
 use crate::ids::{ActorId, Address, Incarnation, NodeId, SUPERVISOR_NODE};
 use crate::table::{Entry, Table};
 use std::collections::{BTreeMap, BTreeSet};
@@ -110,16 +110,11 @@ impl Supervisor {
         let mut effects = Vec::new();
         let mut any = false;
         for (node, why, silence) in lost {
-            if self.table.nodes.remove(node).is_none() {
+            if !self.forget(*node) {
                 continue;
             }
             any = true;
             self.failed(format!("{node}: {why}"), *silence);
-            self.table.leaving.remove(node);
-            self.membership.forget(*node);
-            self.admitted.remove(node);
-            self.links.forget(*node);
-            self.work.remove(node);
             let note = Happening::NodeDead { node: node.0, why: why.clone(), epoch: self.table.epoch + 1 };
             effects.push(SupervisorEffect::Note(note));
         }
@@ -217,16 +212,10 @@ impl Supervisor {
         if self.table.address(address.actor) != Some(address) {
             return Vec::new();
         }
-        let times = self.restarts.entry(address.actor).or_default();
-        times.retain(|at| self.now.saturating_sub(*at) < RESTART_WINDOW);
-        times.push_back(self.now);
-        if times.len() > RESTARTS_MAX {
-            let why = format!(
-                "{} failed {} times within {} s; last: {reason}",
-                address.actor,
-                times.len(),
-                RESTART_WINDOW.as_secs()
-            );
+        let times = count_within(self.restarts.entry(address.actor).or_default(), self.now, RESTART_WINDOW);
+        if times > RESTARTS_MAX {
+            let (actor, window) = (address.actor, RESTART_WINDOW.as_secs());
+            let why = format!("{actor} failed {times} times within {window} s; last: {reason}");
             return self.finish(Err(why));
         }
         self.failed(format!("{}: {reason}", address.actor), Duration::ZERO);

@@ -3,8 +3,8 @@
 //! - PL-1: an actor whose node lives stays there, unless evening out is asked for.
 //! - PL-2: copies of one shard live on different nodes, and where they can in different domains; a copy that has no node of
 //!   its own is not placed.
-//! - PL-4: an actor gets a place only where there is room for it; what a step needs comes before further copies.
 //! - PL-3: the same input gives the same places (ties go to the lower number).
+//! - PL-4: an actor gets a place only where there is room for it; what a step needs comes before further copies.
 
 use crate::costs::Costs;
 use crate::ids::{ActorId, NodeId};

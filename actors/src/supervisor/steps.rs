@@ -1,7 +1,9 @@
 //! The supervisor's way through the steps: reports of reducers, commits, checkpoints, the end.
 
 use super::commit::{CommitError, Prepared};
-use super::{CORRUPTION_WINDOW, CORRUPTIONS_MAX, Happening, Record, Report, Supervisor, SupervisorEffect};
+use super::{
+    CORRUPTION_WINDOW, CORRUPTIONS_MAX, Happening, Record, Report, Supervisor, SupervisorEffect, count_within,
+};
 use crate::ids::{ActorId, Address, NodeId, Step};
 use crate::message::Body;
 use everstep_kernels::Tensor;
@@ -88,9 +90,8 @@ impl Supervisor {
     /// checkpoint, and the steps since are done again. What is found too often ends the job.
     fn refused(&mut self, error: &CommitError) -> Vec<SupervisorEffect> {
         let why = error.to_string();
-        self.corruptions.retain(|at| self.now.saturating_sub(*at) < CORRUPTION_WINDOW);
-        self.corruptions.push_back(self.now);
-        if matches!(error, CommitError::Unbalanced { .. }) || self.corruptions.len() > CORRUPTIONS_MAX {
+        let times = count_within(&mut self.corruptions, self.now, CORRUPTION_WINDOW);
+        if matches!(error, CommitError::Unbalanced { .. }) || times > CORRUPTIONS_MAX {
             return self.finish(Err(why));
         }
         let mut effects = vec![SupervisorEffect::Note(Happening::Corrupted { why: why.clone() })];

@@ -8,14 +8,14 @@ use crate::eval::Evaluator;
 use crate::progress::Progress;
 use crate::{STATUS_FAILED, STATUS_LEFT};
 use anyhow::{Context, Result, bail};
-use everstep_actors::{Config, RunFolder, RunIdentity};
+use everstep_actors::{Config, RunFolder, RunIdentity, milliseconds};
 use everstep_kernels::{Backend, CpuBackend};
 use rustix::process::{Pid, Signal, getppid, kill_process, set_parent_process_death_signal};
 use std::fs::{self, OpenOptions};
 use std::io::Read;
 use std::path::{Path, PathBuf};
 use std::process::{Child, Command, ExitStatus, Stdio};
-use std::time::{Duration, Instant, SystemTime, UNIX_EPOCH};
+use std::time::{Duration, Instant};
 
 const LOOK: Duration = Duration::from_millis(20);
 /// How often checkpoints are looked for that are to be evaluated.
@@ -39,6 +39,17 @@ pub(crate) enum End {
     Failed(String),
     /// The launcher was told to stop by this signal.
     Interrupted(u8),
+}
+
+impl End {
+    /// An error, unless all steps are committed and stored.
+    pub(crate) fn finished(self) -> Result<()> {
+        match self {
+            Self::Finished => Ok(()),
+            Self::Failed(why) => bail!("{why}"),
+            Self::Interrupted(signal) => bail!("stopped by signal {signal}"),
+        }
+    }
 }
 
 /// Makes the folder of a new run: configuration, snapshot of the text, credentials. `more` adds to it, for
@@ -248,8 +259,7 @@ impl Launcher {
             self.let_nodes_end();
             self.kill_all();
             self.evaluator.finish_all()?;
-            let now = SystemTime::now().duration_since(UNIX_EPOCH).map_or(0, |d| d.as_millis() as u64);
-            self.progress.evaluated(now)?;
+            self.progress.evaluated(milliseconds())?;
         }
         self.kill_all();
         Ok(end)

@@ -14,17 +14,6 @@ fn actors_move_to_a_new_node_only_with_a_commit() {
     };
     let before = places(&job);
     job.on(SupervisorEvent::Join(info(3)));
-    let step = |job: &mut Job, step: Step| {
-        let mut effects = Vec::new();
-        for shard in 0..2 {
-            let replicas: Vec<u32> = (0..2).filter(|r| job.supervisor.commit.in_sync(shard, *r)).collect();
-            for replica in replicas {
-                effects.extend(job.say(shard, replica, prepared(step, 4)(shard)));
-            }
-        }
-        assert!(!commits(&effects).is_empty());
-        effects
-    };
     // SU-7: a node that has said nothing yet, or does not reach the others, may never do so.
     for down in [&[][..], &[1]] {
         if !down.is_empty() {
@@ -32,13 +21,13 @@ fn actors_move_to_a_new_node_only_with_a_commit() {
         }
         assert_eq!((places(&job), places_on(&job, 3)), (before.clone(), Vec::new()));
     }
-    step(&mut job, 1);
+    commit_step(&mut job, 1);
     job.on(beat(3, &[]));
     let copies = places_on(&job, 3);
     assert!(!copies.is_empty() && copies.iter().all(|a| matches!(a, ActorId::Reducer { .. })), "{copies:?}");
     assert_eq!(places(&job), before);
     apply_step(&mut job, 1);
-    let effects = step(&mut job, 2);
+    let effects = commit_step(&mut job, 2);
     let after = places(&job);
     let moved: Vec<_> = after.iter().filter(|(a, place)| before[*a] != **place).collect();
     assert!(!moved.is_empty() && moved.iter().all(|(_, (node, _))| *node == NodeId(3)), "{moved:?}");
@@ -135,7 +124,7 @@ fn the_last_node_waits_for_another() {
     for n in [1, 2] {
         job.on(SupervisorEvent::Leave(NodeId(n)));
     }
-    let (said, _) = job.supervisor.drain(NodeId(9));
+    let said = job.supervisor.parting(NodeId(9));
     assert!(said.contains("no node 9") && said.contains("node 1, node 2"), "{said}");
     assert!(released(&commit_step(&mut job, 1)).is_empty() && !places_on(&job, 1).is_empty());
     apply_step(&mut job, 1);

@@ -1,6 +1,7 @@
 //! `everstep bench recovery`: what failures cost, by what failed. A job runs under the kills of a plan, and undisturbed on
 //! as many nodes; both must have the same fingerprints.
 
+use super::median;
 use crate::chaos::{Kill, Plan, Target, both, percentile};
 use crate::recoveries::{self, Recovery};
 use anyhow::{Result, bail};
@@ -12,11 +13,6 @@ use std::path::Path;
 /// Milliseconds between commits, each with when it ended.
 fn intervals(lines: &[MetricsLine]) -> Vec<(u64, f64)> {
     lines.windows(2).map(|w| (w[1].time, (w[1].time - w[0].time.min(w[1].time)) as f64)).collect()
-}
-
-fn median_of(mut values: Vec<f64>) -> f64 {
-    values.sort_by(f64::total_cmp);
-    percentile(&values, 50)
 }
 
 /// Milliseconds that the interval with each kill took longer than `usual`; with the intervals after it, up to the next kill,
@@ -41,7 +37,7 @@ fn spread(mut values: Vec<f64>) -> Value {
 fn phases(all: &[Recovery]) -> Value {
     let mut by_phase: BTreeMap<&str, Vec<f64>> = BTreeMap::new();
     all.iter().flat_map(Recovery::phases).for_each(|(name, ms)| by_phase.entry(name).or_default().push(ms));
-    json!(by_phase.into_iter().map(|(name, ms)| (name, median_of(ms))).collect::<BTreeMap<_, _>>())
+    json!(by_phase.into_iter().map(|(name, ms)| (name, median(ms))).collect::<BTreeMap<_, _>>())
 }
 
 pub(super) fn run(plan: &Path, config: &Path, set: &[String]) -> Result<()> {
@@ -51,7 +47,7 @@ pub(super) fn run(plan: &Path, config: &Path, set: &[String]) -> Result<()> {
         bail!("{} steps are too few to know how long one takes: give the job more", without.len());
     }
     let quiet = intervals(&without);
-    let usual = median_of(quiet.iter().map(|(_, ms)| *ms).collect());
+    let usual = median(quiet.iter().map(|(_, ms)| *ms).collect());
     let all = costs(&intervals(&under), &both.kills, usual);
     let mut kinds: BTreeMap<Option<Target>, Vec<(f64, f64)>> = BTreeMap::new();
     for (target, first, whole) in all {

@@ -3,7 +3,7 @@
 
 use super::median;
 use crate::data::Data;
-use crate::launcher::{self, End, Launcher};
+use crate::launcher::{self, Launcher};
 use crate::read_config;
 use anyhow::{Result, bail};
 use everstep_actors::MetricsLine;
@@ -33,11 +33,7 @@ pub(super) fn run(config: &Path, set: &[String]) -> Result<()> {
             let set: Vec<String> = set.iter().chain(more).cloned().chain([run]).collect();
             let config = read_config(config, &set)?;
             let run = launcher::create(&config, &data, |_, _| Ok(()))?;
-            match Launcher::start(run.clone(), config.nodes, false)?.wait(|_| {})? {
-                End::Finished => {}
-                End::Failed(why) => bail!("{why}"),
-                End::Interrupted(signal) => bail!("stopped by signal {signal}"),
-            }
+            Launcher::start(run.clone(), config.nodes, false)?.wait(|_| {})?.finished()?;
             let lines = MetricsLine::read_all(&run.metrics())?.0;
             if lines.len() < 2 * WARM {
                 bail!("{} steps are too few: give the job at least {}", lines.len(), 2 * WARM);

@@ -3,12 +3,12 @@
 use crate::admin;
 use crate::launcher::{self, Targets};
 use anyhow::{Context, Result, bail};
-use everstep_actors::{ActorId, AdminRequest, JobSpec, RunFolder};
+use everstep_actors::{ActorId, AdminRequest, JobSpec, RunFolder, milliseconds};
 use everstep_kernels::Philox;
 use rustix::process::Signal;
 use serde::Deserialize;
 use std::path::Path;
-use std::time::{Duration, Instant, SystemTime, UNIX_EPOCH};
+use std::time::{Duration, Instant};
 
 const PURPOSE_CHAOS: u32 = 4;
 
@@ -158,8 +158,7 @@ impl Killer {
             }
         }
         eprintln!("kill {} of {}: {target:?} after step {}", done + 1, self.plan.kills, targets.steps);
-        let time = SystemTime::now().duration_since(UNIX_EPOCH).map_or(0, |d| d.as_millis() as u64);
-        self.kills.push(Kill { time, target });
+        self.kills.push(Kill { time: milliseconds(), target });
         self.wait();
     }
 

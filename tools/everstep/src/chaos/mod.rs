@@ -6,7 +6,7 @@ mod killer;
 pub(crate) use killer::{Kill, Plan, Target};
 
 use crate::data::Data;
-use crate::launcher::{self, End, Launcher};
+use crate::launcher::{self, Launcher};
 use crate::{read_config, recoveries};
 use anyhow::{Result, bail};
 use everstep_actors::{MetricsLine, RunFolder};
@@ -39,23 +39,15 @@ pub(crate) fn both(plan: Plan, config: &Path, set: &[String], alone: Option<usiz
     eprintln!("the job under kills");
     let (disturbed, launcher) = start("chaos", None)?;
     let mut killer = Killer::new(plan, disturbed.clone(), &base.spec);
-    finished(launcher.wait(|targets| killer.act(targets))?)?;
+    launcher.wait(|targets| killer.act(targets))?.finished()?;
     eprintln!("the same job undisturbed");
     let (undisturbed, launcher) = start("undisturbed", alone)?;
-    finished(launcher.wait(|_| {})?)?;
+    launcher.wait(|_| {})?.finished()?;
     let (done, planned) = (killer.kills.len() as u64, killer.plan.kills);
     if done < planned {
         bail!("the job ended after {done} of {planned} kills: give it more steps");
     }
     Ok(Both { disturbed, undisturbed, kills: killer.kills })
-}
-
-fn finished(end: End) -> Result<()> {
-    match end {
-        End::Finished => Ok(()),
-        End::Failed(why) => bail!("{why}"),
-        End::Interrupted(signal) => bail!("stopped by signal {signal}"),
-    }
 }
 
 impl Both {
