@@ -11,7 +11,7 @@ TEXT := tokio syn rustls zerocopy chrono time quinn-proto winnow clap_builder ra
 	tracing-subscriber rayon
 
 .PHONY: train test kernels conformance precision rate recovery verify bench chaos chaos-full chaos-times chaos-scale \
-	simulate gpu-check setup setup-test \
+	chaos-supervisors simulate gpu-check setup setup-test \
 	setup-python setup-peers build
 
 ## Build, then train the quickstart: a supervisor and three nodes on this machine.
@@ -72,6 +72,11 @@ bench: build
 ## Train while a random process is killed every few seconds, and compare with the undisturbed run.
 chaos: build
 	$(PROGRAM) chaos configs/chaos/everything.toml $(CONFIG) --set run.folder=runs/chaos-$(NOW) --set train.steps=320
+
+## Three supervisors, of which the one that leads is stopped or killed, 20 times.
+chaos-supervisors: build
+	$(PROGRAM) chaos configs/chaos/supervisors.toml $(CONFIG) --set run.folder=runs/chaos-supervisors-$(NOW) \
+		--set recovery.supervisors=3 --set job.nodes=3 --set train.steps=700
 
 ## The same with 50 kills on the tiny model.
 chaos-full: build

@@ -24,6 +24,8 @@ pub struct Config {
     pub nodes: usize,
     /// Nodes beyond those that are held ready without actors.
     pub spares: usize,
+    /// Supervisors, one of which leads.
+    pub supervisors: u64,
     /// Multiply-adds a second to which every thread of a node is held back, if it is: nodes that share a machine then
     /// have a speed of their own each.
     pub pace: Option<f64>,
@@ -135,6 +137,7 @@ impl Config {
             listen: raw.run.listen,
             nodes: raw.job.nodes as usize,
             spares: raw.recovery.spares as usize,
+            supervisors: u64::from(raw.recovery.supervisors),
             pace: raw.job.pace,
             memory: raw.job.memory,
             data: data(raw.data),

@@ -49,8 +49,8 @@ pub use message::{Body, Commit, Envelope};
 pub use plant::Bug;
 pub use reducer::first_state;
 pub use shell::{
-    AnyError, MetricsLine, NodeEnd, NodeOptions, RunFolder, RunIdentity, SupervisorEnd, hash_hex, milliseconds,
-    new_name, run_node, run_supervisor, verify_tokens,
+    AnyError, MetricsLine, NodeEnd, NodeOptions, RunFolder, RunIdentity, Seat, SupervisorEnd, SupervisorOptions,
+    find_supervisor, hash_hex, milliseconds, new_name, run_node, run_supervisor, verify_tokens,
 };
 pub use spec::{JobSpec, Layout, OptimizerSpec};
 pub use stored::{state_of, stored};

@@ -36,7 +36,7 @@ pub(crate) struct Chunks {
 }
 
 /// Writes a file so that its name stands for all of it: elsewhere first, synced, then renamed.
-pub(crate) fn write_whole(path: &Path, bytes: &[u8]) -> Result<(), StoreError> {
+pub fn write_whole(path: &Path, bytes: &[u8]) -> Result<(), StoreError> {
     use std::io::Write;
     let folder = path.parent().expect("files of a store lie in a folder");
     let name = path.file_name().expect("files of a store have a name").to_string_lossy();

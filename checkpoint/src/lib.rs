@@ -9,7 +9,7 @@ mod manifest;
 mod mapped;
 mod store;
 
-pub use chunk::{CHUNK_WORDS, ChunkHash};
+pub use chunk::{CHUNK_WORDS, ChunkHash, write_whole};
 pub use error::StoreError;
 pub use log::{Log, RECORD_MAX};
 pub use manifest::{Element, Manifest, PartEntry, TensorEntry};

@@ -1,6 +1,6 @@
 //! An append-only log of records: each with its length and CRC-32C, synced before it counts.
 //!
-//! - LO-1: [`Log::append`] returns after the record is on disk.
+//! - LO-1: [`Log::append`] and [`Log::append_all`] return after the records are on disk.
 //! - LO-2: opening gives every record that was appended; a torn last one (a crash while it was written,
 //!   so nobody was told of it) is cut off. Damage before the end is an error that says where.
 
@@ -45,7 +45,13 @@ impl Log {
 
     /// Appends a record and syncs it.
     pub fn append(&mut self, record: &[u8]) -> Result<(), StoreError> {
-        self.file.write_all(&frame(record)).and_then(|()| self.file.sync_data()).map_err(at(&self.path))
+        self.append_all(&[record])
+    }
+
+    /// Appends records with one sync. A crash may keep the first ones alone.
+    pub fn append_all(&mut self, records: &[impl AsRef<[u8]>]) -> Result<(), StoreError> {
+        let frames: Vec<u8> = records.iter().flat_map(|r| frame(r.as_ref())).collect();
+        self.file.write_all(&frames).and_then(|()| self.file.sync_data()).map_err(at(&self.path))
     }
 
     /// Replaces a log by a shorter one that says the same: whole, or not at all.

@@ -7,6 +7,8 @@
 //!   missing, damaged or behind.
 //! - DS-3: the newest `keep` checkpoints are kept; chunks that neither a kept manifest nor a checkpoint
 //!   that is being made names are removed.
+//! - DS-4: a process whose turn is over removes nothing. What it still writes is what the next one writes too: the
+//!   bytes of a chunk and of a checkpoint do not depend on who writes them.
 
 use crate::catalogue::Catalogue;
 use crate::chunk::{CHUNK_WORDS, ChunkHash, Chunks, write_whole};
@@ -174,19 +176,41 @@ pub struct Store {
     catalogue: Catalogue,
     /// Tensors that are stored of checkpoints that are being made, by step and name.
     pending: BTreeMap<u64, BTreeMap<String, TensorEntry>>,
+    mine: Mine,
+}
+
+/// Whether it is this process's turn.
+struct Mine(Arc<dyn Fn() -> bool + Send + Sync>);
+
+impl std::fmt::Debug for Mine {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        write!(f, "Mine({})", (self.0)())
+    }
 }
 
 impl Store {
     /// Opens or creates the store of `job` in `folder`. `keep` is at least 1. The caller sees to it that
     /// nobody else has it open.
     pub fn open(folder: &Path, job: &str, keep: usize) -> Result<Self, StoreError> {
+        Self::in_turn(folder, &folder.join("catalogue"), job, keep, Arc::new(|| true))
+    }
+
+    /// The same for one of several processes that have the store in turn, each with a catalogue of its own (DS-4). `mine`
+    /// says whether it is this one's turn.
+    pub fn in_turn(
+        folder: &Path,
+        catalogue: &Path,
+        job: &str,
+        keep: usize,
+        mine: Arc<dyn Fn() -> bool + Send + Sync>,
+    ) -> Result<Self, StoreError> {
         let reader = Reader::new(folder, job);
         for needed in [reader.manifests(), folder.join("chunks")] {
             fs::create_dir_all(&needed).map_err(at(&needed))?;
         }
         let read = |step: &u64| reader.manifest(*step);
-        let catalogue = Catalogue::open(&folder.join("catalogue"), &reader.steps()?, read)?;
-        Ok(Self { keep: keep.max(1), catalogue, pending: BTreeMap::new(), reader })
+        let catalogue = Catalogue::open(catalogue, &reader.steps()?, read)?;
+        Ok(Self { keep: keep.max(1), catalogue, pending: BTreeMap::new(), reader, mine: Mine(mine) })
     }
 
     /// The reading half.
@@ -229,6 +253,9 @@ impl Store {
             return Ok(());
         }
         for step in old {
+            if !(self.mine.0)() {
+                return Ok(());
+            }
             let path = self.reader.manifest_path(*step);
             fs::remove_file(&path).map_err(at(&path))?;
             self.catalogue.remove(*step)?;
@@ -240,7 +267,8 @@ impl Store {
         }
         let pending = self.pending.values().flat_map(BTreeMap::values).flat_map(TensorEntry::chunks);
         named.extend(pending.map(|hash| ChunkHash(*hash).to_string()));
-        self.reader.chunks.sweep(|name| named.contains(name))?;
+        // Asked again before each one.
+        self.reader.chunks.sweep(|name| named.contains(name) || !(self.mine.0)())?;
         Ok(())
     }
 
@@ -351,6 +379,29 @@ mod tests {
         let error = store.newest_good().unwrap_err().to_string();
         assert!(error.contains("EVERMAN1") && error.contains(&path.display().to_string()), "{error}");
         assert_eq!(fs::read(&path).unwrap(), bytes);
+    }
+
+    /// DS-4: one that wakes when another has the store removes neither a checkpoint nor a chunk of it.
+    #[test]
+    fn a_process_whose_turn_is_over_removes_nothing() {
+        use std::sync::atomic::{AtomicBool, Ordering::Relaxed};
+        let folder = tempfile::tempdir().unwrap();
+        let open = |name: &str, mine: Arc<dyn Fn() -> bool + Send + Sync>| {
+            Store::in_turn(folder.path(), &folder.path().join(name), "job", 1, mine).unwrap()
+        };
+        let turn = Arc::new(AtomicBool::new(true));
+        let mine = Arc::clone(&turn);
+        let mut first = open("first", Arc::new(move || mine.load(Relaxed)));
+        save(&mut first, 1, 1.0);
+        first.put(2, &tensors(2.0)).unwrap();
+        turn.store(false, Relaxed);
+        let mut second = open("second", Arc::new(|| true));
+        second.put(3, &tensors(3.0)).unwrap();
+        first.publish(2).unwrap();
+        assert_eq!(second.reader().steps().unwrap(), [1, 2]);
+        second.publish(3).unwrap();
+        assert_eq!(second.reader().steps().unwrap(), [3]);
+        assert_eq!(second.newest_good().unwrap().0, Some(3));
     }
 
     /// DS-2.

@@ -1,5 +1,9 @@
 //! Runs real jobs for the whole-system tests: the `everstep` program, its processes, its files.
 
+mod wires;
+
+pub use wires::{Process, Wires};
+
 use anyhow::{Context, Result, bail};
 use everstep_actors::{MetricsLine, RunFolder};
 use rustix::process::{Pid, Signal, kill_process};

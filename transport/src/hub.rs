@@ -6,6 +6,7 @@
 //! - HU-3: a message is taken from the peer's grant when the receiver takes its event, so a process that
 //!   does not keep up slows its peers.
 
+use crate::calls::{self, Call, Caller};
 use crate::credentials::Credentials;
 use crate::link::Link;
 use crate::message::{Assembler, Fragment, Message};
@@ -15,7 +16,8 @@ use quinn::Endpoint;
 use ring::rand::SecureRandom;
 use std::collections::BTreeMap;
 use std::net::SocketAddr;
-use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
+use std::sync::atomic::{AtomicBool, Ordering};
+use std::sync::{Arc, Mutex, MutexGuard, OnceLock, PoisonError};
 use std::time::Duration;
 use tokio::sync::mpsc::error::TrySendError;
 use tokio::sync::{mpsc, oneshot, watch};
@@ -62,6 +64,12 @@ struct Handle {
 
 struct Shared {
     endpoint: Endpoint,
+    /// How calls are dialled.
+    caller: quinn::ClientConfig,
+    /// Who answers calls, if anybody does.
+    calls: OnceLock<mpsc::Sender<Call>>,
+    /// Whether others may begin sessions.
+    open: AtomicBool,
     me: Peer,
     sessions: Mutex<BTreeMap<Peer, Handle>>,
     events: mpsc::Sender<HubEvent>,
@@ -84,9 +92,10 @@ impl Hub {
         credentials: &Credentials,
         me: Peer,
     ) -> Result<(Self, mpsc::Receiver<HubEvent>), QuicError> {
-        let endpoint = quic::open(bind, credentials)?;
+        let (endpoint, caller) = quic::open(bind, credentials)?;
         let (events, receiver) = mpsc::channel(EVENTS);
-        let hub = Self(Arc::new(Shared { endpoint, me, sessions: Mutex::default(), events }));
+        let (calls, open) = (OnceLock::new(), AtomicBool::new(true));
+        let hub = Self(Arc::new(Shared { endpoint, caller, calls, open, me, sessions: Mutex::default(), events }));
         tokio::spawn(accept(hub.clone()));
         Ok((hub, receiver))
     }
@@ -99,6 +108,23 @@ impl Hub {
     /// This process's name.
     pub fn me(&self) -> Peer {
         self.0.me
+    }
+
+    /// Whether others may begin sessions with this process from now on; at first they may.
+    pub fn take_sessions(&self, open: bool) {
+        self.0.open.store(open, Ordering::Relaxed);
+    }
+
+    /// Calls of others from now on. Whoever asks first answers them; before, and without, they are refused.
+    pub fn answer_calls(&self) -> mpsc::Receiver<Call> {
+        let (sender, calls) = mpsc::channel(calls::QUEUE);
+        let _ = self.0.calls.set(sender);
+        calls
+    }
+
+    /// For calls to a process.
+    pub fn caller(&self, address: SocketAddr) -> Caller {
+        Caller::new(self.0.endpoint.clone(), self.0.caller.clone(), address)
     }
 
     /// The session with a peer; a new one if there is none.
@@ -234,6 +260,16 @@ async fn accept(hub: Hub) {
 async fn admit(hub: &Hub, incoming: quinn::Incoming) -> Result<(), QuicError> {
     let address = incoming.remote_address();
     let connection = incoming.await.map_err(|e| explain(address, &e))?;
+    if quic::is_for_calls(&connection) {
+        if let Some(sender) = hub.0.calls.get() {
+            tokio::spawn(calls::serve(connection, sender.clone()));
+        }
+        return Ok(());
+    }
+    if !hub.0.open.load(Ordering::Relaxed) {
+        connection.close(quinn::VarInt::from_u32(0), b"this process takes no sessions now");
+        return Ok(());
+    }
     let (mut shaking, peer) = Shaking::accept(connection).await?;
     let session = hub.session(peer);
     let ended = || QuicError::Unreachable { address, reason: "the session has ended".to_owned() };

@@ -2,8 +2,9 @@
 //!
 //! From the bottom: a [`Link`] carries frames and may break; a session (pure core: [`Session`]) makes an
 //! ordered, exactly-once, flow-controlled stream of units on two lanes of any number of links; a
-//! [`Hub`] keeps all sessions of a process, over QUIC.
+//! [`Hub`] keeps all sessions of a process, over QUIC. Beside them, a [`Call`] is a request with one answer.
 
+mod calls;
 mod codec;
 mod credentials;
 mod hub;
@@ -12,6 +13,7 @@ mod message;
 mod quic;
 mod session;
 
+pub use calls::{CALL_MAX, Call, Caller};
 pub use codec::FrameError;
 pub use credentials::{Credentials, CredentialsError};
 pub use hub::{Hub, HubEvent, SEND_QUEUE};

@@ -10,7 +10,7 @@ use crate::link::{Link, QUEUE};
 use crate::message::Fragment;
 use crate::session::Frame;
 use bytes::Bytes;
-use quinn::crypto::rustls::{QuicClientConfig, QuicServerConfig};
+use quinn::crypto::rustls::{HandshakeData, QuicClientConfig, QuicServerConfig};
 use quinn::{
     Connection, ConnectionId, ConnectionIdGenerator, Endpoint, EndpointConfig, IdleTimeout, RecvStream, SendStream,
     TransportConfig, VarInt,
@@ -21,8 +21,9 @@ use std::sync::Arc;
 use std::time::Duration;
 use tokio::sync::mpsc;
 
-/// Both ends must speak the same.
+/// Both ends must speak the same: that of sessions, or that of calls.
 const PROTOCOL: &[u8] = b"everstep/1";
+const CALLS: &[u8] = b"everstep-calls/1";
 /// A connection without a sign of life for so long is broken.
 const IDLE: Duration = Duration::from_millis(500);
 const KEEP_ALIVE: Duration = Duration::from_millis(100);
@@ -112,8 +113,15 @@ impl ConnectionIdGenerator for RandomIds {
     }
 }
 
-/// Opens an endpoint that accepts and dials members of the job.
-pub(crate) fn open(bind: SocketAddr, credentials: &Credentials) -> Result<Endpoint, QuicError> {
+/// Whether a connection is for calls; else it is for a session.
+pub(crate) fn is_for_calls(connection: &Connection) -> bool {
+    let data = connection.handshake_data().and_then(|data| data.downcast::<HandshakeData>().ok());
+    data.is_some_and(|data| data.protocol.as_deref() == Some(CALLS))
+}
+
+/// Opens an endpoint that accepts and dials members of the job: for sessions, unless a connection is made with the
+/// configuration for calls, which is given beside it.
+pub(crate) fn open(bind: SocketAddr, credentials: &Credentials) -> Result<(Endpoint, quinn::ClientConfig), QuicError> {
     let tls = |e: &dyn std::fmt::Display| QuicError::Tls(e.to_string());
     let provider = Arc::new(rustls::crypto::ring::default_provider());
     let mut roots = rustls::RootCertStore::empty();
@@ -130,7 +138,7 @@ pub(crate) fn open(bind: SocketAddr, credentials: &Credentials) -> Result<Endpoi
         .with_client_cert_verifier(verifier)
         .with_single_cert(chain(), credentials.key.clone_key())
         .map_err(|e| tls(&e))?;
-    server.alpn_protocols = vec![PROTOCOL.to_vec()];
+    server.alpn_protocols = vec![PROTOCOL.to_vec(), CALLS.to_vec()];
     let mut client = rustls::ClientConfig::builder_with_provider(provider)
         .with_protocol_versions(&[&rustls::version::TLS13])
         .map_err(|e| tls(&e))?
@@ -141,15 +149,22 @@ pub(crate) fn open(bind: SocketAddr, credentials: &Credentials) -> Result<Endpoi
     let mut server =
         quinn::ServerConfig::with_crypto(Arc::new(QuicServerConfig::try_from(server).map_err(|e| tls(&e))?));
     server.transport_config(transport());
-    let mut client = quinn::ClientConfig::new(Arc::new(QuicClientConfig::try_from(client).map_err(|e| tls(&e))?));
-    client.transport_config(transport());
+    let dialler = |tls_config| -> Result<_, QuicError> {
+        let mut config =
+            quinn::ClientConfig::new(Arc::new(QuicClientConfig::try_from(tls_config).map_err(|e| tls(&e))?));
+        config.transport_config(transport());
+        Ok(config)
+    };
+    let mut caller = client.clone();
+    caller.alpn_protocols = vec![CALLS.to_vec()];
+    let (client, caller) = (dialler(client)?, dialler(caller)?);
     let bind_error = |source| QuicError::Bind { address: bind, source };
     let socket = std::net::UdpSocket::bind(bind).map_err(bind_error)?;
     let runtime = Arc::new(quinn::TokioRuntime);
     let mut endpoint =
         Endpoint::new(endpoint_config(credentials), Some(server), socket, runtime).map_err(bind_error)?;
     endpoint.set_default_client_config(client);
-    Ok(endpoint)
+    Ok((endpoint, caller))
 }
 
 /// Tells a foreign certificate from a broken connection.

@@ -267,10 +267,11 @@ fn default_keep() -> usize {
 pub(super) struct RawRecovery {
     pub(super) mirrors: u32,
     pub(super) spares: u32,
+    pub(super) supervisors: u32,
 }
 
 impl Default for RawRecovery {
     fn default() -> Self {
-        Self { mirrors: 1, spares: 0 }
+        Self { mirrors: 1, spares: 0, supervisors: 1 }
     }
 }

@@ -10,6 +10,7 @@ type Rule = (bool, &'static str, String, String);
 /// The first rule that does not hold, as an error that says where the value comes from.
 pub(super) fn check(raw: &Raw, text: &str, origin: &str, overrides: &[String]) -> Result<(), ConfigError> {
     let mut rules = size_rules(raw);
+    rules.extend(supervisor_rules(raw));
     rules.extend(choice_rules(raw));
     rules.extend(node_rules(&raw.job));
     if raw.model.dense_layers < raw.model.layers {
@@ -65,6 +66,22 @@ fn node_rules(j: &RawJob) -> [Rule; 2] {
     ]
 }
 
+fn at_most(key: &'static str, value: u32, most: u32) -> Rule {
+    (value <= most, key, value.to_string(), format!("expected at most {most}"))
+}
+
+fn supervisor_rules(raw: &Raw) -> [Rule; 3] {
+    let (text, count) = (&raw.run.listen, raw.recovery.supervisors);
+    let listen = text.parse::<std::net::SocketAddr>();
+    let why = "nodes must be able to reach it: expected the address of an interface";
+    let majority = "expected 1, 3, 5 or 7: a majority of them must agree";
+    [
+        (listen.is_ok(), "run.listen", text.clone(), "expected ADDRESS:PORT, for example 127.0.0.1:0".into()),
+        (listen.is_ok_and(|a| !a.ip().is_unspecified()), "run.listen", text.clone(), why.into()),
+        (count % 2 == 1 && count <= 7, "recovery.supervisors", count.to_string(), majority.into()),
+    ]
+}
+
 /// Values of which only some are possible.
 fn choice_rules(raw: &Raw) -> Vec<Rule> {
     let (m, j, t) = (&raw.model, &raw.job, &raw.train);
@@ -94,21 +111,6 @@ fn choice_rules(raw: &Raw) -> Vec<Rule> {
         j.stages.to_string(),
         format!("expected at most model.layers = {}", m.layers),
     ));
-    rules.push((
-        raw.run.listen.parse::<std::net::SocketAddr>().is_ok(),
-        "run.listen",
-        raw.run.listen.clone(),
-        "expected ADDRESS:PORT, for example 127.0.0.1:0".into(),
-    ));
-    let listen = raw.run.listen.parse::<std::net::SocketAddr>();
-    rules.push((
-        listen.is_ok_and(|a| !a.ip().is_unspecified()),
-        "run.listen",
-        raw.run.listen.clone(),
-        "nodes must be able to reach it: expected the address of an interface".into(),
-    ));
-    let at_most =
-        |key, value: u32, most: u32| (value <= most, key, value.to_string(), format!("expected at most {most}"));
     rules.push(at_most("recovery.mirrors", raw.recovery.mirrors, 15));
     rules.push(at_most("recovery.spares", raw.recovery.spares, 1024));
     rules.push(at_most("job.lanes", j.lanes, 65_536));

@@ -14,7 +14,7 @@ use crate::wire::Unit;
 use crate::worker::Materials;
 use everstep_checkpoint::Mapped;
 use everstep_kernels::{Backend, CpuBackend};
-use everstep_transport::{Credentials, Hub, HubEvent, Peer};
+use everstep_transport::{Credentials, Hub, HubEvent, Peer, QuicError};
 use ractor::Actor;
 use std::net::SocketAddr;
 use std::sync::Arc;
@@ -30,8 +30,8 @@ const TOKENS_MAX: u64 = 16 << 30;
 /// How to be a node.
 #[derive(Debug, Clone)]
 pub struct NodeOptions {
-    /// The supervisor's address.
-    pub join: SocketAddr,
+    /// The supervisor's address, or those of all supervisors. At least one.
+    pub join: Vec<SocketAddr>,
     /// Where this node listens for other nodes; by default at the address from which it reaches the
     /// supervisor.
     pub listen: Option<SocketAddr>,
@@ -59,14 +59,15 @@ pub enum NodeEnd {
 /// Joins a job and serves it until it ends or this node is fenced.
 pub async fn run_node(options: &NodeOptions) -> Result<NodeEnd, AnyError> {
     let credentials = Credentials::load(&options.credentials)?;
-    let listen = options.listen.map_or_else(|| facing(options.join), Ok)?;
+    let first = *options.join.first().ok_or_else(|| NodeError::Start("--join names no supervisor".to_owned()))?;
+    let listen = options.listen.map_or_else(|| facing(first), Ok)?;
     if listen.ip().is_unspecified() {
         let why =
             format!("--listen {listen}: other nodes must be able to reach it: expected the address of an interface");
         return Err(NodeError::Start(why).into());
     }
     let (hub, mut events) = Hub::open(listen, &credentials, new_name())?;
-    let supervisor = find(&hub, options.join, SUPERVISOR_WAIT).await?;
+    let supervisor = find(&hub, &options.join, SUPERVISOR_WAIT).await?;
     let Some((materials, pace)) = receive_job(&hub, supervisor, &mut events).await? else {
         return Ok(NodeEnd::Fenced);
     };
@@ -84,7 +85,7 @@ pub async fn run_node(options: &NodeOptions) -> Result<NodeEnd, AnyError> {
     tell(&hub, supervisor, join);
     let (end, mut ended) = mpsc::channel(1);
     let pool = Pool::new(options.threads, &backend, pace)?;
-    let args = Args { hub: hub.clone(), supervisor, join: options.join, materials, pool, end };
+    let args = Args { hub: hub.clone(), supervisor, join: options.join.clone(), materials, pool, end };
     let (node, handle) = Actor::spawn(None, Node, args).await.map_err(|e| NodeError::Start(e.to_string()))?;
     let mut told = tokio::signal::unix::signal(tokio::signal::unix::SignalKind::terminate())?;
     let leaving = node.clone();
@@ -104,11 +105,11 @@ pub async fn run_node(options: &NodeOptions) -> Result<NodeEnd, AnyError> {
 /// Why being a node failed.
 #[derive(Debug, thiserror::Error)]
 pub(crate) enum NodeError {
-    /// The supervisor does not answer.
-    #[error("no supervisor at {address} for {seconds} s; last: {last}")]
+    /// No supervisor answers.
+    #[error("no supervisor at {} for {seconds} s; last: {last}", listed(addresses))]
     NoSupervisor {
         /// Where it should be.
-        address: SocketAddr,
+        addresses: Vec<SocketAddr>,
         /// How long it was looked for.
         seconds: u64,
         /// The last attempt's failure.
@@ -130,19 +131,36 @@ fn facing(peer: SocketAddr) -> std::io::Result<SocketAddr> {
     Ok(SocketAddr::new(socket.local_addr()?.ip(), 0))
 }
 
-/// Dials until somebody answers. A foreign job is an answer.
-pub(super) async fn find(hub: &Hub, address: SocketAddr, wait: Duration) -> Result<Peer, AnyError> {
+fn listed(addresses: &[SocketAddr]) -> String {
+    addresses.iter().map(ToString::to_string).collect::<Vec<_>>().join(", ")
+}
+
+/// Dials all addresses until the supervisor that leads answers at one of them. A foreign job is an answer.
+pub async fn find(hub: &Hub, addresses: &[SocketAddr], wait: Duration) -> Result<Peer, AnyError> {
     let deadline = tokio::time::Instant::now() + wait;
+    // Each by itself: one that is stopped takes long not to answer.
+    let mut looking = tokio::task::JoinSet::new();
+    for address in addresses {
+        looking.spawn(find_at(hub.clone(), *address, deadline));
+    }
+    let mut last = "it has no address".to_owned();
+    while let Some(looked) = looking.join_next().await {
+        match looked? {
+            Ok(peer) => return Ok(peer),
+            Err(error @ QuicError::ForeignJob { .. }) => return Err(error.into()),
+            Err(error) => last = error.to_string(),
+        }
+    }
+    Err(NodeError::NoSupervisor { addresses: addresses.to_vec(), seconds: wait.as_secs(), last }.into())
+}
+
+async fn find_at(hub: Hub, address: SocketAddr, deadline: tokio::time::Instant) -> Result<Peer, QuicError> {
     loop {
         match hub.dial(address).await {
-            Ok(peer) => return Ok(peer),
-            Err(error @ everstep_transport::QuicError::ForeignJob { .. }) => return Err(error.into()),
-            Err(error) if tokio::time::Instant::now() > deadline => {
-                return Err(
-                    NodeError::NoSupervisor { address, seconds: wait.as_secs(), last: error.to_string() }.into()
-                );
+            Err(QuicError::Unreachable { .. }) if tokio::time::Instant::now() < deadline => {
+                tokio::time::sleep(REDIAL).await;
             }
-            Err(_) => tokio::time::sleep(REDIAL).await,
+            result => return result,
         }
     }
 }

@@ -5,16 +5,20 @@ mod node;
 mod operators;
 mod pool;
 mod pulse;
+mod replicated;
 mod restore;
 mod run_folder;
 mod scribe;
+mod supervise;
 mod supervisor;
 mod watch;
 mod worker;
 
-pub use join::{NodeEnd, NodeOptions, run_node};
+pub use join::{NodeEnd, NodeOptions, find as find_supervisor, run_node};
+pub use replicated::Seat;
 pub use run_folder::{MetricsLine, RunFolder, RunIdentity, verify_tokens};
-pub use supervisor::{SupervisorEnd, milliseconds, run_supervisor};
+pub use supervise::{SupervisorOptions, run_supervisor};
+pub use supervisor::{SupervisorEnd, milliseconds};
 
 use crate::control::Control;
 use crate::wire::Unit;

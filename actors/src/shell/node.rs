@@ -52,7 +52,7 @@ struct Running {
 pub(super) struct State {
     hub: Hub,
     supervisor: Peer,
-    join: SocketAddr,
+    join: Vec<SocketAddr>,
     router: Router,
     materials: Materials,
     pool: Pool,
@@ -71,7 +71,7 @@ pub(super) struct State {
 pub(super) struct Args {
     pub(super) hub: Hub,
     pub(super) supervisor: Peer,
-    pub(super) join: SocketAddr,
+    pub(super) join: Vec<SocketAddr>,
     pub(super) materials: Materials,
     pub(super) pool: Pool,
     pub(super) end: mpsc::Sender<NodeEnd>,
@@ -234,9 +234,9 @@ impl State {
         if std::mem::replace(&mut self.looking, true) {
             return;
         }
-        let (hub, join, myself) = (self.hub.clone(), self.join, myself.clone());
+        let (hub, join, myself) = (self.hub.clone(), self.join.clone(), myself.clone());
         tokio::spawn(async move {
-            let message = match find(&hub, join, SUPERVISOR_WAIT).await {
+            let message = match find(&hub, &join, SUPERVISOR_WAIT).await {
                 Ok(peer) => Msg::SupervisorFound(peer),
                 Err(error) => Msg::SupervisorGone(error.to_string()),
             };

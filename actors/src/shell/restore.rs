@@ -1,7 +1,7 @@
 //! What a supervisor begins from: the control log, the newest good checkpoint, the metrics so far.
 
 use super::AnyError;
-use super::run_folder::{MetricsLine, RunFolder, RunIdentity};
+use super::run_folder::{MetricsLine, RunFolder};
 use super::scribe::Files;
 use crate::config::Config;
 use crate::ids::Step;
@@ -10,6 +10,7 @@ use crate::supervisor::{Record, Supervisor};
 use everstep_checkpoint::{Element, Log, RECORD_MAX, Store, TensorEntry};
 use std::collections::BTreeMap;
 use std::fs::OpenOptions;
+use std::path::{Path, PathBuf};
 
 /// Records with which a supervisor may begin; with more, it begins with a shorter log that says the same.
 const RECORDS_MAX: usize = 1000;
@@ -34,32 +35,45 @@ fn decode(bytes: &[u8]) -> Result<Record, String> {
     }
 }
 
-/// What a supervisor starts from: files of the run folder.
+/// What a supervisor starts from.
 pub(super) struct Restored {
     pub(super) records: Vec<Record>,
     pub(super) checkpoint: Step,
     pub(super) reported: BTreeMap<Step, String>,
-    pub(super) files: Files,
     pub(super) store: Store,
     pub(super) notes: Vec<String>,
-    /// Held as long as this supervisor lives: nobody else writes into the run folder.
-    pub(super) lock: std::fs::File,
 }
 
-pub(super) fn restore(run: &RunFolder, config: &Config, identity: &RunIdentity) -> Result<Restored, AnyError> {
-    let lock = run.lock()?;
-    let (log, raw) = Log::open(&run.control_log())?;
+/// The control log of a supervisor that is the only one, and the files that it writes.
+pub(super) fn restore_log(run: &RunFolder) -> Result<(Vec<Record>, Files), AnyError> {
+    let (mut log, raw) = Log::open(&run.control_log())?;
     let decode = |(n, bytes): (usize, Vec<u8>)| {
         decode(&bytes).map_err(|why| format!("{}: record {n}: {why}", run.control_log().display()))
     };
     let mut records: Vec<Record> = raw.into_iter().enumerate().map(decode).collect::<Result<_, _>>()?;
-    let mut log = log;
     if records.len() > RECORDS_MAX {
         records = Supervisor::compacted(&records);
         let encoded: Vec<Vec<u8>> = records.iter().map(encode).collect();
         log = Log::rewrite(&run.control_log(), &encoded)?;
     }
-    let store = Store::open(&run.checkpoints(), &identity.job, config.keep)?;
+    let open = |path: PathBuf| -> Result<(PathBuf, std::fs::File), AnyError> {
+        let file =
+            OpenOptions::new().create(true).append(true).open(&path).map_err(|e| format!("{}: {e}", path.display()))?;
+        Ok((path, file))
+    };
+    let metrics = open(run.metrics())?;
+    // A line that was torn is written again.
+    metrics.1.set_len(MetricsLine::read_all(&run.metrics())?.1 as u64)?;
+    Ok((records, Files { log, metrics, events: open(run.events())? }))
+}
+
+/// The rest, once the control log is known. `metrics` has the lines of the steps so far.
+pub(super) fn restore(
+    store: Store,
+    config: &Config,
+    records: Vec<Record>,
+    metrics: &Path,
+) -> Result<Restored, AnyError> {
     let (good, wrong) = store.newest_good()?;
     if good.is_none() && !wrong.is_empty() {
         let words: Vec<String> = wrong.iter().map(ToString::to_string).collect();
@@ -81,18 +95,9 @@ pub(super) fn restore(run: &RunFolder, config: &Config, identity: &RunIdentity) 
         }
     }
     store.refuse_after(checkpoint)?;
-    let (lines, whole) = MetricsLine::read_all(&run.metrics())?;
-    let open = |path: std::path::PathBuf| -> Result<(std::path::PathBuf, std::fs::File), AnyError> {
-        let file =
-            OpenOptions::new().create(true).append(true).open(&path).map_err(|e| format!("{}: {e}", path.display()))?;
-        Ok((path, file))
-    };
-    let metrics = open(run.metrics())?;
-    metrics.1.set_len(whole as u64)?;
-    let reported = lines.into_iter().map(|l| (l.step, l.fingerprint)).collect();
+    let reported = MetricsLine::read_all(metrics)?.0.into_iter().map(|l| (l.step, l.fingerprint)).collect();
     let notes = wrong.iter().map(ToString::to_string).collect();
-    let files = Files { log, metrics, events: open(run.events())? };
-    Ok(Restored { records, checkpoint, reported, files, store, notes, lock })
+    Ok(Restored { records, checkpoint, reported, store, notes })
 }
 
 #[cfg(test)]

@@ -6,6 +6,7 @@ use crate::tokens::{SourceInfo, Tokens};
 use everstep_checkpoint::Mapped;
 use serde::{Deserialize, Serialize};
 use std::collections::BTreeMap;
+use std::net::SocketAddr;
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
 
@@ -58,20 +59,45 @@ impl RunFolder {
     pub fn credentials(&self) -> PathBuf {
         self.0.join("credentials")
     }
-    /// Where the supervisor listens.
+    /// Where the supervisor listens, or all supervisors do: with commas between.
     pub fn address(&self) -> PathBuf {
         self.0.join("address")
+    }
+    /// What that file says.
+    pub fn addresses(&self) -> std::io::Result<Vec<SocketAddr>> {
+        let path = self.address();
+        let words = |e: &dyn std::fmt::Display| std::io::Error::other(format!("{}: {e}", path.display()));
+        let text = std::fs::read_to_string(&path).map_err(|e| words(&e))?;
+        text.trim().split(',').map(|address| address.parse().map_err(|e| words(&e))).collect()
     }
     /// What the processes say.
     pub fn logs(&self) -> PathBuf {
         self.0.join("logs")
     }
+    /// The folder of one of several supervisors: its log, and its copies of metrics and events.
+    pub fn seat(&self, number: u64) -> PathBuf {
+        self.0.join("supervisors").join(number.to_string())
+    }
     /// Takes the run for the one process that writes into it; it is given back when the file closes.
     pub fn lock(&self) -> std::io::Result<std::fs::File> {
-        let path = self.0.join("lock");
+        self.locked(&self.0, std::fs::File::try_lock)
+    }
+    /// Takes the folder of one of several supervisors, and the run together with the others.
+    pub(super) fn lock_seat(&self, number: u64) -> std::io::Result<[std::fs::File; 2]> {
+        Ok([
+            self.locked(&self.0, std::fs::File::try_lock_shared)?,
+            self.locked(&self.seat(number), std::fs::File::try_lock)?,
+        ])
+    }
+    fn locked(
+        &self,
+        folder: &Path,
+        lock: fn(&std::fs::File) -> Result<(), std::fs::TryLockError>,
+    ) -> std::io::Result<std::fs::File> {
+        let path = folder.join("lock");
         let words = |e: &dyn std::fmt::Display| std::io::Error::other(format!("{}: {e}", path.display()));
         let file = std::fs::OpenOptions::new().create(true).append(true).open(&path).map_err(|e| words(&e))?;
-        match file.try_lock() {
+        match lock(&file) {
             Ok(()) => Ok(file),
             Err(std::fs::TryLockError::WouldBlock) => {
                 Err(std::io::Error::other(format!("run {} is in use by another process", self.0.display())))

@@ -4,11 +4,13 @@
 //! Order: lines and records reach the disk in the order in which the supervisor decided them, so a
 //! commit's record is never there without the metrics of the step before it.
 
+use super::restore::encode;
 use super::supervisor::Msg;
 use crate::ids::{ActorId, Step};
 use crate::message::ParameterState;
 use crate::spec::Layout;
 use crate::stored::{state_of, stored};
+use crate::supervisor::Record;
 use everstep_checkpoint::{Log, Store, StoreError};
 use everstep_kernels::Tensor;
 use ractor::ActorRef;
@@ -16,22 +18,23 @@ use std::fs::File;
 use std::io::Write;
 use std::path::PathBuf;
 use std::sync::Arc;
-use std::sync::mpsc::{Receiver, SyncSender, sync_channel};
+use std::sync::mpsc::{SyncSender, sync_channel};
+use tokio::sync::mpsc;
 
 /// Writes that may wait. The supervisor decides a few a step, each after the one before is on disk.
-const QUEUE: usize = 4096;
+pub(super) const QUEUE: usize = 4096;
 
 /// Something to write.
 #[derive(Debug)]
 pub(super) enum Line {
     /// A record of the control log; answered with `Synced`.
-    Record(Vec<u8>),
+    Record(Box<Record>),
     /// A line of metrics.jsonl.
     Metrics(String),
     /// A line of events.jsonl.
     Event(String),
-    /// Answered with `Flushed`, when all before is written.
-    Flush,
+    /// The job is over; answered with `Flushed`, when all before is written.
+    End(Result<(), String>),
 }
 
 /// The open files.
@@ -42,21 +45,21 @@ pub(super) struct Files {
     pub(super) events: (PathBuf, File),
 }
 
-pub(super) fn start_scribe(files: Files, to: ActorRef<Msg>) -> std::io::Result<SyncSender<Line>> {
-    let (sender, lines) = sync_channel(QUEUE);
-    std::thread::Builder::new().name("scribe".to_owned()).spawn(move || write_lines(files, &lines, &to))?;
+pub(super) fn start_scribe(files: Files, to: ActorRef<Msg>) -> std::io::Result<mpsc::Sender<Line>> {
+    let (sender, lines) = mpsc::channel(QUEUE);
+    std::thread::Builder::new().name("scribe".to_owned()).spawn(move || write_lines(files, lines, &to))?;
     Ok(sender)
 }
 
-fn write_lines(mut files: Files, lines: &Receiver<Line>, to: &ActorRef<Msg>) {
+fn write_lines(mut files: Files, mut lines: mpsc::Receiver<Line>, to: &ActorRef<Msg>) {
     fn append(file: &mut (PathBuf, File), line: &str) -> Result<(), StoreError> {
         // One write for each line: a crash leaves whole lines and perhaps one torn one.
         let error = |source| StoreError::File { path: file.0.clone(), source };
         file.1.write_all(format!("{line}\n").as_bytes()).map_err(error)
     }
-    while let Ok(line) = lines.recv() {
+    while let Some(line) = lines.blocking_recv() {
         let (result, answer) = match line {
-            Line::Record(record) => (files.log.append(&record), Some(Msg::Synced)),
+            Line::Record(record) => (files.log.append(&encode(&record)), Some(Msg::Synced)),
             Line::Metrics(line) => {
                 let written = append(&mut files.metrics, &line);
                 let (path, file) = &files.metrics;
@@ -64,7 +67,7 @@ fn write_lines(mut files: Files, lines: &Receiver<Line>, to: &ActorRef<Msg>) {
                 (written.and_then(sync), None)
             }
             Line::Event(line) => (append(&mut files.events, &line), None),
-            Line::Flush => (Ok(()), Some(Msg::Flushed)),
+            Line::End(_) => (Ok(()), Some(Msg::Flushed)),
         };
         let message = match result {
             Ok(()) => answer,

@@ -1,13 +1,14 @@
 //! The supervisor's process: the ractor actor around supervisor, keeper and router.
 //!
 //! Owns the run folder's files (through threads of their own), the endpoint that nodes join, and the
-//! watch over processes of this machine.
+//! watch over processes of this machine. Of several supervisors' processes one has this actor: the one that leads.
 
-use super::restore::{Restored, encode, restore};
-use super::run_folder::{MetricsLine, RunFolder, RunIdentity, open_tokens};
-use super::scribe::{Checkpointing, Line, start_scribe, start_store};
+use super::replicated::Replicated;
+use super::restore::Restored;
+use super::run_folder::{MetricsLine, RunFolder, RunIdentity};
+use super::scribe::{Checkpointing, Files, Line, start_scribe, start_store};
 use super::watch::watch;
-use super::{AnyError, machine, new_name, pump, send, tell};
+use super::{machine, send, tell};
 use crate::config::Config;
 use crate::control::Control;
 use crate::ids::{ActorId, NodeId, Step};
@@ -17,11 +18,10 @@ use crate::root::{Root, RootEffect, RootEvent};
 use crate::supervisor::{Happening, Nodes, Report, Supervisor, SupervisorEvent};
 use crate::tokens::Tokens;
 use crate::wire::Unit;
-use everstep_kernels::{Backend, CpuBackend, Tensor};
-use everstep_transport::{Credentials, Hub, HubEvent, Peer};
+use everstep_kernels::Tensor;
+use everstep_transport::{Hub, HubEvent, Peer};
 use ractor::{Actor, ActorProcessingErr, ActorRef, SupervisionEvent};
 use std::collections::BTreeMap;
-use std::net::SocketAddr;
 use std::sync::Arc;
 use std::sync::mpsc::SyncSender;
 use std::time::{Duration, Instant, SystemTime, UNIX_EPOCH};
@@ -44,6 +44,8 @@ pub enum SupervisorEnd {
     Failed(String),
     /// This life cannot go on; the next one may.
     Panicked,
+    /// It was one of several and does not lead any more: the process begins anew.
+    Deposed(String),
 }
 
 /// What the supervisor's process is told.
@@ -77,73 +79,44 @@ pub(super) struct State {
     tokens: Vec<Tokens>,
     pub(super) hub: Hub,
     began: Instant,
-    scribe: SyncSender<Line>,
+    scribe: mpsc::Sender<Line>,
     store: SyncSender<Checkpointing>,
     peers: BTreeMap<NodeId, Peer>,
     reported_at: Option<u64>,
     pub(super) operators: BTreeMap<u64, (Peer, u64)>,
     pub(super) next_ticket: u64,
     class: String,
-    result: Option<SupervisorEnd>,
+    /// How the job ended, until that is written.
+    result: Option<Result<(), String>>,
     /// When a refused stranger was last told of.
     stranger: Option<Instant>,
-    _lock: std::fs::File,
     end: mpsc::Sender<SupervisorEnd>,
 }
 
-struct Args {
-    restored: Restored,
-    config: Config,
-    identity: RunIdentity,
-    run: RunFolder,
-    tokens: Vec<Tokens>,
-    hub: Hub,
-    end: mpsc::Sender<SupervisorEnd>,
+/// Where decisions and lines go.
+pub(super) enum Sink {
+    /// Into the run folder.
+    Alone(Files),
+    /// To all supervisors.
+    Replicated(Replicated),
 }
 
-struct SupervisorProcess;
+pub(super) struct Args {
+    pub(super) restored: Restored,
+    pub(super) sink: Sink,
+    pub(super) config: Config,
+    pub(super) identity: RunIdentity,
+    pub(super) run: RunFolder,
+    pub(super) tokens: Vec<Tokens>,
+    pub(super) hub: Hub,
+    pub(super) end: mpsc::Sender<SupervisorEnd>,
+}
+
+pub(super) struct SupervisorProcess;
 
 /// Milliseconds since 1970.
 pub fn milliseconds() -> u64 {
     SystemTime::now().duration_since(UNIX_EPOCH).map_or(0, |d| d.as_millis() as u64)
-}
-
-/// Runs the supervisor of a run folder until the job is over. It waits for `nodes`, or as many as the
-/// configuration says.
-pub async fn run_supervisor(
-    run: RunFolder,
-    listen: SocketAddr,
-    nodes: Option<usize>,
-) -> Result<SupervisorEnd, AnyError> {
-    let text = std::fs::read_to_string(run.config())?;
-    let mut config = Config::parse(&text, &run.config().display().to_string(), &[])?;
-    config.nodes = nodes.unwrap_or(config.nodes);
-    let identity = RunIdentity::read(&run)?;
-    let class = CpuBackend::new(config.spec.precision).class().0;
-    if class != identity.class {
-        let path = run.identity();
-        let why = format!("the run was begun on {}, this machine is {class}: their bits differ", identity.class);
-        return Err(format!("{}: {why}", path.display()).into());
-    }
-    let tokens = open_tokens(&run, &identity.sources)?;
-    let restored = restore(&run, &config, &identity)?;
-    let credentials = Credentials::load(&run.credentials())?;
-    let (hub, mut events) = Hub::open(listen, &credentials, new_name())?;
-    let (end, mut ended) = mpsc::channel(1);
-    let address = hub.address()?.to_string();
-    let args = Args { restored, config, identity, run: run.clone(), tokens, hub: hub.clone(), end };
-    let (actor, handle) = Actor::spawn(None, SupervisorProcess, args).await?;
-    // Nodes may come from now on: the launcher reads this file.
-    let scratch = run.0.join(".address.new");
-    std::fs::write(&scratch, &address)?;
-    std::fs::rename(&scratch, run.address())?;
-    let result = pump(&mut events, &actor, Msg::Hub, &mut ended).await;
-    // The last words to the nodes need a moment to leave.
-    tokio::time::sleep(Duration::from_millis(200)).await;
-    actor.stop(None);
-    let _ = handle.await;
-    hub.shut_down();
-    Ok(result?.unwrap_or(SupervisorEnd::Panicked))
 }
 
 impl Actor for SupervisorProcess {
@@ -152,7 +125,7 @@ impl Actor for SupervisorProcess {
     type Arguments = Args;
 
     async fn pre_start(&self, myself: ActorRef<Msg>, args: Args) -> Result<State, ActorProcessingErr> {
-        let Args { restored, config, identity, run, tokens, hub, end } = args;
+        let Args { restored, sink, config, identity, run, tokens, hub, end } = args;
         let spec = Arc::new(config.spec.clone());
         let layout = crate::spec::Layout::new(&spec);
         let checkpoint = restored.checkpoint;
@@ -170,7 +143,10 @@ impl Actor for SupervisorProcess {
             tokens,
             hub,
             began: Instant::now(),
-            scribe: start_scribe(restored.files, myself.clone())?,
+            scribe: match sink {
+                Sink::Alone(files) => start_scribe(files, myself.clone())?,
+                Sink::Replicated(replicated) => replicated.writer(myself.clone()),
+            },
             store: start_store(restored.store, layout, myself.clone())?,
             peers: BTreeMap::new(),
             reported_at: None,
@@ -179,7 +155,6 @@ impl Actor for SupervisorProcess {
             class: identity_class,
             result: None,
             stranger: None,
-            _lock: restored.lock,
             end,
         };
         for why in restored.notes {
@@ -199,8 +174,10 @@ impl Actor for SupervisorProcess {
             Msg::Tick => state.supervise(SupervisorEvent::Tick),
             Msg::Synced => state.supervise(SupervisorEvent::Synced),
             Msg::Flushed => {
-                if let Some(result) = state.result.clone() {
-                    let _ = state.end.try_send(result);
+                if let Some(result) = state.result.take() {
+                    state.dismiss("the job is over");
+                    let end = result.map_or_else(SupervisorEnd::Failed, |()| SupervisorEnd::Finished);
+                    let _ = state.end.try_send(end);
                 }
             }
             Msg::Stored { step, shard } => state.root_event(RootEvent::Keeper(KeeperEvent::Stored { step, shard })),
@@ -244,9 +221,9 @@ impl State {
     }
 
     fn write(&self, line: Line) {
-        // The queue is full only if the disk hangs: then the supervisor waits, and is taken for dead.
-        if self.scribe.send(line).is_err() {
-            let _ = self.end.try_send(SupervisorEnd::Failed("the thread that writes has ended".to_owned()));
+        // The queue is full only if the disk hangs, or the other supervisors do.
+        if let Err(error) = self.scribe.try_send(line) {
+            let _ = self.end.try_send(SupervisorEnd::Failed(format!("what is to be written cannot be: {error}")));
         }
     }
 
@@ -262,7 +239,7 @@ impl State {
         for effect in effects {
             match effect {
                 RootEffect::Append(record) => {
-                    self.write(Line::Record(encode(&record)));
+                    self.write(Line::Record(Box::new(record)));
                 }
                 RootEffect::Tell(node, control) => {
                     if let Some(peer) = self.peer_of(node) {
@@ -283,13 +260,8 @@ impl State {
                 RootEffect::Publish(step) => self.checkpoint(Checkpointing::Publish(step)),
                 RootEffect::Load { step, shard, to } => self.checkpoint(Checkpointing::Load { step, shard, to }),
                 RootEffect::Finish(result) => {
-                    let end = match result {
-                        Ok(()) => SupervisorEnd::Finished,
-                        Err(why) => SupervisorEnd::Failed(why),
-                    };
-                    self.dismiss("the job is over");
-                    self.result = Some(end);
-                    self.write(Line::Flush);
+                    self.write(Line::End(result.clone()));
+                    self.result = Some(result);
                 }
             }
         }

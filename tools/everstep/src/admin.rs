@@ -8,6 +8,8 @@ use std::path::PathBuf;
 use std::time::Duration;
 
 const ANSWER: Duration = Duration::from_secs(5);
+/// For so long one is looked for: another may be about to lead.
+const LOOK: Duration = Duration::from_secs(2);
 
 /// The newest run folder under `runs/`.
 pub(crate) fn newest_run() -> Result<RunFolder> {
@@ -18,14 +20,15 @@ pub(crate) fn newest_run() -> Result<RunFolder> {
 }
 
 pub(crate) async fn ask(run: &RunFolder, request: AdminRequest) -> Result<String> {
-    let path = run.address();
-    let text = std::fs::read_to_string(&path)
-        .with_context(|| format!("cannot read {}: is this a run folder?", path.display()))?;
-    let address: SocketAddr = text.trim().parse().with_context(|| format!("{} holds no address", path.display()))?;
+    let addresses = run.addresses().context("is this the folder of a run that was begun?")?;
     let credentials = Credentials::load(&run.credentials())?;
-    let any = SocketAddr::new(if address.is_ipv4() { [0, 0, 0, 0].into() } else { [0u16; 8].into() }, 0);
+    let any = SocketAddr::new(
+        if addresses.iter().all(SocketAddr::is_ipv4) { [0, 0, 0, 0].into() } else { [0u16; 8].into() },
+        0,
+    );
     let (hub, mut events) = Hub::open(any, &credentials, everstep_actors::new_name())?;
-    let peer = hub.dial(address).await.context("the job's supervisor does not answer: does it run?")?;
+    let found = everstep_actors::find_supervisor(&hub, &addresses, LOOK).await;
+    let peer = found.map_err(|e| anyhow::anyhow!("the job's supervisor does not answer: does it run? {e}"))?;
     let unit = Unit::Control(Control::Admin { ticket: 1, request });
     hub.send(peer, unit.lane(), unit.encode());
     let answer = tokio::time::timeout(ANSWER, async {

@@ -1,4 +1,4 @@
-//! The launcher: makes a run folder, starts the supervisor and local nodes, restarts what dies, and
+//! The launcher: makes a run folder, starts the supervisor (or several) and local nodes, restarts what dies, and
 //! leaves no process behind.
 //!
 //! It decides nothing about the job: it watches processes and reads the run's files.
@@ -13,6 +13,7 @@ use everstep_kernels::{Backend, CpuBackend};
 use rustix::process::{Pid, Signal, getppid, kill_process, set_parent_process_death_signal};
 use std::fs::{self, OpenOptions};
 use std::io::Read;
+use std::net::{SocketAddr, UdpSocket};
 use std::path::{Path, PathBuf};
 use std::process::{Child, Command, ExitStatus, Stdio};
 use std::time::{Duration, Instant};
@@ -68,8 +69,7 @@ pub(crate) fn create(
         );
     }
     // A port in use is told before anything is written. The supervisor binds it again.
-    std::net::UdpSocket::bind(&config.listen)
-        .with_context(|| format!("run.listen: cannot listen on {}", config.listen))?;
+    UdpSocket::bind(&config.listen).with_context(|| format!("run.listen: cannot listen on {}", config.listen))?;
     let make = |scratch: &Path| {
         let scratch = RunFolder(scratch.to_owned());
         fill(&scratch, config, data).and_then(|job| more(&scratch, &job))
@@ -127,10 +127,18 @@ struct Slot {
     restarts: Vec<Instant>,
 }
 
+impl Slot {
+    fn kill(&mut self) {
+        // A process that has ended already needs no kill.
+        let _ = self.child.kill();
+        let _ = self.child.wait();
+    }
+}
+
 /// What chaos may do to a running job.
 #[derive(Debug)]
 pub(crate) struct Targets {
-    pub(crate) supervisor: u32,
+    pub(crate) supervisors: Vec<u32>,
     pub(crate) nodes: Vec<u32>,
     /// Lines of metrics.jsonl so far.
     pub(crate) steps: u64,
@@ -144,8 +152,9 @@ pub(crate) struct Targets {
 #[derive(Debug)]
 pub(crate) struct Launcher {
     run: RunFolder,
+    /// Where nodes find the supervisor, or all of them: with commas between.
     address: String,
-    supervisor: Slot,
+    supervisors: Vec<Slot>,
     nodes: Vec<Slot>,
     /// Nodes that the job begins with, without spares.
     wanted: usize,
@@ -168,16 +177,16 @@ impl Launcher {
         everstep_actors::verify_tokens(&run, &RunIdentity::read(&run)?.sources)?;
         fs::create_dir_all(run.logs())?;
         let _ = fs::remove_file(run.address());
-        let mut supervisor = Slot {
-            child: spawn_supervisor(&run, &config.listen, nodes)?,
-            name: "supervisor".to_owned(),
-            restarts: Vec::new(),
-        };
-        let address = match wait_for_address(&run, &mut supervisor.child) {
+        let listen = if config.supervisors > 1 { addresses(&config)? } else { config.listen.clone() };
+        let mut supervisors = Vec::new();
+        for number in 1..=config.supervisors {
+            let child = spawn_supervisor(&run, &listen, number, nodes)?;
+            supervisors.push(Slot { child, name: supervisor_name(number), restarts: Vec::new() });
+        }
+        let address = match wait_for_address(&run, &mut supervisors) {
             Ok(address) => address,
             Err(error) => {
-                let _ = supervisor.child.kill();
-                let _ = supervisor.child.wait();
+                supervisors.iter_mut().for_each(Slot::kill);
                 return Err(error);
             }
         };
@@ -186,7 +195,7 @@ impl Launcher {
             evaluator: Evaluator::new(&run)?,
             run,
             address,
-            supervisor,
+            supervisors,
             nodes: Vec::new(),
             wanted: nodes,
             started: 0,
@@ -231,7 +240,7 @@ impl Launcher {
                 self.evaluator.look()?;
             }
             let mut targets = Targets {
-                supervisor: self.supervisor.child.id(),
+                supervisors: self.supervisors.iter().map(|s| s.child.id()).collect(),
                 nodes: self.nodes.iter().map(|n| n.child.id()).collect(),
                 steps,
                 kill_all: false,
@@ -245,9 +254,7 @@ impl Launcher {
                 self.kill_all();
                 return Self::start(self.run.clone(), self.wanted, false)?.wait(act);
             }
-            if let Some(status) = self.supervisor.child.try_wait()?
-                && let Some(end) = self.on_supervisor(status)?
-            {
+            if let Some(end) = self.look_at_supervisors()? {
                 break end;
             }
             if let Some(end) = self.look_at_nodes()? {
@@ -265,15 +272,17 @@ impl Launcher {
         Ok(end)
     }
 
-    fn on_supervisor(&mut self, status: ExitStatus) -> Result<Option<End>> {
-        if status.success() {
-            return Ok(Some(End::Finished));
+    fn look_at_supervisors(&mut self) -> Result<Option<End>> {
+        for (number, slot) in (1..).zip(&mut self.supervisors) {
+            let Some(status) = slot.child.try_wait()? else { continue };
+            if status.success() {
+                return Ok(Some(End::Finished));
+            }
+            if status.code() == Some(i32::from(STATUS_FAILED)) || !may_restart(slot) {
+                return Ok(Some(End::Failed(last_words(&self.run, &slot.name, &mut slot.child, status))));
+            }
+            slot.child = spawn_supervisor(&self.run, &self.address, number, self.wanted)?;
         }
-        if status.code() == Some(i32::from(STATUS_FAILED)) || !may_restart(&mut self.supervisor) {
-            let words = last_words(&self.run, "supervisor", &mut self.supervisor.child, status);
-            return Ok(Some(End::Failed(words)));
-        }
-        self.supervisor.child = spawn_supervisor(&self.run, &self.address, self.wanted)?;
         Ok(None)
     }
 
@@ -301,8 +310,10 @@ impl Launcher {
     fn supervisor_ends(&mut self) -> Result<bool> {
         let deadline = Instant::now() + Duration::from_secs(1);
         while Instant::now() < deadline {
-            if self.supervisor.child.try_wait()?.is_some() {
-                return Ok(true);
+            for slot in &mut self.supervisors {
+                if slot.child.try_wait()?.is_some() {
+                    return Ok(true);
+                }
             }
             std::thread::sleep(LOOK);
         }
@@ -320,11 +331,7 @@ impl Launcher {
     }
 
     fn kill_all(&mut self) {
-        for slot in std::iter::once(&mut self.supervisor).chain(&mut self.nodes) {
-            // A process that has ended already needs no kill.
-            let _ = slot.child.kill();
-            let _ = slot.child.wait();
-        }
+        self.supervisors.iter_mut().chain(&mut self.nodes).for_each(Slot::kill);
     }
 }
 
@@ -368,24 +375,50 @@ fn this_program(run: &RunFolder, name: &str) -> Result<Command> {
     Ok(command)
 }
 
+/// Addresses for several supervisors of this machine, with commas between: ports that follow the one that the
+/// configuration names, or free ones.
+fn addresses(config: &Config) -> Result<String> {
+    let first: SocketAddr = config.listen.parse()?;
+    // All are bound before any is given back, so that they differ. The supervisors bind them again.
+    let sockets = (0..config.supervisors as u16).map(|n| {
+        let port = if first.port() == 0 { 0 } else { first.port().saturating_add(n) };
+        let address = SocketAddr::new(first.ip(), port);
+        UdpSocket::bind(address).with_context(|| format!("run.listen: cannot listen on {address}"))
+    });
+    let sockets = sockets.collect::<Result<Vec<_>>>()?;
+    let addresses = sockets.iter().map(|s| Ok(s.local_addr()?.to_string())).collect::<Result<Vec<_>>>()?;
+    Ok(addresses.join(","))
+}
+
+fn supervisor_name(number: u64) -> String {
+    if number == 1 { "supervisor".to_owned() } else { format!("supervisor-{number}") }
+}
+
 /// With local nodes, the job waits for as many as there are of them.
-fn spawn_supervisor(run: &RunFolder, listen: &str, nodes: usize) -> Result<Child> {
-    let mut command = this_program(run, "supervisor")?;
-    command.arg("supervisor").arg(&run.0).args(["--listen", listen, "--parent", &std::process::id().to_string()]);
+fn spawn_supervisor(run: &RunFolder, listen: &str, number: u64, nodes: usize) -> Result<Child> {
+    let mut command = this_program(run, &supervisor_name(number))?;
+    command.arg("supervisor").arg(&run.0).args(["--parent", &std::process::id().to_string()]);
+    if listen.contains(',') {
+        command.args(["--among", listen, "--number", &number.to_string()]);
+    } else {
+        command.args(["--listen", listen]);
+    }
     if nodes > 0 {
         command.args(["--nodes", &nodes.to_string()]);
     }
     Ok(command.spawn()?)
 }
 
-fn wait_for_address(run: &RunFolder, supervisor: &mut Child) -> Result<String> {
+fn wait_for_address(run: &RunFolder, supervisors: &mut [Slot]) -> Result<String> {
     let deadline = Instant::now() + START;
     loop {
         if let Ok(address) = fs::read_to_string(run.address()) {
             return Ok(address);
         }
-        if let Some(status) = supervisor.try_wait()? {
-            bail!("{}", last_words(run, "supervisor", supervisor, status));
+        for slot in supervisors.iter_mut() {
+            if let Some(status) = slot.child.try_wait()? {
+                bail!("{}", last_words(run, &slot.name, &mut slot.child, status));
+            }
         }
         if Instant::now() > deadline {
             bail!("the supervisor does not listen after {} s: see {}", START.as_secs(), run.logs().display());

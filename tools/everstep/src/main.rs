@@ -21,7 +21,9 @@ mod weights;
 
 use anyhow::{Context, Result, bail};
 use clap::{Parser, Subcommand};
-use everstep_actors::{ActorId, AdminRequest, Bug, Config, NodeEnd, NodeId, NodeOptions, RunFolder, SupervisorEnd};
+use everstep_actors::{
+    ActorId, AdminRequest, Bug, Config, NodeEnd, NodeId, NodeOptions, RunFolder, Seat, SupervisorEnd, SupervisorOptions,
+};
 use launcher::{End, Launcher};
 use std::backtrace::{Backtrace, BacktraceStatus};
 use std::io::Write;
@@ -70,9 +72,9 @@ enum Command {
     },
     /// Be a node of a job.
     Node {
-        /// The supervisor's ADDRESS:PORT.
-        #[arg(long)]
-        join: SocketAddr,
+        /// The supervisor's ADDRESS:PORT; of several supervisors those of all, with commas between.
+        #[arg(long, value_delimiter = ',', required = true)]
+        join: Vec<SocketAddr>,
         /// The folder of the job's credentials.
         #[arg(long)]
         credentials: PathBuf,
@@ -92,19 +94,32 @@ enum Command {
         #[arg(long, hide = true)]
         parent: Option<u32>,
     },
-    /// Be the supervisor of a run (started by train and resume).
-    #[command(hide = true)]
+    /// Make the folder of a run without training: for supervisors on several machines, which all need it.
+    Prepare {
+        /// The configuration.
+        config: PathBuf,
+        /// Override a key of the configuration.
+        #[arg(long = "set", value_name = "KEY=VALUE")]
+        set: Vec<String>,
+    },
+    /// Be a supervisor of a run. `train` and `resume` start those of this machine.
     Supervisor {
         /// The run folder.
         run: PathBuf,
-        /// Where to listen.
+        /// Where to listen; of several supervisors, the one of `--among` with this number by default.
         #[arg(long)]
-        listen: SocketAddr,
+        listen: Option<SocketAddr>,
+        /// The ADDRESS:PORT of all supervisors, if there are several, in the same order everywhere.
+        #[arg(long, value_delimiter = ',', requires = "number")]
+        among: Vec<SocketAddr>,
+        /// Which of them this is, from 1.
+        #[arg(long, requires = "among")]
+        number: Option<usize>,
         /// Nodes that the job waits for; the configuration's `job.nodes` by default.
         #[arg(long)]
         nodes: Option<usize>,
         /// End when this process ends.
-        #[arg(long)]
+        #[arg(long, hide = true)]
         parent: Option<u32>,
     },
     /// Look into a running job.
@@ -227,14 +242,15 @@ fn run(command: Command) -> Result<ExitCode> {
             };
             be_node(&options, parent.is_some())
         }
-        Command::Supervisor { run, listen, nodes, parent } => {
+        Command::Prepare { config, set } => {
+            let config = read_config(&config, &set)?;
+            let run = launcher::create(&config, &data::Data::prepare(&config)?, |_, _| Ok(()))?;
+            println!("{}", run.0.display());
+            Ok(ExitCode::SUCCESS)
+        }
+        Command::Supervisor { run, listen, among, number, nodes, parent } => {
             launcher::end_with(parent)?;
-            match runtime(2)?.block_on(everstep_actors::run_supervisor(RunFolder(run), listen, nodes)) {
-                Ok(SupervisorEnd::Finished) => Ok(ExitCode::SUCCESS),
-                Ok(SupervisorEnd::Failed(why)) => bail!("{why}"),
-                Ok(SupervisorEnd::Panicked) => Ok(ExitCode::FAILURE),
-                Err(error) => bail!("{error}"),
-            }
+            be_supervisor(RunFolder(run), &seated(listen, among, number, nodes)?)
         }
         Command::Admin { run, request } => {
             let run = run.map_or_else(admin::newest_run, |run| Ok(RunFolder(run)))?;
@@ -340,6 +356,38 @@ fn keep_memory() -> Result<()> {
     let mut again = std::process::Command::new(std::env::current_exe()?);
     let error = again.args(std::env::args_os().skip(1)).env(OPTION, "-1").exec();
     Err(error).context("cannot start again")
+}
+
+/// How a supervisor was told to be.
+fn seated(
+    listen: Option<SocketAddr>,
+    among: Vec<SocketAddr>,
+    number: Option<usize>,
+    nodes: Option<usize>,
+) -> Result<SupervisorOptions> {
+    let Some(number) = number else {
+        let listen =
+            listen.context("--listen is missing: expected the ADDRESS:PORT at which nodes find the supervisor")?;
+        return Ok(SupervisorOptions { listen, nodes, seat: None });
+    };
+    let own = number.checked_sub(1).and_then(|at| among.get(at)).copied();
+    let own = own.with_context(|| format!("--number {number}: expected 1 to {}, as --among has", among.len()))?;
+    let seat = Some(Seat { number: number as u64, addresses: among });
+    Ok(SupervisorOptions { listen: listen.unwrap_or(own), nodes, seat })
+}
+
+/// A supervisor of a job, until it is over or another one leads.
+fn be_supervisor(run: RunFolder, options: &SupervisorOptions) -> Result<ExitCode> {
+    match runtime(2)?.block_on(everstep_actors::run_supervisor(run, options)) {
+        Ok(SupervisorEnd::Finished) => Ok(ExitCode::SUCCESS),
+        Ok(SupervisorEnd::Failed(why)) => bail!("{why}"),
+        Ok(SupervisorEnd::Panicked) => Ok(ExitCode::FAILURE),
+        Ok(SupervisorEnd::Deposed(why)) => {
+            eprintln!("this supervisor does not lead any more: {why}");
+            Ok(ExitCode::FAILURE)
+        }
+        Err(error) => bail!("{error}"),
+    }
 }
 
 /// A node of a job; when it is fenced, the process joins as a new one.

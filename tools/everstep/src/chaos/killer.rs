@@ -28,8 +28,10 @@ pub(crate) enum Target {
     Node,
     /// Two random nodes at once.
     TwoNodes,
-    /// The supervisor.
+    /// The supervisor, or the one of several that leads.
     Supervisor,
+    /// The same is stopped for a while.
+    StopSupervisor,
     /// Everything; the run is resumed.
     Everything,
     /// A random node is stopped for a while.
@@ -50,7 +52,7 @@ pub(crate) struct Plan {
     pub(crate) kills: u64,
     /// Mean milliseconds between two kills.
     every_ms: u64,
-    /// Milliseconds for which a node is stopped.
+    /// Milliseconds for which a process is stopped.
     #[serde(default = "stop_ms")]
     stop_ms: u64,
     /// Taken in turn.
@@ -132,7 +134,7 @@ impl Killer {
             return;
         }
         let target = self.plan.targets[done as usize % self.plan.targets.len()];
-        if target == Target::Stop && self.stopped.is_some() {
+        if matches!(target, Target::Stop | Target::StopSupervisor) && self.stopped.is_some() {
             return;
         }
         let n = targets.nodes.len() as u64;
@@ -147,19 +149,28 @@ impl Killer {
                 launcher::kill(targets.nodes[first as usize], Signal::KILL);
                 launcher::kill(targets.nodes[((first + 1) % n) as usize], Signal::KILL);
             }
-            Target::Supervisor => launcher::kill(targets.supervisor, Signal::KILL),
+            Target::Supervisor => launcher::kill(self.leader(targets), Signal::KILL),
             Target::Everything => targets.kill_all = true,
             Target::Join => targets.join = true,
             Target::Leave => launcher::kill(targets.nodes[first as usize], Signal::TERM),
-            Target::Stop => {
-                let pid = targets.nodes[first as usize];
-                launcher::kill(pid, Signal::STOP);
-                self.stopped = Some((pid, Instant::now() + Duration::from_millis(self.plan.stop_ms)));
-            }
+            Target::Stop => self.stop(targets.nodes[first as usize]),
+            Target::StopSupervisor => self.stop(self.leader(targets)),
         }
         eprintln!("kill {} of {}: {target:?} after step {}", done + 1, self.plan.kills, targets.steps);
         self.kills.push(Kill { time: milliseconds(), target });
         self.wait();
+    }
+
+    fn stop(&mut self, pid: u32) {
+        launcher::kill(pid, Signal::STOP);
+        self.stopped = Some((pid, Instant::now() + Duration::from_millis(self.plan.stop_ms)));
+    }
+
+    /// The supervisor that leads, or the only one: metrics.jsonl stands for that of the leader.
+    fn leader(&self, targets: &Targets) -> u32 {
+        let target = std::fs::read_link(self.run.metrics()).ok();
+        let number = target.and_then(|t| t.parent()?.file_name()?.to_string_lossy().parse::<usize>().ok());
+        targets.supervisors[number.map_or(0, |n| n - 1).min(targets.supervisors.len() - 1)]
     }
 
     /// Asks something of a random actor of a kind.

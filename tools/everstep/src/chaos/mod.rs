@@ -93,6 +93,7 @@ pub(crate) fn run(plan: &Path, config: &Path, set: &[String]) -> Result<ExitCode
     say("from a node's death to the supervisor's knowledge", &until(&dead, kills, |t| t == Target::Node));
     say("from a node's stop to the supervisor's knowledge", &until(&dead, kills, |t| t == Target::Stop));
     say("from a kill to the first commit after it", &until(&recovered, kills, |_| true));
+    say("from a leader's stop to another's first commit", &until(&recovered, kills, |t| t == Target::StopSupervisor));
     print!("{}", recoveries::table(&all));
     Ok(ExitCode::SUCCESS)
 }
@@ -103,7 +104,7 @@ fn until(what: &[u64], kills: &[Kill], counts: impl Fn(Target) -> bool) -> (Vec<
     let (mut all, mut nothing) = (Vec::new(), 0);
     for (n, kill) in kills.iter().enumerate().filter(|(_, kill)| counts(kill.target)) {
         let next = kills.get(n + 1).map_or(u64::MAX, |next| next.time);
-        match what.iter().find(|at| (kill.time..next).contains(at)) {
+        match what.iter().find(|at| (kill.time..next).contains(*at)) {
             Some(at) => all.push(at - kill.time),
             None => nothing += 1,
         }

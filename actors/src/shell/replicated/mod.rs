@@ -1,0 +1,258 @@
+//! Several supervisors, of which one leads: Raft (by openraft) keeps the control log, metrics.jsonl and events.jsonl
+//! the same at all of them. A majority that reach each other go on without the rest.
+//!
+//! - RP-1: what the leader decides counts when a majority has it on disk. What a supervisor decides that does not lead
+//!   any more never counts, and nobody is told of it: its life ends.
+//! - RP-2: one that leads and hears from no majority ends its life before another may lead ([`QUIET_MAX`] is the time for
+//!   which voters keep to a leader).
+//! - RP-3: only the one that leads takes sessions of nodes and operators.
+
+mod journal;
+mod machine;
+mod network;
+
+use super::AnyError;
+use super::scribe::{Line, QUEUE};
+use super::supervisor::Msg;
+use crate::supervisor::Record;
+use everstep_transport::Hub;
+use journal::Journal;
+use machine::Machine;
+use openraft::{BasicNode, Config, ServerState, StorageError, StorageIOError};
+use ractor::ActorRef;
+use serde::{Deserialize, Serialize};
+use std::collections::BTreeMap;
+use std::io::Cursor;
+use std::net::SocketAddr;
+use std::path::Path;
+use std::sync::{Arc, Mutex, PoisonError};
+use std::time::{Duration, Instant};
+use tokio::sync::mpsc;
+
+openraft::declare_raft_types!(
+    /// What Raft keeps.
+    pub(super) Types: D = Word, R = (), NodeId = u64, Node = BasicNode
+);
+
+type Raft = openraft::Raft<Types>;
+
+/// Milliseconds between two signs of life of the leader.
+const HEARTBEAT: u64 = 75;
+/// Voters keep to a leader for so many milliseconds after its last sign of life, then wait for [`PATIENCE`] more.
+const QUIET_MAX: u64 = 600;
+/// The least and the most of it; random in between, so that two rarely stand for election at once.
+const PATIENCE: [u64; 2] = [300, QUIET_MAX];
+/// How often a leader looks whether it leads.
+const LOOK: Duration = Duration::from_millis(25);
+/// Entries between two snapshots, and entries that are kept for supervisors that are behind.
+const ENTRIES: [u64; 2] = [5000, 2000];
+/// Which of several supervisors a process is.
+#[derive(Debug, Clone)]
+pub struct Seat {
+    /// Its number, from 1.
+    pub number: u64,
+    /// The addresses of all, by number.
+    pub addresses: Vec<SocketAddr>,
+}
+
+/// What supervisors agree on, in order.
+#[derive(Debug, Clone, Serialize, Deserialize)]
+pub(super) enum Word {
+    /// A decision.
+    Record(Record),
+    /// A line of metrics.jsonl.
+    Metrics(String),
+    /// A line of events.jsonl.
+    Event(String),
+    /// The job is over.
+    End(Result<(), String>),
+}
+
+/// Bytes as disks and other supervisors have them: the version of their form, then bincode.
+mod coded {
+    use serde::Serialize;
+    use serde::de::DeserializeOwned;
+
+    const VERSION: u8 = 1;
+    /// Bytes of a snapshot, the longest of them.
+    const MAX: usize = 1 << 30;
+
+    pub(super) fn encode<T: Serialize>(value: &T) -> Vec<u8> {
+        let body = bincode::serde::encode_to_vec(value, bincode::config::standard()).expect("it can be encoded");
+        [&[VERSION][..], &body].concat()
+    }
+
+    pub(super) fn decode<T: DeserializeOwned>(bytes: &[u8]) -> Result<T, String> {
+        let config = bincode::config::standard().with_limit::<MAX>();
+        match bytes.split_first() {
+            Some((&VERSION, body)) => match bincode::serde::decode_from_slice(body, config) {
+                Ok((value, read)) if read == body.len() => Ok(value),
+                Ok((_, read)) => Err(format!("{} bytes follow its end", body.len() - read)),
+                Err(error) => Err(format!("it cannot be decoded: {error}")),
+            },
+            Some(_) | None => {
+                Err(format!("another version of this program wrote it, this one reads version {VERSION}"))
+            }
+        }
+    }
+}
+
+/// An error of the disk as Raft wants it.
+fn failed<E: std::error::Error + 'static>(
+    kind: impl FnOnce(openraft::AnyError) -> StorageIOError<u64>,
+) -> impl FnOnce(E) -> StorageError<u64> {
+    move |error| StorageError::from(kind(openraft::AnyError::new(&error)))
+}
+
+/// When a supervisor last knew that it leads: whether it still may (RP-2), for threads that look for themselves.
+#[derive(Debug, Clone)]
+pub(super) struct Lease(Arc<Mutex<Instant>>);
+
+impl Default for Lease {
+    fn default() -> Self {
+        Self(Arc::new(Mutex::new(Instant::now())))
+    }
+}
+
+impl Lease {
+    fn renew(&self) {
+        *self.0.lock().unwrap_or_else(PoisonError::into_inner) = Instant::now();
+    }
+
+    /// Whether no other supervisor can lead yet.
+    pub(super) fn holds(&self) -> bool {
+        let since = *self.0.lock().unwrap_or_else(PoisonError::into_inner);
+        since.elapsed() < Duration::from_millis(QUIET_MAX)
+    }
+}
+
+/// A supervisor among several.
+#[derive(Clone)]
+pub(super) struct Replicated {
+    raft: Raft,
+    machine: Machine,
+}
+
+impl Replicated {
+    /// Begins to vote and to follow.
+    pub(super) async fn start(folder: &Path, seat: &Seat, hub: &Hub) -> Result<Self, AnyError> {
+        let config = Config {
+            cluster_name: "supervisors".to_owned(),
+            heartbeat_interval: HEARTBEAT,
+            election_timeout_min: PATIENCE[0],
+            election_timeout_max: PATIENCE[1],
+            snapshot_policy: openraft::SnapshotPolicy::LogsSinceLast(ENTRIES[0]),
+            max_in_snapshot_log_to_keep: ENTRIES[1],
+            ..Config::default()
+        };
+        let machine = Machine::open(folder)?;
+        let journal = Journal::open(&folder.join("log"))?;
+        let network = network::Network { hub: hub.clone(), addresses: seat.addresses.clone() };
+        let config = Arc::new(config.validate()?);
+        let raft = Raft::new(seat.number, config, network, journal, machine.clone()).await?;
+        tokio::spawn(network::answer(raft.clone(), hub.answer_calls()));
+        if !raft.is_initialized().await? {
+            let members = (1..).zip(&seat.addresses).map(|(n, address)| (n, BasicNode::new(address)));
+            // All of them say the same; another may have been faster.
+            match raft.initialize(members.collect::<BTreeMap<u64, BasicNode>>()).await {
+                Ok(()) | Err(openraft::error::RaftError::APIError(openraft::error::InitializeError::NotAllowed(_))) => {
+                }
+                Err(error) => return Err(error.into()),
+            }
+        }
+        Ok(Self { raft, machine })
+    }
+
+    /// Waits until this supervisor leads and has all that is agreed on, and gives the term in which it does; or until
+    /// the job is over, and gives how it ended.
+    pub(super) async fn lead_or_end(&self) -> Result<Result<u64, Result<(), String>>, AnyError> {
+        let mut metrics = self.raft.metrics();
+        loop {
+            if let Some(end) = self.machine.end() {
+                return Ok(Err(end));
+            }
+            let term = {
+                let now = metrics.borrow_and_update();
+                now.running_state.clone()?;
+                (now.state == ServerState::Leader).then_some(now.current_term)
+            };
+            if let Some(term) = term
+                && self.raft.ensure_linearizable().await.is_ok()
+            {
+                return Ok(self.machine.end().map_or(Ok(term), Err));
+            }
+            // A change of the machine alone is a change of the metrics too.
+            tokio::time::timeout(LOOK, metrics.changed()).await.unwrap_or(Ok(()))?;
+        }
+    }
+
+    /// The decisions so far.
+    pub(super) fn records(&self) -> Vec<Record> {
+        self.machine.records()
+    }
+
+    /// Returns when this supervisor does not lead in that term any more (RP-2), with why.
+    pub(super) async fn deposed(&self, term: u64, lease: Lease) -> String {
+        let metrics = self.raft.metrics();
+        loop {
+            // What it has heard says nothing if it was stopped in between.
+            if !lease.holds() {
+                return "this process stood still for too long".to_owned();
+            }
+            {
+                let now = metrics.borrow();
+                if let Err(fatal) = &now.running_state {
+                    return fatal.to_string();
+                }
+                if now.state != ServerState::Leader || now.current_term != term {
+                    return "another supervisor may lead".to_owned();
+                }
+                if let Some(quiet) = now.millis_since_quorum_ack.filter(|ms| *ms > QUIET_MAX) {
+                    return format!("no majority of the supervisors has answered for {quiet} ms");
+                }
+            }
+            lease.renew();
+            tokio::time::sleep(LOOK).await;
+        }
+    }
+
+    /// Agrees with the others on what the leader writes, in order, and tells it what is safe (RP-1).
+    pub(super) fn writer(&self, to: ActorRef<Msg>) -> mpsc::Sender<Line> {
+        let (sender, mut lines) = mpsc::channel(QUEUE);
+        let (proposed, mut answers) = mpsc::channel(QUEUE);
+        let raft = self.raft.clone();
+        tokio::spawn(async move {
+            while let Some(line) = lines.recv().await {
+                let (word, answer) = match line {
+                    Line::Record(record) => (Word::Record(*record), Some(Msg::Synced)),
+                    Line::Metrics(line) => (Word::Metrics(line), None),
+                    Line::Event(line) => (Word::Event(line), None),
+                    Line::End(end) => (Word::End(end), Some(Msg::Flushed)),
+                };
+                let Ok(receiver) = raft.client_write_ff(word).await else { return };
+                if proposed.send((receiver, answer)).await.is_err() {
+                    return;
+                }
+            }
+        });
+        tokio::spawn(async move {
+            while let Some((receiver, answer)) = answers.recv().await {
+                // One that fails is the end of this life: see `deposed`. What follows it must not count either.
+                let Ok(Ok(_)) = receiver.await else { return };
+                if answer.is_some_and(|message| to.cast(message).is_err()) {
+                    return;
+                }
+            }
+        });
+        sender
+    }
+
+    /// Ends its part.
+    pub(super) async fn shut_down(&self) {
+        // It may have ended by itself.
+        let _ = self.raft.shutdown().await;
+    }
+}
+
+#[cfg(test)]
+mod tests;
