@@ -2,7 +2,7 @@
 
 use crate::ids::{ActorId, Address, Step};
 use crate::message::{Pass, Turn, Work, WorkItem, WorkResult};
-use crate::reducer::{Applied, Apply, Reduce, Reduced, initial};
+use crate::reducer::{Applied, Apply, ParameterData, Reduce, Reduced, initial};
 use crate::spec::JobSpec;
 use everstep_kernels::{
     Backend, ExpertHeld, ExpertWeights, Parameter, Progress, StageInput, StageModel, Tensor, expert_backward_input,
@@ -88,6 +88,13 @@ pub enum Job {
         /// Whose.
         parameters: Vec<Parameter>,
     },
+    /// Another copy's state becomes this one's: its fingerprint is made.
+    Adopt {
+        /// The step after which it is.
+        step: Step,
+        /// All of it.
+        parameters: Vec<ParameterData>,
+    },
     /// Adds a step's sums over the lanes.
     Reduce(Reduce),
     /// The optimizer step.
@@ -141,6 +148,10 @@ pub fn run(job: Job, b: &dyn Backend) -> Outcome {
             Outcome::ExpertWeight { step, sums }
         }
         Job::Initial { spec, parameters } => Outcome::Applied(initial(&spec, &parameters)),
+        Job::Adopt { step, parameters } => {
+            let sums = parameters.iter().map(ParameterData::sum).collect();
+            Outcome::Applied(Applied { step, parameters, sums })
+        }
         Job::Reduce(reduce) => Outcome::Reduced(reduce.run()),
         Job::Apply(apply) => Outcome::Applied(apply.run()),
     }

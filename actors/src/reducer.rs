@@ -6,7 +6,7 @@
 //! - RE-2: lanes are added as a fixed binary tree over the lane number, whatever order they came in.
 //! - RE-3: a state changes only by a commit of the next step, or to a later state of another copy.
 //! - RE-4: a copy without state, or that missed a step, asks until it has one; sums that arrive
-//!   meanwhile are kept, so it need not miss the next step.
+//!   meanwhile are kept, those of the newest [`LEDGERS_MAX`] steps, so it need not miss the next step.
 //! - RE-5: the primary hands its weights to every user of them, and again to a user's new life; not those of a state
 //!   after which a commit is known, since the next ones are on their way.
 //! - RE-6: sums and states whose tensors are not what the layout says are not taken.
@@ -29,6 +29,9 @@ use arithmetic::fits;
 use everstep_kernels::{Group, Tensor};
 use std::collections::BTreeMap;
 use std::sync::Arc;
+
+/// Steps whose sums a copy keeps at most: more than two only while its state is on the way.
+const LEDGERS_MAX: usize = 6;
 
 /// The state after a step, shared with snapshots and copies: never changed in place while it is.
 #[derive(Debug, Clone)]
@@ -59,8 +62,10 @@ pub(crate) struct ReducerCore {
     computing: bool,
     /// Copies that wait for a state of at least a step.
     waiting: BTreeMap<ActorId, Step>,
-    /// The step of the state that this copy asked for.
-    asked: Option<Step>,
+    /// This copy has asked for a state that has not come yet.
+    asked: bool,
+    /// A state of another copy that came and is to be taken.
+    coming: Option<(Step, Vec<ParameterData>)>,
     /// The step of this state, if it is to be stored and the keeper has not said that it is.
     snapshot: Option<Step>,
     plant: Option<Bug>,
@@ -86,7 +91,8 @@ impl ReducerCore {
             commits: BTreeMap::new(),
             computing: false,
             waiting: BTreeMap::new(),
-            asked: None,
+            asked: false,
+            coming: None,
             snapshot: None,
             plant,
         }
@@ -107,11 +113,11 @@ impl ReducerCore {
         let new_supervisor = self.table.replaced(&before, ActorId::Supervisor);
         if before.primary(self.shard) != self.table.primary(self.shard) || new_supervisor {
             // Whoever was asked (a primary, or the keeper beside the supervisor) may not answer any more.
-            self.asked = None;
+            self.asked = false;
         }
         if self.state.is_none() && !self.computing {
             effects.extend(self.obtain());
-        } else if self.asked.is_none() && self.behind() {
+        } else if !self.asked && self.behind() {
             effects.extend(self.ask());
         }
         if new_supervisor && !first {
@@ -146,13 +152,13 @@ impl ReducerCore {
         effects
     }
 
-    /// Asks for the state that the next commit that came needs, or for any.
+    /// Asks for the state that the newest commit that came makes, or for any. One answer at a time: a state may take longer
+    /// than a step, and with the sums that come meanwhile (RE-4) a copy follows from an older one.
     fn ask(&mut self) -> Vec<Effect> {
-        let step = self.commits.keys().next_back().map_or(0, |s| *s);
-        if self.asked.is_some_and(|asked| asked >= step) || self.is_primary() {
+        if self.is_primary() || std::mem::replace(&mut self.asked, true) {
             return Vec::new();
         }
-        self.asked = Some(step);
+        let step = self.commits.keys().next_back().map_or(0, |s| *s);
         let to = self.table.primary(self.shard).unwrap_or(ActorId::Keeper);
         vec![Effect::send(to, Body::Fetch { step })]
     }
@@ -190,12 +196,22 @@ impl ReducerCore {
         let ledger =
             self.ledgers.entry(step).or_insert_with(|| Ledger::new(&self.spec, step, &self.groups, self.plant));
         ledger.credit(from.actor, group, receipt);
+        if self.ledgers.len() > LEDGERS_MAX {
+            self.ledgers.pop_first();
+        }
         self.advance()
     }
 
     /// Adds the lanes once the step's ledger balances; applies once the step is committed.
     fn advance(&mut self) -> Vec<Effect> {
-        let Some(step) = self.step().filter(|_| !self.computing) else { return Vec::new() };
+        if self.computing {
+            return Vec::new();
+        }
+        if let Some((step, parameters)) = self.coming.take() {
+            self.computing = true;
+            return vec![Effect::Compute { job: Job::Adopt { step, parameters }, cost: self.size() }];
+        }
+        let Some(step) = self.step() else { return Vec::new() };
         let next = step + 1;
         if self.reduced.is_none() {
             let Some(ledger) = self.ledgers.get(&next).filter(|l| l.balanced()) else { return Vec::new() };
@@ -242,19 +258,22 @@ impl ReducerCore {
         if self.step().is_some_and(|s| s >= applied.step) {
             return self.advance();
         }
+        if self.reduced.as_ref().is_some_and(|r| r.step <= applied.step) {
+            self.reduced = None;
+        }
         let sums = self.numbers.iter().copied().zip(applied.sums).collect();
         self.enter(State { step: applied.step, parameters: applied.parameters, sums })
     }
 
+    /// Its fingerprint is made off the runtime's threads, as that of every state.
     fn on_state(&mut self, step: Step, parameters: &[ParameterState<Tensor>]) -> Vec<Effect> {
-        self.asked = None;
+        self.asked = false;
         if self.step().is_some_and(|s| s >= step) {
             return Vec::new();
         }
         let Some(parameters) = states(parameters, &self.numbers, &self.spec, &self.layout) else { return Vec::new() };
-        let sums = self.numbers.iter().copied().zip(parameters.iter().map(ParameterData::sum)).collect();
-        self.reduced = None;
-        self.enter(State { step, parameters, sums })
+        self.coming = Some((step, parameters));
+        self.advance()
     }
 
     /// Takes a state and tells everybody who waits for it.
@@ -275,7 +294,7 @@ impl ReducerCore {
             self.waiting.remove(&copy);
             effects.push(Effect::send(copy, Body::State { step, parameters: self.tensors() }));
         }
-        if self.behind() {
+        if self.behind() && self.coming.is_none() {
             effects.extend(self.ask());
         }
         effects.extend(self.advance());
@@ -294,6 +313,11 @@ impl ReducerCore {
 
     fn on_fetch(&mut self, from: ActorId, wanted: Step) -> Vec<Effect> {
         match self.step() {
+            // The next one is about to be: whoever got this one would ask again.
+            Some(step) if self.commits.contains_key(&(step + 1)) => {
+                self.waiting.insert(from, wanted.max(step + 1));
+                Vec::new()
+            }
             Some(step) if step >= wanted => vec![Effect::send(from, Body::State { step, parameters: self.tensors() })],
             Some(_) | None => {
                 self.waiting.insert(from, wanted);

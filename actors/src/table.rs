@@ -30,6 +30,15 @@ pub struct NodeInfo {
     pub memory: u64,
 }
 
+/// What fails together.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord)]
+pub enum Domain<'a> {
+    /// A node that is in no domain with others.
+    Node(NodeId),
+    /// All nodes that say so.
+    Named(&'a str),
+}
+
 /// An epoch. Only the supervisor makes one; nodes take the one with the highest number.
 #[derive(Debug, Clone, PartialEq, Eq, Default, Serialize, Deserialize)]
 pub struct Table {
@@ -59,6 +68,14 @@ impl Table {
     /// Where an actor lives.
     pub fn node_of(&self, actor: ActorId) -> Option<NodeId> {
         self.entries.get(&actor).map(|e| e.node)
+    }
+
+    /// In what a node of the table fails.
+    pub fn domain_of(&self, node: NodeId) -> Domain<'_> {
+        match self.nodes.get(&node).map(|info| info.domain.as_str()) {
+            Some(name) if !name.is_empty() => Domain::Named(name),
+            Some(_) | None => Domain::Node(node),
+        }
     }
 
     /// Whether an actor got another life between `before` and this epoch.

@@ -1,8 +1,10 @@
 //! Contracts C1, C3 and C6 while nodes come and go: a fixed share of what `make chaos-scale` does in full.
 
 use anyhow::Result;
-use everstep_tests::{Place, events, fingerprints, lives, metrics, signal, wait};
+use everstep_tests::{Place, Process, events, fingerprints, lives, metrics, program, signal, wait};
 use rustix::process::Signal;
+use std::process::{Command, Stdio};
+use std::time::{Duration, Instant};
 
 /// From one node to three and back to one, with a kill on the way: every fingerprint, every sample.
 #[test]
@@ -52,6 +54,39 @@ fn drained_nodes_end_and_are_not_started_again() -> Result<()> {
     let run = training.finish()?;
     let alone = place.train("alone", &["train.steps=900", "checkpoint.every=300", "job.nodes=1"])?;
     assert_eq!(fingerprints(&run)?, fingerprints(&alone)?);
+    Ok(())
+}
+
+/// A node without a supervisor ends when it is told to: at once if it has nothing of the job, else when it is told again.
+#[test]
+fn a_node_without_a_job_ends_when_told() -> Result<()> {
+    let place = Place::new()?;
+    let training = place.start("run", &["train.steps=100000"])?;
+    training.wait_for_step(5)?;
+    let address = std::fs::read_to_string(training.run.address())?;
+    let node = || -> Result<Process> {
+        let mut command = Command::new(program());
+        command.args(["node", "--threads", "1", "--join", address.trim(), "--credentials"]);
+        command.arg(training.run.credentials()).stdout(Stdio::null()).stderr(Stdio::null());
+        Ok(Process(command.spawn()?))
+    };
+    let mut member = node()?;
+    wait("its share of a step", || Ok(metrics(&training.run)?.last().is_some_and(|l| l.nodes == 4)))?;
+    signal(training.child.id(), Signal::KILL)?;
+    wait("the end of the job", || Ok(training.nodes()?.is_empty()))?;
+    let mut stranger = node()?;
+    // Both look for the supervisor, for a minute.
+    std::thread::sleep(Duration::from_secs(1));
+    assert!(member.0.try_wait()?.is_none() && stranger.0.try_wait()?.is_none());
+    let began = Instant::now();
+    [&stranger, &member].iter().try_for_each(|n| signal(n.0.id(), Signal::TERM))?;
+    wait("the end of the stranger", || Ok(stranger.0.try_wait()?.is_some()))?;
+    // Whoever has a part of the state hopes for a supervisor that takes it over.
+    assert!(member.0.try_wait()?.is_none());
+    signal(member.0.id(), Signal::TERM)?;
+    wait("the end of the member", || Ok(member.0.try_wait()?.is_some()))?;
+    assert!(member.0.wait()?.success() && stranger.0.wait()?.success());
+    assert!(began.elapsed() < Duration::from_secs(20), "they looked for a minute");
     Ok(())
 }
 

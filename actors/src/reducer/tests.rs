@@ -190,6 +190,50 @@ fn a_new_copy_catches_up() {
     assert!(asked.sent.iter().any(to_primary) && asked.sent.iter().any(|(_, b)| matches!(b, Body::Stateless)));
 }
 
+/// RE-4: a state that is long on its way is asked for once, whatever is committed meanwhile, and the sums of a few steps are
+/// kept; who asks in the middle of a commit gets the state that it makes.
+#[test]
+fn a_state_is_sent_once() {
+    let materials = materials();
+    let (mut first, mut copy) = (primary(&materials), reducer(&materials, 1));
+    let me = ActorId::Reducer { shard: 0, replica: 1 };
+    let mut fetches = drive(&mut copy, Event::Table(Arc::new(table(&materials)))).sent;
+    // The primary is about to apply a commit.
+    give(&mut first, &sums(&materials, 1));
+    let applying = first.on(commit(1));
+    assert!(drive(&mut first, message(me, Body::Fetch { step: 0 })).sent.is_empty());
+    let [Effect::Compute { job, .. }] = <[Effect; 1]>::try_from(applying).expect("one job") else { panic!("a job") };
+    let outcome = crate::compute::run(job, &everstep_kernels::CpuBackend::FP32);
+    let sent = drive(&mut first, Event::Computed(outcome)).sent;
+    let states: Vec<_> = sent.into_iter().filter(|(_, b)| matches!(b, Body::State { .. })).collect();
+    let [(to, answer)] = &states[..] else { panic!("{states:?}") };
+    assert!(*to == me && matches!(answer, Body::State { step: 1, .. }));
+    let last = LEDGERS_MAX as Step + 1;
+    for step in 2..=last {
+        let all = sums(&materials, step);
+        for core in [&mut first, &mut copy] {
+            give(core, &all);
+        }
+        fetches.extend(drive(&mut copy, commit(step)).sent);
+        drive(&mut first, commit(step));
+    }
+    let asked = fetches.iter().filter(|(_, b)| matches!(b, Body::Fetch { .. })).count();
+    assert_eq!(asked, 1, "{fetches:?}");
+    drive(&mut copy, message(ActorId::Reducer { shard: 0, replica: 0 }, answer.clone()));
+    assert_eq!(state(&mut copy).0, last);
+    assert_eq!(state(&mut copy), state(&mut first));
+    // One step more than are kept: it has to ask again.
+    let mut late = reducer(&materials, 1);
+    drive(&mut late, Event::Table(Arc::new(table(&materials))));
+    for step in 2..=last + 1 {
+        give(&mut late, &sums(&materials, step));
+        drive(&mut late, commit(step));
+    }
+    assert_eq!(late.ledgers.len(), LEDGERS_MAX);
+    let asked = drive(&mut late, message(ActorId::Reducer { shard: 0, replica: 0 }, answer.clone()));
+    assert!(asked.sent.iter().any(|(_, b)| matches!(b, Body::Fetch { .. })), "{asked:?}");
+}
+
 /// RE-5: weights go to every user once, and again to a new life alone.
 #[test]
 fn weights_go_to_users_and_to_their_new_lives() {

@@ -15,11 +15,11 @@ use crate::worker::Materials;
 use everstep_checkpoint::Mapped;
 use everstep_kernels::{Backend, CpuBackend};
 use everstep_transport::{Credentials, Hub, HubEvent, Peer, QuicError};
-use ractor::Actor;
+use ractor::{Actor, ActorRef};
 use std::net::SocketAddr;
 use std::sync::Arc;
 use std::time::Duration;
-use tokio::sync::mpsc;
+use tokio::sync::{mpsc, watch};
 
 /// Without a supervisor for so long, a node ends.
 pub(super) const SUPERVISOR_WAIT: Duration = Duration::from_secs(60);
@@ -56,8 +56,52 @@ pub enum NodeEnd {
     Left,
 }
 
-/// Joins a job and serves it until it ends or this node is fenced.
-pub async fn run_node(options: &NodeOptions) -> Result<NodeEnd, AnyError> {
+/// Joins a job and serves it until it ends or this node is fenced. `told` counts how often the process was told to end: the
+/// first time the node asks to leave, the second time it ends at once.
+pub async fn run_node(options: &NodeOptions, mut told: watch::Receiver<u32>) -> Result<NodeEnd, AnyError> {
+    let joined = tokio::select! {
+        joined = join(options) => joined?,
+        // Before it is a member it has nothing to give back.
+        _ = told.wait_for(|times| *times > 0) => return Ok(NodeEnd::Left),
+    };
+    match joined {
+        Some(member) => member.serve(told).await,
+        None => Ok(NodeEnd::Fenced),
+    }
+}
+
+/// A process that has asked to become a node.
+struct Member {
+    hub: Hub,
+    events: mpsc::Receiver<HubEvent>,
+    node: ActorRef<Msg>,
+    handle: tokio::task::JoinHandle<()>,
+    ended: mpsc::Receiver<NodeEnd>,
+}
+
+impl Member {
+    async fn serve(mut self, mut told: watch::Receiver<u32>) -> Result<NodeEnd, AnyError> {
+        let leaving = self.node.clone();
+        told.mark_changed();
+        let listener = tokio::spawn(async move {
+            let mut heard = 0;
+            while told.changed().await.is_ok() {
+                let times = *told.borrow_and_update();
+                (heard..times).for_each(|_| drop(leaving.cast(Msg::Leave)));
+                heard = times;
+            }
+        });
+        let result = pump(&mut self.events, &self.node, Msg::Hub, &mut self.ended).await;
+        listener.abort();
+        self.node.stop(None);
+        let _ = self.handle.await;
+        self.hub.shut_down();
+        result?.ok_or_else(|| NodeError::Start("the node's actor failed".to_owned()).into())
+    }
+}
+
+/// None: the supervisor went away meanwhile, there may be another.
+async fn join(options: &NodeOptions) -> Result<Option<Member>, AnyError> {
     let credentials = Credentials::load(&options.credentials)?;
     let first = *options.join.first().ok_or_else(|| NodeError::Start("--join names no supervisor".to_owned()))?;
     let listen = options.listen.map_or_else(|| facing(first), Ok)?;
@@ -69,7 +113,7 @@ pub async fn run_node(options: &NodeOptions) -> Result<NodeEnd, AnyError> {
     let (hub, mut events) = Hub::open(listen, &credentials, new_name())?;
     let supervisor = find(&hub, &options.join, SUPERVISOR_WAIT).await?;
     let Some((materials, pace)) = receive_job(&hub, supervisor, &mut events).await? else {
-        return Ok(NodeEnd::Fenced);
+        return Ok(None);
     };
     let backend: Arc<dyn Backend> = Arc::new(CpuBackend::new(materials.spec.precision));
     let (pid, machine) = (std::process::id(), machine());
@@ -83,23 +127,11 @@ pub async fn run_node(options: &NodeOptions) -> Result<NodeEnd, AnyError> {
     };
     let join = Control::Join { info, device_class: backend.class().0 };
     tell(&hub, supervisor, join);
-    let (end, mut ended) = mpsc::channel(1);
+    let (end, ended) = mpsc::channel(1);
     let pool = Pool::new(options.threads, &backend, pace)?;
     let args = Args { hub: hub.clone(), supervisor, join: options.join.clone(), materials, pool, end };
     let (node, handle) = Actor::spawn(None, Node, args).await.map_err(|e| NodeError::Start(e.to_string()))?;
-    let mut told = tokio::signal::unix::signal(tokio::signal::unix::SignalKind::terminate())?;
-    let leaving = node.clone();
-    let listener = tokio::spawn(async move {
-        while told.recv().await.is_some() {
-            let _ = leaving.cast(Msg::Leave);
-        }
-    });
-    let result = pump(&mut events, &node, Msg::Hub, &mut ended).await;
-    listener.abort();
-    node.stop(None);
-    let _ = handle.await;
-    hub.shut_down();
-    result?.ok_or_else(|| NodeError::Start("the node's actor failed".to_owned()).into())
+    Ok(Some(Member { hub, events, node, handle, ended }))
 }
 
 /// Why being a node failed.

@@ -7,6 +7,7 @@
 //! has at most one for each micro-batch that a lane has in flight.
 
 use crate::compute::{Job, Outcome, run};
+use crate::hang::At;
 use everstep_kernels::Backend;
 use std::panic::{AssertUnwindSafe, catch_unwind};
 use std::sync::atomic::{AtomicU64, Ordering};
@@ -32,8 +33,8 @@ pub(super) struct Pool {
     queue: SyncSender<Task>,
     work: Arc<AtomicU64>,
     redone: Arc<AtomicU64>,
-    /// Of each thread: the number of the job that it is at, 0 for none.
-    at: Arc<Vec<AtomicU64>>,
+    /// Of each thread: the number of the job that it is at, 0 for none, and its cost.
+    at: Arc<Vec<[AtomicU64; 2]>>,
 }
 
 impl std::fmt::Debug for Task {
@@ -48,7 +49,7 @@ impl Pool {
         let (queue, tasks) = sync_channel::<Task>(QUEUE);
         let tasks = Arc::new(Mutex::new(tasks));
         let work = Arc::new(AtomicU64::new(0));
-        let at: Arc<Vec<AtomicU64>> = Arc::new((0..threads.max(1)).map(|_| AtomicU64::new(0)).collect());
+        let at: Arc<Vec<[AtomicU64; 2]>> = Arc::new((0..threads.max(1)).map(|_| Default::default()).collect());
         for n in 0..threads.max(1) {
             let (tasks, backend, work) = (Arc::clone(&tasks), Arc::clone(backend), Arc::clone(&work));
             let at = Arc::clone(&at);
@@ -64,9 +65,10 @@ impl Pool {
         self.work.load(Ordering::Relaxed)
     }
 
-    /// What each thread is at: the number of its job, 0 for none.
-    pub(super) fn at(&self) -> impl Iterator<Item = u64> {
-        self.at.iter().map(|at| at.load(Ordering::Relaxed))
+    /// What each thread is at.
+    pub(super) fn at(&self) -> impl Iterator<Item = At> {
+        // A cost that is one job's too old is seen for one look at most.
+        self.at.iter().map(|[job, cost]| At { job: job.load(Ordering::Relaxed), cost: cost.load(Ordering::Relaxed) })
     }
 
     /// Multiply-adds among them that an actor's life had done before in its step.
@@ -88,10 +90,17 @@ impl Pool {
     }
 }
 
-fn serve(tasks: &Mutex<Receiver<Task>>, backend: &dyn Backend, work: &AtomicU64, at: &AtomicU64, pace: Option<f64>) {
+fn serve(
+    tasks: &Mutex<Receiver<Task>>,
+    backend: &dyn Backend,
+    work: &AtomicU64,
+    [at, costs]: &[AtomicU64; 2],
+    pace: Option<f64>,
+) {
     for number in 1.. {
         let next = tasks.lock().unwrap_or_else(PoisonError::into_inner).recv();
         let Ok(Task { job, cost, reply }) = next else { return };
+        costs.store(cost, Ordering::Relaxed);
         at.store(number, Ordering::Relaxed);
         let began = Instant::now();
         let result = catch_unwind(AssertUnwindSafe(|| run(job, backend)));

@@ -158,7 +158,7 @@ pub struct MetricsLine {
     pub epoch: u64,
     /// Living nodes.
     pub nodes: usize,
-    /// The fewest copies in which a shard was safe.
+    /// The fewest domains in which a shard was safe.
     pub copies: u32,
     /// Samples that every copy of every shard counted.
     #[serde(default)]

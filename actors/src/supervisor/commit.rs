@@ -13,6 +13,7 @@ use super::record::CommitRecord;
 use crate::ids::{ActorId, Step};
 use crate::message::Commit;
 use crate::spec::{JobSpec, Layout};
+use crate::table::{Domain, Table};
 use std::collections::{BTreeMap, BTreeSet};
 use std::fmt::Write;
 use std::sync::Arc;
@@ -214,8 +215,8 @@ impl CommitCore {
         Some(crate::fingerprint::root(&self.layout, &sums.collect()))
     }
 
-    /// The next step, if it can be committed.
-    pub(crate) fn decide(&mut self) -> Result<Option<CommitRecord>, CommitError> {
+    /// The next step, if it can be committed. The table says in how many domains it is safe.
+    pub(crate) fn decide(&mut self, table: &Table) -> Result<Option<CommitRecord>, CommitError> {
         // Copies that a new supervisor has not heard yet may be in sync: it waits for them or their death.
         let ready = self.unheard.is_empty() && self.in_sync.iter().all(|copy| self.prepared.contains_key(copy));
         if !self.reported || !self.all_in_sync() || !ready || self.committed == self.spec.steps {
@@ -228,9 +229,7 @@ impl CommitCore {
         for shard in 0..self.spec.shards {
             let mut reports = self.copies(shard).map(|replica| (replica, &self.prepared[&(shard, replica)]));
             let (first, report) = reports.next().expect("every shard has a copy in sync");
-            let mut of_shard = 1;
             for (second, other) in reports {
-                of_shard += 1;
                 if !other.same(report) {
                     let hashes = [report, other].map(|r| r.digest.unwrap_or_default());
                     return Err(CommitError::CopiesDiffer { shard, first, second, step, what: "sums", hashes });
@@ -241,7 +240,10 @@ impl CommitCore {
             }
             norm.extend(report.norm.iter().map(|(n, parts)| (*n, parts)));
             losses = report.losses.unwrap_or(losses);
-            copies = copies.min(of_shard);
+            let node = |replica| table.node_of(ActorId::Reducer { shard, replica });
+            let domains: BTreeSet<Domain<'_>> =
+                self.copies(shard).filter_map(node).map(|n| table.domain_of(n)).collect();
+            copies = copies.min(domains.len() as u32);
             samples = report.samples;
         }
         let record =

@@ -4,6 +4,7 @@
 //!   because it left.
 //! - LV-2: the last node cannot leave: it works on until another comes.
 
+use super::copies::Home;
 use super::{Happening, Supervisor, SupervisorEffect, remember};
 use crate::ids::NodeId;
 use crate::table::Entry;
@@ -36,10 +37,12 @@ impl Supervisor {
         !self.table.entries.values().any(|Entry { node: at, .. }| *at == node)
     }
 
-    /// Whether a node is to leave and actors still live on it.
-    pub(super) fn is_leaving(&self) -> bool {
-        self.working().iter().any(|n| !self.table.leaving.contains(n))
-            && self.table.leaving.iter().any(|node| !self.is_empty(*node))
+    /// Whether something lives where it is not to stay: on a node that is to leave, or as a copy that is to.
+    pub(super) fn is_moving(&self) -> bool {
+        let working = self.working();
+        let stays = working.iter().any(|n| !self.table.leaving.contains(n));
+        (stays && self.table.leaving.iter().any(|node| !self.is_empty(*node)))
+            || (0..self.spec.shards).any(|s| self.homes(s, &working).iter().any(|(_, home)| *home == Home::Leaving))
     }
 
     /// Whether no other node stays.

@@ -1,11 +1,11 @@
 //! Who lives where: new lives for what failed, primaries for shards, the way back to a checkpoint.
 
 use super::copies::{self, Home};
-use super::placement::Placement;
+use super::placement::{How, Placement};
 use super::timeline::Timeline;
 use super::{Happening, RESTART_WINDOW, RESTARTS_MAX, Supervisor, SupervisorEffect, count_within};
 use crate::ids::{ActorId, Address, Incarnation, NodeId, SUPERVISOR_NODE};
-use crate::table::{Entry, Table};
+use crate::table::{Domain, Entry, Table};
 use std::collections::{BTreeMap, BTreeSet};
 use std::time::Duration;
 
@@ -29,8 +29,19 @@ impl Supervisor {
         };
         let present = self.table.entries.iter().filter(|(actor, e)| stays(actor, &e.node));
         let present: BTreeMap<ActorId, NodeId> = present.map(|(a, e)| (*a, e.node)).collect();
-        let wanted = Placement::new(&self.costs, &working, &self.table.nodes).place(&present, copies, level);
+        let place = |present: &BTreeMap<ActorId, NodeId>, how: How| {
+            Placement::new(&self.costs, &working, &self.table.nodes, how).place(present, &copies)
+        };
+        let mut wanted = place(&present, if level { How::Level } else { How::Stay });
         self.no_room = self.without_room(&wanted);
+        if self.no_room.is_some() {
+            // What can live elsewhere may be in the way. Only state stays: it would have to be sent.
+            let state = present.into_iter().filter(|(actor, _)| matches!(actor, ActorId::Reducer { .. })).collect();
+            let packed = place(&state, How::Pack);
+            if self.without_room(&packed).is_none() {
+                (wanted, self.no_room) = (packed, None);
+            }
+        }
         let mut moved = Vec::new();
         for (actor, node) in wanted {
             let life = self.table.entries.get(&actor).copied();
@@ -76,23 +87,61 @@ impl Supervisor {
         ))
     }
 
+    /// Where the copies of a shard are.
+    pub(super) fn homes(&self, shard: u32, working: &[NodeId]) -> Vec<(u32, Home)> {
+        let home = |actor: ActorId| {
+            let ActorId::Reducer { replica, .. } = actor else { unreachable!("copies are reducers") };
+            let node = self.table.entries[&actor].node;
+            let home = if working.contains(&node) {
+                Home::Working { in_sync: self.commit.in_sync(shard, replica) }
+            } else if self.table.nodes.contains_key(&node) {
+                Home::Leaving
+            } else {
+                Home::Gone
+            };
+            (replica, home, self.table.domain_of(node))
+        };
+        let mut homes: Vec<(u32, Home, Domain<'_>)> = self.table.replicas(shard).map(home).collect();
+        // Of those in one domain the one that is in sync comes first, then the older one.
+        homes.sort_by_key(|(replica, home, _)| (*home != Home::Working { in_sync: true }, *replica));
+        let works = |home: &Home| matches!(home, Home::Working { .. });
+        let mut taken: BTreeSet<Domain<'_>> = homes.iter().filter(|(_, home, _)| works(home)).map(|h| h.2).collect();
+        if taken.len() < homes.len() {
+            let domains = taken.len() + self.free_domains(shard, working, &taken);
+            // So many have to share a domain.
+            let mut sharing = (self.spec.mirrors as usize + 1).saturating_sub(domains);
+            for (_, home, domain) in &mut homes {
+                if works(home) && !taken.remove(domain) {
+                    match sharing.checked_sub(1) {
+                        Some(left) => sharing = left,
+                        None => *home = Home::Leaving,
+                    }
+                }
+            }
+        }
+        homes.sort_by_key(|(replica, _, _)| *replica);
+        homes.into_iter().map(|(replica, home, _)| (replica, home)).collect()
+    }
+
+    /// Domains of nodes that work, beside those that are taken, with room for a copy of a shard.
+    fn free_domains(&self, shard: u32, working: &[NodeId], taken: &BTreeSet<Domain<'_>>) -> usize {
+        let bytes = self.costs.bytes(ActorId::Reducer { shard, replica: 0 });
+        let roomy = working.iter().filter(|node| match self.table.nodes.get(node).map_or(0, |info| info.memory) {
+            0 => true,
+            limit => {
+                let used: u64 = self.table.actors_of(**node).map(|a| self.costs.bytes(a.actor)).sum();
+                bytes <= limit.saturating_sub(used)
+            }
+        });
+        let domains: BTreeSet<Domain<'_>> = roomy.map(|node| self.table.domain_of(*node)).collect();
+        domains.difference(taken).count()
+    }
+
     /// Retires copies of which there are more than are wanted, and gives those that are to be placed.
     fn plan_copies(&mut self, working: &[NodeId]) -> Vec<ActorId> {
         let mut placed = Vec::new();
         for shard in 0..self.spec.shards {
-            let home = |actor: ActorId| {
-                let ActorId::Reducer { replica, .. } = actor else { unreachable!("copies are reducers") };
-                let node = self.table.entries[&actor].node;
-                let home = if working.contains(&node) {
-                    Home::Working { in_sync: self.commit.in_sync(shard, replica) }
-                } else if self.table.nodes.contains_key(&node) {
-                    Home::Leaving
-                } else {
-                    Home::Gone
-                };
-                (replica, home)
-            };
-            let present: Vec<(u32, Home)> = self.table.replicas(shard).map(home).collect();
+            let present = self.homes(shard, working);
             let given = &mut self.table.copies[shard as usize];
             let plan = copies::of_shard(&present, working.len(), self.spec.mirrors, *given);
             *given = plan.placed.iter().map(|n| n + 1).fold(*given, u32::max);

@@ -11,6 +11,17 @@ use crate::ids::{ActorId, NodeId};
 use crate::table::NodeInfo;
 use std::collections::BTreeMap;
 
+/// How places are chosen.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub(crate) enum How {
+    /// What has a place stays.
+    Stay,
+    /// Load is evened out.
+    Level,
+    /// For little memory: the largest first, each where the least room is left.
+    Pack,
+}
+
 /// See the module.
 #[derive(Debug)]
 pub(crate) struct Placement<'a> {
@@ -20,13 +31,14 @@ pub(crate) struct Placement<'a> {
     infos: &'a BTreeMap<NodeId, NodeInfo>,
     load: BTreeMap<NodeId, u64>,
     bytes: BTreeMap<NodeId, u64>,
+    how: How,
 }
 
 impl<'a> Placement<'a> {
     /// On these nodes; there is at least one.
-    pub(crate) fn new(costs: &'a Costs, nodes: &'a [NodeId], infos: &'a BTreeMap<NodeId, NodeInfo>) -> Self {
+    pub(crate) fn new(costs: &'a Costs, nodes: &'a [NodeId], infos: &'a BTreeMap<NodeId, NodeInfo>, how: How) -> Self {
         let none: BTreeMap<NodeId, u64> = nodes.iter().map(|n| (*n, 0)).collect();
-        Self { costs, nodes, infos, load: none.clone(), bytes: none }
+        Self { costs, nodes, infos, load: none.clone(), bytes: none, how }
     }
 
     fn add(&mut self, actor: ActorId, node: NodeId) {
@@ -47,20 +59,21 @@ impl<'a> Placement<'a> {
     }
 
     /// Places stages, experts and these copies of shards; what is `present` has a place and keeps it, unless evening out
-    /// (`level`) moves it.
+    /// moves it.
     pub(crate) fn place(
         mut self,
         present: &BTreeMap<ActorId, NodeId>,
-        copies: Vec<ActorId>,
-        level: bool,
+        copies: &[ActorId],
     ) -> BTreeMap<ActorId, NodeId> {
         let mut places = present.clone();
         for (actor, node) in present {
             self.add(*actor, *node);
         }
         let costs = self.costs;
-        let mut homeless: Vec<ActorId> = costs.workers().chain(copies).filter(|a| !present.contains_key(a)).collect();
-        homeless.sort_by(|a, b| costs.of(*b).cmp(&costs.of(*a)).then(a.cmp(b)));
+        let mut homeless: Vec<ActorId> =
+            costs.workers().chain(copies.iter().copied()).filter(|a| !present.contains_key(a)).collect();
+        let size = |a: &ActorId| if self.how == How::Pack { costs.bytes(*a) } else { costs.of(*a) };
+        homeless.sort_by(|a, b| size(b).cmp(&size(a)).then(a.cmp(b)));
         let has_copy = |places: &BTreeMap<ActorId, NodeId>, actor: ActorId| match actor {
             ActorId::Reducer { shard, .. } => {
                 places.keys().any(|a| matches!(a, ActorId::Reducer { shard: s, .. } if *s == shard))
@@ -72,20 +85,20 @@ impl<'a> Placement<'a> {
                 if places.contains_key(actor) || has_copy(&places, *actor) != further {
                     continue;
                 }
-                if let Some(node) = self.lightest(*actor, &places) {
+                if let Some(node) = self.best(*actor, &places) {
                     places.insert(*actor, node);
                     self.add(*actor, node);
                 }
             }
         }
-        if level {
+        if self.how != How::Stay {
             self.level(&mut places);
         }
         places
     }
 
-    /// The lightest node that may have the actor.
-    fn lightest(&self, actor: ActorId, places: &BTreeMap<ActorId, NodeId>) -> Option<NodeId> {
+    /// The node that is best for the actor: the lightest that may have it, or the one with the least room that it fits in.
+    fn best(&self, actor: ActorId, places: &BTreeMap<ActorId, NodeId>) -> Option<NodeId> {
         let taken: Vec<NodeId> = match actor {
             ActorId::Reducer { shard, .. } => places
                 .iter()
@@ -97,7 +110,11 @@ impl<'a> Placement<'a> {
         let domain = |node: &NodeId| self.infos.get(node).map(|info| &info.domain).filter(|d| !d.is_empty());
         let shared = |node: &NodeId| domain(node).is_some_and(|d| taken.iter().any(|t| domain(t) == Some(d)));
         let may = |node: &&NodeId| !taken.contains(node) && self.fits(actor, **node);
-        self.nodes.iter().filter(may).min_by_key(|n| (shared(n), self.load[n])).copied()
+        self.nodes
+            .iter()
+            .filter(may)
+            .min_by_key(|n| (shared(n), if self.how == How::Pack { self.room(**n) } else { self.load[n] }))
+            .copied()
     }
 
     /// Moves stages and experts (never state) from the heaviest node to the lightest while that helps.
@@ -135,28 +152,29 @@ mod tests {
         n.iter().map(|n| NodeId(*n)).collect()
     }
 
-    fn place_in(on: &[(u64, &str)], present: &BTreeMap<ActorId, NodeId>, level: bool) -> BTreeMap<ActorId, NodeId> {
-        place_with(on, 0, present, level)
+    fn place_in(on: &[(u64, &str)], present: &BTreeMap<ActorId, NodeId>, how: How) -> BTreeMap<ActorId, NodeId> {
+        place_with(on, 0, present, how)
     }
 
     fn place_with(
         on: &[(u64, &str)],
         memory: u64,
         present: &BTreeMap<ActorId, NodeId>,
-        level: bool,
+        how: How,
     ) -> BTreeMap<ActorId, NodeId> {
         let materials = materials();
         let costs = Costs::new(&materials.spec);
         let copies = (0..2).flat_map(|shard| (0..2).map(move |replica| ActorId::Reducer { shard, replica }));
+        let copies: Vec<ActorId> = copies.collect();
         let info = |n: u64, domain: &str| NodeInfo { domain: domain.to_owned(), memory, ..crate::testing::info(n) };
         let infos = on.iter().map(|(n, domain)| (NodeId(*n), info(*n, domain))).collect();
         let nodes = nodes(&on.iter().map(|(n, _)| *n).collect::<Vec<_>>());
         let present = present.iter().filter(|(_, n)| nodes.contains(n)).map(|(a, n)| (*a, *n)).collect();
-        Placement::new(&costs, &nodes, &infos).place(&present, copies.collect(), level)
+        Placement::new(&costs, &nodes, &infos, how).place(&present, &copies)
     }
 
-    fn place(on: &[u64], present: &BTreeMap<ActorId, NodeId>, level: bool) -> BTreeMap<ActorId, NodeId> {
-        place_in(&on.iter().map(|n| (*n, "")).collect::<Vec<_>>(), present, level)
+    fn place(on: &[u64], present: &BTreeMap<ActorId, NodeId>, how: How) -> BTreeMap<ActorId, NodeId> {
+        place_in(&on.iter().map(|n| (*n, "")).collect::<Vec<_>>(), present, how)
     }
 
     fn spread(places: &BTreeMap<ActorId, NodeId>, on: &[u64]) -> (u64, u64) {
@@ -169,14 +187,14 @@ mod tests {
     /// PL-1: who has a home stays, unless evening out is asked for; then loads come closer.
     #[test]
     fn only_the_homeless_move() {
-        let before = place(&[1, 2], &BTreeMap::new(), false);
-        let after = place(&[1, 2, 3], &before, false);
+        let before = place(&[1, 2], &BTreeMap::new(), How::Stay);
+        let after = place(&[1, 2, 3], &before, How::Stay);
         assert_eq!(after, before);
-        let lost = place(&[1, 3], &before, false);
+        let lost = place(&[1, 3], &before, How::Stay);
         for (actor, node) in &before {
             assert!(lost[actor] == *node || *node == NodeId(2), "{actor}");
         }
-        let level = place(&[1, 2, 3], &before, true);
+        let level = place(&[1, 2, 3], &before, How::Level);
         assert!(spread(&level, &[1, 2, 3]).1 < spread(&before, &[1, 2, 3]).1);
         let state = |p: &BTreeMap<ActorId, NodeId>| -> Vec<(ActorId, NodeId)> {
             p.iter().filter(|(a, _)| matches!(a, ActorId::Reducer { .. })).map(|(a, n)| (*a, *n)).collect()
@@ -188,7 +206,7 @@ mod tests {
     #[test]
     fn copies_live_apart() {
         for on in [&[1u64][..], &[1, 2], &[1, 2, 3]] {
-            let places = place(on, &BTreeMap::new(), true);
+            let places = place(on, &BTreeMap::new(), How::Level);
             for shard in 0..2 {
                 let homes: Vec<NodeId> =
                     (0..2).filter_map(|replica| places.get(&ActorId::Reducer { shard, replica }).copied()).collect();
@@ -202,7 +220,7 @@ mod tests {
     #[test]
     fn copies_live_in_different_domains() {
         for on in [[(1, "a"), (2, "a"), (3, "b")], [(1, "a"), (2, "b"), (3, "b")]] {
-            let places = place_in(&on, &BTreeMap::new(), true);
+            let places = place_in(&on, &BTreeMap::new(), How::Level);
             for shard in 0..2 {
                 let domain = |replica| {
                     let node = places[&ActorId::Reducer { shard, replica }];
@@ -211,7 +229,7 @@ mod tests {
                 assert_ne!(domain(0), domain(1), "{places:?}");
             }
         }
-        let crowded = place_in(&[(1, "a"), (2, "a")], &BTreeMap::new(), true);
+        let crowded = place_in(&[(1, "a"), (2, "a")], &BTreeMap::new(), How::Level);
         assert_eq!(crowded.keys().filter(|a| matches!(a, ActorId::Reducer { .. })).count(), 4, "better than no copy");
     }
 
@@ -220,14 +238,14 @@ mod tests {
     fn what_does_not_fit_is_not_placed() {
         let costs = Costs::new(&materials().spec);
         let on = [(1, ""), (2, "")];
-        let all = place_in(&on, &BTreeMap::new(), true);
+        let all = place_in(&on, &BTreeMap::new(), How::Level);
         let bytes = |places: &BTreeMap<ActorId, NodeId>, node: u64| {
             places.iter().filter(|(_, at)| at.0 == node).map(|(a, _)| costs.bytes(*a)).sum::<u64>()
         };
         let whole = bytes(&all, 1) + bytes(&all, 2);
         for part in 1..12 {
             let memory = whole * part / 12;
-            let places = place_with(&on, memory, &BTreeMap::new(), true);
+            let places = place_with(&on, memory, &BTreeMap::new(), How::Level);
             assert!([1, 2].iter().all(|n| bytes(&places, *n) <= memory), "{memory}");
             let is_copy = |a: &ActorId| matches!(a, ActorId::Reducer { .. });
             let (copies, workers): (Vec<_>, Vec<_>) = all.keys().partition(|a| is_copy(a));
@@ -240,9 +258,32 @@ mod tests {
         }
     }
 
+    /// PL-4: what has places may be in the way of what has none; packed anew, all have one.
+    #[test]
+    fn little_memory_is_packed() {
+        let costs = Costs::new(&materials().spec);
+        let on = [(1, ""), (2, ""), (3, "")];
+        let everywhere = place_in(&on, &BTreeMap::new(), How::Level);
+        let largest = *everywhere.keys().max_by_key(|a| costs.bytes(**a)).unwrap();
+        let all: u64 = everywhere.keys().map(|a| costs.bytes(*a)).sum();
+        let spread: BTreeMap<ActorId, NodeId> = everywhere
+            .keys()
+            .filter(|a| **a != largest)
+            .zip([1, 2, 3].into_iter().cycle())
+            .map(|(a, n)| (*a, NodeId(n)))
+            .collect();
+        let used = |n: u64| spread.iter().filter(|(_, at)| at.0 == n).map(|(a, _)| costs.bytes(*a)).sum::<u64>();
+        // Less than the largest is left on each, and more than it in all.
+        let memory = (1..=3).map(used).max().unwrap().max(costs.bytes(largest) + all / 30);
+        assert!((1..=3).all(|n| memory - used(n) < costs.bytes(largest)) && 3 * memory > all, "the test is one");
+        assert!(!place_with(&on, memory, &spread, How::Level).contains_key(&largest));
+        let packed = place_with(&on, memory, &BTreeMap::new(), How::Pack);
+        assert!(costs.workers().all(|a| packed.contains_key(&a)), "{packed:?}");
+    }
+
     /// PL-3: the same input, the same places.
     #[test]
     fn places_are_reproducible() {
-        assert_eq!(place(&[3, 5, 9], &BTreeMap::new(), true), place(&[3, 5, 9], &BTreeMap::new(), true));
+        assert_eq!(place(&[3, 5, 9], &BTreeMap::new(), How::Level), place(&[3, 5, 9], &BTreeMap::new(), How::Level));
     }
 }

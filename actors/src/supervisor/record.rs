@@ -15,7 +15,7 @@ pub struct CommitRecord {
     pub mtp_loss: Option<f64>,
     /// Norm of the gradients before clipping.
     pub grad_norm: f64,
-    /// The fewest copies in which a shard was safe.
+    /// The fewest domains in which a shard was safe.
     pub copies: u32,
     /// Samples that every copy of every shard counted in its sums.
     pub samples: u64,

@@ -64,7 +64,7 @@ impl Supervisor {
         if self.finished || self.table.primaries.contains(&None) {
             return effects;
         }
-        let commit = match self.commit.decide() {
+        let commit = match self.commit.decide(&self.table) {
             Ok(Some(commit)) => commit,
             Ok(None) => return effects,
             Err(e) => {
@@ -105,7 +105,7 @@ impl Supervisor {
     fn even_out(&mut self, committed: Step) -> Vec<SupervisorEffect> {
         // A node that says nothing, or does not reach the others, may never do so.
         let uneven = self.uneven && self.membership.all_heard() && self.links.all_up(&self.working());
-        if committed == self.spec.steps || !(uneven || self.is_leaving()) {
+        if committed == self.spec.steps || !(uneven || self.is_moving()) {
             return Vec::new();
         }
         self.uneven &= !uneven;

@@ -395,8 +395,20 @@ fn be_node(options: &NodeOptions, launched: bool) -> Result<ExitCode> {
     // The runtime passes messages on beside threads that compute on every core: more than a quarter as many threads
     // would wake each other and take turns with those.
     let threads = (options.threads / 4).clamp(1, 8);
+    // Heard in all lives of the node, and between them. These end with their runtimes: nothing of one is left in the next.
+    let (sender, told) = tokio::sync::watch::channel(0u32);
+    let listening = runtime(1)?;
+    let mut signals = {
+        let _guard = listening.enter();
+        tokio::signal::unix::signal(tokio::signal::unix::SignalKind::terminate())?
+    };
+    listening.spawn(async move {
+        while signals.recv().await.is_some() {
+            sender.send_modify(|times| *times += 1);
+        }
+    });
     loop {
-        match runtime(threads)?.block_on(everstep_actors::run_node(options)) {
+        match runtime(threads)?.block_on(everstep_actors::run_node(options, told.clone())) {
             Ok(NodeEnd::Fenced) => eprintln!("this node is not a member any more: it joins as new"),
             Ok(NodeEnd::Left) => {
                 eprintln!("the node leaves");

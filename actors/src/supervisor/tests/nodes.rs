@@ -117,6 +117,46 @@ fn a_node_leaves_when_nothing_lives_on_it() {
     );
 }
 
+/// PL-2, CP-1: copies that had to share a rack part when a node of another one comes; records count racks.
+#[test]
+fn copies_part_when_another_domain_comes() {
+    let mut job = Job::from_log(Vec::new());
+    let racks = [(1, "a"), (2, "a"), (3, "b")];
+    let join = |job: &mut Job, (peer, rack): (u64, &str)| {
+        job.on(SupervisorEvent::Join(NodeInfo { domain: rack.to_owned(), ..info(peer) }));
+        job.on(beat(peer, &[]));
+    };
+    join(&mut job, racks[0]);
+    join(&mut job, racks[1]);
+    job.on(beat(1, &[]));
+    job.everybody(applied(0));
+    let safe = |job: &Job| match job.log.last() {
+        Some(Record::Commit(commit)) => Some(commit.copies),
+        _ => job.log.iter().rev().find_map(|r| if let Record::Commit(c) = r { Some(c.copies) } else { None }),
+    };
+    commit_step(&mut job, 1);
+    assert_eq!(safe(&job), Some(1), "two copies in one rack");
+    apply_step(&mut job, 1);
+    join(&mut job, racks[2]);
+    (1..=3).for_each(|n| drop(job.on(beat(n, &[]))));
+    for step in 2..=5 {
+        commit_step(&mut job, step);
+        apply_step(&mut job, step);
+    }
+    assert_eq!(safe(&job), Some(2));
+    for shard in 0..2 {
+        let homes: Vec<NodeId> =
+            job.supervisor.table().replicas(shard).filter_map(|a| job.supervisor.table().node_of(a)).collect();
+        assert_eq!(homes.len(), 2, "{homes:?}");
+        let rack = |n: &NodeId| racks.iter().find(|(m, _)| *m == n.0).unwrap().1;
+        assert_ne!(rack(&homes[0]), rack(&homes[1]));
+    }
+    // And stay where they are.
+    let before = job.supervisor.table().clone();
+    commit_step(&mut job, 6);
+    assert_eq!(job.supervisor.table(), &before);
+}
+
 /// LV-2: the last node works on, and leaves when another has come.
 #[test]
 fn the_last_node_waits_for_another() {
