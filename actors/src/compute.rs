@@ -1,7 +1,7 @@
 //! The heavy half of the workers: jobs that run off the runtime's threads, each a pure function.
 
 use crate::ids::{ActorId, Address, Step};
-use crate::message::{Pass, Turn, Work, WorkItem, WorkResult};
+use crate::message::{Body, Pass, Turn, Work, WorkItem, WorkResult};
 use crate::reducer::{Applied, Apply, ParameterData, Reduce, Reduced, initial};
 use crate::spec::JobSpec;
 use everstep_kernels::{
@@ -95,6 +95,13 @@ pub enum Job {
         /// All of it.
         parameters: Vec<ParameterData>,
     },
+    /// The hash of what an actor made in a step.
+    Digest {
+        /// The step.
+        step: Step,
+        /// All of it, and for whom.
+        messages: Vec<(ActorId, Body<Tensor>)>,
+    },
     /// Adds a step's sums over the lanes.
     Reduce(Reduce),
     /// The optimizer step.
@@ -126,6 +133,13 @@ pub enum Outcome {
     },
     /// A reducer's first or next state.
     Applied(Applied),
+    /// What an actor made in a step.
+    Digest {
+        /// The step.
+        step: Step,
+        /// Its hash.
+        digest: u128,
+    },
     /// The step's sums.
     Reduced(Reduced),
 }
@@ -152,6 +166,7 @@ pub fn run(job: Job, b: &dyn Backend) -> Outcome {
             let sums = parameters.iter().map(ParameterData::sum).collect();
             Outcome::Applied(Applied { step, parameters, sums })
         }
+        Job::Digest { step, messages } => Outcome::Digest { step, digest: crate::audit::digest(&messages) },
         Job::Reduce(reduce) => Outcome::Reduced(reduce.run()),
         Job::Apply(apply) => Outcome::Applied(apply.run()),
     }

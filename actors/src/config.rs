@@ -269,6 +269,7 @@ fn spec(raw: &Raw) -> JobSpec {
         sequences: j.sequences,
         shards: j.shards,
         mirrors: raw.recovery.mirrors,
+        audit: raw.recovery.audit,
         checkpoint_every: raw.checkpoint.every,
     }
 }

@@ -58,6 +58,8 @@ pub(crate) struct ExpertCore {
     /// Rows of this step, for operators.
     load: u64,
     outbox: Outbox,
+    /// The step of which the supervisor wants to know what this life made.
+    audit: Option<Step>,
     plant: Option<Bug>,
 }
 
@@ -83,6 +85,7 @@ impl ExpertCore {
             computing: false,
             load: 0,
             outbox: Outbox::default(),
+            audit: None,
             plant,
         }
     }
@@ -218,7 +221,17 @@ impl ExpertCore {
             losses: [0.0; 2],
         };
         let shard = self.layout.shard_of[&Group::Expert { layer: self.layer, expert: self.expert }];
-        self.outbox.send_to_shard(step, shard, body, &self.table)
+        let mut effects = self.outbox.send_to_shard(step, shard, body, &self.table);
+        effects.extend(self.audited());
+        effects
+    }
+
+    /// What was made in the step, if the supervisor wants to know and all is made.
+    fn audited(&mut self) -> Option<Effect> {
+        let made = self.weights.is_some() && self.turn == self.micro_batches();
+        let step = self.audit.filter(|step| *step == self.step && made)?;
+        self.audit = None;
+        Some(Effect::Compute { job: Job::Digest { step, messages: self.outbox.of(step) }, cost: 0 })
     }
 
     fn take_weights(&mut self, committed: Step, tensors: Vec<Tensor>) -> Vec<Effect> {
@@ -250,6 +263,13 @@ impl Core for ExpertCore {
                 effects
             }
             Event::Message { body: Body::Weights { step, tensors, .. }, .. } => self.take_weights(step, tensors),
+            Event::Message { body: Body::Audit { step }, .. } => {
+                self.audit = Some(step);
+                self.audited().into_iter().collect()
+            }
+            Event::Computed(Outcome::Digest { step, digest }) => {
+                vec![Effect::send(ActorId::Supervisor, Body::Audited { step, digest })]
+            }
             Event::Local { local: Local::Arrived(envelope), .. } => vec![self.arrived(envelope)],
             Event::Local { local: Local::Done { expert, turn, result }, .. } if expert == self.address => {
                 self.done(turn, *result)

@@ -189,6 +189,8 @@ impl KeeperCore {
             | Body::Applied { .. }
             | Body::Stateless
             | Body::Ready
+            | Body::Audit { .. }
+            | Body::Audited { .. }
             | Body::Commit(_)
             | Body::SnapshotKept { .. } => Vec::new(),
         }

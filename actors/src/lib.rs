@@ -4,6 +4,7 @@
 //! that takes events and gives effects. The shells carry effects out with ractor, QUIC and files; the
 //! simulator carries the same effects out with simulated ones.
 
+mod audit;
 mod compute;
 mod config;
 mod control;

@@ -146,6 +146,18 @@ pub enum Body<T> {
     Stateless,
     /// A new life of a stage or an expert to the supervisor: it has the weights with which it begins.
     Ready,
+    /// The supervisor to an actor whose work of a step is compared.
+    Audit {
+        /// The step.
+        step: Step,
+    },
+    /// The answer, once it has made all of it.
+    Audited {
+        /// The step.
+        step: Step,
+        /// Hash of all that it made.
+        digest: u128,
+    },
     /// The supervisor to every reducer.
     Commit(Commit),
     /// A primary to the keeper: a state to be stored.
@@ -179,6 +191,8 @@ impl<T> Body<T> {
             | Self::Applied { .. }
             | Self::Stateless
             | Self::Ready
+            | Self::Audit { .. }
+            | Self::Audited { .. }
             | Self::Commit(_)
             | Self::SnapshotKept { .. } => false,
         }
@@ -209,6 +223,8 @@ impl<T> Body<T> {
             Self::Applied { step, sums } => Body::Applied { step, sums },
             Self::Stateless => Body::Stateless,
             Self::Ready => Body::Ready,
+            Self::Audit { step } => Body::Audit { step },
+            Self::Audited { step, digest } => Body::Audited { step, digest },
             Self::Commit(commit) => Body::Commit(commit),
             Self::SnapshotKept { step } => Body::SnapshotKept { step },
         }

@@ -59,6 +59,17 @@ impl Outbox {
         self.shards.retain(|_, kept| forget(kept));
     }
 
+    /// Messages of a step, with whom they are for; those for every copy of a shard with its first one.
+    pub(crate) fn of(&self, step: Step) -> Vec<(ActorId, Body<Tensor>)> {
+        let first = |shard: &u32| ActorId::Reducer { shard: *shard, replica: 0 };
+        let shards = self.shards.iter().map(|(shard, kept)| (first(shard), kept));
+        let all = self.kept.iter().map(|(to, kept)| (*to, kept)).chain(shards);
+        let of_step = |(to, kept): (ActorId, &Kept)| -> Vec<_> {
+            kept.iter().filter(|(s, _)| *s == step).map(|(_, body)| (to, body.clone())).collect()
+        };
+        all.flat_map(of_step).collect()
+    }
+
     /// Messages kept.
     pub(crate) fn len(&self) -> usize {
         self.kept.values().chain(self.shards.values()).map(Vec::len).sum()

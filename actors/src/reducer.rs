@@ -385,6 +385,8 @@ impl Core for ReducerCore {
                 | Body::Applied { .. }
                 | Body::Stateless
                 | Body::Ready
+                | Body::Audit { .. }
+                | Body::Audited { .. }
                 | Body::Snapshot { .. } => Vec::new(),
             },
             Event::Computed(Outcome::Reduced(reduced)) => self.on_reduced(reduced),

@@ -76,6 +76,8 @@ pub struct JobSpec {
     pub shards: u32,
     /// Further copies of each shard.
     pub mirrors: u32,
+    /// One in so many actors is audited in each step, on the average; 0: none.
+    pub audit: u32,
     /// Steps between checkpoints.
     pub checkpoint_every: Step,
 }

@@ -67,6 +67,10 @@ pub(crate) struct StageCore {
     /// Weights that came, by the step they are the result of.
     weights: BTreeMap<Step, BTreeMap<Group, Vec<Tensor>>>,
     outbox: Outbox,
+    /// The step of which the supervisor wants to know what this life made.
+    audit: Option<Step>,
+    /// Chaos: this life computes wrongly.
+    wrong: bool,
 }
 
 impl StageCore {
@@ -91,6 +95,8 @@ impl StageCore {
             inbox: BTreeMap::new(),
             weights: BTreeMap::new(),
             outbox: Outbox::default(),
+            audit: None,
+            wrong: false,
         }
     }
 
@@ -105,6 +111,10 @@ impl StageCore {
     fn message(&mut self, from: Address, body: Body<Tensor>) -> Vec<Effect> {
         let (turn, input, rows) = match body {
             Body::Weights { step, group, tensors } => return self.take_weights(step, group, tensors),
+            Body::Audit { step } => {
+                self.audit = Some(step);
+                return self.audited().into_iter().collect();
+            }
             Body::Hidden { turn, rows } => (turn, Input::Hidden(turn.micro_batch), rows),
             Body::Gradient { turn, rows } => (turn, Input::Gradient(turn.micro_batch), rows),
             Body::Answer { turn, pass, rows } => {
@@ -119,6 +129,7 @@ impl StageCore {
             | Body::Applied { .. }
             | Body::Stateless
             | Body::Ready
+            | Body::Audited { .. }
             | Body::Commit(_)
             | Body::Snapshot { .. }
             | Body::SnapshotKept { .. } => return Vec::new(),
@@ -264,7 +275,7 @@ impl StageCore {
         }
         let turn = self.turn(micro_batch);
         let mut effects = Vec::new();
-        match progress {
+        match if self.wrong { wrongly(progress) } else { progress } {
             Progress::Experts { layer, rows } => {
                 for (expert, rows) in rows.into_iter().enumerate() {
                     let to = ActorId::Expert { layer, expert: expert as u32 };
@@ -332,7 +343,26 @@ impl StageCore {
             let shard = self.layout.shard_of[group];
             effects.extend(self.outbox.send_to_shard(self.step, shard, body, &self.table));
         }
+        effects.extend(self.audited());
         effects
+    }
+
+    /// What was made in the step, if the supervisor wants to know and all is made.
+    fn audited(&mut self) -> Option<Effect> {
+        let step = self.audit.filter(|step| *step == self.step && matches!(self.phase, Phase::Finished))?;
+        self.audit = None;
+        Some(Effect::Compute { job: Job::Digest { step, messages: self.outbox.of(step) }, cost: 0 })
+    }
+}
+
+/// What an operation gives in a unit that computes wrongly.
+fn wrongly(progress: Progress) -> Progress {
+    match progress {
+        Progress::Experts { layer, rows } => {
+            Progress::Experts { layer, rows: rows.iter().map(crate::audit::wrong).collect() }
+        }
+        Progress::Hidden(rows) => Progress::Hidden(crate::audit::wrong(&rows)),
+        Progress::Waits { .. } | Progress::Finished => progress,
     }
 }
 
@@ -348,8 +378,15 @@ impl Core for StageCore {
             Event::Computed(Outcome::Stage { step, model, pass, progress }) => {
                 self.computed(step, model, pass, progress)
             }
+            Event::Computed(Outcome::Digest { step, digest }) => {
+                vec![Effect::send(ActorId::Supervisor, Body::Audited { step, digest })]
+            }
             Event::Computed(_) | Event::Local { .. } => Vec::new(),
         }
+    }
+
+    fn flip(&mut self) {
+        self.wrong = true;
     }
 
     fn describe(&self) -> String {

@@ -11,6 +11,7 @@
 //! - SU-6: an actor whose node lives is moved only with a commit: nothing of a step is done again because a node came.
 //! - SU-7: a node gets its first actors when a beat of it says that it reaches all that have had theirs.
 
+mod audit;
 mod commit;
 mod copies;
 mod events;
@@ -23,6 +24,7 @@ mod record;
 mod steps;
 mod timeline;
 
+use audit::Audit;
 use commit::CommitCore;
 pub use events::{Happening, Report, SupervisorEffect, SupervisorEvent};
 use links::Links;
@@ -112,6 +114,8 @@ pub struct Supervisor {
     told_room: Option<(u64, u64)>,
     /// When copies of a shard differed, lately.
     corruptions: VecDeque<Duration>,
+    /// Of the next step, once it could be committed.
+    audit: Option<Audit>,
     finished: bool,
     /// Dead nodes that spoke, the newest [`FENCED_MAX`].
     fenced: BTreeSet<NodeId>,
@@ -160,6 +164,7 @@ impl Supervisor {
             no_room: None,
             told_room: None,
             corruptions: VecDeque::new(),
+            audit: None,
             finished: false,
             fenced: BTreeSet::new(),
             released: BTreeSet::new(),
@@ -336,6 +341,7 @@ impl Supervisor {
         if let Some(last) = self.last {
             then.extend(self.reducers().map(|to| SupervisorEffect::Send(to, Body::Commit(last.commit))));
         }
+        then.extend(self.audits_on(node));
         let mut effects = vec![SupervisorEffect::Note(Happening::NodeReturned { node: node.0 })];
         effects.extend(self.after_sync(then));
         effects

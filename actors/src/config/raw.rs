@@ -268,10 +268,11 @@ pub(super) struct RawRecovery {
     pub(super) mirrors: u32,
     pub(super) spares: u32,
     pub(super) supervisors: u32,
+    pub(super) audit: u32,
 }
 
 impl Default for RawRecovery {
     fn default() -> Self {
-        Self { mirrors: 1, spares: 0, supervisors: 1 }
+        Self { mirrors: 1, spares: 0, supervisors: 1, audit: 0 }
     }
 }

@@ -125,6 +125,7 @@ pub(crate) fn spec(shape: usize) -> JobSpec {
         sequences: 1,
         shards: 2,
         mirrors: 1,
+        audit: 0,
         checkpoint_every: 3,
     }
 }
@@ -146,6 +147,7 @@ pub fn simulate(seed: u64, plant: Option<Bug>) -> Result<Summary, Violation> {
     let nodes = Nodes { wanted, spares: usize::from((seed / 12).is_multiple_of(4)) };
     let mut spec = spec(shape);
     spec.mirrors = [1, 1, 0, 2][(seed / 48 % 4) as usize];
+    spec.audit = [0, 9, 0, 1][(seed / 7 % 4) as usize];
     let mut world = World::new(seed, spec, nodes, Faults::Random, plant, Some(reference(shape)));
     world.run()
 }

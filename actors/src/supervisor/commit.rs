@@ -215,11 +215,16 @@ impl CommitCore {
         Some(crate::fingerprint::root(&self.layout, &sums.collect()))
     }
 
-    /// The next step, if it can be committed. The table says in how many domains it is safe.
-    pub(crate) fn decide(&mut self, table: &Table) -> Result<Option<CommitRecord>, CommitError> {
+    /// Whether the next step could be committed now, if its reports agree.
+    pub(crate) fn is_ready(&self) -> bool {
         // Copies that a new supervisor has not heard yet may be in sync: it waits for them or their death.
         let ready = self.unheard.is_empty() && self.in_sync.iter().all(|copy| self.prepared.contains_key(copy));
-        if !self.reported || !self.all_in_sync() || !ready || self.committed == self.spec.steps {
+        self.reported && self.all_in_sync() && ready && self.committed < self.spec.steps
+    }
+
+    /// The next step, if it can be committed. The table says in how many domains it is safe.
+    pub(crate) fn decide(&mut self, table: &Table) -> Result<Option<CommitRecord>, CommitError> {
+        if !self.is_ready() {
             return Ok(None);
         }
         let step = self.committed + 1;

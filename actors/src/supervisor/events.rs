@@ -113,6 +113,7 @@ pub enum Happening {
     ActorFailed { actor: String, incarnation: u32, reason: String, epoch: u64 },
     Moved { epoch: u64, actors: Vec<String> },
     Corrupted { why: String },
+    Audited { step: u64, actor: String, nodes: [u64; 2] },
     RolledBack { to_step: u64, epoch: u64, why: String },
     CheckpointStored { step: u64 },
     SupervisorRestarted { incarnation: u32, committed: u64 },

@@ -249,6 +249,7 @@ impl Supervisor {
         }
         self.place(true);
         self.last = None;
+        self.audit = None;
         // A commit whose record is not synced yet is not announced any more: the job is before it now.
         for held in &mut self.held {
             held.retain(|effect| !matches!(effect, SupervisorEffect::Send(..)));

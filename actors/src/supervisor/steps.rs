@@ -13,6 +13,9 @@ impl Supervisor {
         if let (Body::Ready, Some(recovery)) = (&body, &mut self.recovery) {
             recovery.ready(self.now, from);
         }
+        if let Body::Audited { step, digest } = body {
+            return self.audited(from, step, digest);
+        }
         let ActorId::Reducer { shard, replica } = from.actor else { return Vec::new() };
         if self.table.address(from.actor) != Some(from) {
             return Vec::new();
@@ -47,6 +50,8 @@ impl Supervisor {
             | Body::Weights { .. }
             | Body::Fetch { .. }
             | Body::Ready
+            | Body::Audit { .. }
+            | Body::Audited { .. }
             | Body::State { .. }
             | Body::Commit(_)
             | Body::Snapshot { .. }
@@ -62,6 +67,12 @@ impl Supervisor {
         }
         let mut effects = self.report();
         if self.finished || self.table.primaries.contains(&None) {
+            return effects;
+        }
+        if self.commit.is_ready()
+            && let Some(audits) = self.audit()
+        {
+            effects.extend(audits);
             return effects;
         }
         let commit = match self.commit.decide(&self.table) {
@@ -89,9 +100,13 @@ impl Supervisor {
     /// A step cannot be committed, or its states differ. Which copy is corrupt nobody can say: all go back to the newest
     /// checkpoint, and the steps since are done again. What is found too often ends the job.
     fn refused(&mut self, error: &CommitError) -> Vec<SupervisorEffect> {
-        let why = error.to_string();
+        self.corrupt(error.to_string(), matches!(error, CommitError::Unbalanced { .. }))
+    }
+
+    /// Something is corrupt: the job goes back to the newest checkpoint, or ends if that was so too often or is of no use.
+    pub(super) fn corrupt(&mut self, why: String, ends: bool) -> Vec<SupervisorEffect> {
         let times = count_within(&mut self.corruptions, self.now, CORRUPTION_WINDOW);
-        if matches!(error, CommitError::Unbalanced { .. }) || times > CORRUPTIONS_MAX {
+        if ends || times > CORRUPTIONS_MAX {
             return self.finish(Err(why));
         }
         let mut effects = vec![SupervisorEffect::Note(Happening::Corrupted { why: why.clone() })];

@@ -24,6 +24,8 @@ pub(crate) enum Target {
     Reducer,
     /// A bit of a random copy of a shard flips.
     Flip,
+    /// A random stage computes wrongly from now on: with recovery.audit = 1 its node is found and given up.
+    Wrong,
     /// A random node.
     Node,
     /// Two random nodes at once.
@@ -144,6 +146,7 @@ impl Killer {
             Target::Expert => self.ask(AdminRequest::Kill, |a| matches!(a, ActorId::Expert { .. })),
             Target::Reducer => self.ask(AdminRequest::Kill, |a| matches!(a, ActorId::Reducer { .. })),
             Target::Flip => self.ask(AdminRequest::Flip, |a| matches!(a, ActorId::Reducer { .. })),
+            Target::Wrong => self.ask(AdminRequest::Flip, |a| matches!(a, ActorId::Stage { .. })),
             Target::Node => launcher::kill(targets.nodes[first as usize], Signal::KILL),
             Target::TwoNodes => {
                 launcher::kill(targets.nodes[first as usize], Signal::KILL);

@@ -1,0 +1,66 @@
+//! An actor's work of a step as one number, so that two lives can be compared (DESIGN section 5).
+//!
+//! - AD-1: the number depends on every bit of every message that the actor made in the step and on whom it is for, and not
+//!   on the order in which they were made.
+
+use crate::ids::ActorId;
+use crate::message::Body;
+use everstep_kernels::{Tensor, Words};
+
+/// Of all messages of a step. One for every copy of a shard is named by the first copy.
+pub(crate) fn digest(messages: &[(ActorId, Body<Tensor>)]) -> u128 {
+    messages.iter().map(|(to, body)| of_message(*to, body)).fold(0, u128::wrapping_add)
+}
+
+fn of_message(to: ActorId, body: &Body<Tensor>) -> u128 {
+    let mut hasher = blake3::Hasher::new();
+    let key = body.clone().map(&mut |tensor: Tensor| {
+        let (words, region) = tensor.to_words();
+        hasher.update(bytemuck::cast_slice(&region));
+        (tensor.rows() as u64, tensor.columns() as u64, words == Words::Bf16)
+    });
+    let key = bincode::serde::encode_to_vec((to, key), bincode::config::standard());
+    hasher.update(&key.expect("a message can be encoded"));
+    u128::from_le_bytes(*hasher.finalize().as_bytes().first_chunk().expect("a hash of 32 bytes"))
+}
+
+/// The tensor as a unit that computes wrongly would have made it: with another bit (chaos).
+pub(crate) fn wrong(tensor: &Tensor) -> Tensor {
+    let (words, region) = tensor.to_words();
+    let mut data = region.to_vec();
+    if let Some(first) = data.first_mut() {
+        *first = f32::from_bits(first.to_bits() ^ 1 << 20);
+    }
+    Tensor::from_words(tensor.rows(), tensor.columns(), words, data.into())
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::message::{Pass, Turn};
+
+    /// AD-1.
+    #[test]
+    fn every_bit_counts_and_the_order_does_not() {
+        let message = |expert: u32, lane: u32, rows: &Tensor| {
+            let turn = Turn { step: 1, lane, micro_batch: 0 };
+            (ActorId::Expert { layer: 1, expert }, Body::Rows { turn, pass: Pass::Forward, rows: rows.clone() })
+        };
+        let rows = Tensor::from_vec(1, 2, vec![0.0, 1.0]);
+        let turned = Tensor::from_vec(2, 1, vec![0.0, 1.0]);
+        let negative = Tensor::from_vec(1, 2, vec![-0.0, 1.0]);
+        let [a, b] = [message(0, 0, &rows), message(1, 0, &rows)];
+        assert_eq!(digest(&[a.clone(), b.clone()]), digest(&[b.clone(), a.clone()]));
+        let others = [
+            digest(&[a.clone(), b.clone()]),
+            digest(&[a.clone()]),
+            digest(&[a.clone(), a.clone()]),
+            digest(&[a.clone(), message(1, 1, &rows)]),
+            digest(&[a.clone(), message(1, 0, &turned)]),
+            digest(&[a.clone(), message(1, 0, &negative)]),
+            digest(&[a, message(1, 0, &wrong(&rows))]),
+        ];
+        let distinct: std::collections::BTreeSet<u128> = others.into_iter().collect();
+        assert_eq!(distinct.len(), others.len());
+    }
+}

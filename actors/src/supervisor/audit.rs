@@ -1,0 +1,155 @@
+//! Audits: the work of some actors in a step is made again on another node before the step is committed, and compared.
+//!
+//! An audited actor tells the hash of all that it made in the step, gets its next life on another node, which replays the
+//! step as after a failure, and that one tells its hash too. What it sends twice is dropped by those who have it, so an
+//! audit that finds nothing changes nothing.
+//! - AU-1: who is audited is a pure function of seed, step and actor: one in `recovery.audit` on the average.
+//! - AU-2: a step is committed only when all hashes of its audits are equal. An actor that dies meanwhile is not audited
+//!   in this step: its next life was made for another reason.
+//! - AU-3: of two that differ a third node decides. The one that is alone with its hash is given up, and the job goes back
+//!   to the newest checkpoint: others have worked with what it made.
+
+use super::{Happening, Supervisor, SupervisorEffect};
+use crate::ids::{ActorId, Address, NodeId, Step};
+use crate::message::Body;
+use crate::table::Entry;
+use everstep_kernels::Philox;
+use std::collections::VecDeque;
+use std::time::Duration;
+
+const PURPOSE_AUDIT: u32 = 7;
+
+/// The audits of a step, one after another: whoever is made again meets all others as they were.
+#[derive(Debug)]
+pub(super) struct Audit {
+    step: Step,
+    /// That are still to come.
+    due: VecDeque<ActorId>,
+    subject: Option<Subject>,
+}
+
+/// An actor whose work is made again.
+#[derive(Debug)]
+struct Subject {
+    /// The life that was asked last.
+    asked: Address,
+    /// What lives made of the step, and where.
+    made: Vec<(NodeId, u128)>,
+}
+
+impl Supervisor {
+    /// AU-1.
+    fn due(&self, step: Step) -> VecDeque<ActorId> {
+        let every = f64::from(self.spec.audit);
+        let workers: Vec<ActorId> = self.costs.workers().collect();
+        let random = Philox::new(self.spec.seed, PURPOSE_AUDIT, 0);
+        let first = step * workers.len() as u64;
+        let due = |n: &usize| every > 0.0 && f64::from(random.uniform(first + *n as u64)) * every < 1.0;
+        (0..workers.len()).filter(due).map(|n| workers[n]).collect()
+    }
+
+    /// Whether audits are in the way of the next step's commit, which could be now (AU-2); and what begins them.
+    pub(super) fn audit(&mut self) -> Option<Vec<SupervisorEffect>> {
+        let step = self.committed() + 1;
+        if self.audit.as_ref().is_none_or(|audit| audit.step != step) {
+            self.audit = Some(Audit { step, due: self.due(step), subject: None });
+        }
+        let (table, audit) = (&self.table, self.audit.as_mut()?);
+        // A life that ended by itself has been made again for that reason.
+        audit.subject.take_if(|subject| table.address(subject.asked.actor) != Some(subject.asked));
+        if audit.subject.is_some() {
+            return Some(Vec::new());
+        }
+        let asked = std::iter::from_fn(|| audit.due.pop_front()).find_map(|actor| table.address(actor))?;
+        audit.subject = Some(Subject { asked, made: Vec::new() });
+        // Nobody listens to a supervisor of whom no table has told yet.
+        Some(self.after_sync(vec![SupervisorEffect::Send(asked.actor, Body::Audit { step })]))
+    }
+
+    /// An audited actor tells what it made.
+    pub(super) fn audited(&mut self, from: Address, step: Step, digest: u128) -> Vec<SupervisorEffect> {
+        let Some(node) = self.table.node_of(from.actor) else { return Vec::new() };
+        let audit = self.audit.as_mut().filter(|audit| audit.step == step);
+        let subject = audit.and_then(|audit| audit.subject.as_mut()).filter(|subject| subject.asked == from);
+        let Some(subject) = subject else { return Vec::new() };
+        subject.made.push((node, digest));
+        let made = subject.made.clone();
+        if let [(first_node, first), (second_node, second)] = made[..]
+            && first == second
+        {
+            self.end_audit();
+            let (actor, nodes) = (from.actor.to_string(), [first_node.0, second_node.0]);
+            return vec![SupervisorEffect::Note(Happening::Audited { step, actor, nodes })];
+        }
+        let elsewhere = (made.len() < 3).then(|| self.elsewhere(from.actor, &made)).flatten();
+        match elsewhere {
+            Some(node) => self.make_again(from.actor, step, node),
+            // There is nobody to compare with.
+            None if made.len() < 2 => {
+                self.end_audit();
+                Vec::new()
+            }
+            None => self.differs(from.actor, step, &made),
+        }
+    }
+
+    /// What the audited actor is asked, if it is on this node: it may not have come to it.
+    pub(super) fn audits_on(&self, node: NodeId) -> Option<SupervisorEffect> {
+        let audit = self.audit.as_ref()?;
+        let actor = audit.subject.as_ref()?.asked.actor;
+        (self.table.node_of(actor) == Some(node))
+            .then_some(SupervisorEffect::Send(actor, Body::Audit { step: audit.step }))
+    }
+
+    fn end_audit(&mut self) {
+        if let Some(audit) = &mut self.audit {
+            audit.subject = None;
+        }
+    }
+
+    /// The node with the least to do that has not made it yet and has room.
+    fn elsewhere(&self, actor: ActorId, made: &[(NodeId, u128)]) -> Option<NodeId> {
+        let sum = |node: NodeId, of: &dyn Fn(ActorId) -> u64| -> u64 {
+            self.table.actors_of(node).map(|a| of(a.actor)).sum()
+        };
+        let fits = |node: &NodeId| match self.table.nodes.get(node).map_or(0, |info| info.memory) {
+            0 => true,
+            limit => sum(*node, &|a| self.costs.bytes(a)) + self.costs.bytes(actor) <= limit,
+        };
+        let others = self.working().into_iter().filter(|node| made.iter().all(|(n, _)| n != node));
+        others.filter(fits).min_by_key(|node| (sum(*node, &|a| self.costs.of(a)), *node))
+    }
+
+    fn make_again(&mut self, actor: ActorId, step: Step, node: NodeId) -> Vec<SupervisorEffect> {
+        let Some(entry) = self.table.entries.get_mut(&actor) else { return Vec::new() };
+        *entry = Entry { node, incarnation: entry.incarnation.next() };
+        let asked = Address { actor, incarnation: entry.incarnation };
+        if let Some(subject) = self.audit.as_mut().and_then(|audit| audit.subject.as_mut()) {
+            subject.asked = asked;
+        }
+        // It may stay there; the load is evened out with the commit.
+        self.uneven = true;
+        let mut effects = self.settle(Vec::new());
+        effects.extend(self.after_sync(vec![SupervisorEffect::Send(actor, Body::Audit { step })]));
+        effects
+    }
+
+    /// AU-3.
+    fn differs(&mut self, actor: ActorId, step: Step, made: &[(NodeId, u128)]) -> Vec<SupervisorEffect> {
+        let alone = |digest: u128| made.iter().filter(|(_, other)| *other == digest).count() == 1;
+        let wrong = match made.iter().filter(|(_, digest)| alone(*digest)).collect::<Vec<_>>()[..] {
+            [(node, _)] => Some(*node),
+            _ => None,
+        };
+        let said: Vec<String> = made.iter().map(|(node, digest)| format!("{digest:032x} on {node}")).collect();
+        let verdict =
+            wrong.map_or("which is right nobody can say".to_owned(), |node| format!("{node} computes wrongly"));
+        let why = format!("what {actor} made in step {step} has hashes {}: {verdict}", said.join(", "));
+        let mut effects = Vec::new();
+        if let Some(node) = wrong {
+            effects.extend(self.dead(&[(node, why.clone(), Duration::ZERO)]));
+        }
+        effects.extend(self.corrupt(why, false));
+        effects
+    }
+}
