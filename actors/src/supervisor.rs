@@ -380,7 +380,8 @@ impl Supervisor {
         if self.released.contains(&node) {
             return self.after_sync(vec![SupervisorEffect::Release(node)]);
         }
-        let mut effects = vec![SupervisorEffect::Fence(node)];
+        // The record of its death may be on its way still.
+        let mut effects = self.after_sync(vec![SupervisorEffect::Fence(node)]);
         if remember(&mut self.fenced, node) {
             effects.push(SupervisorEffect::Note(Happening::NodeFenced { node: node.0 }));
         }

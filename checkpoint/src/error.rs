@@ -6,6 +6,12 @@ use std::path::{Path, PathBuf};
 /// A store could not be read or written.
 #[derive(Debug, thiserror::Error)]
 pub enum StoreError {
+    /// It was this process's turn to have the store, and is not any more.
+    #[error("{}: another process may have this store now", path.display())]
+    OutOfTurn {
+        /// The store.
+        path: PathBuf,
+    },
     /// The file system said no.
     #[error("{path}: {source}")]
     File {
@@ -86,7 +92,7 @@ impl StoreError {
         match self {
             Self::File { source, .. } => source.kind() == io::ErrorKind::NotFound,
             Self::Damaged { .. } | Self::Invalid { .. } | Self::ForeignJob { .. } | Self::Tensor { .. } => true,
-            Self::Catalogue { .. } | Self::OtherVersion { .. } => false,
+            Self::Catalogue { .. } | Self::OtherVersion { .. } | Self::OutOfTurn { .. } => false,
         }
     }
 }

@@ -7,8 +7,8 @@
 //!   missing, damaged or behind.
 //! - DS-3: the newest `keep` checkpoints are kept; chunks that neither a kept manifest nor a checkpoint
 //!   that is being made names are removed.
-//! - DS-4: a process whose turn is over removes nothing. What it still writes is what the next one writes too: the
-//!   bytes of a chunk and of a checkpoint do not depend on who writes them.
+//! - DS-4: a process whose turn is over publishes and removes nothing. It asks before each change: a stop between the
+//!   question and the change is not seen.
 
 use crate::catalogue::Catalogue;
 use crate::chunk::{CHUNK_WORDS, ChunkHash, Chunks, write_whole};
@@ -237,6 +237,7 @@ impl Store {
     /// Makes the checkpoint of `step` exist with all that was put, and removes those that are not kept
     /// any more.
     pub fn publish(&mut self, step: u64) -> Result<(), StoreError> {
+        self.turn()?;
         let tensors = self.pending.remove(&step).unwrap_or_default().into_values().collect();
         // Older ones that were not completed never will be.
         self.pending.retain(|s, _| *s > step);
@@ -246,6 +247,11 @@ impl Store {
         self.prune()
     }
 
+    /// DS-4.
+    fn turn(&self) -> Result<(), StoreError> {
+        if (self.mine.0)() { Ok(()) } else { Err(StoreError::OutOfTurn { path: self.reader.folder.clone() }) }
+    }
+
     fn prune(&self) -> Result<(), StoreError> {
         let steps = self.reader.steps()?;
         let (old, kept) = steps.split_at(steps.len().saturating_sub(self.keep));
@@ -253,9 +259,7 @@ impl Store {
             return Ok(());
         }
         for step in old {
-            if !(self.mine.0)() {
-                return Ok(());
-            }
+            self.turn()?;
             let path = self.reader.manifest_path(*step);
             fs::remove_file(&path).map_err(at(&path))?;
             self.catalogue.remove(*step)?;
@@ -282,6 +286,7 @@ impl Store {
             if !error.is_damage() {
                 return Err(error);
             }
+            self.turn()?;
             if let StoreError::Damaged { path, .. } = &error {
                 fs::remove_file(path).map_err(at(path))?;
             }
@@ -293,6 +298,7 @@ impl Store {
     /// Puts aside checkpoints after `step`, which turned out to be damaged.
     pub fn refuse_after(&self, step: u64) -> Result<(), StoreError> {
         for newer in self.reader.steps()?.into_iter().filter(|s| *s > step) {
+            self.turn()?;
             let path = self.reader.manifest_path(newer);
             fs::rename(&path, path.with_extension("refused")).map_err(at(&path))?;
             self.catalogue.remove(newer)?;
@@ -397,8 +403,10 @@ mod tests {
         turn.store(false, Relaxed);
         let mut second = open("second", Arc::new(|| true));
         second.put(3, &tensors(3.0)).unwrap();
-        first.publish(2).unwrap();
-        assert_eq!(second.reader().steps().unwrap(), [1, 2]);
+        let error = first.publish(2).unwrap_err().to_string();
+        assert!(error.contains("another process"), "{error}");
+        assert!(first.refuse_after(0).is_err() && first.prune().is_ok());
+        assert_eq!(second.reader().steps().unwrap(), [1]);
         second.publish(3).unwrap();
         assert_eq!(second.reader().steps().unwrap(), [3]);
         assert_eq!(second.newest_good().unwrap().0, Some(3));

@@ -72,8 +72,8 @@ impl Job {
         let at = self.step()? + 30;
         wait("steps", || Ok(self.step()? >= at))?;
         let old = self.leader().context("somebody leads")?;
-        let began = milliseconds();
         fail(self, old)?;
+        let began = milliseconds();
         let first = || -> Result<Option<u64>> {
             let other = self.leader().is_some_and(|now| now != old);
             Ok(metrics(&self.run)?.into_iter().map(|l| l.time).find(|time| other && *time > began))
@@ -137,5 +137,28 @@ fn another_supervisor_leads() -> Result<()> {
     assert!(first == second && second == third);
     let alone = job.place.train("alone", &[&format!("train.steps={STEPS}"), "checkpoint.every=500", "job.nodes=1"])?;
     assert_eq!(fingerprints(&job.run)?, fingerprints(&alone)?);
+    Ok(())
+}
+
+/// C1, RP-1: three supervisors of one machine: the one that leads is killed and started again at once, stopped, and all
+/// processes end together; a run that has ended may be gone on with, and has nothing to do.
+#[test]
+fn three_supervisors_of_a_launcher() -> Result<()> {
+    let place = Place::new()?;
+    let plan = "seed = 2\nkills = 4\nevery_ms = 2500\nstop_ms = 2000\n\
+                targets = [\"supervisor\", \"stop-supervisor\", \"everything\", \"supervisor\"]\n";
+    let set = ["train.steps=700", "checkpoint.every=100", "recovery.supervisors=3", "run.folder=three"];
+    let said = place.with_plan(&["chaos", "plan.toml", "tiny.toml"], plan, &set)?;
+    assert!(said.contains("every fingerprint equals"), "{said}");
+    let run = place.run("three/chaos");
+    let before = fingerprints(&run)?;
+    let output = place.everstep(&["resume", &run.0.display().to_string()])?;
+    assert!(output.status.success(), "{}", String::from_utf8_lossy(&output.stderr));
+    assert_eq!(fingerprints(&run)?, before);
+    // A supervisor that has lost its log has forgotten how it voted.
+    std::fs::remove_file(run.seat(2).join("log"))?;
+    let output = place.everstep(&["resume", &run.0.display().to_string()])?;
+    let said = String::from_utf8_lossy(&output.stderr).into_owned();
+    assert!(!output.status.success() && said.contains("this supervisor's log is gone"), "{said}");
     Ok(())
 }

@@ -9,6 +9,7 @@ use crate::quic::{QuicError, explain};
 use quinn::{Connection, Endpoint, RecvStream, SendStream, VarInt};
 use std::net::SocketAddr;
 use tokio::sync::{mpsc, oneshot};
+use tokio::task::JoinHandle;
 
 /// Bytes of a request or an answer.
 pub const CALL_MAX: usize = 64 << 20;
@@ -36,6 +37,8 @@ pub struct Caller {
     config: quinn::ClientConfig,
     address: SocketAddr,
     connection: Option<Connection>,
+    /// A connection that is being made: it goes on when a call is given up.
+    making: Option<JoinHandle<Result<Connection, QuicError>>>,
 }
 
 impl std::fmt::Debug for Caller {
@@ -46,26 +49,37 @@ impl std::fmt::Debug for Caller {
 
 impl Caller {
     pub(crate) fn new(endpoint: Endpoint, config: quinn::ClientConfig, address: SocketAddr) -> Self {
-        Self { endpoint, config, address, connection: None }
+        Self { endpoint, config, address, connection: None, making: None }
     }
 
     /// Asks and waits for the answer; how long is the caller's business.
     pub async fn call(&mut self, request: &[u8]) -> Result<Vec<u8>, QuicError> {
         let address = self.address;
         let unreachable = |reason: String| QuicError::Unreachable { address, reason };
-        let connection = match self.connection.take().filter(|c| c.close_reason().is_none()) {
-            Some(connection) => connection,
-            None => {
-                let connecting = self.endpoint.connect_with(self.config.clone(), address, NAME);
-                connecting.map_err(|e| unreachable(e.to_string()))?.await.map_err(|e| explain(address, &e))?
-            }
-        };
+        let connection = self.connected().await?;
         let (mut send, mut receive) = connection.open_bi().await.map_err(|e| explain(address, &e))?;
         send.write_all(request).await.map_err(|e| unreachable(e.to_string()))?;
         let _ = send.finish();
-        let answer = receive.read_to_end(CALL_MAX).await.map_err(|e| unreachable(e.to_string()))?;
-        self.connection = Some(connection);
-        Ok(answer)
+        receive.read_to_end(CALL_MAX).await.map_err(|e| unreachable(e.to_string()))
+    }
+
+    async fn connected(&mut self) -> Result<Connection, QuicError> {
+        if let Some(connection) = self.connection.as_ref().filter(|c| c.close_reason().is_none()) {
+            return Ok(connection.clone());
+        }
+        let (endpoint, config, address) = (&self.endpoint, &self.config, self.address);
+        let making = self.making.get_or_insert_with(|| {
+            let connecting = endpoint.connect_with(config.clone(), address, NAME);
+            tokio::spawn(async move {
+                let unreachable = |reason: String| QuicError::Unreachable { address, reason };
+                connecting.map_err(|e| unreachable(e.to_string()))?.await.map_err(|e| explain(address, &e))
+            })
+        });
+        let made = making.await;
+        self.making = None;
+        let connection = made.map_err(|e| QuicError::Unreachable { address, reason: e.to_string() })??;
+        self.connection = Some(connection.clone());
+        Ok(connection)
     }
 }
 

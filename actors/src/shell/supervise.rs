@@ -52,15 +52,13 @@ impl Ready {
         Ok(Self { run, config, identity, tokens })
     }
 
-    /// Leads the job until it is over, or `deposed` says that another may. Nodes may come once the file with `addresses`
-    /// is there.
+    /// Leads the job until it is over. Nodes may come once the file with `addresses` is there.
     async fn lead(
         self,
         restored: Restored,
         sink: Sink,
         (hub, mut events): (Hub, mpsc::Receiver<HubEvent>),
         addresses: &str,
-        deposed: impl Future<Output = String>,
     ) -> Result<SupervisorEnd, AnyError> {
         let (end, mut ended) = mpsc::channel(1);
         let Self { run, config, identity, tokens } = self;
@@ -68,14 +66,9 @@ impl Ready {
         let args = Args { restored, sink, config, identity, run, tokens, hub: hub.clone(), end };
         let (actor, handle) = Actor::spawn(None, SupervisorProcess, args).await?;
         replace(&file, |scratch| std::fs::write(scratch, addresses))?;
-        let result = tokio::select! {
-            result = pump(&mut events, &actor, Msg::Hub, &mut ended) => result?.unwrap_or(SupervisorEnd::Panicked),
-            why = deposed => SupervisorEnd::Deposed(why),
-        };
-        if !matches!(result, SupervisorEnd::Deposed(_)) {
-            // The last words, to nodes and to other supervisors, need a moment to leave.
-            tokio::time::sleep(Duration::from_millis(200)).await;
-        }
+        let result = pump(&mut events, &actor, Msg::Hub, &mut ended).await?.unwrap_or(SupervisorEnd::Panicked);
+        // The last words to the nodes need a moment to leave.
+        tokio::time::sleep(Duration::from_millis(200)).await;
         actor.stop(None);
         let _ = handle.await;
         Ok(result)
@@ -91,11 +84,7 @@ async fn refuse(events: &mut mpsc::Receiver<HubEvent>) {
 
 /// Puts something in the place of a file in one step.
 fn replace(path: &Path, make: impl FnOnce(&Path) -> std::io::Result<()>) -> std::io::Result<()> {
-    let scratch = path.with_extension(format!("{}.new", std::process::id()));
-    match std::fs::remove_file(&scratch) {
-        Err(error) if error.kind() != std::io::ErrorKind::NotFound => return Err(error),
-        Ok(()) | Err(_) => {}
-    }
+    let scratch = path.with_extension(format!("{:016x}.new", new_name()));
     make(&scratch)?;
     std::fs::rename(&scratch, path)
 }
@@ -121,45 +110,102 @@ async fn alone(ready: Ready, open: impl FnOnce() -> Opened) -> Result<Supervisor
     let restored = restore(store, &ready.config, records, &run.metrics())?;
     let (hub, events) = open()?;
     let address = hub.address()?.to_string();
-    let never = std::future::pending();
-    let end = ready.lead(restored, Sink::Alone(files), (hub.clone(), events), &address, never).await;
+    let end = ready.lead(restored, Sink::Alone(files), (hub.clone(), events), &address).await;
     hub.shut_down();
     end
 }
 
+/// One of several. What goes wrong here is no end of the job: the others go on, and this process begins anew.
 async fn among(ready: Ready, seat: &Seat, open: impl FnOnce() -> Opened) -> Result<SupervisorEnd, AnyError> {
     let run = ready.run.clone();
     let folder = run.seat(seat.number);
+    may_begin(&ready, seat, &folder)?;
     std::fs::create_dir_all(&folder)?;
     let _locks = run.lock_seat(seat.number)?;
-    let (hub, mut events) = open()?;
+    let (hub, events) = open()?;
     hub.take_sessions(false);
     let replicated = Replicated::start(&folder, seat, &hub).await?;
-    let led = tokio::select! {
-        led = replicated.lead_or_end() => led?,
-        () = refuse(&mut events) => return Err("the endpoint closed".into()),
-    };
-    let end = match led {
-        Err(end) => end.map_or_else(SupervisorEnd::Failed, |()| SupervisorEnd::Finished),
-        Ok(term) => {
-            let lease = Lease::default();
-            let holds = lease.clone();
-            let (job, keep) = (&ready.identity.job, ready.config.keep);
-            let mine = Arc::new(move || holds.holds());
-            let store = Store::in_turn(&run.checkpoints(), &folder.join("catalogue"), job, keep, mine)?;
-            let restored = restore(store, &ready.config, replicated.records(), &folder.join("metrics.jsonl"))?;
-            for name in ["metrics.jsonl", "events.jsonl"] {
-                let target = Path::new("supervisors").join(seat.number.to_string()).join(name);
-                replace(&run.0.join(name), |link| std::os::unix::fs::symlink(&target, link))?;
-            }
-            let addresses: Vec<String> = seat.addresses.iter().map(ToString::to_string).collect();
-            hub.take_sessions(true);
-            let (sink, deposed) = (Sink::Replicated(replicated.clone()), replicated.deposed(term, lease));
-            ready.lead(restored, sink, (hub.clone(), events), &addresses.join(","), deposed).await?
-        }
-    };
+    let led = follow_and_lead(ready, seat, &replicated, (hub.clone(), events)).await;
+    let end = led.unwrap_or_else(|error| SupervisorEnd::Deposed(error.to_string()));
     // Whoever is deposed may have been cut off, or stopped for a while: it says nothing more.
     hub.shut_down();
     replicated.shut_down().await;
     Ok(end)
+}
+
+/// Refuses what would lose or mix what a run has.
+fn may_begin(ready: &Ready, seat: &Seat, folder: &Path) -> Result<(), AnyError> {
+    let (run, told, wanted) = (&ready.run, seat.addresses.len() as u64, ready.config.supervisors);
+    if told != wanted {
+        return Err(format!("--among has {told} addresses, the run has recovery.supervisors = {wanted}").into());
+    }
+    if run.control_log().exists() {
+        return Err(format!("{} was begun with one supervisor", run.0.display()).into());
+    }
+    // One that has forgotten how it voted might vote again, and make what was agreed on undone.
+    if std::fs::symlink_metadata(run.metrics()).is_ok() && !folder.join("log").exists() {
+        let why = "the run has begun, and this supervisor's log is gone: bring it back, or go on with the others";
+        return Err(format!("{}: {why}", folder.display()).into());
+    }
+    Ok(())
+}
+
+async fn follow_and_lead(
+    ready: Ready,
+    seat: &Seat,
+    replicated: &Replicated,
+    (hub, mut events): (Hub, mpsc::Receiver<HubEvent>),
+) -> Result<SupervisorEnd, AnyError> {
+    let led = tokio::select! {
+        led = replicated.lead_or_end() => led?,
+        () = refuse(&mut events) => return Err("the endpoint closed".into()),
+    };
+    let term = match led {
+        Ok(term) => term,
+        Err(end) => return Ok(end.map_or_else(SupervisorEnd::Failed, |()| SupervisorEnd::Finished)),
+    };
+    let lease = Lease::default();
+    tokio::select! {
+        biased;
+        why = replicated.deposed(term, lease.clone()) => Ok(SupervisorEnd::Deposed(why)),
+        end = lead_among(ready, seat, replicated, (hub, events), lease) => {
+            let end = end?;
+            replicated.told_all().await;
+            Ok(end)
+        }
+    }
+}
+
+async fn lead_among(
+    ready: Ready,
+    seat: &Seat,
+    replicated: &Replicated,
+    (hub, events): (Hub, mpsc::Receiver<HubEvent>),
+    lease: Lease,
+) -> Result<SupervisorEnd, AnyError> {
+    let (folder, records) = (ready.run.seat(seat.number), replicated.records());
+    let (run, config, job) = (ready.run.clone(), ready.config.clone(), ready.identity.job.clone());
+    let number = seat.number;
+    // A large checkpoint is verified for long, and meanwhile others want signs of life.
+    let restoring = tokio::task::spawn_blocking(move || -> Result<Restored, String> {
+        let holds = lease.clone();
+        let mine = Arc::new(move || holds.holds());
+        let store = Store::in_turn(&run.checkpoints(), &folder.join("catalogue"), &job, config.keep, mine);
+        let restored =
+            store.map_err(AnyError::from).and_then(|s| restore(s, &config, records, &folder.join("metrics.jsonl")));
+        let restored = restored.map_err(|e| e.to_string())?;
+        if !lease.holds() {
+            return Err("another supervisor may lead".to_owned());
+        }
+        for name in ["metrics.jsonl", "events.jsonl"] {
+            let target = Path::new("supervisors").join(number.to_string()).join(name);
+            let link = replace(&run.0.join(name), |link| std::os::unix::fs::symlink(&target, link));
+            link.map_err(|e| format!("{}: {e}", run.0.join(name).display()))?;
+        }
+        Ok(restored)
+    });
+    let restored = restoring.await??;
+    let addresses: Vec<String> = seat.addresses.iter().map(ToString::to_string).collect();
+    hub.take_sessions(true);
+    ready.lead(restored, Sink::Replicated(replicated.clone()), (hub, events), &addresses.join(",")).await
 }

@@ -80,6 +80,8 @@ pub(super) struct State {
     pub(super) hub: Hub,
     began: Instant,
     scribe: mpsc::Sender<Line>,
+    /// There are other supervisors.
+    among: bool,
     store: SyncSender<Checkpointing>,
     peers: BTreeMap<NodeId, Peer>,
     reported_at: Option<u64>,
@@ -143,6 +145,7 @@ impl Actor for SupervisorProcess {
             tokens,
             hub,
             began: Instant::now(),
+            among: matches!(sink, Sink::Replicated(_)),
             scribe: match sink {
                 Sink::Alone(files) => start_scribe(files, myself.clone())?,
                 Sink::Replicated(replicated) => replicated.writer(myself.clone()),
@@ -185,10 +188,7 @@ impl Actor for SupervisorProcess {
             Msg::Loaded { step, to, parameters } => {
                 state.root_event(RootEvent::Keeper(KeeperEvent::Loaded { step, to, parameters }));
             }
-            Msg::DiskFailed(why) => {
-                state.dismiss(&why);
-                let _ = state.end.try_send(SupervisorEnd::Failed(why));
-            }
+            Msg::DiskFailed(why) => state.unable(why),
             Msg::ProcessEnded(peer) => state.on_end_of(peer, "its process ended".to_owned()),
         }
         Ok(())
@@ -223,8 +223,21 @@ impl State {
     fn write(&self, line: Line) {
         // The queue is full only if the disk hangs, or the other supervisors do.
         if let Err(error) = self.scribe.try_send(line) {
-            let _ = self.end.try_send(SupervisorEnd::Failed(format!("what is to be written cannot be: {error}")));
+            self.cannot(format!("what is to be written cannot be: {error}"));
         }
+    }
+
+    /// This process cannot go on. If it is the only supervisor, nobody can; else another one leads.
+    fn cannot(&self, why: String) {
+        let end = if self.among { SupervisorEnd::Deposed(why) } else { SupervisorEnd::Failed(why) };
+        let _ = self.end.try_send(end);
+    }
+
+    fn unable(&mut self, why: String) {
+        if !self.among {
+            self.dismiss(&why);
+        }
+        self.cannot(why);
     }
 
     fn note(&self, happening: &Happening) {
@@ -269,7 +282,7 @@ impl State {
 
     fn checkpoint(&self, wish: Checkpointing) {
         if self.store.send(wish).is_err() {
-            let _ = self.end.try_send(SupervisorEnd::Failed("the thread of checkpoints has ended".to_owned()));
+            self.cannot("the thread of checkpoints has ended".to_owned());
         }
     }
 

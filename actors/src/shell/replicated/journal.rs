@@ -4,6 +4,7 @@
 //! - JO-2: reading the notes again gives the log and the vote as they were, whatever a crash tore: every prefix of
 //!   the notes is a state that was, and nothing after it had been promised.
 //! - JO-3: the file is made short again when more than half of it is about entries that are gone.
+//! - JO-4: entries go only when a snapshot on disk has what they say.
 
 use super::{Types, coded, failed};
 use everstep_checkpoint::{Log, StoreError};
@@ -15,7 +16,7 @@ use std::fmt::Debug;
 use std::ops::RangeBounds;
 use std::path::{Path, PathBuf};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
-use tokio::sync::{mpsc, oneshot};
+use tokio::sync::{mpsc, oneshot, watch};
 
 /// Wishes that may wait for the disk. Raft waits for most of them.
 const QUEUE: usize = 256;
@@ -77,12 +78,14 @@ enum Waits {
 #[derive(Debug, Clone)]
 pub(super) struct Journal {
     image: Arc<Mutex<Image>>,
+    /// Up to which index the machine's snapshot on disk says what the log does.
+    saved: watch::Receiver<u64>,
     writer: mpsc::Sender<(Vec<Vec<u8>>, Waits)>,
 }
 
 impl Journal {
     /// Opens or creates it.
-    pub(super) fn open(path: &Path) -> Result<Self, StoreError> {
+    pub(super) fn open(path: &Path, saved: watch::Receiver<u64>) -> Result<Self, StoreError> {
         let (log, notes) = Log::open(path)?;
         let mut image = Image::default();
         for (n, bytes) in notes.iter().enumerate() {
@@ -100,7 +103,7 @@ impl Journal {
         thread
             .spawn(move || file.serve(wishes))
             .map_err(|source| StoreError::File { path: path.to_owned(), source })?;
-        Ok(Self { image, writer })
+        Ok(Self { image, saved, writer })
     }
 
     fn image(&self) -> MutexGuard<'_, Image> {
@@ -216,6 +219,8 @@ impl RaftLogStorage<Types> for Journal {
     }
 
     async fn purge(&mut self, upto: LogId<u64>) -> Result<(), StorageError<u64>> {
+        // JO-4. The machine has a task of its own, so that this ends; if it has ended, so has all of Raft.
+        let _ = self.saved.wait_for(|saved| *saved >= upto.index).await;
         self.saved(Note::Purged(upto)).await.map_err(failed(StorageIOError::write_logs))
     }
 }

@@ -3,7 +3,7 @@
 //!
 //! - MA-1: every supervisor's files hold the same lines in the same order: those that are committed, and no others.
 //!   A line that a file has already (it was written before the process ended) is not written again.
-//! - MA-2: a snapshot is on disk, with the lines that it counts, before the log's entries may go.
+//! - MA-2: a snapshot is on disk, with the lines that it counts, before it says that it is saved.
 
 use super::{Types, Word, coded, failed};
 use crate::supervisor::{Record, Supervisor};
@@ -13,10 +13,12 @@ use openraft::{
     StorageIOError, StoredMembership,
 };
 use serde::{Deserialize, Serialize};
+use std::collections::VecDeque;
 use std::fs::OpenOptions;
 use std::io::{Cursor, Error, Read, Result, Write};
 use std::path::{Path, PathBuf};
 use std::sync::{Arc, Mutex, PoisonError};
+use tokio::sync::watch;
 
 /// Records after which a shorter log that says the same takes their place.
 const RECORDS_MAX: usize = 1000;
@@ -27,20 +29,22 @@ type Meta = SnapshotMeta<u64, openraft::BasicNode>;
 #[derive(Debug, Clone, Default, Serialize, Deserialize)]
 struct Decided {
     records: Vec<Record>,
-    end: Option<std::result::Result<(), String>>,
+    /// With the index of the word that says so.
+    end: Option<(u64, std::result::Result<(), String>)>,
     last: Option<LogId<u64>>,
     members: StoredMembership<u64, openraft::BasicNode>,
     /// Bytes of metrics and events.
     written: [u64; 2],
 }
 
-/// A file of lines, of which the first `written` bytes are agreed on; what follows was, before the process ended.
+/// A file of lines, of which the first `written` bytes are agreed on.
 #[derive(Debug)]
 struct Lines {
     path: PathBuf,
     file: std::fs::File,
-    length: u64,
     written: u64,
+    /// What the file has beyond: lines that were agreed on before the process ended, and come again.
+    ahead: VecDeque<u8>,
 }
 
 impl Lines {
@@ -54,16 +58,23 @@ impl Lines {
             return Err(named(Error::other(format!("it has {whole} bytes of whole lines, expected {written}"))));
         }
         file.set_len(whole).map_err(named)?;
-        Ok(Self { file, length: whole, written, path })
+        let ahead = bytes[written as usize..whole as usize].iter().copied().collect();
+        Ok(Self { file, written, ahead, path })
     }
 
     fn append(&mut self, line: &str) -> Result<()> {
-        let bytes = format!("{line}\n");
-        if self.written == self.length {
-            self.file.write_all(bytes.as_bytes()).map_err(|e| Error::other(format!("{}: {e}", self.path.display())))?;
-            self.length += bytes.len() as u64;
+        let named = |e: Error| Error::other(format!("{}: {e}", self.path.display()));
+        let line = format!("{line}\n").into_bytes();
+        let there = self.ahead.len().min(line.len());
+        if there > 0 && !self.ahead.drain(..there).eq(line.iter().copied()) {
+            // A power cut may leave other bytes than were written.
+            self.ahead.clear();
+            self.file.set_len(self.written).map_err(named)?;
+            self.file.write_all(&line).map_err(named)?;
+        } else if there == 0 {
+            self.file.write_all(&line).map_err(named)?;
         }
-        self.written += bytes.len() as u64;
+        self.written += line.len() as u64;
         Ok(())
     }
 
@@ -79,6 +90,8 @@ struct State {
     decided: Decided,
     lines: [Lines; 2],
     snapshot: PathBuf,
+    /// The last index that the snapshot on disk has.
+    saved: watch::Sender<u64>,
 }
 
 impl State {
@@ -91,13 +104,14 @@ impl State {
         };
         let [metrics, events] = decided.written;
         let open = |name: &str, written| Lines::open(folder.join(name), written);
-        Ok(Self { lines: [open("metrics.jsonl", metrics)?, open("events.jsonl", events)?], decided, snapshot })
+        let saved = watch::Sender::new(decided.last.map_or(0, |last| last.index));
+        Ok(Self { lines: [open("metrics.jsonl", metrics)?, open("events.jsonl", events)?], decided, snapshot, saved })
     }
 
     fn apply(&mut self, entry: Entry<Types>) -> Result<()> {
         self.decided.last = Some(entry.log_id);
         match entry.payload {
-            EntryPayload::Blank => {}
+            EntryPayload::Blank | EntryPayload::Normal(Word::Begin) => {}
             EntryPayload::Membership(members) => {
                 self.decided.members = StoredMembership::new(Some(entry.log_id), members);
             }
@@ -109,7 +123,7 @@ impl State {
             }
             EntryPayload::Normal(Word::Metrics(line)) => self.lines[0].append(&line)?,
             EntryPayload::Normal(Word::Event(line)) => self.lines[1].append(&line)?,
-            EntryPayload::Normal(Word::End(end)) => self.decided.end = Some(end),
+            EntryPayload::Normal(Word::End(end)) => self.decided.end = Some((entry.log_id.index, end)),
         }
         Ok(())
     }
@@ -126,7 +140,9 @@ impl State {
         for lines in &self.lines {
             lines.file.sync_data()?;
         }
-        everstep_checkpoint::write_whole(&self.snapshot, &coded::encode(&self.decided)).map_err(Error::other)
+        everstep_checkpoint::write_whole(&self.snapshot, &coded::encode(&self.decided)).map_err(Error::other)?;
+        self.saved.send_replace(self.decided.last.map_or(0, |last| last.index));
+        Ok(())
     }
 
     /// All of it for another supervisor.
@@ -167,8 +183,13 @@ impl Machine {
         self.with(|state| state.decided.records.clone())
     }
 
-    /// How the job ended, if it has.
-    pub(super) fn end(&self) -> Option<std::result::Result<(), String>> {
+    /// Up to which index what was decided is on disk without the log.
+    pub(super) fn saved(&self) -> watch::Receiver<u64> {
+        self.with(|state| state.saved.subscribe())
+    }
+
+    /// How the job ended, if it ever has, and the index of the word that says so.
+    pub(super) fn end(&self) -> Option<(u64, std::result::Result<(), String>)> {
         self.with(|state| state.decided.end.clone())
     }
 

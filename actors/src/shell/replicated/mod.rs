@@ -18,6 +18,7 @@ use crate::supervisor::Record;
 use everstep_transport::Hub;
 use journal::Journal;
 use machine::Machine;
+use openraft::storage::RaftLogStorage;
 use openraft::{BasicNode, Config, ServerState, StorageError, StorageIOError};
 use ractor::ActorRef;
 use serde::{Deserialize, Serialize};
@@ -42,6 +43,10 @@ const HEARTBEAT: u64 = 75;
 const QUIET_MAX: u64 = 600;
 /// The least and the most of it; random in between, so that two rarely stand for election at once.
 const PATIENCE: [u64; 2] = [300, QUIET_MAX];
+/// Milliseconds for a part of a snapshot; with the last one it is taken over.
+const SNAPSHOT_MS: u64 = 20_000;
+/// For so long the others are waited for at the end.
+const FAREWELL: Duration = Duration::from_secs(2);
 /// How often a leader looks whether it leads.
 const LOOK: Duration = Duration::from_millis(25);
 /// Entries between two snapshots, and entries that are kept for supervisors that are behind.
@@ -58,6 +63,8 @@ pub struct Seat {
 /// What supervisors agree on, in order.
 #[derive(Debug, Clone, Serialize, Deserialize)]
 pub(super) enum Word {
+    /// A supervisor begins to lead: what comes before it is all that was agreed on.
+    Begin,
     /// A decision.
     Record(Record),
     /// A line of metrics.jsonl.
@@ -104,25 +111,26 @@ fn failed<E: std::error::Error + 'static>(
     move |error| StorageError::from(kind(openraft::AnyError::new(&error)))
 }
 
-/// When a supervisor last knew that it leads: whether it still may (RP-2), for threads that look for themselves.
+/// When a supervisor that leads last heard from a majority: whether it still may (RP-2), for threads that look for
+/// themselves. Nothing: it does not lead any more.
 #[derive(Debug, Clone)]
-pub(super) struct Lease(Arc<Mutex<Instant>>);
+pub(super) struct Lease(Arc<Mutex<Option<Instant>>>);
 
 impl Default for Lease {
     fn default() -> Self {
-        Self(Arc::new(Mutex::new(Instant::now())))
+        Self(Arc::new(Mutex::new(Some(Instant::now()))))
     }
 }
 
 impl Lease {
-    fn renew(&self) {
-        *self.0.lock().unwrap_or_else(PoisonError::into_inner) = Instant::now();
+    fn set(&self, heard: Option<Instant>) {
+        *self.0.lock().unwrap_or_else(PoisonError::into_inner) = heard;
     }
 
     /// Whether no other supervisor can lead yet.
     pub(super) fn holds(&self) -> bool {
-        let since = *self.0.lock().unwrap_or_else(PoisonError::into_inner);
-        since.elapsed() < Duration::from_millis(QUIET_MAX)
+        let heard = *self.0.lock().unwrap_or_else(PoisonError::into_inner);
+        heard.is_some_and(|heard| heard.elapsed() < Duration::from_millis(QUIET_MAX))
     }
 }
 
@@ -131,6 +139,8 @@ impl Lease {
 pub(super) struct Replicated {
     raft: Raft,
     machine: Machine,
+    /// Words that were agreed on before this life began.
+    before: u64,
 }
 
 impl Replicated {
@@ -141,12 +151,14 @@ impl Replicated {
             heartbeat_interval: HEARTBEAT,
             election_timeout_min: PATIENCE[0],
             election_timeout_max: PATIENCE[1],
+            install_snapshot_timeout: SNAPSHOT_MS,
             snapshot_policy: openraft::SnapshotPolicy::LogsSinceLast(ENTRIES[0]),
             max_in_snapshot_log_to_keep: ENTRIES[1],
             ..Config::default()
         };
         let machine = Machine::open(folder)?;
-        let journal = Journal::open(&folder.join("log"))?;
+        let mut journal = Journal::open(&folder.join("log"), machine.saved())?;
+        let before = journal.get_log_state().await?.last_log_id.map_or(0, |last| last.index);
         let network = network::Network { hub: hub.clone(), addresses: seat.addresses.clone() };
         let config = Arc::new(config.validate()?);
         let raft = Raft::new(seat.number, config, network, journal, machine.clone()).await?;
@@ -160,7 +172,7 @@ impl Replicated {
                 Err(error) => return Err(error.into()),
             }
         }
-        Ok(Self { raft, machine })
+        Ok(Self { raft, machine, before })
     }
 
     /// Waits until this supervisor leads and has all that is agreed on, and gives the term in which it does; or until
@@ -168,7 +180,7 @@ impl Replicated {
     pub(super) async fn lead_or_end(&self) -> Result<Result<u64, Result<(), String>>, AnyError> {
         let mut metrics = self.raft.metrics();
         loop {
-            if let Some(end) = self.machine.end() {
+            if let Some(end) = self.end() {
                 return Ok(Err(end));
             }
             let term = {
@@ -176,14 +188,21 @@ impl Replicated {
                 now.running_state.clone()?;
                 (now.state == ServerState::Leader).then_some(now.current_term)
             };
+            // One that led when its process ended leads again at once, before it has all that was agreed on: a word of its
+            // own comes after that.
             if let Some(term) = term
-                && self.raft.ensure_linearizable().await.is_ok()
+                && self.raft.client_write(Word::Begin).await.is_ok()
             {
-                return Ok(self.machine.end().map_or(Ok(term), Err));
+                return Ok(self.end().map_or(Ok(term), Err));
             }
             // A change of the machine alone is a change of the metrics too.
             tokio::time::timeout(LOOK, metrics.changed()).await.unwrap_or(Ok(()))?;
         }
+    }
+
+    /// How the job ended, if it did in this life: a run that ended may be gone on with.
+    fn end(&self) -> Option<Result<(), String>> {
+        self.machine.end().filter(|(index, _)| *index > self.before).map(|(_, end)| end)
     }
 
     /// The decisions so far.
@@ -193,27 +212,58 @@ impl Replicated {
 
     /// Returns when this supervisor does not lead in that term any more (RP-2), with why.
     pub(super) async fn deposed(&self, term: u64, lease: Lease) -> String {
-        let metrics = self.raft.metrics();
+        let why = self.leads_until(term, &lease).await;
+        lease.set(None);
+        why
+    }
+
+    async fn leads_until(&self, term: u64, lease: &Lease) -> String {
+        let mut metrics = self.raft.metrics();
+        let mut told = Instant::now();
         loop {
-            // What it has heard says nothing if it was stopped in between.
-            if !lease.holds() {
-                return "this process stood still for too long".to_owned();
+            // Raft tells of itself many times a second. What it told before it stood still, alone or with the process, says
+            // nothing of now.
+            match metrics.has_changed() {
+                Ok(true) => told = Instant::now(),
+                Ok(false) => {}
+                Err(_) => return "Raft has ended".to_owned(),
             }
             {
-                let now = metrics.borrow();
+                let now = metrics.borrow_and_update();
                 if let Err(fatal) = &now.running_state {
                     return fatal.to_string();
                 }
                 if now.state != ServerState::Leader || now.current_term != term {
                     return "another supervisor may lead".to_owned();
                 }
-                if let Some(quiet) = now.millis_since_quorum_ack.filter(|ms| *ms > QUIET_MAX) {
-                    return format!("no majority of the supervisors has answered for {quiet} ms");
+                let quiet = Duration::from_millis(now.millis_since_quorum_ack.unwrap_or(0));
+                if told.elapsed() + quiet > Duration::from_millis(QUIET_MAX) {
+                    let ms = (told.elapsed() + quiet).as_millis();
+                    return format!("no majority of the supervisors has answered for {ms} ms");
                 }
+                if !lease.holds() {
+                    return "this process stood still for too long".to_owned();
+                }
+                lease.set(told.checked_sub(quiet));
             }
-            lease.renew();
             tokio::time::sleep(LOOK).await;
         }
+    }
+
+    /// Waits until all supervisors know how the job ended, or for a moment: one of them may be gone.
+    pub(super) async fn told_all(&self) {
+        let metrics = self.raft.metrics();
+        let all = || {
+            let now = metrics.borrow();
+            let known = |id: &openraft::LogId<u64>| Some(id.index) >= now.last_log_index;
+            now.replication.as_ref().is_none_or(|to| to.values().all(|id| id.as_ref().is_some_and(known)))
+        };
+        let began = Instant::now();
+        while began.elapsed() < FAREWELL && !all() {
+            tokio::time::sleep(LOOK).await;
+        }
+        // That it counts they hear with the next sign of life.
+        tokio::time::sleep(Duration::from_millis(2 * HEARTBEAT)).await;
     }
 
     /// Agrees with the others on what the leader writes, in order, and tells it what is safe (RP-1).

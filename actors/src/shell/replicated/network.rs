@@ -2,7 +2,9 @@
 
 use super::{Raft, Types, coded};
 use everstep_transport::{Call, Caller, Hub};
-use openraft::error::{InstallSnapshotError, NetworkError, RPCError, RaftError, RemoteError, Unreachable};
+use openraft::error::{
+    InstallSnapshotError, NetworkError, PayloadTooLarge, RPCError, RaftError, RemoteError, Unreachable,
+};
 use openraft::network::{Backoff, RPCOption, RaftNetwork, RaftNetworkFactory};
 use openraft::raft::{
     AppendEntriesRequest, AppendEntriesResponse, InstallSnapshotRequest, InstallSnapshotResponse, VoteRequest,
@@ -17,6 +19,9 @@ use tokio::sync::mpsc;
 
 /// A supervisor that does not answer is asked again after so long.
 const AGAIN: Duration = Duration::from_millis(50);
+
+/// Bytes of entries in one message, unless it is one entry: Raft gives each message the time of a sign of life.
+const APPEND_MAX: usize = 1 << 20;
 
 #[derive(Debug, Serialize, Deserialize)]
 enum Request {
@@ -72,14 +77,14 @@ impl RaftNetworkFactory<Types> for Network {
 type Failure<E> = RPCError<u64, BasicNode, E>;
 
 impl Remote {
-    async fn ask<A, E>(&mut self, request: Request, option: &RPCOption) -> Result<A, Failure<E>>
+    async fn ask<A, E>(&mut self, request: &[u8], option: &RPCOption) -> Result<A, Failure<E>>
     where
         A: DeserializeOwned,
         E: std::error::Error + DeserializeOwned,
     {
         let unreachable = |why: String| RPCError::Unreachable(Unreachable::new(&AnyError::error(why)));
         let caller = self.caller.as_mut().ok_or_else(|| unreachable("it has no address".to_owned()))?;
-        let answer = tokio::time::timeout(option.hard_ttl(), caller.call(&coded::encode(&request))).await;
+        let answer = tokio::time::timeout(option.hard_ttl(), caller.call(request)).await;
         let answer = answer.map_err(|late| unreachable(late.to_string()))?.map_err(|e| unreachable(e.to_string()))?;
         let answer: Result<A, E> =
             coded::decode(&answer).map_err(|why| RPCError::Network(NetworkError::new(&AnyError::error(why))))?;
@@ -93,7 +98,12 @@ impl RaftNetwork<Types> for Remote {
         request: AppendEntriesRequest<Types>,
         option: RPCOption,
     ) -> Result<AppendEntriesResponse<u64>, Failure<RaftError<u64>>> {
-        self.ask(Request::Append(request), &option).await
+        let entries = request.entries.len() as u64;
+        let request = coded::encode(&Request::Append(request));
+        if request.len() > APPEND_MAX && entries > 1 {
+            return Err(RPCError::PayloadTooLarge(PayloadTooLarge::new_entries_hint(entries / 2)));
+        }
+        self.ask(&request, &option).await
     }
 
     async fn install_snapshot(
@@ -101,7 +111,7 @@ impl RaftNetwork<Types> for Remote {
         request: InstallSnapshotRequest<Types>,
         option: RPCOption,
     ) -> Result<InstallSnapshotResponse<u64>, Failure<RaftError<u64, InstallSnapshotError>>> {
-        self.ask(Request::Snapshot(request), &option).await
+        self.ask(&coded::encode(&Request::Snapshot(request)), &option).await
     }
 
     async fn vote(
@@ -109,7 +119,7 @@ impl RaftNetwork<Types> for Remote {
         request: VoteRequest<u64>,
         option: RPCOption,
     ) -> Result<VoteResponse<u64>, Failure<RaftError<u64>>> {
-        self.ask(Request::Vote(request), &option).await
+        self.ask(&coded::encode(&Request::Vote(request)), &option).await
     }
 
     fn backoff(&self) -> Backoff {

@@ -7,13 +7,19 @@ use openraft::testing::{StoreBuilder, Suite, log_id};
 use openraft::{Entry, EntryPayload, RaftLogReader, RaftSnapshotBuilder, Vote};
 use std::path::Path;
 use tempfile::TempDir;
+use tokio::sync::watch;
+
+/// As if all were in snapshots.
+fn all() -> watch::Receiver<u64> {
+    watch::Sender::new(u64::MAX).subscribe()
+}
 
 struct Folders;
 
 impl StoreBuilder<Types, Journal, Machine, TempDir> for Folders {
     async fn build(&self) -> Result<(TempDir, Journal, Machine), StorageError<u64>> {
         let folder = tempfile::tempdir().unwrap();
-        let journal = Journal::open(&folder.path().join("log")).unwrap();
+        let journal = Journal::open(&folder.path().join("log"), all()).unwrap();
         let machine = Machine::open(folder.path()).unwrap();
         Ok((folder, journal, machine))
     }
@@ -39,7 +45,7 @@ async fn held(journal: &mut Journal) -> (Option<Vote<u64>>, Vec<u64>) {
 async fn a_torn_journal_is_one_that_was() {
     let folder = tempfile::tempdir().unwrap();
     let path = folder.path().join("log");
-    let mut journal = Journal::open(&path).unwrap();
+    let mut journal = Journal::open(&path, all()).unwrap();
     let mut states = vec![held(&mut journal).await];
     journal.save_vote(&Vote::new(1, 2)).await.unwrap();
     states.push(held(&mut journal).await);
@@ -57,11 +63,28 @@ async fn a_torn_journal_is_one_that_was() {
     let mut at = 0;
     for length in 0..=whole.len() {
         std::fs::write(&path, &whole[..length]).unwrap();
-        let found = held(&mut Journal::open(&path).unwrap()).await;
+        let found = held(&mut Journal::open(&path, all()).unwrap()).await;
         at += usize::from(found != states[at]);
         assert_eq!(found, states[at], "{length} bytes");
     }
     assert_eq!(at, states.len() - 1);
+}
+
+/// JO-4.
+#[tokio::test]
+async fn entries_stay_until_a_snapshot_has_them() {
+    let folder = tempfile::tempdir().unwrap();
+    let saved = watch::Sender::new(1);
+    let mut journal = Journal::open(&folder.path().join("log"), saved.subscribe()).unwrap();
+    journal.blocking_append(words(4)).await.unwrap();
+    journal.purge(log_id(1, 1, 1)).await.unwrap();
+    let mut purging = journal.clone();
+    let purge = tokio::spawn(async move { purging.purge(log_id(1, 1, 2)).await.unwrap() });
+    tokio::time::sleep(Duration::from_millis(50)).await;
+    assert_eq!(held(&mut journal).await.1, [2, 3]);
+    saved.send_replace(2);
+    purge.await.unwrap();
+    assert_eq!(held(&mut journal).await.1, [3]);
 }
 
 /// JO-3.
@@ -69,7 +92,7 @@ async fn a_torn_journal_is_one_that_was() {
 async fn a_journal_is_made_short_again() {
     let folder = tempfile::tempdir().unwrap();
     let path = folder.path().join("log");
-    let mut journal = Journal::open(&path).unwrap();
+    let mut journal = Journal::open(&path, all()).unwrap();
     journal.save_vote(&Vote::new(3, 1)).await.unwrap();
     let mut longest = 0;
     for round in 0..8 {
@@ -83,7 +106,7 @@ async fn a_journal_is_made_short_again() {
     let before = held(&mut journal).await;
     assert_eq!(before.1, (7990..8000).collect::<Vec<_>>());
     drop(journal);
-    let mut again = Journal::open(&path).unwrap();
+    let mut again = Journal::open(&path, all()).unwrap();
     assert_eq!((held(&mut again).await, again.get_log_state().await.unwrap()), (before, state));
 }
 
@@ -125,6 +148,11 @@ async fn lines_are_written_once() {
         assert_eq!(files(folder.path()), expected);
         assert_eq!(machine.records(), records);
     }
+    // What a power cut left in the place of lines is not taken for them.
+    let folder = tempfile::tempdir().unwrap();
+    std::fs::write(folder.path().join("metrics.jsonl"), b"\0\0\0\0\n{}\n").unwrap();
+    Machine::open(folder.path()).unwrap().apply(all.clone()).await.unwrap();
+    assert_eq!(files(folder.path()), expected);
     // One that was away gets all of it at once, over what it had.
     let behind = tempfile::tempdir().unwrap();
     let mut other = Machine::open(behind.path()).unwrap();
