@@ -1,10 +1,43 @@
-//! Descriptions of cuBLASLt's products. It counts by column: a row-major matrix is its transposed, so the operands change
-//! places and a weight comes first.
+//! cuBLASLt's handle, and descriptions of its products. It counts by column: a row-major matrix is its transposed, so the
+//! operands change places and a weight comes first.
 
+use super::device::Gpu;
+use crate::backend::BackendError;
 use cudarc::cublaslt::result::{self, CublasError};
 use cudarc::cublaslt::sys;
 use cudarc::driver::sys::CUdeviceptr;
 use std::ffi::c_void;
+
+/// cuBLASLt on one GPU.
+#[derive(Debug)]
+pub(super) struct Library(sys::cublasLtHandle_t);
+
+// SAFETY: by its documentation the library may be called with one handle from any thread, also at the same time.
+unsafe impl Send for Library {}
+// SAFETY: as above.
+unsafe impl Sync for Library {}
+
+impl Library {
+    /// The GPU's context is the thread's from here on: the handle is made in it.
+    pub(super) fn new(gpu: &Gpu) -> Result<Self, BackendError> {
+        gpu.stream.context().bind_to_thread().map_err(|e| gpu.error(e))?;
+        Ok(Self(result::create_handle().map_err(|e| gpu.error(e))?))
+    }
+
+    /// Its number.
+    #[expect(clippy::unused_self, reason = "the library is known to be there once it has made a handle")]
+    pub(super) fn version(&self) -> usize {
+        // SAFETY: it has no arguments, and the library is there: it made the handle.
+        unsafe { sys::cublasLtGetVersion() }
+    }
+}
+
+impl Drop for Library {
+    fn drop(&mut self) {
+        // SAFETY: the handle was made by `new` and is nobody else's. A failure leaves nothing to be done.
+        let _ = unsafe { result::destroy_handle(self.0) };
+    }
+}
 
 /// The three products of a linear layer with `w_OI`.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord)]
@@ -71,7 +104,7 @@ impl Product {
     /// `split`: they may cut a sum and add its parts.
     pub(super) fn algorithms(
         &self,
-        handle: sys::cublasLtHandle_t,
+        library: &Library,
         workspace: usize,
         split: bool,
         count: usize,
@@ -102,7 +135,7 @@ impl Product {
                 .and_then(|()| {
                     let (to, count, length) = (found.as_mut_ptr(), count as i32, &raw mut length);
                     let product = self.description;
-                    sys::cublasLtMatmulAlgoGetHeuristic(handle, product, a, b, y, y, preference, count, to, length)
+                    sys::cublasLtMatmulAlgoGetHeuristic(library.0, product, a, b, y, y, preference, count, to, length)
                         .result()
                 });
             result::destroy_matmul_pref(preference).and(done)
@@ -120,7 +153,7 @@ impl Product {
     /// workspace, which has as many bytes as said.
     pub(super) unsafe fn run(
         &self,
-        (handle, stream): (sys::cublasLtHandle_t, sys::cudaStream_t),
+        (library, stream): (&Library, sys::cudaStream_t),
         algorithm: &sys::cublasLtMatmulAlgo_t,
         [a, b, y]: [CUdeviceptr; 3],
         add: bool,
@@ -131,7 +164,7 @@ impl Product {
         // SAFETY: the description and its layouts are alive; the rest is the caller's promise.
         unsafe {
             result::matmul(
-                handle,
+                library.0,
                 self.description,
                 (&raw const alpha).cast(),
                 (&raw const beta).cast(),

@@ -10,10 +10,10 @@
 //! The choice is the library's: another version of it, or another card, may choose otherwise and make other bits. So
 //! [`Dense::library`] is part of what nodes must have in common.
 
-use super::blas::{Product, Way};
+use super::blas::{Library, Product, Way};
 use super::device::Gpu;
 use crate::backend::BackendError;
-use cudarc::cublaslt::result::{self, CublasError};
+use cudarc::cublaslt::result::CublasError;
 use cudarc::cublaslt::sys;
 use cudarc::driver::sys::CUdeviceptr;
 use cudarc::driver::{CudaSlice, DevicePtr, DevicePtrMut};
@@ -29,7 +29,7 @@ const CANDIDATES: usize = 16;
 #[derive(Debug)]
 pub struct Dense<'a> {
     gpu: &'a Gpu,
-    handle: sys::cublasLtHandle_t,
+    library: Library,
     /// What was chosen, by product, outputs and inputs.
     chosen: Mutex<BTreeMap<(Way, usize, usize), sys::cublasLtMatmulAlgo_t>>,
 }
@@ -37,15 +37,12 @@ pub struct Dense<'a> {
 impl<'a> Dense<'a> {
     /// On a GPU.
     pub fn new(gpu: &'a Gpu) -> Result<Self, BackendError> {
-        gpu.stream.context().bind_to_thread().map_err(|e| gpu.error(e))?;
-        let handle = result::create_handle().map_err(|e| gpu.error(e))?;
-        Ok(Self { gpu, handle, chosen: Mutex::default() })
+        Ok(Self { gpu, library: Library::new(gpu)?, chosen: Mutex::default() })
     }
 
     /// The version of cuBLASLt that chooses.
     pub fn library(&self) -> usize {
-        // SAFETY: it has no arguments, and the library is there: it made the handle.
-        unsafe { sys::cublasLtGetVersion() }
+        self.library.version()
     }
 
     /// `x_TI, w_OI -> y_TO`, FP32 sums rounded to BF16; sizes are `[T, O, I]`, and O and I multiples of 8.
@@ -106,7 +103,7 @@ impl<'a> Dense<'a> {
         let say = |e: CublasError| gpu.error(format!("cuBLASLt, {way:?} of {shape:?}: {e}"));
         let algorithm = self.algorithm(way, out, input)?;
         let product = described(way, shape).map_err(say)?;
-        let on = (self.handle, gpu.stream.cu_stream().cast());
+        let on = (&self.library, gpu.stream.cu_stream().cast());
         // SAFETY: the product is of matrices as long as the callers assert, which live as long as their borrows; it needs no
         // workspace.
         unsafe { product.run(on, &algorithm, matrices, way == Way::Weight, (0, 0)) }.map_err(say)
@@ -120,7 +117,7 @@ impl<'a> Dense<'a> {
         }
         let say = |e: CublasError| self.gpu.error(format!("cuBLASLt, {way:?} of {out} x {input}: {e}"));
         let product = described(way, [ASKED, out, input]).map_err(say)?;
-        let found = product.algorithms(self.handle, 0, false, CANDIDATES).map_err(say)?;
+        let found = product.algorithms(&self.library, 0, false, CANDIDATES).map_err(say)?;
         for candidate in found {
             if candidate.workspaceSize == 0 && whole(&candidate.algo).map_err(say)? {
                 chosen.insert((way, out, input), candidate.algo);
@@ -128,13 +125,6 @@ impl<'a> Dense<'a> {
             }
         }
         Err(self.gpu.error(format!("cuBLASLt has no {way:?} of {out} x {input} that leaves sums whole")))
-    }
-}
-
-impl Drop for Dense<'_> {
-    fn drop(&mut self) {
-        // SAFETY: the handle was made by `new`. A failure leaves nothing to be done.
-        let _ = unsafe { result::destroy_handle(self.handle) };
     }
 }
 

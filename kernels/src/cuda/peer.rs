@@ -1,10 +1,10 @@
 //! cuBLASLt as the peer of the products: the same operands, timed by the same clock.
 
-use super::blas::{Product, Way};
+use super::blas::{Library, Product, Way};
 use super::device::Gpu;
 use super::products::{Blocks, Codes};
 use crate::backend::BackendError;
-use cudarc::cublaslt::result::{self, CublasError};
+use cudarc::cublaslt::result::CublasError;
 use cudarc::cublaslt::sys;
 use cudarc::driver::sys::CUdeviceptr;
 use cudarc::driver::{CudaSlice, DevicePtr, DevicePtrMut, DeviceRepr};
@@ -25,7 +25,7 @@ enum Scaling {
 #[derive(Debug)]
 pub struct CublasPeer<'a> {
     gpu: &'a Gpu,
-    handle: sys::cublasLtHandle_t,
+    library: Library,
     workspace: CudaSlice<u8>,
     one: CudaSlice<f32>,
 }
@@ -33,8 +33,7 @@ pub struct CublasPeer<'a> {
 impl<'a> CublasPeer<'a> {
     /// On a GPU.
     pub fn new(gpu: &'a Gpu) -> Result<Self, BackendError> {
-        let handle = result::create_handle().map_err(|e| gpu.error(e))?;
-        Ok(Self { gpu, handle, workspace: gpu.room(WORKSPACE)?, one: gpu.upload(&[1.0f32])? })
+        Ok(Self { gpu, library: Library::new(gpu)?, workspace: gpu.room(WORKSPACE)?, one: gpu.upload(&[1.0f32])? })
     }
 
     /// Median seconds of `times` block-scaled products, which have the operands' meaning; the result is in `y`. The columns
@@ -124,13 +123,13 @@ impl<'a> CublasPeer<'a> {
         y: &mut CudaSlice<T>,
     ) -> Result<f64, BackendError> {
         let say = |e| self.say(shape, e);
-        let found = product.algorithms(self.handle, WORKSPACE, true, 1).map_err(say)?;
+        let found = product.algorithms(&self.library, WORKSPACE, true, 1).map_err(say)?;
         let Some(best) = found.first() else {
             return Err(self.gpu.error(format!("cuBLASLt has no product of {shape:?}")));
         };
         let stream = &self.gpu.stream;
         let (out, _held) = y.device_ptr_mut(stream);
-        let (on, workspace) = ((self.handle, stream.cu_stream().cast()), self.workspace.device_ptr(stream).0);
+        let (on, workspace) = ((&self.library, stream.cu_stream().cast()), self.workspace.device_ptr(stream).0);
         self.gpu.seconds(20, || {
             // SAFETY: callers hold the lengths of what they pass against the product, and all lives until it is timed.
             let go = |_| unsafe { product.run(on, &best.algo, [a, b, out], false, (workspace, WORKSPACE)) };
@@ -165,12 +164,5 @@ impl<'a> CublasPeer<'a> {
             Scaling::Whole => product.set(Attribute::CUBLASLT_MATMUL_DESC_FAST_ACCUM, 1i8)?,
         }
         Ok(product)
-    }
-}
-
-impl Drop for CublasPeer<'_> {
-    fn drop(&mut self) {
-        // SAFETY: the handle was made by `new`. A failure leaves nothing to be done.
-        let _ = unsafe { result::destroy_handle(self.handle) };
     }
 }
