@@ -6,7 +6,8 @@
 //! FP32 tensor that is rounded afterwards, blocks would add to dQ in whatever order they come.
 
 use super::cudnn::{BF16, F32, Four, Graph, Handle, Id, Plan, packed, turned};
-use super::device::{Gpu, all_there};
+use super::device::Gpu;
+use super::failure::all_there;
 use crate::backend::BackendError;
 use cudarc::cudnn::sys::{cudnnPointwiseMode_t as Mode, cudnnReduceTensorOp_t as Reduction};
 use cudarc::driver::{CudaSlice, DevicePtr, DevicePtrMut};

@@ -2,6 +2,7 @@
 //! operands change places and a weight comes first.
 
 use super::device::Gpu;
+use super::failure::told;
 use crate::backend::BackendError;
 use cudarc::cublaslt::result::{self, CublasError};
 use cudarc::cublaslt::sys;
@@ -20,7 +21,7 @@ unsafe impl Sync for Library {}
 impl Library {
     /// The GPU's context is the thread's from here on: the handle is made in it.
     pub(super) fn new(gpu: &Gpu) -> Result<Self, BackendError> {
-        gpu.stream.context().bind_to_thread().map_err(|e| gpu.error(e))?;
+        gpu.stream.context().bind_to_thread().map_err(|e| gpu.error(told(e)))?;
         Ok(Self(result::create_handle().map_err(|e| gpu.error(e))?))
     }
 

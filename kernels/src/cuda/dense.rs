@@ -12,6 +12,7 @@
 
 use super::blas::{Library, Product, Way};
 use super::device::Gpu;
+use super::failure::told;
 use crate::backend::BackendError;
 use cudarc::cublaslt::result::CublasError;
 use cudarc::cublaslt::sys;
@@ -99,7 +100,7 @@ impl<'a> Dense<'a> {
             return Ok(());
         }
         let gpu = self.gpu;
-        gpu.stream.context().bind_to_thread().map_err(|e| gpu.error(e))?;
+        gpu.stream.context().bind_to_thread().map_err(|e| gpu.error(told(e)))?;
         let say = |e: CublasError| gpu.error(format!("cuBLASLt, {way:?} of {shape:?}: {e}"));
         let algorithm = self.algorithm(way, out, input)?;
         let product = described(way, shape).map_err(say)?;

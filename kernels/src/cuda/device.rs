@@ -1,12 +1,16 @@
 //! One GPU: its stream, the kernels that were asked for, descriptors of the copy engine, and launches.
 
-use super::sources::Source;
+use super::failure::{Version, all_there, loads, no_room, told};
+use super::sources::{Source, compiler};
 use crate::backend::BackendError;
 use cudarc::driver::sys::{
     CUfunction_attribute, CUtensorMap, CUtensorMapDataType, CUtensorMapFloatOOBfill, CUtensorMapInterleave,
     CUtensorMapL2promotion, CUtensorMapSwizzle, cuTensorMapEncodeTiled,
 };
-use cudarc::driver::{CudaContext, CudaFunction, CudaModule, CudaStream, DeviceRepr, DriverError, LaunchConfig, sys};
+use cudarc::driver::{
+    CudaContext, CudaFunction, CudaModule, CudaSlice, CudaStream, DeviceRepr, DriverError, LaunchConfig,
+    ValidAsZeroBits, sys,
+};
 use cudarc::nvrtc::Ptx;
 use std::collections::BTreeMap;
 use std::collections::btree_map::Entry;
@@ -47,9 +51,12 @@ fn libraries() -> Result<(), String> {
     all_there(&found)
 }
 
-pub(super) fn all_there(found: &[(&str, bool)]) -> Result<(), String> {
-    let missing: Vec<&str> = found.iter().filter(|(_, there)| !there).map(|(name, _)| *name).collect();
-    if missing.is_empty() { Ok(()) } else { Err(format!("not found: {}", missing.join(", "))) }
+/// The version of CUDA that the driver knows.
+fn driver() -> Result<Version, String> {
+    let mut number = 0;
+    // SAFETY: the pointer is of a live integer; the library is there.
+    unsafe { sys::cuDriverGetVersion(&raw mut number) }.result().map_err(told)?;
+    Ok(Version::of_number(number))
 }
 
 /// See the module.
@@ -77,7 +84,8 @@ impl Gpu {
         let name = format!("cuda:{ordinal}");
         let failed = |reason: String| BackendError::Device { device: name.clone(), reason };
         libraries().map_err(&failed)?;
-        let say = |e: cudarc::driver::DriverError| failed(e.to_string());
+        loads(driver().map_err(&failed)?, compiler().map_err(&failed)?).map_err(&failed)?;
+        let say = |e: DriverError| failed(told(e));
         let context = CudaContext::new(ordinal).map_err(say)?;
         let processors = sys::CUdevice_attribute::CU_DEVICE_ATTRIBUTE_MULTIPROCESSOR_COUNT;
         let processors = context.attribute(processors).map_err(say)? as u32;
@@ -88,7 +96,7 @@ impl Gpu {
 
     /// The card's own name.
     pub fn card(&self) -> Result<String, BackendError> {
-        self.stream.context().name().map_err(|e| self.error(e))
+        self.stream.context().name().map_err(|e| self.error(told(e)))
     }
 
     /// "sm_90" and the like.
@@ -101,7 +109,7 @@ impl Gpu {
     }
 
     pub(super) fn synchronize(&self) -> Result<(), BackendError> {
-        self.stream.synchronize().map_err(|e| self.error(e))
+        self.stream.synchronize().map_err(|e| self.error(told(e)))
     }
 
     /// A function of a kernel file, compiled at its first use, that may use so much shared memory.
@@ -112,7 +120,7 @@ impl Gpu {
         shared: u32,
     ) -> Result<CudaFunction, BackendError> {
         // The driver's own calls work on the thread's context.
-        self.stream.context().bind_to_thread().map_err(|e| self.error(e))?;
+        self.stream.context().bind_to_thread().map_err(|e| self.error(told(e)))?;
         // Held while a file is compiled: whoever needs it too waits for it.
         let mut loaded = self.loaded.lock().unwrap_or_else(PoisonError::into_inner);
         let file = match loaded.entry(source.name) {
@@ -124,7 +132,7 @@ impl Gpu {
         {
             return Ok(function.clone());
         }
-        let say = |e: DriverError| self.error(format!("{name} of {}: {e}", source.name));
+        let say = |e: DriverError| self.error(format!("{name} of {}: {}", source.name, told(e)));
         let function = file.module.load_function(name).map_err(say)?;
         let attribute = CUfunction_attribute::CU_FUNC_ATTRIBUTE_MAX_DYNAMIC_SHARED_SIZE_BYTES;
         function.set_attribute(attribute, shared as i32).map_err(say)?;
@@ -145,7 +153,32 @@ impl Gpu {
         }
         let compiled = source.compile().map_err(|e| self.error(e))?;
         self.cubins.put(&key, &compiled.cubin);
-        load(compiled.cubin).map_err(|e| self.error(format!("{}: {e}", source.name)))
+        load(compiled.cubin).map_err(|e| self.error(format!("{}: {}", source.name, told(e))))
+    }
+}
+
+impl Gpu {
+    /// Memory of an operation's result; nothing is in it yet.
+    pub(super) fn room<T: DeviceRepr>(&self, elements: usize) -> Result<CudaSlice<T>, BackendError> {
+        // SAFETY: any bits are a number; callers write what they mean before they read it.
+        let memory = unsafe { self.stream.alloc(elements.max(1)) }.map_err(|e| {
+            self.error(no_room(elements * size_of::<T>(), e, self.stream.context().mem_get_info().ok()))
+        })?;
+        if elements > 0 {
+            return Ok(memory);
+        }
+        // The driver promises nothing of an allocation without bytes, so an empty matrix has an element that nobody sees.
+        // SAFETY: the memory is of this stream, belongs to nothing else, and is longer than what is said of it.
+        Ok(unsafe { self.stream.upgrade_device_ptr(memory.leak(), 0) })
+    }
+
+    /// The same, of zeros.
+    pub(super) fn zeros<T: DeviceRepr + ValidAsZeroBits>(&self, elements: usize) -> Result<CudaSlice<T>, BackendError> {
+        let mut memory = self.room(elements)?;
+        if elements > 0 {
+            self.stream.memset_zeros(&mut memory).map_err(|e| self.error(told(e)))?;
+        }
+        Ok(memory)
     }
 }
 
@@ -183,7 +216,7 @@ pub(super) struct Boxes<'a> {
 impl Gpu {
     /// The descriptor of boxes in the memory at `address`.
     pub(super) fn tensor_map(&self, address: sys::CUdeviceptr, boxes: &Boxes<'_>) -> Result<TensorMap, BackendError> {
-        self.stream.context().bind_to_thread().map_err(|e| self.error(e))?;
+        self.stream.context().bind_to_thread().map_err(|e| self.error(told(e)))?;
         let rank = boxes.dimensions.len();
         let wide = |list: &[usize]| list.iter().map(|n| *n as u64).collect::<Vec<_>>();
         let (dimensions, strides) = (wide(boxes.dimensions), wide(boxes.strides));
@@ -217,19 +250,8 @@ impl Gpu {
                 CUtensorMapFloatOOBfill::CU_TENSOR_MAP_FLOAT_OOB_FILL_NONE,
             )
             .result()
-            .map_err(|e| self.error(format!("boxes {:?} of {dimensions:?}: {e}", boxes.size)))?;
+            .map_err(|e| self.error(format!("boxes {:?} of {dimensions:?}: {}", boxes.size, told(e))))?;
             Ok(TensorMap(map.assume_init()))
         }
-    }
-}
-
-#[cfg(test)]
-mod tests {
-    use super::*;
-
-    #[test]
-    fn what_is_missing_is_named() {
-        assert_eq!(all_there(&[("a", true), ("b", true)]), Ok(()));
-        assert_eq!(all_there(&[("a", false), ("b", true), ("c", false)]), Err("not found: a, c".to_owned()));
     }
 }

@@ -2,6 +2,7 @@
 //! and orders of sums are told in `hopper/gate.cu`.
 
 use super::device::{Gpu, launch_of};
+use super::failure::told;
 use super::sources::GATE;
 use crate::backend::BackendError;
 use cudarc::driver::{CudaSlice, DeviceRepr, PushKernelArg};
@@ -195,7 +196,7 @@ impl Gpu {
         launch.arg(&*room).arg(y).arg(&count).arg(&sums);
         let config = launch_of(count.div_ceil(4 * 256), 256, 0);
         // SAFETY: `y` has so many elements and `room` as many of each sum, which is asserted; the kernel checks its own.
-        unsafe { launch.launch(config) }.map_err(|e| self.error(format!("sum_blocks: {e}")))?;
+        unsafe { launch.launch(config) }.map_err(|e| self.error(format!("sum_blocks: {}", told(e))))?;
         Ok(())
     }
 
@@ -220,7 +221,7 @@ impl Gpu {
         // SAFETY: the lengths are asserted by the callers; the kernel checks its rows, columns and terms, and writes `sums`
         // only where there are parts.
         unsafe { launch.launch(launch_of(blocks as u32, 128, SHARED as u32)) }
-            .map_err(|e| self.error(format!("{name}: {e}")))?;
+            .map_err(|e| self.error(format!("{name}: {}", told(e))))?;
         Ok(())
     }
 }

@@ -1,6 +1,7 @@
 //! What benches need beside the kernels: data on the GPU, times by its own clock, and what memory reaches.
 
 use super::device::{Gpu, launch_of};
+use super::failure::told;
 use super::sources::READ;
 use crate::backend::BackendError;
 use cudarc::driver::{CudaSlice, DeviceRepr, PushKernelArg, sys as driver};
@@ -11,15 +12,16 @@ const FLUSH: usize = 256 << 20;
 impl Gpu {
     /// A copy of host memory.
     pub fn upload<T: DeviceRepr>(&self, data: &[T]) -> Result<CudaSlice<T>, BackendError> {
-        if data.is_empty() {
-            return self.room(0);
+        let mut memory = self.room(data.len())?;
+        if !data.is_empty() {
+            self.stream.memcpy_htod(data, &mut memory).map_err(|e| self.error(told(e)))?;
         }
-        self.stream.clone_htod(data).map_err(|e| self.error(e))
+        Ok(memory)
     }
 
     /// A copy in host memory, when all before is done.
     pub fn download<T: DeviceRepr>(&self, data: &CudaSlice<T>) -> Result<Vec<T>, BackendError> {
-        self.stream.clone_dtoh(data).map_err(|e| self.error(e))
+        self.stream.clone_dtoh(data).map_err(|e| self.error(told(e)))
     }
 
     /// Median seconds of `f` by the GPU's clock. The cache is emptied before each run.
@@ -28,7 +30,7 @@ impl Gpu {
         repetitions: usize,
         mut f: impl FnMut() -> Result<(), BackendError>,
     ) -> Result<f64, BackendError> {
-        let say = |e: cudarc::driver::DriverError| self.error(e);
+        let say = |e: cudarc::driver::DriverError| self.error(told(e));
         let mut flush = self.room::<u8>(FLUSH)?;
         for _ in 0..3 {
             f()?;
@@ -51,7 +53,7 @@ impl Gpu {
     /// Bytes a second of a copy of `bytes`, counting both ways: what the memory gives.
     pub fn copy_rate(&self, bytes: usize) -> Result<f64, BackendError> {
         let (from, mut to) = (self.room::<u8>(bytes)?, self.room::<u8>(bytes)?);
-        let time = self.seconds(20, || self.stream.memcpy_dtod(&from, &mut to).map_err(|e| self.error(e)))?;
+        let time = self.seconds(20, || self.stream.memcpy_dtod(&from, &mut to).map_err(|e| self.error(told(e))))?;
         Ok(2.0 * bytes as f64 / time)
     }
 
@@ -66,7 +68,7 @@ impl Gpu {
             let mut launch = self.stream.launch_builder(&function);
             launch.arg(&from).arg(&mut to).arg(&pieces);
             // SAFETY: the kernel reads as many pieces as there are, and writes one word.
-            unsafe { launch.launch(launch_of(pieces.div_ceil(256 * 8), 256, 0)) }.map_err(|e| self.error(e))?;
+            unsafe { launch.launch(launch_of(pieces.div_ceil(256 * 8), 256, 0)) }.map_err(|e| self.error(told(e)))?;
             Ok(())
         })?;
         Ok(f64::from(pieces) * 16.0 / time)

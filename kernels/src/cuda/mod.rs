@@ -13,6 +13,7 @@ mod blas;
 mod cudnn;
 mod dense;
 mod device;
+mod failure;
 mod gate;
 mod measure;
 mod peer;
@@ -36,7 +37,7 @@ use crate::ops::gate::GateShape;
 use crate::ops::rope::RopeShape;
 use crate::tensor::{DeviceBuffer, Tensor};
 use cudarc::cublaslt::{CudaBlasLT, Matmul, MatmulConfig, MatmulShared, Workspace, sys};
-use cudarc::driver::{CudaFunction, CudaSlice, CudaStream, LaunchConfig, PushKernelArg};
+use cudarc::driver::{CudaFunction, CudaSlice, CudaStream, PushKernelArg};
 use std::any::Any;
 use std::sync::{Arc, Mutex, PoisonError};
 
@@ -175,7 +176,7 @@ impl CudaBackend {
     /// `c_MN = a_MK b_KN` on row-major data; `b` is `[N, K]` when `transposed`.
     fn product(&self, a: &Tensor, b: &Tensor, n: usize, transposed: bool) -> Result<CudaSlice<f32>, BackendError> {
         let (m, k) = (a.rows(), a.columns());
-        let mut c = self.stream.alloc_zeros::<f32>(m * n).map_err(|e| self.error(e))?;
+        let mut c = self.gpu.zeros::<f32>(m * n)?;
         // Row-major c is column-major c^T = b^T a^T, so the operands change places.
         let config = MatmulConfig {
             transa: transposed,
@@ -203,9 +204,8 @@ impl CudaBackend {
 
     fn run_rms_norm(&self, x: &Tensor, w: &Tensor, eps: f32) -> Result<CudaSlice<f32>, BackendError> {
         let (rows, columns) = (x.rows() as i32, x.columns() as i32);
-        let mut y = self.stream.alloc_zeros::<f32>(x.rows() * x.columns()).map_err(|e| self.error(e))?;
-        let config =
-            LaunchConfig { grid_dim: (x.rows().div_ceil(8) as u32, 1, 1), block_dim: (128, 1, 1), shared_mem_bytes: 0 };
+        let mut y = self.gpu.zeros::<f32>(x.rows() * x.columns())?;
+        let config = device::launch_of(x.rows().div_ceil(8) as u32, 128, 0);
         let (x, w) = (self.floats(x)?, self.floats(w)?);
         let mut launch = self.stream.launch_builder(&self.rms_norm);
         launch.arg(x).arg(w).arg(&mut y).arg(&rows).arg(&columns).arg(&eps);
@@ -222,14 +222,14 @@ impl Backend for CudaBackend {
     }
 
     fn upload(&self, rows: usize, columns: usize, data: Arc<Vec<f32>>) -> Tensor {
-        self.finish(rows, columns, self.stream.clone_htod(data.as_slice()).map_err(|e| self.error(e)))
+        self.finish(rows, columns, self.gpu.upload(&data))
     }
 
     fn upload_indices(&self, data: Vec<u32>) -> Tensor {
-        match self.stream.clone_htod(data.as_slice()) {
+        match self.gpu.upload(&data) {
             Ok(slice) => Tensor::device(1, data.len(), Arc::new(Buffer::U32(slice))),
             Err(e) => {
-                self.fail(self.error(e));
+                self.fail(e);
                 self.nothing(1, data.len())
             }
         }
@@ -252,7 +252,7 @@ impl Backend for CudaBackend {
         if let Some(error) = self.failed.lock().unwrap_or_else(PoisonError::into_inner).clone() {
             return Err(error);
         }
-        self.stream.synchronize().map_err(|e| self.error(e))
+        self.gpu.synchronize()
     }
 
     fn linear(&self, x: &Tensor, w: &Tensor, _: Role) -> Tensor {

@@ -2,6 +2,7 @@
 //! told in `hopper/fp8_gemm.cu` and `hopper/fp8_wgrad.cu`.
 
 use super::device::{Boxes, Gpu, Kind, TensorMap, launch_of};
+use super::failure::told;
 use super::sources::{DENSE_128X176, DENSE_192X128, DENSE_256X128, GROUPED, Source, WGRAD};
 use crate::backend::BackendError;
 use cudarc::driver::{CudaSlice, DevicePtr, DevicePtrMut, PushKernelArg};
@@ -217,7 +218,7 @@ impl Gpu {
         let config = launch_of(self.processors, 128 * (tile.math as u32 + 1), tile.shared() as u32);
         // SAFETY: the operands are as long as their shapes say, which their constructors assert; groups end with the rows;
         // `y` and the shapes among each other are asserted by the callers.
-        unsafe { launch.launch(config) }.map_err(|e| self.error(format!("{}: {e}", source.name)))?;
+        unsafe { launch.launch(config) }.map_err(|e| self.error(format!("{}: {}", source.name, told(e))))?;
         Ok(())
     }
 
@@ -258,7 +259,7 @@ impl Gpu {
         launch.arg(offsets).arg(&groups).arg(&m).arg(&n);
         let config = launch_of(self.processors, 128 * (math as u32 + 1), shared as u32);
         // SAFETY: as for the products; the kernel writes `dw` through its descriptor alone, on this stream.
-        unsafe { launch.launch(config) }.map_err(|e| self.error(format!("{}: {e}", WGRAD.name)))?;
+        unsafe { launch.launch(config) }.map_err(|e| self.error(format!("{}: {}", WGRAD.name, told(e))))?;
         Ok(())
     }
 

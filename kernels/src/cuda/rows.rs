@@ -2,6 +2,7 @@
 //! columns. Layouts and roundings are told in the files of `hopper/`.
 
 use super::device::{Gpu, launch_of};
+use super::failure::told;
 use super::products::{Codes, Groups, TILE};
 use super::sources::{NORM, PERMUTE, QUANTISE, SWIGLU, TURN};
 use crate::backend::BackendError;
@@ -24,7 +25,7 @@ macro_rules! run {
         $(launch.arg($argument);)+
         // SAFETY: the arguments are the kernel's, and as long as it expects, which callers assert; it checks its rows.
         unsafe { launch.launch(launch_of(blocks as u32, threads, shared as u32)) }
-            .map_err(|e| $gpu.error(format!("{}: {e}", $name)))?;
+            .map_err(|e| $gpu.error(format!("{}: {}", $name, told(e))))?;
         Ok(())
     }};
 }
@@ -62,24 +63,9 @@ impl Places {
 }
 
 impl Gpu {
-    /// Memory of the operation's result; nothing is in it yet.
-    pub(super) fn room<T: cudarc::driver::DeviceRepr>(&self, elements: usize) -> Result<CudaSlice<T>, BackendError> {
-        // SAFETY: any bits are a number; callers write what they mean before they read it.
-        let memory = unsafe { self.stream.alloc(elements.max(1)) }
-            .map_err(|e| self.error(format!("{elements} elements: {e}")))?;
-        if elements > 0 {
-            return Ok(memory);
-        }
-        // The driver promises nothing of an allocation without bytes, so an empty matrix has an element that nobody sees.
-        // SAFETY: the memory is of this stream, belongs to nothing else, and is longer than what is said of it.
-        Ok(unsafe { self.stream.upgrade_device_ptr(memory.leak(), 0) })
-    }
-
     /// Memory for codes and scales.
     pub fn codes(&self, rows: usize, columns: usize) -> Result<Codes, BackendError> {
-        let zeros = |e: cudarc::driver::DriverError| self.error(e);
-        let codes = self.stream.alloc_zeros(rows * columns).map_err(zeros)?;
-        let scales = self.stream.alloc_zeros(Codes::scale_count(rows, columns)).map_err(zeros)?;
+        let (codes, scales) = (self.zeros(rows * columns)?, self.zeros(Codes::scale_count(rows, columns))?);
         Ok(Codes::new(rows, columns, codes, scales))
     }
 

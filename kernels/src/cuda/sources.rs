@@ -1,6 +1,6 @@
 //! The kernels of `hopper/`, and how NVRTC makes machine code for sm_90a of them. Nothing here needs a GPU.
 
-use super::device::all_there;
+use super::failure::{Version, all_there};
 use cudarc::nvrtc::{result, sys};
 use std::ffi::CString;
 
@@ -63,6 +63,14 @@ pub(super) const READ: Source = file!("read");
 pub const SOURCES: [Source; 12] =
     [DENSE_256X128, DENSE_128X176, DENSE_192X128, GROUPED, WGRAD, QUANTISE, NORM, SWIGLU, PERMUTE, TURN, GATE, READ];
 
+/// The version of the compiler, which is there.
+pub(super) fn compiler() -> Result<Version, String> {
+    let (mut major, mut minor) = (0, 0);
+    // SAFETY: both pointers are of live integers.
+    unsafe { sys::nvrtcVersion(&raw mut major, &raw mut minor) }.result().map_err(|e| format!("NVRTC: {e:?}"))?;
+    Ok(Version { major, minor })
+}
+
 /// What a function needs, as the compiler reports it; bytes but for the registers.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct Resources {
@@ -106,9 +114,7 @@ impl Source {
 
     /// What its machine code depends on, with the compiler's version. Needs NVRTC, as [`Self::compile`].
     pub(super) fn key(&self) -> Result<String, String> {
-        let (mut major, mut minor) = (0, 0);
-        // SAFETY: both pointers are of live integers.
-        unsafe { sys::nvrtcVersion(&raw mut major, &raw mut minor) }.result().map_err(|e| format!("NVRTC: {e:?}"))?;
+        let version = compiler()?;
         let mut hash = blake3::Hasher::new();
         let program = self.program();
         let options = self.options();
@@ -116,7 +122,7 @@ impl Source {
         for part in parts.chain(options.iter().map(String::as_str)) {
             hash.update(&(part.len() as u64).to_le_bytes()).update(part.as_bytes());
         }
-        Ok(format!("{}-{major}.{minor}", hash.finalize().to_hex()))
+        Ok(format!("{}-{version}", hash.finalize().to_hex()))
     }
 
     /// Compiles it. The error is the compiler's log, or that there is no compiler.
