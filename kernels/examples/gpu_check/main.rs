@@ -402,14 +402,16 @@ fn check() -> Result<bool, BackendError> {
     println!("{{\"device_class\":\"{}\",\"card\":\"{}\"}}", gpu.class(), gpu.gpu().card()?);
     println!("{{\"cublaslt\":{}}}", Dense::new(gpu.gpu())?.library());
     let mut good = true;
-    for (rows, columns) in [(1, 7), (3, 16), (17, 129), (1000, 1536), (4096, 7168)] {
+    for (rows, columns) in [(0, 16), (1, 7), (3, 16), (17, 129), (1000, 1536), (4096, 7168)] {
         good &= rms_norm(&gpu, rows, columns)?;
     }
     for (rows, out, input) in [(1, 5, 3), (17, 33, 65), (300, 70, 40), (512, 384, 128), (4096, 2112, 1024)] {
         good &= linear(&gpu, rows, out, input)?;
     }
     for (counts, out, input) in [
-        (&[1][..], 8, 128),
+        (&[0][..], 136, 256),
+        (&[0, 0, 0], 136, 256),
+        (&[1], 8, 128),
         (&[77], 136, 256),
         (&[300], 2112, 1024),
         (&[1000], 1000, 640),
@@ -422,12 +424,17 @@ fn check() -> Result<bool, BackendError> {
     ] {
         good &= fp8(gpu.gpu(), counts, out, input)?;
     }
-    for (counts, out, input) in
-        [(&[1][..], 128, 128), (&[128], 256, 128), (&[4096], 640, 512), (&[5, 0, 131, 256, 0, 1, 300], 384, 256)]
-    {
+    for (counts, out, input) in [
+        (&[0][..], 128, 256),
+        (&[0, 0, 0], 256, 128),
+        (&[1], 128, 128),
+        (&[128], 256, 128),
+        (&[4096], 640, 512),
+        (&[5, 0, 131, 256, 0, 1, 300], 384, 256),
+    ] {
         good &= weight_gradient(gpu.gpu(), counts, out, input)?;
     }
-    for (tokens, columns) in [(1, 128), (1001, 1152), (77, 7168)] {
+    for (tokens, columns) in [(0, 128), (1, 128), (1001, 1152), (77, 7168)] {
         good &= rows(gpu.gpu(), tokens, columns)?;
     }
     // Strips that are not whole, and of more rows than there are stages, of which the number depends on the columns; as
@@ -454,7 +461,7 @@ fn check() -> Result<bool, BackendError> {
     good &= gate::all(gpu.gpu())?;
     good &= dense::all(gpu.gpu())?;
     good &= repeated(gpu.gpu())?;
-    for (batch, heads, tokens) in [(2, 3, 256), (1, 2, 333)] {
+    for (batch, heads, tokens) in [(0, 3, 256), (2, 3, 0), (2, 3, 256), (1, 2, 333)] {
         good &= attention(gpu.gpu(), CausalShape { batch, heads, tokens, keys: 192, values: 128 })?;
     }
     // What is not there yet is an error at the next read, and it sticks.

@@ -120,7 +120,7 @@ pub struct CausalAttention<'a> {
     gpu: &'a Gpu,
     shape: CausalShape,
     // Dropped before the handle that made them.
-    plans: [Plan; 2],
+    plans: Option<[Plan; 2]>,
     handle: Handle,
     space: CudaSlice<u8>,
 }
@@ -154,7 +154,7 @@ pub struct Qkv {
 }
 
 impl<'a> CausalAttention<'a> {
-    /// Plans both passes: cuDNN compiles a kernel for each.
+    /// Plans both passes: cuDNN compiles a kernel for each. It takes no tensor without elements, and there is nothing to do.
     pub fn new(gpu: &'a Gpu, shape: CausalShape) -> Result<Self, BackendError> {
         // SAFETY: this only looks for the library.
         let there = unsafe { cudarc::cudnn::sys::is_culib_present() };
@@ -162,8 +162,8 @@ impl<'a> CausalAttention<'a> {
         let say = |e: String| gpu.error(format!("attention {shape:?}: {e}"));
         let handle = Handle::new().map_err(say)?;
         let plan = |graph: Result<Graph, String>| graph.and_then(|g| g.plan(&handle)).map_err(say);
-        let plans = [plan(forward(&shape))?, plan(backward(&shape))?];
-        let space = gpu.room(plans.iter().map(|p| p.workspace).max().unwrap_or(0).max(1))?;
+        let plans = if shape.rows() == 0 { None } else { Some([plan(forward(&shape))?, plan(backward(&shape))?]) };
+        let space = gpu.room(plans.iter().flatten().map(|p| p.workspace).max().unwrap_or(0))?;
         Ok(Self { gpu, handle, shape, plans, space })
     }
 
@@ -220,10 +220,11 @@ impl<'a> CausalAttention<'a> {
     }
 
     fn run(&self, pass: usize, arguments: &[u64]) -> Result<(), BackendError> {
+        let Some(plans) = &self.plans else { return Ok(()) };
         let space = self.space.device_ptr(&self.gpu.stream).0;
         // SAFETY: the callers have held the lengths against the shape; all work is on one stream, in whose order memory
         // is freed too.
-        unsafe { self.plans[pass].run(&self.handle, self.gpu.stream.cu_stream(), arguments, space) }
+        unsafe { plans[pass].run(&self.handle, self.gpu.stream.cu_stream(), arguments, space) }
             .map_err(|e| self.gpu.error(e))
     }
 }
