@@ -3,16 +3,21 @@
 //! draws, and so its clock, depends on them.
 
 use super::cubins::Folder;
+use super::median;
+use super::torch::Torch;
 use anyhow::Result;
 use everstep_kernels::{
     Blocks, CausalAttention, CausalGradients, CausalShape, Codes, CublasPeer, Dense, Gpu, Groups, Philox, Places, Qkv,
 };
 use serde_json::json;
+use std::path::PathBuf;
 use std::time::Duration;
 
 const REPETITIONS: usize = 20;
 /// Rounds of ours and peer in turns; the best of each counts.
 const ROUNDS: usize = 3;
+/// Rounds of grouped products, of which the median of each counts.
+const GROUPED_ROUNDS: usize = 5;
 /// The card draws all it may: each timing begins after the same rest.
 const REST: Duration = Duration::from_millis(100);
 /// Dense E4M3 of an H100 SXM by its data sheet, BF16, and FP32 without tensor cores.
@@ -21,12 +26,16 @@ const LIMIT_BF16: f64 = 989.0;
 const LIMIT_FP32: f64 = 67.0;
 
 /// What can be measured on a GPU.
-#[derive(Debug, Clone, Copy, clap::Subcommand)]
+#[derive(Debug, Clone, clap::Subcommand)]
 pub(crate) enum What {
     /// Dense products in FP8, with those in BF16, and the gate's in FP32.
     Gemm,
     /// Products grouped by expert.
-    Grouped,
+    Grouped {
+        /// A Python that has PyTorch: its grouped product takes turns with ours.
+        #[arg(long, value_name = "PYTHON")]
+        torch: Option<PathBuf>,
+    },
     /// Weight gradients grouped over tokens.
     Wgrad,
     /// What is done to rows: quantise, norm and its weights' gradient, SwiGLU, dispatch, combine, its gradients, turn.
@@ -40,7 +49,7 @@ pub(crate) fn run(what: What) -> Result<()> {
     println!("{}", json!({ "card": gpu.card()? }));
     match what {
         What::Gemm => gemm(&gpu).and_then(|()| gate(&gpu)),
-        What::Grouped => grouped(&gpu),
+        What::Grouped { torch } => grouped(&gpu, torch.as_deref().map(Torch::start).transpose()?),
         What::Wgrad => wgrad(&gpu),
         What::Quantise => rows(&gpu),
         What::Attention => attention(&gpu),
@@ -80,14 +89,20 @@ fn best(mut timed: impl FnMut() -> Result<f64>) -> Result<f64> {
 
 /// The best of several rounds of each, in turns, each after a rest.
 fn in_turns(timed: &mut [&mut dyn FnMut() -> Result<f64>]) -> Result<Vec<f64>> {
-    let mut least = vec![f64::INFINITY; timed.len()];
-    for _ in 0..ROUNDS {
-        for (least, timed) in least.iter_mut().zip(timed.iter_mut()) {
+    let all = rounds(ROUNDS, timed)?;
+    Ok(all.into_iter().map(|times| times.into_iter().fold(f64::INFINITY, f64::min)).collect())
+}
+
+/// The times of each, in turns, each after a rest.
+fn rounds(count: usize, timed: &mut [&mut dyn FnMut() -> Result<f64>]) -> Result<Vec<Vec<f64>>> {
+    let mut all = vec![Vec::new(); timed.len()];
+    for _ in 0..count {
+        for (times, timed) in all.iter_mut().zip(timed.iter_mut()) {
             std::thread::sleep(REST);
-            *least = least.min(timed()?);
+            times.push(timed()?);
         }
     }
-    Ok(least)
+    Ok(all)
 }
 
 fn geometric_mean(all: &[f64]) -> f64 {
@@ -221,9 +236,14 @@ fn random_bf16(count: usize, name: u32) -> Vec<u16> {
     Philox::new(7, 53, name).normals(count, 1.0).into_iter().map(everstep_kernels::bf16_bits).collect()
 }
 
-/// Experts' products; the peer runs as many of one group, one after another, in one timing.
-fn grouped(gpu: &Gpu) -> Result<()> {
-    let cublas = CublasPeer::new(gpu)?;
+/// Experts' products. PyTorch's has scales by row; where it is not there, cuBLASLt runs as many of one group, one after another, in
+/// one timing.
+fn grouped(gpu: &Gpu, mut torch: Option<Torch>) -> Result<()> {
+    let (cublas, mut ratios) = (CublasPeer::new(gpu)?, Vec::new());
+    let peer_is = match &torch {
+        Some(torch) => format!("torch._scaled_grouped_mm, scales by row, PyTorch {}", torch.version),
+        None => "cuBLASLt, block-scaled, one group after another".to_owned(),
+    };
     for (groups, rows, n, k) in [
         (8, 4096, 6144, 7168),
         (8, 4096, 7168, 3072),
@@ -238,18 +258,24 @@ fn grouped(gpu: &Gpu) -> Result<()> {
         let (one_x, one_w) = (codes(gpu, rows, k, 1)?, blocks(gpu, 1, n, k)?);
         let mut one_y = gpu.upload(&vec![0u16; rows * n])?;
         let mut run = || Ok(gpu.seconds(REPETITIONS, || gpu.fp8_grouped(&x, &w, &at, &mut y))?);
-        let times = in_turns(&mut [&mut run, &mut || Ok(cublas.block_scaled(groups, &one_x, &one_w, &mut one_y)?)])?;
-        let (ours, peer) = (times[0], times[1]);
+        let mut theirs = || match &mut torch {
+            Some(torch) => torch.grouped([groups, rows, n, k]),
+            None => Ok(cublas.block_scaled(groups, &one_x, &one_w, &mut one_y)?),
+        };
+        let mut times = rounds(GROUPED_ROUNDS, &mut [&mut run, &mut theirs])?.into_iter().map(median);
+        let (ours, peer) = (times.next().expect("ours"), times.next().expect("the peer's"));
         let tflops = |time: f64| 2.0 * (groups * rows * n * k) as f64 / time / 1e12;
+        ratios.push(peer / ours);
         println!(
             "{}",
             json!({
                 "bench": "FP8 grouped by expert", "groups": groups, "rows": rows, "n": n, "k": k, "tflops": tflops(ours),
-                "peer": "cuBLASLt, block-scaled, one group after another", "peer_tflops": tflops(peer),
-                "ratio": peer / ours, "limit": "tensor cores by the data sheet", "limit_tflops": LIMIT_TFLOPS,
+                "peer": peer_is, "peer_tflops": tflops(peer), "ratio": peer / ours,
+                "limit": "tensor cores by the data sheet", "limit_tflops": LIMIT_TFLOPS,
             })
         );
     }
+    println!("{}", json!({ "bench": "FP8 grouped by expert", "geometric_mean_of_ratios": geometric_mean(&ratios) }));
     Ok(())
 }
 

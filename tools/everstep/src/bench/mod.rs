@@ -4,6 +4,7 @@ mod cubins;
 mod gpu;
 mod recovery;
 mod steady;
+mod torch;
 
 use anyhow::Result;
 use everstep_kernels::{Backend, CpuBackend, Philox, Role, Tensor, multiply_add_limit, peer_linear};
