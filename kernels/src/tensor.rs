@@ -29,11 +29,14 @@ enum Data {
     Device(Arc<dyn DeviceBuffer>),
 }
 
-/// Low-precision forms of a matrix that the CPU's products have asked for: made once, whoever asks.
+/// Forms of a matrix that products have asked for: made once, whoever asks.
 #[derive(Debug, Default)]
 pub(crate) struct Forms {
     /// In one piece, if it is stacked.
     whole: OnceLock<Tensor>,
+    /// On the GPU of the backend that asked for it.
+    #[cfg(feature = "cuda")]
+    pub(crate) on_device: OnceLock<Arc<dyn DeviceBuffer>>,
     /// In BF16, with whole blocks of columns.
     pub(crate) rounded: OnceLock<Matrix>,
     /// As the columns of a product with its rows, and with its columns: in BF16, and in FP8 with scales.

@@ -182,6 +182,31 @@ impl Gpu {
     }
 }
 
+/// Launches a function with its arguments, in its order, whose lengths the caller has asserted.
+macro_rules! run {
+    ($gpu:expr, $source:ident, $name:literal, $shape:expr, $($argument:expr),+ $(,)?) => {{
+        let (gpu, (blocks, threads, shared)): (&$crate::cuda::Gpu, (usize, u32, usize)) = (&$gpu, $shape);
+        gpu.function(&$source, $name, shared as u32).and_then(|function| {
+            let mut launch = gpu.stream.launch_builder(&function);
+            let config = $crate::cuda::device::launch_of(blocks as u32, threads, shared as u32);
+            // SAFETY: the arguments are the kernel's, and as long as it expects, which callers assert; it checks its rows.
+            let done = run!(@with launch, unsafe { launch.launch(config) }; $($argument),+);
+            done.map(drop).map_err(|e| gpu.error(format!("{}: {}", $name, $crate::cuda::failure::told(e))))
+        })
+    }};
+    // One in another, so that arguments live until the launch.
+    (@with $launch:ident, $go:expr; $argument:expr $(, $more:expr)*) => {
+        match $argument {
+            argument => {
+                cudarc::driver::PushKernelArg::arg(&mut $launch, argument);
+                run!(@with $launch, $go; $($more),*)
+            }
+        }
+    };
+    (@with $launch:ident, $go:expr;) => { $go };
+}
+pub(super) use run;
+
 /// A launch of `grid` blocks in one dimension.
 pub(super) fn launch_of(grid: u32, threads: u32, shared: u32) -> LaunchConfig {
     LaunchConfig { grid_dim: (grid.max(1), 1, 1), block_dim: (threads, 1, 1), shared_mem_bytes: shared }

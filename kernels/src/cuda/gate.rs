@@ -5,7 +5,7 @@ use super::device::{Gpu, launch_of};
 use super::failure::told;
 use super::sources::GATE;
 use crate::backend::BackendError;
-use cudarc::driver::{CudaSlice, DeviceRepr, PushKernelArg};
+use cudarc::driver::{CudaSlice, DevicePtr, DeviceRepr, PushKernelArg};
 
 /// A tile of a result, and the terms of a block, as the kernel has them.
 const TILE: (usize, usize) = (128, 64);
@@ -128,8 +128,8 @@ impl Gpu {
     pub fn gate_logits<X: Activation>(
         &self,
         [tokens, experts, inputs]: [usize; 3],
-        x: &CudaSlice<X>,
-        w: &CudaSlice<f32>,
+        x: &impl DevicePtr<X>,
+        w: &impl DevicePtr<f32>,
         room: &mut CudaSlice<f32>,
         logits: &mut CudaSlice<f32>,
     ) -> Result<(), BackendError> {
@@ -144,8 +144,8 @@ impl Gpu {
     pub fn gate_input_gradient<X: Activation>(
         &self,
         [tokens, experts, inputs]: [usize; 3],
-        dlogits: &CudaSlice<f32>,
-        w: &CudaSlice<f32>,
+        dlogits: &impl DevicePtr<f32>,
+        w: &impl DevicePtr<f32>,
         dx: &mut CudaSlice<X>,
     ) -> Result<(), BackendError> {
         check(experts, inputs);
@@ -160,8 +160,8 @@ impl Gpu {
     pub fn gate_weight_gradient<X: Activation>(
         &self,
         [tokens, experts, inputs]: [usize; 3],
-        dlogits: &CudaSlice<f32>,
-        x: &CudaSlice<X>,
+        dlogits: &impl DevicePtr<f32>,
+        x: &impl DevicePtr<X>,
         room: &mut CudaSlice<f32>,
         dw: &mut CudaSlice<f32>,
     ) -> Result<(), BackendError> {
@@ -177,8 +177,8 @@ impl Gpu {
         &self,
         name: &'static str,
         sizes: Sizes,
-        a: &CudaSlice<X>,
-        b: &CudaSlice<f32>,
+        a: &impl DevicePtr<X>,
+        b: &impl DevicePtr<f32>,
         room: &mut CudaSlice<f32>,
         y: &mut CudaSlice<f32>,
     ) -> Result<(), BackendError> {
@@ -206,7 +206,7 @@ impl Gpu {
         name: &'static str,
         sizes: Sizes,
         parts: Parts,
-        (a, b): (&CudaSlice<A>, &CudaSlice<f32>),
+        (a, b): (&impl DevicePtr<A>, &impl DevicePtr<f32>),
         y: &mut CudaSlice<Y>,
         sums: &mut CudaSlice<f32>,
     ) -> Result<(), BackendError> {
@@ -216,8 +216,9 @@ impl Gpu {
         }
         let function = self.function(&GATE, name, SHARED as u32)?;
         let [m, n, k, head, each] = [sizes.m, sizes.n, sizes.k, parts.head, parts.each].map(|n| n as i32);
+        let ((a, _a), (b, _b)) = (a.device_ptr(&self.stream), b.device_ptr(&self.stream));
         let mut launch = self.stream.launch_builder(&function);
-        launch.arg(a).arg(b).arg(y).arg(sums).arg(&m).arg(&n).arg(&k).arg(&head).arg(&each);
+        launch.arg(&a).arg(&b).arg(y).arg(sums).arg(&m).arg(&n).arg(&k).arg(&head).arg(&each);
         // SAFETY: the lengths are asserted by the callers; the kernel checks its rows, columns and terms, and writes `sums`
         // only where there are parts.
         unsafe { launch.launch(launch_of(blocks as u32, 128, SHARED as u32)) }

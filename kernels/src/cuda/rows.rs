@@ -1,12 +1,11 @@
 //! What is done to rows at the speed of memory: quantise, norms, SwiGLU, dispatch, combine, and the turn of tokens into
 //! columns. Layouts and roundings are told in the files of `hopper/`.
 
-use super::device::{Gpu, launch_of};
-use super::failure::told;
+use super::device::{Gpu, run};
 use super::products::{Codes, Groups, TILE};
 use super::sources::{NORM, PERMUTE, QUANTISE, SWIGLU, TURN};
 use crate::backend::BackendError;
-use cudarc::driver::{CudaSlice, PushKernelArg};
+use cudarc::driver::CudaSlice;
 
 /// Warps of a block, except in norms.
 const WARPS: usize = 8;
@@ -14,20 +13,6 @@ const WARPS: usize = 8;
 /// Blocks for warps that take `rows` rows of a tile each.
 fn by_tiles(rows: usize, columns: usize, each: usize) -> usize {
     (rows.div_ceil(each) * (columns / TILE)).div_ceil(WARPS)
-}
-
-/// Launches a function with its arguments, in its order, whose lengths the caller has asserted.
-macro_rules! run {
-    ($gpu:ident, $source:ident, $name:literal, $shape:expr, $($argument:expr),+) => {{
-        let (blocks, threads, shared): (usize, u32, usize) = $shape;
-        let function = $gpu.function(&$source, $name, shared as u32)?;
-        let mut launch = $gpu.stream.launch_builder(&function);
-        $(launch.arg($argument);)+
-        // SAFETY: the arguments are the kernel's, and as long as it expects, which callers assert; it checks its rows.
-        unsafe { launch.launch(launch_of(blocks as u32, threads, shared as u32)) }
-            .map_err(|e| $gpu.error(format!("{}: {}", $name, told(e))))?;
-        Ok(())
-    }};
 }
 
 /// Where tokens go, and come from.

@@ -11,15 +11,25 @@ pub struct Source {
     pub name: &'static str,
     text: &'static str,
     defines: &'static [(&'static str, u32)],
+    /// Products and sums may become one operation.
+    contracts: bool,
 }
 
 const GEMM: &str = include_str!("../../hopper/fp8_gemm.cu");
-const HEADERS: [(&str, &str); 2] =
-    [("hopper.cuh", include_str!("../../hopper/hopper.cuh")), ("memory.cuh", include_str!("../../hopper/memory.cuh"))];
+const HEADERS: [(&str, &str); 3] = [
+    ("hopper.cuh", include_str!("../../hopper/hopper.cuh")),
+    ("memory.cuh", include_str!("../../hopper/memory.cuh")),
+    ("fp32.cuh", include_str!("../../hopper/fp32.cuh")),
+];
 
 macro_rules! file {
-    ($name:literal) => {
-        Source { name: $name, text: include_str!(concat!("../../hopper/", $name, ".cu")), defines: &[] }
+    ($name:literal, $contracts:literal) => {
+        Source {
+            name: $name,
+            text: include_str!(concat!("../../hopper/", $name, ".cu")),
+            defines: &[],
+            contracts: $contracts,
+        }
     };
 }
 
@@ -28,40 +38,64 @@ pub(super) const DENSE_256X128: Source = Source {
     name: "fp8_gemm 256x128",
     text: GEMM,
     defines: &[("MATH", 2), ("BM", 256), ("BN", 128), ("STAGES", 3), ("SHARE", 0), ("BAND", 8), ("GROUPED", 0)],
+    contracts: true,
 };
 pub(super) const DENSE_128X176: Source = Source {
     name: "fp8_gemm 128x176",
     text: GEMM,
     defines: &[("MATH", 2), ("BM", 128), ("BN", 176), ("STAGES", 4), ("SHARE", 0), ("BAND", 16), ("GROUPED", 0)],
+    contracts: true,
 };
 pub(super) const DENSE_192X128: Source = Source {
     name: "fp8_gemm 192x128",
     text: GEMM,
     defines: &[("MATH", 3), ("BM", 192), ("BN", 128), ("STAGES", 4), ("SHARE", 0), ("BAND", 8), ("GROUPED", 0)],
+    contracts: true,
 };
 /// Products grouped by expert.
 pub(super) const GROUPED: Source = Source {
     name: "fp8_gemm 256x128 grouped",
     text: GEMM,
     defines: &[("MATH", 2), ("BM", 256), ("BN", 128), ("STAGES", 3), ("SHARE", 1), ("BAND", 8), ("GROUPED", 1)],
+    contracts: true,
 };
 /// Weight gradients, grouped over tokens.
 pub(super) const WGRAD: Source = Source {
     name: "fp8_wgrad 128x128",
     text: include_str!("../../hopper/fp8_wgrad.cu"),
     defines: &[("MATH", 2), ("BN", 128), ("STAGES", 4), ("SHARE", 0), ("BAND", 8)],
+    contracts: true,
 };
-pub(super) const QUANTISE: Source = file!("quantise");
-pub(super) const NORM: Source = file!("norm");
-pub(super) const SWIGLU: Source = file!("swiglu");
-pub(super) const PERMUTE: Source = file!("permute");
-pub(super) const TURN: Source = file!("turn");
-pub(super) const GATE: Source = file!("gate");
-pub(super) const READ: Source = file!("read");
+pub(super) const QUANTISE: Source = file!("quantise", true);
+pub(super) const NORM: Source = file!("norm", true);
+pub(super) const SWIGLU: Source = file!("swiglu", true);
+pub(super) const PERMUTE: Source = file!("permute", true);
+pub(super) const TURN: Source = file!("turn", true);
+pub(super) const GATE: Source = file!("gate", true);
+pub(super) const READ: Source = file!("read", true);
+/// In FP32, as the CPU rounds.
+pub(super) const FP32_PRODUCT: Source = file!("fp32_product", false);
+pub(super) const FP32_ROWS: Source = file!("fp32_rows", false);
+pub(super) const FP32_ROUTE: Source = file!("fp32_route", false);
 
 /// Every file, in every variant that is used.
-pub const SOURCES: [Source; 12] =
-    [DENSE_256X128, DENSE_128X176, DENSE_192X128, GROUPED, WGRAD, QUANTISE, NORM, SWIGLU, PERMUTE, TURN, GATE, READ];
+pub const SOURCES: [Source; 15] = [
+    DENSE_256X128,
+    DENSE_128X176,
+    DENSE_192X128,
+    GROUPED,
+    WGRAD,
+    QUANTISE,
+    NORM,
+    SWIGLU,
+    PERMUTE,
+    TURN,
+    GATE,
+    READ,
+    FP32_PRODUCT,
+    FP32_ROWS,
+    FP32_ROUTE,
+];
 
 /// The version of the compiler, which is there.
 pub(super) fn compiler() -> Result<Version, String> {
@@ -103,7 +137,8 @@ impl Source {
     }
 
     fn options(&self) -> Vec<String> {
-        let fixed = ["--gpu-architecture=sm_90a", "-std=c++17", "--ptxas-options=-v"].map(str::to_owned);
+        let contracts = format!("--fmad={}", self.contracts);
+        let fixed = ["--gpu-architecture=sm_90a", "-std=c++17", "--ptxas-options=-v", &contracts].map(str::to_owned);
         fixed.into_iter().chain(self.defines.iter().map(|(name, value)| format!("-D{name}={value}"))).collect()
     }
 

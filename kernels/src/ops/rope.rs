@@ -79,7 +79,7 @@ impl Yarn {
 }
 
 /// `(cos, sin)` by position and pair.
-fn table(shape: &RopeShape) -> Vec<(f32, f32)> {
+pub(crate) fn table(shape: &RopeShape) -> Vec<(f32, f32)> {
     let pairs = shape.width / 2;
     let frequency = |pair: usize| {
         let plain = libm::pow(shape.theta, -2.0 * pair as f64 / shape.width as f64);

@@ -1,0 +1,259 @@
+//! The backend's operations in FP32, and a model made of them: the bits of the CPU's.
+
+use crate::{random, report, wanted};
+use everstep_kernels::{
+    AttentionShape, Backend, BackendError, CpuBackend, CudaBackend, Decoder, Dispatch, ExpertWeights, GateShape,
+    ModelConfig, ParameterMap, Progress, Role, RopeShape, Scales, StageInput, StageModel, Tensor, Update, Yarn,
+    expert_backward_input, expert_backward_weight, expert_forward,
+};
+use std::collections::BTreeMap;
+use std::sync::Arc;
+
+type Results = Vec<(String, Tensor)>;
+
+/// Runs the same on both, and compares what it gives.
+fn compare(
+    gpu: &CudaBackend,
+    what: &str,
+    run: impl Fn(&dyn Backend) -> Result<Results, BackendError>,
+) -> Result<bool, BackendError> {
+    let (cpu, mut good) = (CpuBackend::FP32, true);
+    for ((name, got), (_, want)) in run(gpu)?.into_iter().zip(run(&cpu)?) {
+        let (got, shape) = (gpu.read(&got)?, (want.rows(), want.columns()));
+        let want = cpu.read(&want)?;
+        assert_eq!(got.len(), want.len(), "{what}, {name}");
+        let other = got.iter().zip(want.iter()).filter(|(a, b)| a.to_bits() != b.to_bits()).count();
+        good &= report(&format!("{what}, {name}: other bits"), shape, other as f64, 0.0);
+    }
+    Ok(good)
+}
+
+fn named<const N: usize>(list: [(&str, Tensor); N]) -> Results {
+    list.map(|(name, tensor)| (name.to_owned(), tensor)).into()
+}
+
+/// A weight: in host memory.
+fn weight(rows: usize, columns: usize, name: u32) -> Tensor {
+    Tensor::host(rows, columns, random(rows, columns, name))
+}
+
+fn matrix(b: &dyn Backend, rows: usize, columns: usize, name: u32) -> Tensor {
+    b.upload(rows, columns, random(rows, columns, name))
+}
+
+/// What is done to rows of `d` columns, and products to and from `out` columns.
+fn rows(b: &dyn Backend, t: usize, d: usize, out: usize) -> Result<Results, BackendError> {
+    let (x, y, dy) = (matrix(b, t, d, 80), matrix(b, t, d, 81), matrix(b, t, out, 82));
+    let (w, norm, role) = (weight(out, d, 83), weight(1, d, 84), Role::Projection);
+    let (left, right) = b.split(&x, d / 3);
+    let part = b.rows(&x, t / 3, t - t / 3);
+    let [h, dgate, dup] = b.swiglu_backward(&x, &y, &part_or(b, &y));
+    let tokens: Vec<u32> = (0..t as u32).map(|n| n * n % 7 % out as u32).collect();
+    let targets: Vec<u32> = (0..t as u32).map(|n| if n % 5 == 3 { u32::MAX } else { n % d as u32 }).collect();
+    let (losses, dlogits) = b.cross_entropy(&x, &b.upload_indices(targets), 0.25);
+    let tokens = b.upload_indices(tokens);
+    Ok(named([
+        ("linear", b.linear(&x, &w, role)),
+        ("linear of a part", b.linear(&part, &w, role)),
+        ("linear_backward_input", b.linear_backward_input(&dy, &w, role)),
+        ("linear_backward_weight", b.linear_backward_weight(&dy, &x, role)),
+        ("add", b.add(&x, &y)),
+        ("accumulate", b.accumulate(&x, &y)),
+        ("join", b.join(&right, &left)),
+        ("split, left", left),
+        ("split, right", right),
+        ("stack of parts", b.stack(&[part.clone(), x.clone(), b.rows(&x, 0, t / 3)])),
+        ("stack of what follows", b.stack(&[b.rows(&x, 0, t / 3), part])),
+        ("rms_norm", b.rms_norm(&x, &norm, 1e-6)),
+        ("rms_norm_backward_input", b.rms_norm_backward_input(&x, &norm, &y, 1e-6)),
+        ("rms_norm_backward_weight", b.rms_norm_backward_weight(&x, &y, 1e-6)),
+        ("swiglu", b.swiglu(&x, &y)),
+        ("swiglu_backward, result", h),
+        ("swiglu_backward, gate", dgate),
+        ("swiglu_backward, up", dup),
+        ("embedding", b.embedding(&tokens, &w)),
+        ("embedding_backward_weight", b.embedding_backward_weight(&tokens, &x, out)),
+        ("cross_entropy, losses", losses),
+        ("cross_entropy, gradient", dlogits),
+    ]))
+}
+
+/// The same elements through another handle.
+fn part_or(b: &dyn Backend, x: &Tensor) -> Tensor {
+    b.rows(x, 0, x.rows())
+}
+
+/// Attention, its gradients and rotations, of so many sequences.
+fn attention(b: &dyn Backend, sequences: usize, s: &AttentionShape) -> Result<Results, BackendError> {
+    let t = sequences * s.sequence;
+    let (qk, kv) = (s.heads * (s.nope + s.rope), s.heads * (s.nope + s.value));
+    let (q, kv, k_rope) = (matrix(b, t, qk, 90), matrix(b, t, kv, 91), matrix(b, t, s.rope, 92));
+    let yarn = Yarn { factor: 3.0, original: 6, beta_fast: 32.0, beta_slow: 1.0, mscale: 1.0, mscale_all_dim: 1.0 };
+    let (heads, head_width, offset, width) = (s.heads, s.nope + s.rope, s.nope, s.rope);
+    let (sequence, first, theta) = (s.sequence, 3, 10_000.0);
+    let rope = RopeShape { heads, head_width, offset, width, sequence, first, theta, yarn: Some(yarn) };
+    let (turned, back) = (b.rope(&q, &rope, false), b.rope(&q, &rope, true));
+    let state = b.attention(q, kv, k_rope, s);
+    let (dq, dkv, dk_rope) = b.attention_backward(&state, &matrix(b, t, s.heads * s.value, 93), s);
+    Ok(named([
+        ("rope", turned),
+        ("rope back", back),
+        ("result", state.o),
+        ("logarithms", state.lse),
+        ("dq", dq),
+        ("dkv", dkv),
+        ("dk_rope", dk_rope),
+    ]))
+}
+
+/// The newest `t` of `p` positions, whose keys and values stay compressed in `c` columns.
+fn cached(b: &dyn Backend, [t, p, c]: [usize; 3], s: &AttentionShape) -> Result<Results, BackendError> {
+    let q = matrix(b, t, s.heads * (s.nope + s.rope), 94);
+    let (latent, k_rope) = (matrix(b, p, c, 95), matrix(b, p, s.rope, 96));
+    let kv_b = weight(s.heads * (s.nope + s.value), c, 97);
+    Ok(named([("attention_cached", b.attention_cached(&q, &latent, &k_rope, &kv_b, s))]))
+}
+
+/// The gate, dispatch, products of the experts and combine, with all gradients.
+fn routed(b: &dyn Backend, t: usize, d: usize, s: &GateShape) -> Result<Results, BackendError> {
+    let (logits, bias, x) = (matrix(b, t, s.experts, 100), weight(1, s.experts, 101), matrix(b, t, d, 102));
+    let (experts, weights) = b.gate(&logits, &bias, s);
+    let chosen = b.read_indices(&experts)?;
+    let plan = Dispatch::new(&chosen, s.top_k, s.experts, s.groups);
+    let sent = b.dispatch(&x, &plan);
+    let counts = b.upload_indices(plan.counts().iter().map(|n| *n as u32).collect());
+    let w: Vec<Tensor> = (0..s.experts).map(|e| weight(d + 3, d, 110 + e as u32)).collect();
+    let (all, role) = (b.stack(&sent), Role::ExpertIn);
+    let y = b.grouped_linear(&all, &counts, &w, role);
+    let dx = b.grouped_linear_backward_input(&y, &counts, &w, role);
+    let dy = matrix(b, t, d, 103);
+    let (drows, dweights) = b.combine_backward(&dy, &sent, &weights, &plan);
+    // Rows that no longer lie one after another.
+    let apart: Vec<Tensor> = sent.iter().map(|rows| b.add(rows, rows)).collect();
+    let choices = Tensor::from_vec(t, s.top_k, chosen.iter().map(|e| *e as f32).collect());
+    Ok(named([
+        ("experts", b.upload(t, s.top_k, b.read(&choices)?)),
+        ("weights", weights.clone()),
+        ("gate_backward", b.gate_backward(&logits, &experts, &dweights, s)),
+        ("gate_balance_backward", b.gate_balance_backward(&logits, s, 0.1)),
+        ("dispatch", all),
+        ("grouped_linear", y),
+        ("grouped_linear_backward_input", dx),
+        ("combine", b.combine(&sent, Some(&weights), &plan)),
+        ("combine of rows apart, without weights", b.combine(&apart, None, &plan)),
+        ("combine_backward, rows", b.stack(&drows)),
+        ("combine_backward, weights", dweights),
+    ]))
+}
+
+fn config(large: bool) -> ModelConfig {
+    let of = |small: usize, big: usize| if large { big } else { small };
+    ModelConfig {
+        vocabulary: of(11, 1000),
+        hidden: of(8, 256),
+        layers: 3,
+        dense_layers: 1,
+        dense_inner: of(12, 520),
+        heads: of(2, 4),
+        query_rank: Some(of(5, 96)),
+        kv_rank: of(4, 64),
+        nope: of(4, 32),
+        rope: of(2, 16),
+        value: of(3, 32),
+        experts: of(4, 16),
+        shared_experts: 1,
+        expert_inner: of(6, 64),
+        top_k: of(2, 4),
+        groups: of(2, 4),
+        groups_kept: of(1, 2),
+        routed_scale: 2.5,
+        sequence: of(5, 128),
+        rope_theta: 10_000.0,
+        yarn: None,
+        mtp: 1,
+        initial_std: if large { 0.05 } else { 0.3 },
+    }
+}
+
+fn parameters(c: &ModelConfig) -> ParameterMap {
+    let value = |(i, p): (usize, everstep_kernels::Parameter)| {
+        let values = match p.update {
+            Update::Decayed => p.initial(5, c.initial_std),
+            Update::Plain => random(1, p.len(), i as u32).iter().map(|x| 1.0 + 0.2 * x).collect(),
+            Update::Balance => random(1, p.len(), i as u32).iter().map(|x| 0.1 * x).collect(),
+        };
+        (p.name, Tensor::from_vec(p.rows, p.columns, values))
+    };
+    c.parameters().into_iter().enumerate().map(value).collect()
+}
+
+/// Two micro-batches through a whole model and back: losses and all gradients. Then logits by the cache.
+fn model(b: &dyn Backend, c: &ModelConfig, map: &ParameterMap) -> Result<Results, BackendError> {
+    let scales = Scales { loss: 0.01, mtp: 0.003, balance: 0.002 };
+    let mut stage = StageModel::new(Arc::new(c.clone()), 0..c.layers, map, scales);
+    let experts = |layer: u32| (0..c.experts as u32).map(move |e| ExpertWeights::new(map, layer, e));
+    let (mut saved, mut results) = (BTreeMap::new(), Results::new());
+    for m in 0..2u32 {
+        let tokens: Vec<u32> = (0..2 * c.sequence as u32).map(|n| (n * n + m) % c.vocabulary as u32).collect();
+        let targets = tokens[1..].iter().copied().chain([7]).collect();
+        let mut progress = stage.forward(b, m, StageInput::Tokens(tokens), Some(targets));
+        while let Progress::Experts { layer, rows } = progress {
+            let made = expert_forward(b, experts(layer).zip(rows).collect());
+            let (y, keep): (Vec<_>, Vec<_>) = made.into_iter().unzip();
+            saved.insert(layer, keep);
+            progress = stage.resume_forward(b, m, y);
+        }
+        let mut progress = stage.backward_input(b, m, None);
+        while let Progress::Experts { layer, rows } = progress {
+            let items = saved.remove(&layer).expect("they were saved").into_iter().zip(rows);
+            let made = expert_backward_input(b, experts(layer).zip(items).collect());
+            let (dx, held): (Vec<_>, Vec<_>) = made.into_iter().unzip();
+            for (weights, held) in experts(layer).zip(held) {
+                let made = expert_backward_weight(b, &weights, &[held]);
+                results.extend(made.into_iter().map(|(name, gradient)| (format!("{name} of {m}"), gradient)));
+            }
+            progress = stage.resume_backward(b, m, dx);
+        }
+        stage.weight(b, m);
+    }
+    let sums = stage.take_sums();
+    results.extend(sums.gradients.into_iter().map(|(name, gradient)| (name.to_string(), gradient)));
+    let losses = sums.losses.iter().flat_map(|loss| [*loss as f32, (*loss - f64::from(*loss as f32)) as f32]);
+    results.push(("losses".to_owned(), Tensor::from_vec(2, 2, losses.collect())));
+    let mut decoder = Decoder::new(Arc::new(c.clone()), map);
+    for tokens in [&[1u32, 4, 10][..], &[0], &[3]] {
+        results.push((format!("logits after {}", decoder.positions()), decoder.feed(b, tokens)?));
+    }
+    Ok(results)
+}
+
+/// Shapes that fill tiles and that do not, without rows too; then models, of which the larger fills some tiles.
+pub(crate) fn all(gpu: &CudaBackend) -> Result<bool, BackendError> {
+    let mut good = true;
+    for (t, d, out) in
+        [(0, 24, 16), (1, 7, 5), (5, 24, 16), (77, 37, 70), (300, 40, 72), (1000, 520, 264), (130, 2100, 33)]
+    {
+        if wanted(t * d) {
+            good &= compare(gpu, "rows", |b| rows(b, t, d, out))?;
+        }
+    }
+    for (sequences, heads, nope, rope, value, sequence) in
+        [(0, 2, 3, 2, 4, 5), (1, 1, 4, 2, 3, 1), (2, 3, 7, 4, 5, 67), (2, 4, 128, 64, 128, 300)]
+    {
+        let s = AttentionShape { heads, nope, rope, value, sequence, scale: ((nope + rope) as f32).sqrt().recip() };
+        good &= compare(gpu, "attention", |b| attention(b, sequences, &s))?;
+        good &= compare(gpu, "attention", |b| cached(b, [sequence.min(3), sequence, 20], &s))?;
+    }
+    for (t, d, experts, top_k, groups, groups_kept) in
+        [(0, 8, 8, 2, 4, 2), (1, 8, 4, 1, 1, 1), (33, 12, 12, 3, 4, 2), (200, 72, 64, 8, 8, 4), (70, 5, 40, 6, 40, 9)]
+    {
+        let s = GateShape { experts, top_k, groups, groups_kept, routed_scale: 2.5, sequence: 32 };
+        good &= compare(gpu, "routed", |b| routed(b, t, d, &s))?;
+    }
+    for large in [false, true] {
+        let c = config(large);
+        let map = parameters(&c);
+        good &= compare(gpu, if large { "a larger model" } else { "a model" }, |b| model(b, &c, &map))?;
+    }
+    Ok(good)
+}

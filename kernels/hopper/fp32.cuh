@@ -1,0 +1,55 @@
+// What the FP32 kernels share: functions and sums of the CPU (src/math.rs), bit for bit. These files are compiled without
+// contraction, so that a product and a sum are rounded one by one, as they are written; what the CPU fuses is written as
+// __fmaf_rn. Each row is a half-warp's, whose lanes are those of the CPU's sums; no result depends on the grid.
+
+typedef unsigned u32;
+typedef unsigned long long u64;
+typedef long long i64;
+
+constexpr int THREADS = 256;
+constexpr int LANES = 16, ROWS = THREADS / LANES; // of a sum; rows of a CTA
+
+// The element of a thread, where each has one.
+__device__ __forceinline__ u64 element() { return (u64)blockIdx.x * THREADS + threadIdx.x; }
+// The row of a half-warp, and the thread's lane in it.
+__device__ __forceinline__ u64 row_of() { return (u64)blockIdx.x * ROWS + threadIdx.x / LANES; }
+__device__ __forceinline__ int lane_of() { return threadIdx.x % LANES; }
+
+// e^x, clamped to [-87, 88].
+__device__ __forceinline__ float exponential(float x) {
+    const bool nan = x != x;
+    x = x < -87.f ? -87.f : x;
+    x = x > 88.f ? 88.f : x;
+    const float shifted = x * 0x1.715476p0f + 12582912.f, n = shifted - 12582912.f;
+    const float r = (x - n * 0.6933594f) - n * -2.1219444e-4f;
+    float p = 1.3888889e-3f;
+    p = p * r + 8.333334e-3f;
+    p = p * r + 4.1666668e-2f;
+    p = p * r + 0.16666667f;
+    p = p * r + 0.5f;
+    p = p * r + 1.f;
+    p = p * r + 1.f;
+    const float scale = __uint_as_float((__float_as_uint(shifted) + 127) << 23);
+    return nan ? __uint_as_float(0x7fc00000) : p * scale;
+}
+__device__ __forceinline__ float sigmoid(float x) { return 1.f / (1.f + exponential(-x)); }
+
+// The sum of term(i) below n, by all lanes of a row: lane i % 16 ascending, then the lanes as a binary tree. Every lane of the
+// warp comes here.
+template <class F> __device__ __forceinline__ float sum_of(int n, F term) {
+    float sum = 0;
+    for (int i = lane_of(); i < n; i += LANES) sum += term(i);
+#pragma unroll
+    for (int width = LANES / 2; width; width /= 2) sum += __shfl_down_sync(~0u, sum, width, LANES);
+    return __shfl_sync(~0u, sum, 0, LANES);
+}
+// The largest term; a NaN is none. It has no order that could show.
+template <class F> __device__ __forceinline__ float largest(int n, F term) {
+    float most = __uint_as_float(0xff800000);
+    for (int i = lane_of(); i < n; i += LANES) most = fmaxf(most, term(i));
+#pragma unroll
+    for (int width = LANES / 2; width; width /= 2) most = fmaxf(most, __shfl_xor_sync(~0u, most, width, LANES));
+    return most;
+}
+// The logarithm in f64, rounded: CUDA's may differ from the CPU's in the last of its 53 bits.
+__device__ __forceinline__ double logarithm(float x) { return log((double)x); }

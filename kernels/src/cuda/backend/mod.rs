@@ -1,0 +1,266 @@
+//! The model's operations on a GPU, in FP32 with the CPU's bits: the same terms in the same order, rounded alike.
+//!
+//! An operation enqueues its kernels on one stream and gives a handle. What cannot run gives a handle without data, and an error
+//! that sticks: the next read reports the first one. Weights come as matrices in host memory; each is copied to the GPU once, and
+//! stays there as long as a handle to it lives.
+
+mod attention;
+mod elements;
+mod products;
+mod route;
+mod tensors;
+
+use super::device::{Cubins, Gpu};
+use crate::backend::{AttentionState, Backend, BackendError, DeviceClass, Role};
+use crate::ops::attention::AttentionShape;
+use crate::ops::combine::Dispatch;
+use crate::ops::gate::GateShape;
+use crate::ops::rope::RopeShape;
+use crate::tensor::Tensor;
+use elements::Angles;
+use std::sync::{Arc, Mutex, PoisonError};
+use tensors::{Floats, Made};
+
+/// See the module.
+#[derive(Debug)]
+pub struct CudaBackend {
+    gpu: Gpu,
+    angles: Angles,
+    failed: Mutex<Option<BackendError>>,
+}
+
+impl CudaBackend {
+    /// The backend of one GPU; machine code of kernels is kept in `cubins`.
+    pub fn new(ordinal: usize, cubins: Box<dyn Cubins>) -> Result<Self, BackendError> {
+        Ok(Self { gpu: Gpu::new(ordinal, cubins)?, angles: Angles::default(), failed: Mutex::default() })
+    }
+
+    /// Its GPU, for the kernels that are not operations yet.
+    pub fn gpu(&self) -> &Gpu {
+        &self.gpu
+    }
+
+    /// Records the first error; later reads report it.
+    fn fail(&self, error: BackendError) {
+        self.failed.lock().unwrap_or_else(PoisonError::into_inner).get_or_insert(error);
+    }
+
+    fn unsupported(&self, operation: &'static str, rows: usize, columns: usize) -> Tensor {
+        let error = BackendError::Unsupported { operation, device: self.class().0 };
+        self.one(rows, columns, Err(error))
+    }
+
+    /// The matrices of an operation, or its error for later.
+    fn all<const N: usize>(&self, shapes: [[usize; 2]; N], result: Made<N>) -> [Tensor; N] {
+        let mut made = result.map_err(|e| self.fail(e)).ok().into_iter().flatten();
+        shapes.map(|[rows, columns]| match made.next() {
+            Some(floats) => floats.tensor(rows, columns),
+            None => tensors::nothing(rows, columns),
+        })
+    }
+
+    fn one(&self, rows: usize, columns: usize, result: Result<Floats, BackendError>) -> Tensor {
+        let [made] = self.all([[rows, columns]], result.map(|floats| [floats]));
+        made
+    }
+
+    fn like(&self, x: &Tensor, result: Result<Floats, BackendError>) -> Tensor {
+        self.one(x.rows(), x.columns(), result)
+    }
+}
+
+impl Backend for CudaBackend {
+    fn class(&self) -> DeviceClass {
+        DeviceClass(format!("cuda {} f32", self.gpu.architecture()))
+    }
+
+    fn upload(&self, rows: usize, columns: usize, data: Arc<Vec<f32>>) -> Tensor {
+        self.one(rows, columns, self.gpu.upload(&data).map(Floats::new))
+    }
+
+    fn upload_indices(&self, data: Vec<u32>) -> Tensor {
+        self.indices(data.len(), self.gpu.upload(&data))
+    }
+
+    fn read(&self, x: &Tensor) -> Result<Arc<Vec<f32>>, BackendError> {
+        self.synchronize()?;
+        match x.as_host() {
+            Some(host) => Ok(Arc::clone(host)),
+            None => Ok(Arc::new(self.floats(x)?.download(&self.gpu)?)),
+        }
+    }
+
+    fn read_indices(&self, x: &Tensor) -> Result<Vec<u32>, BackendError> {
+        self.synchronize()?;
+        self.gpu.download(&*self.words(x)?)
+    }
+
+    fn synchronize(&self) -> Result<(), BackendError> {
+        if let Some(error) = self.failed.lock().unwrap_or_else(PoisonError::into_inner).clone() {
+            return Err(error);
+        }
+        self.gpu.synchronize()
+    }
+
+    fn linear(&self, x: &Tensor, w: &Tensor, _: Role) -> Tensor {
+        self.one(x.rows(), w.rows(), self.product(x, w))
+    }
+
+    fn linear_backward_input(&self, dy: &Tensor, w: &Tensor, _: Role) -> Tensor {
+        self.one(dy.rows(), w.columns(), self.product_input(dy, w))
+    }
+
+    fn linear_backward_weight(&self, dy: &Tensor, x: &Tensor, _: Role) -> Tensor {
+        self.one(dy.columns(), x.columns(), self.product_weight(dy, x))
+    }
+
+    fn grouped_linear(&self, x: &Tensor, counts: &Tensor, w: &[Tensor], _: Role) -> Tensor {
+        let out = w.first().map_or(0, Tensor::rows);
+        self.one(x.rows(), out, self.grouped(x, counts, w, [out, x.columns()], false))
+    }
+
+    fn grouped_linear_backward_input(&self, dy: &Tensor, counts: &Tensor, w: &[Tensor], _: Role) -> Tensor {
+        let input = w.first().map_or(0, Tensor::columns);
+        self.one(dy.rows(), input, self.grouped(dy, counts, w, [input, dy.columns()], true))
+    }
+
+    fn quantise(&self, x: &Tensor) -> Tensor {
+        self.unsupported("quantise", x.rows(), x.columns())
+    }
+
+    fn dequantise(&self, x: &Tensor) -> Tensor {
+        self.unsupported("dequantise", x.rows(), x.columns())
+    }
+
+    fn add(&self, a: &Tensor, b: &Tensor) -> Tensor {
+        self.like(a, self.sum(a, b))
+    }
+
+    fn accumulate(&self, a: &Tensor, b: &Tensor) -> Tensor {
+        self.like(a, self.sum(a, b))
+    }
+
+    fn split(&self, x: &Tensor, at: usize) -> (Tensor, Tensor) {
+        let rest = x.columns() - at;
+        let parts = (self.columns(x, 0, at), self.columns(x, at, rest));
+        (self.one(x.rows(), at, parts.0), self.one(x.rows(), rest, parts.1))
+    }
+
+    fn join(&self, a: &Tensor, b: &Tensor) -> Tensor {
+        self.one(a.rows(), a.columns() + b.columns(), self.joined(a, b))
+    }
+
+    fn stack(&self, parts: &[Tensor]) -> Tensor {
+        let rows = parts.iter().map(Tensor::rows).sum();
+        self.one(rows, parts[0].columns(), self.stacked(parts))
+    }
+
+    fn rows(&self, x: &Tensor, from: usize, rows: usize) -> Tensor {
+        assert!(from + rows <= x.rows(), "rows {from} to {} of {}", from + rows, x.rows());
+        let part = self.floats(x).map(|all| all.part(from * x.columns(), rows * x.columns()));
+        self.one(rows, x.columns(), part)
+    }
+
+    fn embedding(&self, tokens: &Tensor, table: &Tensor) -> Tensor {
+        let rows = self.words(tokens).and_then(|tokens| self.gather(&tokens, table));
+        self.one(tokens.columns(), table.columns(), rows)
+    }
+
+    fn embedding_backward_weight(&self, tokens: &Tensor, dy: &Tensor, vocabulary: usize) -> Tensor {
+        self.one(vocabulary, dy.columns(), self.embedding_weight(tokens, dy, vocabulary))
+    }
+
+    fn rms_norm(&self, x: &Tensor, w: &Tensor, eps: f32) -> Tensor {
+        self.like(x, self.norm(x, w, eps))
+    }
+
+    fn rms_norm_backward_input(&self, x: &Tensor, w: &Tensor, dy: &Tensor, eps: f32) -> Tensor {
+        self.like(x, self.norm_input(x, w, dy, eps))
+    }
+
+    fn rms_norm_backward_weight(&self, x: &Tensor, dy: &Tensor, eps: f32) -> Tensor {
+        self.one(1, x.columns(), self.norm_weight(x, dy, eps))
+    }
+
+    fn rope(&self, x: &Tensor, shape: &RopeShape, inverse: bool) -> Tensor {
+        self.like(x, self.rotated(x, shape, inverse))
+    }
+
+    fn attention(&self, q: Tensor, kv: Tensor, k_rope: Tensor, shape: &AttentionShape) -> AttentionState {
+        let made = self.attention_forward([&q, &kv, &k_rope], shape);
+        let [o, lse] = self.all([[q.rows(), shape.o_row()], [q.rows(), shape.heads]], made);
+        AttentionState { q, kv, k_rope, o, lse }
+    }
+
+    fn attention_cached(
+        &self,
+        q: &Tensor,
+        latent: &Tensor,
+        k_rope: &Tensor,
+        kv_b: &Tensor,
+        shape: &AttentionShape,
+    ) -> Tensor {
+        self.one(q.rows(), shape.o_row(), self.attention_over([q, latent, k_rope, kv_b], shape))
+    }
+
+    fn attention_backward(
+        &self,
+        state: &AttentionState,
+        d_o: &Tensor,
+        shape: &AttentionShape,
+    ) -> (Tensor, Tensor, Tensor) {
+        let shapes = [&state.q, &state.kv, &state.k_rope].map(|t| [t.rows(), t.columns()]);
+        self.all(shapes, self.attention_gradients(state, d_o, shape)).into()
+    }
+
+    fn swiglu(&self, gate: &Tensor, up: &Tensor) -> Tensor {
+        self.like(gate, self.gated(gate, up))
+    }
+
+    fn swiglu_backward(&self, gate: &Tensor, up: &Tensor, dh: &Tensor) -> [Tensor; 3] {
+        self.all([[gate.rows(), gate.columns()]; 3], self.gated_gradients(gate, up, dh))
+    }
+
+    fn gate(&self, logits: &Tensor, bias: &Tensor, shape: &GateShape) -> (Tensor, Tensor) {
+        let (experts, weights) = match self.choose(logits, bias, shape) {
+            Ok((experts, weights)) => (Ok(experts), Ok(weights)),
+            Err(error) => (Err(error.clone()), Err(error)),
+        };
+        (self.indices(logits.rows() * shape.top_k, experts), self.one(logits.rows(), shape.top_k, weights))
+    }
+
+    fn gate_backward(&self, logits: &Tensor, experts: &Tensor, dweights: &Tensor, shape: &GateShape) -> Tensor {
+        self.like(logits, self.choice_gradient(logits, experts, dweights, shape))
+    }
+
+    fn gate_balance_backward(&self, logits: &Tensor, shape: &GateShape, factor: f32) -> Tensor {
+        self.like(logits, self.balance_gradient(logits, shape, factor))
+    }
+
+    fn dispatch(&self, x: &Tensor, plan: &Dispatch) -> Vec<Tensor> {
+        let rows = self.one(plan.slots.len(), x.columns(), self.sent(x, plan));
+        self.by_expert(&rows, plan)
+    }
+
+    fn combine(&self, rows: &[Tensor], weights: Option<&Tensor>, plan: &Dispatch) -> Tensor {
+        let columns = rows.first().expect("at least one expert").columns();
+        self.one(plan.slots.len() / plan.top_k, columns, self.combined(rows, weights, plan))
+    }
+
+    fn combine_backward(
+        &self,
+        dy: &Tensor,
+        rows: &[Tensor],
+        weights: &Tensor,
+        plan: &Dispatch,
+    ) -> (Vec<Tensor>, Tensor) {
+        let shapes = [[plan.slots.len(), dy.columns()], [weights.rows(), weights.columns()]];
+        let [drows, dweights] = self.all(shapes, self.combined_gradients(dy, rows, weights, plan));
+        (self.by_expert(&drows, plan), dweights)
+    }
+
+    fn cross_entropy(&self, logits: &Tensor, targets: &Tensor, scale: f32) -> (Tensor, Tensor) {
+        let shapes = [[1, targets.columns()], [logits.rows(), logits.columns()]];
+        self.all(shapes, self.losses(logits, targets, scale)).into()
+    }
+}

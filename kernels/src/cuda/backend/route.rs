@@ -1,0 +1,142 @@
+//! The gate's choice and its gradients, dispatch and combine. Kernels: `hopper/fp32_route.cu`.
+
+use super::CudaBackend;
+use super::elements::{by_element, by_row};
+use super::tensors::{Floats, Made};
+use crate::backend::{Backend, BackendError};
+use crate::cuda::device::run;
+use crate::cuda::sources::FP32_ROUTE;
+use crate::ops::combine::Dispatch;
+use crate::ops::gate::GateShape;
+use crate::tensor::Tensor;
+use cudarc::driver::CudaSlice;
+
+/// Warps of a block, each of which chooses for a token.
+const WARPS: usize = 8;
+
+impl CudaBackend {
+    /// The experts of each token, ascending, and their weights.
+    pub(super) fn choose(
+        &self,
+        logits: &Tensor,
+        bias: &Tensor,
+        s: &GateShape,
+    ) -> Result<(CudaSlice<u32>, Floats), BackendError> {
+        let allowed = s.experts / s.groups * s.groups_kept;
+        assert!(s.experts.is_multiple_of(s.groups) && s.top_k <= allowed, "a choice among {allowed}: {s:?}");
+        assert_eq!([logits.columns(), bias.columns()], [s.experts; 2], "columns of a gate");
+        let (of_logits, of_bias, tokens) = (self.floats(logits)?, self.floats(bias)?, logits.rows());
+        let (mut experts, mut weights) = (self.gpu.room::<u32>(tokens * s.top_k)?, self.room(tokens, s.top_k)?);
+        let shape = (tokens.div_ceil(WARPS), 32 * WARPS as u32, 4 * WARPS * (2 * (s.experts + s.groups) + s.top_k));
+        let sizes = [tokens, s.experts, s.top_k, s.groups, s.groups_kept].map(|n| n as i32);
+        let ([t, count, top_k, groups, kept], scale) = (sizes, &s.routed_scale);
+        let (logits, bias, to) = (&of_logits.view(), &of_bias.view(), (&mut experts, &mut weights));
+        run!(self.gpu, FP32_ROUTE, "gate", shape, logits, bias, to.0, to.1, &t, &count, &top_k, &groups, &kept, scale)?;
+        Ok((experts, Floats::new(weights)))
+    }
+
+    pub(super) fn choice_gradient(
+        &self,
+        logits: &Tensor,
+        experts: &Tensor,
+        dweights: &Tensor,
+        s: &GateShape,
+    ) -> Result<Floats, BackendError> {
+        let (of_logits, chosen, of_weights) = (self.floats(logits)?, self.words(experts)?, self.floats(dweights)?);
+        assert_eq!([chosen.len(), of_weights.len()], [logits.rows() * s.top_k; 2], "choices of every token");
+        let mut d = self.gpu.zeros(of_logits.len())?;
+        let (shape, sizes) = (by_element(logits.rows()), [logits.rows(), s.experts, s.top_k].map(|n| n as i32));
+        let ([t, count, top_k], logits, dw) = (sizes, &of_logits.view(), &of_weights.view());
+        let scale = &s.routed_scale;
+        run!(self.gpu, FP32_ROUTE, "gate_backward", shape, logits, &*chosen, dw, &mut d, &t, &count, &top_k, scale)?;
+        Ok(Floats::new(d))
+    }
+
+    pub(super) fn balance_gradient(&self, logits: &Tensor, s: &GateShape, factor: f32) -> Result<Floats, BackendError> {
+        let (of_logits, tokens) = (self.floats(logits)?, logits.rows());
+        let mut counts = self.gpu.zeros::<u32>(tokens.div_ceil(s.sequence) * s.experts)?;
+        let mut d = self.room(tokens, s.experts)?;
+        let (elements, shape, logits) = (of_logits.len() as u64, by_element(of_logits.len()), &of_logits.view());
+        let [t, count, top_k, sequence] = [tokens, s.experts, s.top_k, s.sequence].map(|n| n as i32);
+        let (count, top_k, sequence) = (&count, &top_k, &sequence);
+        run!(self.gpu, FP32_ROUTE, "balance_counts", shape, logits, &mut counts, &elements, count, top_k, sequence)?;
+        let (shape, of) = (by_row(tokens), &counts);
+        run!(self.gpu, FP32_ROUTE, "balance_backward", shape, logits, of, &mut d, &t, count, top_k, sequence, &factor)?;
+        Ok(Floats::new(d))
+    }
+
+    /// The rows of all experts, one expert after another.
+    pub(super) fn sent(&self, x: &Tensor, plan: &Dispatch) -> Result<Floats, BackendError> {
+        let tokens: Vec<u32> = plan.tokens.iter().flatten().copied().collect();
+        self.gather(&self.gpu.upload(&tokens)?, x)
+    }
+
+    /// Each expert's rows of those of all.
+    pub(super) fn by_expert(&self, rows: &Tensor, plan: &Dispatch) -> Vec<Tensor> {
+        plan.starts().into_iter().zip(&plan.tokens).map(|(from, t)| self.rows(rows, from, t.len())).collect()
+    }
+
+    /// The row of each choice where the rows of all experts follow each other.
+    fn places(&self, plan: &Dispatch) -> Result<CudaSlice<u32>, BackendError> {
+        let starts = plan.starts();
+        let places: Vec<u32> = plan.slots.iter().map(|s| starts[s.expert as usize] as u32 + s.row).collect();
+        self.gpu.upload(&places)
+    }
+
+    pub(super) fn combined(
+        &self,
+        rows: &[Tensor],
+        weights: Option<&Tensor>,
+        plan: &Dispatch,
+    ) -> Result<Floats, BackendError> {
+        let (all, columns) = (self.stacked(rows)?, rows[0].columns());
+        assert_eq!(all.len(), plan.slots.len() * columns, "rows of every expert, as the plan has them");
+        let groups: Vec<u32> = plan.slots.iter().map(|s| s.expert / plan.group_size as u32).collect();
+        let (places, groups) = (self.places(plan)?, self.gpu.upload(&groups)?);
+        let weights = weights.map(|w| self.floats(w)).transpose()?;
+        assert!(weights.as_ref().is_none_or(|w| w.len() == plan.slots.len()), "a weight of every slot");
+        // A place that is none: ones.
+        let of_weights = weights.as_ref().map_or(0, |w| w.address(&self.gpu));
+        let mut y = self.room(plan.slots.len() / plan.top_k, columns)?;
+        let (count, shape) = (y.len() as u64, by_element(y.len()));
+        let ([columns, top_k], rows) = ([columns, plan.top_k].map(|n| n as i32), &all.view());
+        let of = (&places, &groups, &of_weights);
+        run!(self.gpu, FP32_ROUTE, "combine", shape, rows, of.0, of.1, of.2, &mut y, &count, &columns, &top_k)?;
+        Ok(Floats::new(y))
+    }
+
+    pub(super) fn combined_gradients(
+        &self,
+        dy: &Tensor,
+        rows: &[Tensor],
+        weights: &Tensor,
+        plan: &Dispatch,
+    ) -> Made<2> {
+        let (all, of_dy, of_weights, columns) =
+            (self.stacked(rows)?, self.floats(dy)?, self.floats(weights)?, dy.columns());
+        assert_eq!(all.len(), plan.slots.len() * columns, "rows of every expert, as the plan has them");
+        assert_eq!(of_dy.len() * plan.top_k, plan.slots.len() * columns, "a gradient of every token");
+        assert_eq!(of_weights.len(), plan.slots.len(), "a weight of every slot");
+        let (places, choices, shape) = (self.places(plan)?, plan.slots.len() as u64, by_row(plan.slots.len()));
+        let (mut drows, mut dweights) = (self.gpu.room(all.len())?, self.gpu.room(of_weights.len())?);
+        let ([columns, top_k], dy, rows) = ([columns, plan.top_k].map(|n| n as i32), &of_dy.view(), &all.view());
+        let (of, to) = ((&places, &of_weights.view()), (&mut drows, &mut dweights));
+        let (columns, top_k) = (&columns, &top_k);
+        run!(
+            self.gpu,
+            FP32_ROUTE,
+            "combine_backward",
+            shape,
+            dy,
+            rows,
+            of.0,
+            of.1,
+            to.0,
+            to.1,
+            &choices,
+            columns,
+            top_k
+        )?;
+        Ok([drows, dweights].map(Floats::new))
+    }
+}
