@@ -34,9 +34,9 @@ enum Data {
 pub(crate) struct Forms {
     /// In one piece, if it is stacked.
     whole: OnceLock<Tensor>,
-    /// On the GPU of the backend that asked for it.
+    /// On the GPU of the backend that asked for it, in FP32 and in BF16.
     #[cfg(feature = "cuda")]
-    pub(crate) on_device: OnceLock<Arc<dyn DeviceBuffer>>,
+    pub(crate) on_device: [OnceLock<Arc<dyn DeviceBuffer>>; 2],
     /// In BF16, with whole blocks of columns.
     pub(crate) rounded: OnceLock<Matrix>,
     /// As the columns of a product with its rows, and with its columns: in BF16, and in FP8 with scales.

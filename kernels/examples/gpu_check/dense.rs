@@ -2,6 +2,7 @@
 
 use crate::{PRODUCT, low, norm_difference, random, report, unlike, values};
 use everstep_kernels::{Backend, BackendError, CpuBackend, Dense, Gpu, Precision, Role, Tensor, bf16_bits};
+use std::sync::Arc;
 
 /// Rows of the whole product, and of those that are made again.
 const MOST: usize = 4096;
@@ -12,7 +13,7 @@ const COMPARED: usize = 129;
 const GRADIENT: f64 = 1e-4;
 
 /// Both products of rows, and the gradient of the weight, for a weight of `out` x `input`.
-fn dense(gpu: &Gpu, out: usize, input: usize) -> Result<bool, BackendError> {
+fn dense(gpu: &Arc<Gpu>, out: usize, input: usize) -> Result<bool, BackendError> {
     let (b, dense) = (CpuBackend::new(Precision::Bf16), Dense::new(gpu)?);
     let ((x, x_words), (dy, dy_words)) = (low(&b, MOST, input, 71)?, low(&b, MOST, out, 72)?);
     let host = random(out, input, 73);
@@ -69,7 +70,7 @@ fn dense(gpu: &Gpu, out: usize, input: usize) -> Result<bool, BackendError> {
 }
 
 /// Weights of several shapes, of which the last fills no tile.
-pub(crate) fn all(gpu: &Gpu) -> Result<bool, BackendError> {
+pub(crate) fn all(gpu: &Arc<Gpu>) -> Result<bool, BackendError> {
     let mut good = true;
     for (out, input) in [(2112, 1024), (1536, 512), (512, 2048), (1024, 7168), (136, 264)] {
         good &= dense(gpu, out, input)?;

@@ -9,6 +9,9 @@ use cudarc::cublaslt::sys;
 use cudarc::driver::sys::CUdeviceptr;
 use std::ffi::c_void;
 
+/// Bytes at whose multiples matrices begin, at least: rows of others do, if they are of whole eights of BF16.
+const ALIGNMENT: u32 = 16;
+
 /// cuBLASLt on one GPU.
 #[derive(Debug)]
 pub(super) struct Library(sys::cublasLtHandle_t);
@@ -102,7 +105,7 @@ impl Product {
     }
 
     /// At most `count` algorithms that use no more than so many bytes besides, the fastest first as cuBLASLt guesses.
-    /// `split`: they may cut a sum and add its parts.
+    /// `split`: they may cut a sum and add its parts, and count on matrices that begin where allocations do.
     pub(super) fn algorithms(
         &self,
         library: &Library,
@@ -132,6 +135,21 @@ impl Product {
                 .and_then(|()| {
                     let mask = (&raw const schemes).cast();
                     set(Attribute::CUBLASLT_MATMUL_PREF_REDUCTION_SCHEME_MASK, mask, 4)
+                })
+                .and_then(|()| {
+                    use Attribute as Of;
+                    if split {
+                        return Ok(());
+                    }
+                    let bytes = ALIGNMENT;
+                    let alignment = (&raw const bytes).cast();
+                    let all = [
+                        Of::CUBLASLT_MATMUL_PREF_MIN_ALIGNMENT_A_BYTES,
+                        Of::CUBLASLT_MATMUL_PREF_MIN_ALIGNMENT_B_BYTES,
+                        Of::CUBLASLT_MATMUL_PREF_MIN_ALIGNMENT_C_BYTES,
+                        Of::CUBLASLT_MATMUL_PREF_MIN_ALIGNMENT_D_BYTES,
+                    ];
+                    all.into_iter().try_for_each(|of| set(of, alignment, 4))
                 })
                 .and_then(|()| {
                     let (to, count, length) = (found.as_mut_ptr(), count as i32, &raw mut length);

@@ -19,7 +19,7 @@ use cudarc::cublaslt::sys;
 use cudarc::driver::sys::CUdeviceptr;
 use cudarc::driver::{CudaSlice, DevicePtr, DevicePtrMut};
 use std::collections::BTreeMap;
-use std::sync::{Mutex, PoisonError};
+use std::sync::{Arc, Mutex, PoisonError};
 
 /// Tokens that an algorithm is chosen for.
 const ASKED: usize = 4096;
@@ -28,17 +28,17 @@ const CANDIDATES: usize = 16;
 
 /// See the module.
 #[derive(Debug)]
-pub struct Dense<'a> {
-    gpu: &'a Gpu,
+pub struct Dense {
+    gpu: Arc<Gpu>,
     library: Library,
     /// What was chosen, by product, outputs and inputs.
     chosen: Mutex<BTreeMap<(Way, usize, usize), sys::cublasLtMatmulAlgo_t>>,
 }
 
-impl<'a> Dense<'a> {
+impl Dense {
     /// On a GPU.
-    pub fn new(gpu: &'a Gpu) -> Result<Self, BackendError> {
-        Ok(Self { gpu, library: Library::new(gpu)?, chosen: Mutex::default() })
+    pub fn new(gpu: &Arc<Gpu>) -> Result<Self, BackendError> {
+        Ok(Self { gpu: Arc::clone(gpu), library: Library::new(gpu)?, chosen: Mutex::default() })
     }
 
     /// The version of cuBLASLt that chooses.
@@ -91,15 +91,15 @@ impl<'a> Dense<'a> {
         self.product(Way::Weight, [tokens, out, input], [of_x, of_dy, of_dw])
     }
 
-    /// A product of matrices whose lengths the callers have asserted.
-    fn product(&self, way: Way, shape: [usize; 3], matrices: [CUdeviceptr; 3]) -> Result<(), BackendError> {
+    /// A product of matrices whose lengths the callers have asserted, and which begin at multiples of 16 bytes.
+    pub(super) fn product(&self, way: Way, shape: [usize; 3], matrices: [CUdeviceptr; 3]) -> Result<(), BackendError> {
         let [tokens, out, input] = shape;
         let fits = out.is_multiple_of(8) && input.is_multiple_of(8) && out > 0 && input > 0;
         assert!(fits, "a weight of {out} x {input}, in eights");
         if tokens == 0 {
             return Ok(());
         }
-        let gpu = self.gpu;
+        let gpu = &self.gpu;
         gpu.stream.context().bind_to_thread().map_err(|e| gpu.error(told(e)))?;
         let say = |e: CublasError| gpu.error(format!("cuBLASLt, {way:?} of {shape:?}: {e}"));
         let algorithm = self.algorithm(way, out, input)?;

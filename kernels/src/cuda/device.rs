@@ -184,7 +184,7 @@ impl Gpu {
 
 /// Launches a function with its arguments, in its order, whose lengths the caller has asserted.
 macro_rules! run {
-    ($gpu:expr, $source:ident, $name:literal, $shape:expr, $($argument:expr),+ $(,)?) => {{
+    ($gpu:expr, $source:expr, $name:literal, $shape:expr, $($argument:expr),+ $(,)?) => {{
         let (gpu, (blocks, threads, shared)): (&$crate::cuda::Gpu, (usize, u32, usize)) = (&$gpu, $shape);
         gpu.function(&$source, $name, shared as u32).and_then(|function| {
             let mut launch = gpu.stream.launch_builder(&function);

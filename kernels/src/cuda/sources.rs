@@ -19,7 +19,7 @@ const GEMM: &str = include_str!("../../hopper/fp8_gemm.cu");
 const HEADERS: [(&str, &str); 3] = [
     ("hopper.cuh", include_str!("../../hopper/hopper.cuh")),
     ("memory.cuh", include_str!("../../hopper/memory.cuh")),
-    ("fp32.cuh", include_str!("../../hopper/fp32.cuh")),
+    ("exact.cuh", include_str!("../../hopper/exact.cuh")),
 ];
 
 macro_rules! file {
@@ -73,13 +73,23 @@ pub(super) const PERMUTE: Source = file!("permute", true);
 pub(super) const TURN: Source = file!("turn", true);
 pub(super) const GATE: Source = file!("gate", true);
 pub(super) const READ: Source = file!("read", true);
-/// In FP32, as the CPU rounds.
-pub(super) const FP32_PRODUCT: Source = file!("fp32_product", false);
-pub(super) const FP32_ROWS: Source = file!("fp32_rows", false);
-pub(super) const FP32_ROUTE: Source = file!("fp32_route", false);
+/// As the CPU rounds: products in FP32, and the gate's choice.
+pub(super) const PRODUCT: Source = file!("product", false);
+pub(super) const CHOICE: Source = file!("choice", false);
+/// As the CPU rounds, for what is stored in FP32 and in BF16.
+pub(super) static ELEMENTS: [Source; 2] =
+    both("elements FP32", "elements BF16", include_str!("../../hopper/elements.cu"));
+pub(super) static COMBINE: [Source; 2] = both("combine FP32", "combine BF16", include_str!("../../hopper/combine.cu"));
+
+const fn both(high: &'static str, low: &'static str, text: &'static str) -> [Source; 2] {
+    [
+        Source { name: high, text, defines: &[("LOW", 0)], contracts: false },
+        Source { name: low, text, defines: &[("LOW", 1)], contracts: false },
+    ]
+}
 
 /// Every file, in every variant that is used.
-pub const SOURCES: [Source; 15] = [
+pub static SOURCES: [Source; 18] = [
     DENSE_256X128,
     DENSE_128X176,
     DENSE_192X128,
@@ -92,9 +102,12 @@ pub const SOURCES: [Source; 15] = [
     TURN,
     GATE,
     READ,
-    FP32_PRODUCT,
-    FP32_ROWS,
-    FP32_ROUTE,
+    PRODUCT,
+    CHOICE,
+    ELEMENTS[0],
+    ELEMENTS[1],
+    COMBINE[0],
+    COMBINE[1],
 ];
 
 /// The version of the compiler, which is there.

@@ -1,10 +1,10 @@
-//! Elements and rows: sums, columns, embedding, norms, rotation, SwiGLU, cross-entropy. Kernels: `hopper/fp32_rows.cu`.
+//! Elements and rows: sums, columns, embedding, norms, rotation, SwiGLU, cross-entropy. Kernels: `hopper/elements.cu`.
 
 use super::CudaBackend;
-use super::tensors::{Floats, Made};
+use super::tensors::{Elements, Made};
 use crate::backend::BackendError;
 use crate::cuda::device::{Gpu, run};
-use crate::cuda::sources::FP32_ROWS;
+use crate::cuda::sources::{ELEMENTS, Source};
 use crate::ops::rope::{self, RopeShape};
 use crate::tensor::Tensor;
 use cudarc::driver::CudaSlice;
@@ -48,33 +48,45 @@ pub(super) fn by_row(rows: usize) -> (usize, u32, usize) {
 }
 
 impl CudaBackend {
-    /// Room for a result, which its kernel writes whole.
-    pub(super) fn room(&self, rows: usize, columns: usize) -> Result<CudaSlice<f32>, BackendError> {
-        self.gpu.room(rows * columns)
+    /// The kernels for what is stored.
+    fn kernels(&self) -> &'static Source {
+        &ELEMENTS[usize::from(self.low())]
     }
 
-    pub(super) fn sum(&self, a: &Tensor, b: &Tensor) -> Result<Floats, BackendError> {
+    /// Room for a result as activations are stored, which its kernel writes whole.
+    pub(super) fn room(&self, rows: usize, columns: usize) -> Result<Elements, BackendError> {
+        self.room_in(rows * columns, self.low())
+    }
+
+    /// The same in FP32.
+    pub(super) fn wide_room(&self, rows: usize, columns: usize) -> Result<Elements, BackendError> {
+        self.room_in(rows * columns, false)
+    }
+
+    /// The sum of two matrices, in BF16 or FP32.
+    pub(super) fn sum(&self, a: &Tensor, b: &Tensor, low: bool) -> Result<Elements, BackendError> {
         assert_eq!((a.rows(), a.columns()), (b.rows(), b.columns()), "shapes of a sum");
-        let (of_a, of_b, mut y) = (self.floats(a)?, self.floats(b)?, self.room(a.rows(), a.columns())?);
-        let count = y.len() as u64;
-        run!(self.gpu, FP32_ROWS, "add", by_element(y.len()), &of_a.view(), &of_b.view(), &mut y, &count)?;
-        Ok(Floats::new(y))
+        let (of_a, of_b) = (self.elements(a, low)?, self.elements(b, low)?);
+        let (y, count, shape) = (self.room_in(of_a.len(), low)?, of_a.len() as u64, by_element(of_a.len()));
+        let kernels = &ELEMENTS[usize::from(low)];
+        run!(self.gpu, *kernels, "add", shape, &of_a.address(), &of_b.address(), &y.address(), &count)?;
+        Ok(y)
     }
 
     /// Columns of `x`, from one on so many.
-    pub(super) fn columns(&self, x: &Tensor, from: usize, count: usize) -> Result<Floats, BackendError> {
-        let mut y = self.room(x.rows(), count)?;
-        self.copy_columns(x, [from, count], &mut y, [0, count])?;
-        Ok(Floats::new(y))
+    pub(super) fn columns(&self, x: &Tensor, from: usize, count: usize) -> Result<Elements, BackendError> {
+        let y = self.room(x.rows(), count)?;
+        self.copy_columns(x, [from, count], &y, [0, count])?;
+        Ok(y)
     }
 
-    pub(super) fn joined(&self, a: &Tensor, b: &Tensor) -> Result<Floats, BackendError> {
+    pub(super) fn joined(&self, a: &Tensor, b: &Tensor) -> Result<Elements, BackendError> {
         assert_eq!(a.rows(), b.rows(), "rows that are joined");
         let width = a.columns() + b.columns();
-        let mut y = self.room(a.rows(), width)?;
-        self.copy_columns(a, [0, a.columns()], &mut y, [0, width])?;
-        self.copy_columns(b, [0, b.columns()], &mut y, [a.columns(), width])?;
-        Ok(Floats::new(y))
+        let y = self.room(a.rows(), width)?;
+        self.copy_columns(a, [0, a.columns()], &y, [0, width])?;
+        self.copy_columns(b, [0, b.columns()], &y, [a.columns(), width])?;
+        Ok(y)
     }
 
     /// So many columns of `x`, from one on, to those of a matrix of some width, from one on.
@@ -82,7 +94,7 @@ impl CudaBackend {
         &self,
         x: &Tensor,
         [from, count]: [usize; 2],
-        y: &mut CudaSlice<f32>,
+        y: &Elements,
         [to, width]: [usize; 2],
     ) -> Result<(), BackendError> {
         let fits = from + count <= x.columns() && to + count <= width && y.len() == x.rows() * width;
@@ -90,100 +102,209 @@ impl CudaBackend {
         if count == 0 {
             return Ok(());
         }
-        let (of_x, rows, shape) = (self.floats(x)?, x.rows() as u64, by_element(x.rows() * count));
+        let (of_x, rows, shape) = (self.activation(x)?, x.rows() as u64, by_element(x.rows() * count));
         let [count, x_row, from, y_row, to] = [count, x.columns(), from, width, to].map(|n| n as i32);
-        run!(self.gpu, FP32_ROWS, "copy_columns", shape, &of_x.view(), y, &rows, &count, &x_row, &from, &y_row, &to)
+        run!(
+            self.gpu,
+            *self.kernels(),
+            "copy_columns",
+            shape,
+            &of_x.address(),
+            &y.address(),
+            &rows,
+            &count,
+            &x_row,
+            &from,
+            &y_row,
+            &to
+        )
     }
 
-    /// Rows of a table by their indices.
-    pub(super) fn gather(&self, index: &CudaSlice<u32>, table: &Tensor) -> Result<Floats, BackendError> {
-        let (of, mut y, rows) = (self.floats(table)?, self.room(index.len(), table.columns())?, index.len() as u64);
-        let (shape, columns, height) = (by_element(y.len()), table.columns() as i32, table.rows() as u32);
-        run!(self.gpu, FP32_ROWS, "gather", shape, index, &of.view(), &mut y, &rows, &columns, &height)?;
-        Ok(Floats::new(y))
+    /// Rows of a table of weights by their tokens.
+    pub(super) fn embedded(&self, tokens: &Tensor, table: &Tensor) -> Result<Elements, BackendError> {
+        let (index, of, y) = (self.indices(tokens)?, self.wide(table)?, self.room(tokens.columns(), table.columns())?);
+        let (shape, rows) = (by_element(y.len()), tokens.columns() as u64);
+        let (columns, height, index) = (table.columns() as i32, table.rows() as u32, &*index.data);
+        let (of, to) = (&of.address(), &y.address());
+        run!(self.gpu, *self.kernels(), "embedding", shape, index, of, to, &rows, &columns, &height)?;
+        Ok(y)
     }
 
-    pub(super) fn embedding_weight(&self, tokens: &Tensor, dy: &Tensor, height: usize) -> Result<Floats, BackendError> {
-        let (tokens, of_dy, mut dtable) =
-            (self.words(tokens)?, self.floats(dy)?, self.gpu.zeros(height * dy.columns())?);
-        assert_eq!(tokens.len(), dy.rows(), "a gradient of every token");
+    /// Rows of a matrix by their indices.
+    pub(super) fn gather(&self, index: &CudaSlice<u32>, x: &Tensor) -> Result<Elements, BackendError> {
+        let (of, y, rows) = (self.activation(x)?, self.room(index.len(), x.columns())?, index.len() as u64);
+        let (shape, columns, height) = (by_element(y.len()), x.columns() as i32, x.rows() as u32);
+        let (of, to) = (&of.address(), &y.address());
+        run!(self.gpu, *self.kernels(), "gather", shape, index, of, to, &rows, &columns, &height)?;
+        Ok(y)
+    }
+
+    pub(super) fn embedding_weight(
+        &self,
+        tokens: &Tensor,
+        dy: &Tensor,
+        height: usize,
+    ) -> Result<Elements, BackendError> {
+        let (tokens, of_dy) = (self.indices(tokens)?, self.activation(dy)?);
+        let dtable = Elements::f32(self.gpu.zeros(height * dy.columns())?);
+        assert_eq!(tokens.data.len(), dy.rows(), "a gradient of every token");
         if dy.rows() > 0 {
             let shape = (dy.rows() * dy.columns().div_ceil(WIDTH), 256, 0);
             let [rows, columns, height] = [dy.rows(), dy.columns(), height].map(|n| n as i32);
-            let dy = &of_dy.view();
-            run!(self.gpu, FP32_ROWS, "embedding_weight", shape, &*tokens, dy, &mut dtable, &rows, &columns, &height)?;
+            let (index, of, to) = (&*tokens.data, &of_dy.address(), &dtable.address());
+            run!(self.gpu, *self.kernels(), "embedding_weight", shape, index, of, to, &rows, &columns, &height)?;
         }
-        Ok(Floats::new(dtable))
+        Ok(dtable)
     }
 
-    pub(super) fn norm(&self, x: &Tensor, w: &Tensor, eps: f32) -> Result<Floats, BackendError> {
+    pub(super) fn norm(&self, x: &Tensor, w: &Tensor, eps: f32) -> Result<Elements, BackendError> {
         assert_eq!((w.rows(), w.columns()), (1, x.columns()), "weights of a norm");
-        let (of_x, of_w, mut y) = (self.floats(x)?, self.floats(w)?, self.room(x.rows(), x.columns())?);
+        let (of_x, of_w, y) = (self.activation(x)?, self.wide(w)?, self.room(x.rows(), x.columns())?);
         let (shape, rows, columns) = (by_row(x.rows()), x.rows() as u64, x.columns() as i32);
-        run!(self.gpu, FP32_ROWS, "rms_norm", shape, &of_x.view(), &of_w.view(), &mut y, &rows, &columns, &eps)?;
-        Ok(Floats::new(y))
+        run!(
+            self.gpu,
+            *self.kernels(),
+            "rms_norm",
+            shape,
+            &of_x.address(),
+            &of_w.address(),
+            &y.address(),
+            &rows,
+            &columns,
+            &eps
+        )?;
+        Ok(y)
     }
 
-    pub(super) fn norm_input(&self, x: &Tensor, w: &Tensor, dy: &Tensor, eps: f32) -> Result<Floats, BackendError> {
+    pub(super) fn norm_input(&self, x: &Tensor, w: &Tensor, dy: &Tensor, eps: f32) -> Result<Elements, BackendError> {
         let like = (x.rows(), x.columns());
         assert_eq!((w.rows(), w.columns(), like), (1, x.columns(), (dy.rows(), dy.columns())), "operands of a norm");
-        let (of_x, of_w, of_dy) = (self.floats(x)?, self.floats(w)?, self.floats(dy)?);
-        let (mut dx, shape, rows, columns) = (self.room(like.0, like.1)?, by_row(like.0), like.0 as u64, like.1 as i32);
-        let (x, w, dy) = (&of_x.view(), &of_w.view(), &of_dy.view());
-        run!(self.gpu, FP32_ROWS, "rms_norm_backward", shape, x, w, dy, &mut dx, &rows, &columns, &eps)?;
-        Ok(Floats::new(dx))
+        let (of_x, of_w, of_dy) = (self.activation(x)?, self.wide(w)?, self.activation(dy)?);
+        let (dx, shape, rows, columns) = (self.room(like.0, like.1)?, by_row(like.0), like.0 as u64, like.1 as i32);
+        let (x, w, dy) = (&of_x.address(), &of_w.address(), &of_dy.address());
+        run!(self.gpu, *self.kernels(), "rms_norm_backward", shape, x, w, dy, &dx.address(), &rows, &columns, &eps)?;
+        Ok(dx)
     }
 
-    pub(super) fn norm_weight(&self, x: &Tensor, dy: &Tensor, eps: f32) -> Result<Floats, BackendError> {
+    pub(super) fn norm_weight(&self, x: &Tensor, dy: &Tensor, eps: f32) -> Result<Elements, BackendError> {
         assert_eq!((x.rows(), x.columns()), (dy.rows(), dy.columns()), "operands of a norm");
-        let (of_x, of_dy) = (self.floats(x)?, self.floats(dy)?);
-        let (mut roots, mut dw) = (self.room(1, x.rows())?, self.room(1, x.columns())?);
+        let (of_x, of_dy) = (self.activation(x)?, self.activation(dy)?);
+        let (roots, dw) = (self.wide_room(1, x.rows())?, self.wide_room(1, x.columns())?);
         let (rows, columns) = (x.rows() as u64, x.columns() as i32);
-        run!(self.gpu, FP32_ROWS, "rms_roots", by_row(x.rows()), &of_x.view(), &mut roots, &rows, &columns, &eps)?;
-        let (shape, x, dy) = (by_element(x.columns()), &of_x.view(), &of_dy.view());
-        run!(self.gpu, FP32_ROWS, "rms_norm_weight", shape, x, dy, &roots, &mut dw, &rows, &columns)?;
-        Ok(Floats::new(dw))
+        run!(
+            self.gpu,
+            *self.kernels(),
+            "rms_roots",
+            by_row(x.rows()),
+            &of_x.address(),
+            &roots.address(),
+            &rows,
+            &columns,
+            &eps
+        )?;
+        let (shape, x, dy) = (by_element(x.columns()), &of_x.address(), &of_dy.address());
+        run!(
+            self.gpu,
+            *self.kernels(),
+            "rms_norm_weight",
+            shape,
+            x,
+            dy,
+            &roots.address(),
+            &dw.address(),
+            &rows,
+            &columns
+        )?;
+        Ok(dw)
     }
 
-    pub(super) fn rotated(&self, x: &Tensor, s: &RopeShape, inverse: bool) -> Result<Floats, BackendError> {
+    pub(super) fn rotated(&self, x: &Tensor, s: &RopeShape, inverse: bool) -> Result<Elements, BackendError> {
         let fits = x.columns() == s.heads * s.head_width && s.width.is_multiple_of(2);
         assert!(fits && s.offset + s.width <= s.head_width, "a rotation of {x:?}: {s:?}");
-        let (of_x, angles, mut y) = (self.floats(x)?, self.angles.of(&self.gpu, s)?, self.room(x.rows(), x.columns())?);
+        let (of_x, angles, y) = (self.activation(x)?, self.angles.of(&self.gpu, s)?, self.room(x.rows(), x.columns())?);
         let (shape, count, inverse) = (by_element(y.len()), y.len() as u64, i32::from(inverse));
         let sizes = [x.columns(), s.head_width, s.offset, s.width, s.sequence].map(|n| n as i32);
-        let ([c, head, offset, width, sequence], x) = (sizes, &of_x.view());
+        let ([c, head, offset, width, sequence], x) = (sizes, &of_x.address());
         let (c, head, offset, width, sequence) = (&c, &head, &offset, &width, &sequence);
         run!(
-            self.gpu, FP32_ROWS, "rope", shape, x, &*angles, &mut y, &count, c, head, offset, width, sequence, &inverse
+            self.gpu,
+            *self.kernels(),
+            "rope",
+            shape,
+            x,
+            &*angles,
+            &y.address(),
+            &count,
+            c,
+            head,
+            offset,
+            width,
+            sequence,
+            &inverse
         )?;
-        Ok(Floats::new(y))
+        Ok(y)
     }
 
-    pub(super) fn gated(&self, gate: &Tensor, up: &Tensor) -> Result<Floats, BackendError> {
+    pub(super) fn gated(&self, gate: &Tensor, up: &Tensor) -> Result<Elements, BackendError> {
         assert_eq!((gate.rows(), gate.columns()), (up.rows(), up.columns()), "elements of gate and up");
-        let (of_gate, of_up, mut h) = (self.floats(gate)?, self.floats(up)?, self.room(gate.rows(), gate.columns())?);
+        let (of_gate, of_up, h) =
+            (self.activation(gate)?, self.activation(up)?, self.room(gate.rows(), gate.columns())?);
         let count = h.len() as u64;
-        run!(self.gpu, FP32_ROWS, "swiglu", by_element(h.len()), &of_gate.view(), &of_up.view(), &mut h, &count)?;
-        Ok(Floats::new(h))
+        run!(
+            self.gpu,
+            *self.kernels(),
+            "swiglu",
+            by_element(h.len()),
+            &of_gate.address(),
+            &of_up.address(),
+            &h.address(),
+            &count
+        )?;
+        Ok(h)
     }
 
     pub(super) fn gated_gradients(&self, gate: &Tensor, up: &Tensor, dh: &Tensor) -> Made<3> {
         let like = (gate.rows(), gate.columns());
         assert_eq!([like; 2], [(up.rows(), up.columns()), (dh.rows(), dh.columns())], "elements of a SwiGLU");
-        let (of_gate, of_up, of_dh) = (self.floats(gate)?, self.floats(up)?, self.floats(dh)?);
+        let (of_gate, of_up, of_dh) = (self.activation(gate)?, self.activation(up)?, self.activation(dh)?);
         let room = || self.room(like.0, like.1);
-        let (mut h, mut dgate, mut dup, count) = (room()?, room()?, room()?, (like.0 * like.1) as u64);
-        let (shape, gate, up, dh) = (by_element(like.0 * like.1), &of_gate.view(), &of_up.view(), &of_dh.view());
-        run!(self.gpu, FP32_ROWS, "swiglu_backward", shape, gate, up, dh, &mut h, &mut dgate, &mut dup, &count)?;
-        Ok([h, dgate, dup].map(Floats::new))
+        let (h, dgate, dup, count) = (room()?, room()?, room()?, (like.0 * like.1) as u64);
+        let (shape, gate, up, dh) =
+            (by_element(like.0 * like.1), &of_gate.address(), &of_up.address(), &of_dh.address());
+        run!(
+            self.gpu,
+            *self.kernels(),
+            "swiglu_backward",
+            shape,
+            gate,
+            up,
+            dh,
+            &h.address(),
+            &dgate.address(),
+            &dup.address(),
+            &count
+        )?;
+        Ok([h, dgate, dup])
     }
 
     pub(super) fn losses(&self, logits: &Tensor, targets: &Tensor, scale: f32) -> Made<2> {
-        let (targets, of, shape) = (self.words(targets)?, self.floats(logits)?, by_row(logits.rows()));
+        let (targets, of, shape) = (self.indices(targets)?.data, self.activation(logits)?, by_row(logits.rows()));
         assert_eq!(targets.len(), logits.rows(), "a target of every row");
-        let (mut losses, mut d) = (self.room(1, targets.len())?, self.room(logits.rows(), logits.columns())?);
-        let (rows, columns, x) = (logits.rows() as u64, logits.columns() as i32, &of.view());
-        run!(self.gpu, FP32_ROWS, "cross_entropy", shape, x, &*targets, &mut losses, &mut d, &rows, &columns, &scale)?;
-        Ok([losses, d].map(Floats::new))
+        let (losses, d) = (self.wide_room(1, targets.len())?, self.room(logits.rows(), logits.columns())?);
+        let (rows, columns, x) = (logits.rows() as u64, logits.columns() as i32, &of.address());
+        run!(
+            self.gpu,
+            *self.kernels(),
+            "cross_entropy",
+            shape,
+            x,
+            &*targets,
+            &losses.address(),
+            &d.address(),
+            &rows,
+            &columns,
+            &scale
+        )?;
+        Ok([losses, d])
     }
 }

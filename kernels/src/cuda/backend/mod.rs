@@ -1,4 +1,5 @@
-//! The model's operations on a GPU, in FP32 with the CPU's bits: the same terms in the same order, rounded alike.
+//! The model's operations on a GPU. In FP32 they have the CPU's bits: the same terms in the same order, rounded alike. In BF16 all
+//! but products and attention have: products of two BF16 operands are cuBLASLt's (`dense.rs`), or add in the CPU's FP32 order.
 //!
 //! An operation enqueues its kernels on one stream and gives a handle. What cannot run gives a handle without data, and an error
 //! that sticks: the next read reports the first one. Weights come as matrices in host memory; each is copied to the GPU once, and
@@ -10,8 +11,9 @@ mod products;
 mod route;
 mod tensors;
 
+use super::dense::Dense;
 use super::device::{Cubins, Gpu};
-use crate::backend::{AttentionState, Backend, BackendError, DeviceClass, Role};
+use crate::backend::{AttentionState, Backend, BackendError, DeviceClass, Precision, Role};
 use crate::ops::attention::AttentionShape;
 use crate::ops::combine::Dispatch;
 use crate::ops::gate::GateShape;
@@ -19,25 +21,38 @@ use crate::ops::rope::RopeShape;
 use crate::tensor::Tensor;
 use elements::Angles;
 use std::sync::{Arc, Mutex, PoisonError};
-use tensors::{Floats, Made};
+use tensors::{Elements, Indices, Made};
 
 /// See the module.
 #[derive(Debug)]
 pub struct CudaBackend {
-    gpu: Gpu,
+    gpu: Arc<Gpu>,
+    /// In BF16.
+    dense: Option<Dense>,
     angles: Angles,
     failed: Mutex<Option<BackendError>>,
 }
 
 impl CudaBackend {
-    /// The backend of one GPU; machine code of kernels is kept in `cubins`.
-    pub fn new(ordinal: usize, cubins: Box<dyn Cubins>) -> Result<Self, BackendError> {
-        Ok(Self { gpu: Gpu::new(ordinal, cubins)?, angles: Angles::default(), failed: Mutex::default() })
+    /// The backend of one GPU in FP32 or BF16; machine code of kernels is kept in `cubins`.
+    pub fn new(ordinal: usize, precision: Precision, cubins: Box<dyn Cubins>) -> Result<Self, BackendError> {
+        let gpu = Arc::new(Gpu::new(ordinal, cubins)?);
+        let dense = match precision {
+            Precision::Fp32 => None,
+            Precision::Bf16 => Some(Dense::new(&gpu)?),
+            Precision::Fp8 => return Err(gpu.error("training in fp8 is not there yet: fp32 and bf16 are")),
+        };
+        Ok(Self { gpu, dense, angles: Angles::default(), failed: Mutex::default() })
     }
 
     /// Its GPU, for the kernels that are not operations yet.
-    pub fn gpu(&self) -> &Gpu {
+    pub fn gpu(&self) -> &Arc<Gpu> {
         &self.gpu
+    }
+
+    /// Whether activations are BF16.
+    fn low(&self) -> bool {
+        self.dense.is_some()
     }
 
     /// Records the first error; later reads report it.
@@ -59,40 +74,43 @@ impl CudaBackend {
         })
     }
 
-    fn one(&self, rows: usize, columns: usize, result: Result<Floats, BackendError>) -> Tensor {
+    fn one(&self, rows: usize, columns: usize, result: Result<Elements, BackendError>) -> Tensor {
         let [made] = self.all([[rows, columns]], result.map(|floats| [floats]));
         made
     }
 
-    fn like(&self, x: &Tensor, result: Result<Floats, BackendError>) -> Tensor {
+    fn like(&self, x: &Tensor, result: Result<Elements, BackendError>) -> Tensor {
         self.one(x.rows(), x.columns(), result)
     }
 }
 
 impl Backend for CudaBackend {
     fn class(&self) -> DeviceClass {
-        DeviceClass(format!("cuda {} f32", self.gpu.architecture()))
+        // The library chooses how it adds, so its version is part of what nodes have in common.
+        let products = self.dense.as_ref().map(|dense| format!("bf16, cuBLASLt {}", dense.library()));
+        DeviceClass(format!("cuda {} {}", self.gpu.architecture(), products.as_deref().unwrap_or("fp32")))
     }
 
     fn upload(&self, rows: usize, columns: usize, data: Arc<Vec<f32>>) -> Tensor {
-        self.one(rows, columns, self.gpu.upload(&data).map(Floats::new))
+        self.one(rows, columns, self.copied(&data, self.low()))
     }
 
     fn upload_indices(&self, data: Vec<u32>) -> Tensor {
-        self.indices(data.len(), self.gpu.upload(&data))
+        let (count, copy) = (data.len(), self.gpu.upload(&data));
+        self.list(count, copy.map(|copy| Indices { data: Arc::new(copy), host: Some(Arc::new(data)) }))
     }
 
     fn read(&self, x: &Tensor) -> Result<Arc<Vec<f32>>, BackendError> {
         self.synchronize()?;
-        match x.as_host() {
-            Some(host) => Ok(Arc::clone(host)),
-            None => Ok(Arc::new(self.floats(x)?.download(&self.gpu)?)),
+        if x.buffer().is_none() {
+            return Ok(x.as_host().map_or_else(|| Arc::new(x.values().into_owned()), Arc::clone));
         }
+        Ok(Arc::new(self.stored(x)?.download(&self.gpu)?))
     }
 
     fn read_indices(&self, x: &Tensor) -> Result<Vec<u32>, BackendError> {
         self.synchronize()?;
-        self.gpu.download(&*self.words(x)?)
+        self.gpu.download(&*self.indices(x)?.data)
     }
 
     fn synchronize(&self) -> Result<(), BackendError> {
@@ -102,16 +120,16 @@ impl Backend for CudaBackend {
         self.gpu.synchronize()
     }
 
-    fn linear(&self, x: &Tensor, w: &Tensor, _: Role) -> Tensor {
-        self.one(x.rows(), w.rows(), self.product(x, w))
+    fn linear(&self, x: &Tensor, w: &Tensor, role: Role) -> Tensor {
+        self.one(x.rows(), w.rows(), self.product(x, w, role))
     }
 
-    fn linear_backward_input(&self, dy: &Tensor, w: &Tensor, _: Role) -> Tensor {
-        self.one(dy.rows(), w.columns(), self.product_input(dy, w))
+    fn linear_backward_input(&self, dy: &Tensor, w: &Tensor, role: Role) -> Tensor {
+        self.one(dy.rows(), w.columns(), self.product_input(dy, w, role))
     }
 
-    fn linear_backward_weight(&self, dy: &Tensor, x: &Tensor, _: Role) -> Tensor {
-        self.one(dy.columns(), x.columns(), self.product_weight(dy, x))
+    fn linear_backward_weight(&self, dy: &Tensor, x: &Tensor, role: Role) -> Tensor {
+        self.one(dy.columns(), x.columns(), self.product_weight(dy, x, role))
     }
 
     fn grouped_linear(&self, x: &Tensor, counts: &Tensor, w: &[Tensor], _: Role) -> Tensor {
@@ -133,11 +151,11 @@ impl Backend for CudaBackend {
     }
 
     fn add(&self, a: &Tensor, b: &Tensor) -> Tensor {
-        self.like(a, self.sum(a, b))
+        self.like(a, self.sum(a, b, self.low()))
     }
 
     fn accumulate(&self, a: &Tensor, b: &Tensor) -> Tensor {
-        self.like(a, self.sum(a, b))
+        self.like(a, self.sum(a, b, false))
     }
 
     fn split(&self, x: &Tensor, at: usize) -> (Tensor, Tensor) {
@@ -157,13 +175,12 @@ impl Backend for CudaBackend {
 
     fn rows(&self, x: &Tensor, from: usize, rows: usize) -> Tensor {
         assert!(from + rows <= x.rows(), "rows {from} to {} of {}", from + rows, x.rows());
-        let part = self.floats(x).map(|all| all.part(from * x.columns(), rows * x.columns()));
+        let part = self.stored(x).map(|all| all.part(from * x.columns(), rows * x.columns()));
         self.one(rows, x.columns(), part)
     }
 
     fn embedding(&self, tokens: &Tensor, table: &Tensor) -> Tensor {
-        let rows = self.words(tokens).and_then(|tokens| self.gather(&tokens, table));
-        self.one(tokens.columns(), table.columns(), rows)
+        self.one(tokens.columns(), table.columns(), self.embedded(tokens, table))
     }
 
     fn embedding_backward_weight(&self, tokens: &Tensor, dy: &Tensor, vocabulary: usize) -> Tensor {
@@ -223,10 +240,10 @@ impl Backend for CudaBackend {
 
     fn gate(&self, logits: &Tensor, bias: &Tensor, shape: &GateShape) -> (Tensor, Tensor) {
         let (experts, weights) = match self.choose(logits, bias, shape) {
-            Ok((experts, weights)) => (Ok(experts), Ok(weights)),
+            Ok((experts, weights)) => (Ok(Indices { data: Arc::new(experts), host: None }), Ok(weights)),
             Err(error) => (Err(error.clone()), Err(error)),
         };
-        (self.indices(logits.rows() * shape.top_k, experts), self.one(logits.rows(), shape.top_k, weights))
+        (self.list(logits.rows() * shape.top_k, experts), self.one(logits.rows(), shape.top_k, weights))
     }
 
     fn gate_backward(&self, logits: &Tensor, experts: &Tensor, dweights: &Tensor, shape: &GateShape) -> Tensor {

@@ -1,19 +1,20 @@
-//! Products in FP32: by the gate's kernels where operands lie in eights (`hopper/gate.cu`), else, and where they are parts of
-//! others, by a plain one (`hopper/fp32_product.cu`). Both add as the CPU does.
+//! Products. In BF16 by cuBLASLt (`dense.rs`); those of the gate, and all in FP32, by the gate's kernels (`hopper/gate.cu`). Both take
+//! weights in eights; others, and parts of matrices, go through a plain one in FP32 (`hopper/product.cu`).
 
 use super::CudaBackend;
-use super::tensors::Floats;
-use crate::backend::BackendError;
+use super::tensors::Elements;
+use crate::backend::{BackendError, Role};
+use crate::cuda::blas::Way;
 use crate::cuda::device::launch_of;
 use crate::cuda::failure::told;
-use crate::cuda::sources::FP32_PRODUCT;
+use crate::cuda::sources::PRODUCT;
 use crate::tensor::Tensor;
-use cudarc::driver::{CudaSlice, DevicePtr, DevicePtrMut, DeviceRepr, LaunchConfig, PushKernelArg};
+use cudarc::driver::{DeviceRepr, LaunchConfig, PushKernelArg};
 
 /// Rows and columns of a tile of the plain product.
 const TILE: usize = 64;
 
-/// A matrix in memory: element `(i, j)` lies at `i * row + j * column` elements from `at`.
+/// A matrix of FP32 in memory: element `(i, j)` lies at `i * row + j * column` elements from `at`.
 #[derive(Debug, Clone, Copy)]
 #[repr(C)]
 pub(super) struct View {
@@ -36,9 +37,14 @@ impl View {
     pub(super) fn from(self, column: usize) -> Self {
         Self { at: self.at + 4 * (column as u64) * self.column as u64, ..self }
     }
+
+    /// From a row on.
+    pub(super) fn after_rows(self, row: usize) -> Self {
+        Self { at: self.at + 4 * (row as u64) * self.row as u64, ..self }
+    }
 }
 
-/// `y_MN = a_MK b_NK^T`, added to what is there if `add`; as many as `steps` says, whose matrices lie steps apart. The kernel's
+/// `y_MN = a_MK b_NK^T`, added to what is there if `add`; as many as a launch says, whose matrices lie steps apart. The kernel's
 /// argument.
 #[derive(Debug, Clone, Copy)]
 #[repr(C)]
@@ -75,77 +81,108 @@ struct Grouped {
 // SAFETY: plain data in the kernel's layout.
 unsafe impl DeviceRepr for Grouped {}
 
-/// Whether the gate's kernels take a weight of this shape, whose elements begin at these places.
-fn in_eights(shape: [usize; 2], operands: [&Floats; 2], backend: &CudaBackend) -> bool {
-    let aligned = |x: &Floats| x.address(&backend.gpu).is_multiple_of(16);
+/// Whether fast kernels take a weight of this shape, with operands that begin at these places.
+fn in_eights(shape: [usize; 2], operands: [&Elements; 2]) -> bool {
+    let aligned = |x: &Elements| x.address().is_multiple_of(16);
     shape.iter().all(|n| *n > 0 && n.is_multiple_of(8)) && operands.into_iter().all(aligned)
 }
 
 impl CudaBackend {
-    /// `x_TI, w_OI -> y_TO`.
-    pub(super) fn product(&self, x: &Tensor, w: &Tensor) -> Result<Floats, BackendError> {
-        let ([t, i, o], of_x, of_w) = ([x.rows(), x.columns(), w.rows()], self.floats(x)?, self.floats(w)?);
+    /// Whether a role's products have BF16 operands.
+    fn rounds(&self, role: Role) -> bool {
+        self.low() && role != Role::Gate
+    }
+
+    /// `x_TI, w_OI -> y_TO`. Logits of a gate are FP32.
+    pub(super) fn product(&self, x: &Tensor, w: &Tensor, role: Role) -> Result<Elements, BackendError> {
+        let ([t, i, o], rounds) = ([x.rows(), x.columns(), w.rows()], self.rounds(role));
         assert_eq!(i, w.columns(), "columns of a product");
-        let mut y = self.room(t, o)?;
-        if in_eights([o, i], [&of_x, &of_w], self) {
-            let mut room = self.gpu.room(self.gpu.gate_room([t, o, i]))?;
-            self.gpu.gate_logits([t, o, i], &of_x.view(), &of_w.view(), &mut room, &mut y)?;
-        } else {
-            let (a, b) = (self.whole(&of_x, i), self.whole(&of_w, i));
-            self.write(&mut y, a, b, [t, o, i])?;
+        let (of_x, of_w) = (self.activation(x)?, self.elements(w, rounds)?);
+        let y = self.room_in(t * o, rounds)?;
+        if !in_eights([o, i], [&of_x, &of_w]) {
+            let (of_x, of_w) = (self.in_form(&of_x, false)?, self.in_form(&of_w, false)?);
+            let made = self.plain(View::rows(of_x.address(), i), View::rows(of_w.address(), i), [t, o, i])?;
+            return self.in_form(&made, rounds);
         }
-        Ok(Floats::new(y))
+        if let (true, Some(dense)) = (rounds, &self.dense) {
+            dense.product(Way::Forward, [t, o, i], [of_w.address(), of_x.address(), y.address()])?;
+            return Ok(y);
+        }
+        let (mut room, mut y) = (self.gpu.room(self.gpu.gate_room([t, o, i]))?, self.gpu.room(t * o)?);
+        if self.low() {
+            self.gpu.gate_logits([t, o, i], &of_x.words(), &of_w.floats(), &mut room, &mut y)?;
+        } else {
+            self.gpu.gate_logits([t, o, i], &of_x.floats(), &of_w.floats(), &mut room, &mut y)?;
+        }
+        Ok(Elements::f32(y))
     }
 
-    /// `dy_TO, w_OI -> dx_TI`.
-    pub(super) fn product_input(&self, dy: &Tensor, w: &Tensor) -> Result<Floats, BackendError> {
-        let ([t, o, i], of_dy, of_w) = ([dy.rows(), w.rows(), w.columns()], self.floats(dy)?, self.floats(w)?);
+    /// `dy_TO, w_OI -> dx_TI`. Gradients of a gate's logits are FP32.
+    pub(super) fn product_input(&self, dy: &Tensor, w: &Tensor, role: Role) -> Result<Elements, BackendError> {
+        let ([t, o, i], rounds) = ([dy.rows(), w.rows(), w.columns()], self.rounds(role));
         assert_eq!(o, dy.columns(), "columns of a gradient");
-        let mut dx = self.room(t, i)?;
-        if in_eights([o, i], [&of_dy, &of_w], self) {
-            self.gpu.gate_input_gradient([t, o, i], &of_dy.view(), &of_w.view(), &mut dx)?;
-        } else {
-            let (a, b) = (self.whole(&of_dy, o), self.whole(&of_w, i).transposed());
-            self.write(&mut dx, a, b, [t, i, o])?;
+        let (of_dy, of_w) = (self.elements(dy, rounds)?, self.elements(w, rounds)?);
+        if !in_eights([o, i], [&of_dy, &of_w]) {
+            let (of_dy, of_w) = (self.in_form(&of_dy, false)?, self.in_form(&of_w, false)?);
+            let b = View::rows(of_w.address(), i).transposed();
+            return self.in_form(&self.plain(View::rows(of_dy.address(), o), b, [t, i, o])?, self.low());
         }
-        Ok(Floats::new(dx))
+        if let (true, Some(dense)) = (rounds, &self.dense) {
+            let dx = self.room_in(t * i, true)?;
+            dense.product(Way::Input, [t, o, i], [of_w.address(), of_dy.address(), dx.address()])?;
+            return Ok(dx);
+        }
+        if self.low() {
+            let mut dx = self.gpu.room::<u16>(t * i)?;
+            self.gpu.gate_input_gradient([t, o, i], &of_dy.floats(), &of_w.floats(), &mut dx)?;
+            return Ok(Elements::bf16(dx));
+        }
+        let mut dx = self.gpu.room::<f32>(t * i)?;
+        self.gpu.gate_input_gradient([t, o, i], &of_dy.floats(), &of_w.floats(), &mut dx)?;
+        Ok(Elements::f32(dx))
     }
 
-    /// `dy_TO, x_TI -> dw_OI`.
-    pub(super) fn product_weight(&self, dy: &Tensor, x: &Tensor) -> Result<Floats, BackendError> {
-        let ([t, o, i], of_dy, of_x) = ([dy.rows(), dy.columns(), x.columns()], self.floats(dy)?, self.floats(x)?);
+    /// `dy_TO, x_TI -> dw_OI`, in FP32.
+    pub(super) fn product_weight(&self, dy: &Tensor, x: &Tensor, role: Role) -> Result<Elements, BackendError> {
+        let ([t, o, i], rounds) = ([dy.rows(), dy.columns(), x.columns()], self.rounds(role));
         assert_eq!(t, x.rows(), "rows of a weight's gradient");
-        let mut dw = self.room(o, i)?;
-        if in_eights([o, i], [&of_dy, &of_x], self) {
-            let mut room = self.gpu.room(self.gpu.gate_room([t, o, i]))?;
-            self.gpu.gate_weight_gradient([t, o, i], &of_dy.view(), &of_x.view(), &mut room, &mut dw)?;
-        } else {
-            let (a, b) = (self.whole(&of_dy, o).transposed(), self.whole(&of_x, i).transposed());
-            self.write(&mut dw, a, b, [o, i, t])?;
+        let (of_dy, of_x) = (self.elements(dy, rounds)?, self.activation(x)?);
+        if !in_eights([o, i], [&of_dy, &of_x]) {
+            let (of_dy, of_x) = (self.in_form(&of_dy, false)?, self.in_form(&of_x, false)?);
+            let (a, b) = (View::rows(of_dy.address(), o), View::rows(of_x.address(), i));
+            return self.plain(a.transposed(), b.transposed(), [o, i, t]);
         }
-        Ok(Floats::new(dw))
+        if let (true, Some(dense)) = (rounds, &self.dense) {
+            // It is added to what is there.
+            let dw = Elements::f32(self.gpu.zeros(o * i)?);
+            dense.product(Way::Weight, [t, o, i], [of_x.address(), of_dy.address(), dw.address()])?;
+            return Ok(dw);
+        }
+        let (mut room, mut dw) = (self.gpu.room(self.gpu.gate_room([t, o, i]))?, self.gpu.room(o * i)?);
+        if self.low() {
+            self.gpu.gate_weight_gradient([t, o, i], &of_dy.floats(), &of_x.words(), &mut room, &mut dw)?;
+        } else {
+            self.gpu.gate_weight_gradient([t, o, i], &of_dy.floats(), &of_x.floats(), &mut room, &mut dw)?;
+        }
+        Ok(Elements::f32(dw))
     }
 
-    /// A matrix of so many columns, row after row.
-    pub(super) fn whole(&self, x: &Floats, columns: usize) -> View {
-        View::rows(x.address(&self.gpu), columns)
-    }
-
-    /// One product to a whole matrix.
-    fn write(&self, y: &mut CudaSlice<f32>, a: View, b: View, [m, n, k]: [usize; 3]) -> Result<(), BackendError> {
-        let (at, _held) = y.device_ptr_mut(&self.gpu.stream);
+    /// One product of matrices that the caller has held against the sizes.
+    fn plain(&self, a: View, b: View, [m, n, k]: [usize; 3]) -> Result<Elements, BackendError> {
+        let y = self.room_in(m * n, false)?;
         let sizes = [m, n, k].map(|n| n as i32);
-        self.products(Product { a, b, y: at, y_row: n as i64, steps: [0; 3], sizes, add: 0 }, 1)
+        self.products(Product { a, b, y: y.address(), y_row: n as i64, steps: [0; 3], sizes, add: 0 }, 1)?;
+        Ok(y)
     }
 
-    /// Products of matrices that callers have held against their shapes.
+    /// Products of matrices that callers have held against their sizes.
     pub(super) fn products(&self, product: Product, count: usize) -> Result<(), BackendError> {
         let [m, n, _] = product.sizes.map(|n| n as usize);
         if m * n * count == 0 {
             return Ok(());
         }
         let tiles = [m, n].map(|n| n.div_ceil(TILE) as u32);
-        let function = self.gpu.function(&FP32_PRODUCT, "product", 0)?;
+        let function = self.gpu.function(&PRODUCT, "product", 0)?;
         let mut launch = self.gpu.stream.launch_builder(&function);
         launch.arg(&product);
         let config =
@@ -154,7 +191,7 @@ impl CudaBackend {
         unsafe { launch.launch(config) }.map(drop).map_err(|e| self.gpu.error(format!("product: {}", told(e))))
     }
 
-    /// Rows of `x` in groups of `counts`, each with its own weight: `[O, I]` and results of O columns, or of I if `inputs`. `n` and
+    /// Rows of `x` in groups of `counts`, each with its own weight `[O, I]`: results, or gradients of the input if `inputs`. `n` and
     /// `k`: columns of results, and terms.
     pub(super) fn grouped(
         &self,
@@ -163,40 +200,63 @@ impl CudaBackend {
         w: &[Tensor],
         [n, k]: [usize; 2],
         inputs: bool,
-    ) -> Result<Floats, BackendError> {
+    ) -> Result<Elements, BackendError> {
         let weight = if inputs { (k, n) } else { (n, k) };
         assert!(w.iter().all(|w| (w.rows(), w.columns()) == weight), "weights of one shape: {w:?}");
         assert_eq!(counts.columns(), w.len(), "a weight of every group");
-        let (of_x, counts) = (self.floats(x)?, self.words(counts)?);
-        let weights = w.iter().map(|w| self.floats(w)).collect::<Result<Vec<_>, _>>()?;
-        let places: Vec<u64> = weights.iter().map(|w| w.address(&self.gpu)).collect();
-        // Rows that no group has are zeros.
-        let (places, mut y) = (self.gpu.upload(&places)?, self.gpu.zeros::<f32>(x.rows() * n)?);
-        if y.is_empty() {
-            return Ok(Floats::new(y));
+        let (of_x, low) = (self.activation(x)?, self.low());
+        let weights = w.iter().map(|w| self.elements(w, low)).collect::<Result<Vec<_>, _>>()?;
+        let eights = weights.iter().all(|w| in_eights([n, k], [&of_x, w]));
+        if let (true, Some(dense)) = (eights, &self.dense) {
+            let counts = match self.indices(counts)? {
+                indices if indices.host.is_some() => indices.host.expect("it is there"),
+                indices => self.gpu.download(&*indices.data)?.into(),
+            };
+            // Rows that no group has are zeros.
+            let (y, mut from) = (Elements::bf16(self.gpu.zeros(x.rows() * n)?), 0);
+            for (count, w) in counts.iter().map(|n| *n as usize).zip(&weights) {
+                let (of, to) = (of_x.part(from * k, count * k), y.part(from * n, count * n));
+                let (way, [out, input]) = if inputs { (Way::Input, [k, n]) } else { (Way::Forward, [n, k]) };
+                dense.product(way, [count, out, input], [w.address(), of.address(), to.address()])?;
+                from += count;
+            }
+            return Ok(y);
         }
-        let stream = &self.gpu.stream;
-        let b = if inputs { View::rows(0, n).transposed() } else { View::rows(0, k) };
-        let sizes = [w.len(), x.rows(), n, k].map(|n| n as i32);
-        let [groups, rows, of_n, of_k] = sizes;
-        {
-            let (at, _held) = y.device_ptr_mut(stream);
-            let (weights, counts) = (places.device_ptr(stream).0, counts.device_ptr(stream).0);
-            let (x, n, k) = (of_x.address(&self.gpu), of_n, of_k);
-            let argument = Grouped { x, weights, counts, y: at, b_row: b.row, b_column: b.column, groups, rows, n, k };
-            let function = self.gpu.function(&FP32_PRODUCT, "grouped", 0)?;
-            let mut launch = stream.launch_builder(&function);
-            launch.arg(&argument);
-            let mut config = launch_of((x_tiles(rows) + groups) as u32, 256, 0);
-            config.grid_dim.1 = (of_n as u32).div_ceil(TILE as u32);
-            // SAFETY: the operands are as long as their shapes say, which is asserted; the kernel takes no row beyond them.
-            unsafe { launch.launch(config) }.map_err(|e| self.gpu.error(format!("grouped: {}", told(e))))?;
-        }
-        Ok(Floats::new(y))
+        let weights = weights.iter().map(|w| self.in_form(w, false)).collect::<Result<Vec<_>, _>>()?;
+        let y = self.plain_grouped(&self.in_form(&of_x, false)?, counts, &weights, [x.rows(), n, k], inputs)?;
+        self.in_form(&y, low)
     }
-}
 
-/// Whole tiles of so many rows.
-fn x_tiles(rows: i32) -> i32 {
-    rows / TILE as i32
+    /// The same in FP32, whatever the shapes; counts stay on the device.
+    fn plain_grouped(
+        &self,
+        x: &Elements,
+        counts: &Tensor,
+        weights: &[Elements],
+        [rows, n, k]: [usize; 3],
+        inputs: bool,
+    ) -> Result<Elements, BackendError> {
+        use cudarc::driver::DevicePtr;
+        let places: Vec<u64> = weights.iter().map(Elements::address).collect();
+        let (places, y) = (self.gpu.upload(&places)?, Elements::f32(self.gpu.zeros(rows * n)?));
+        if y.len() == 0 {
+            return Ok(y);
+        }
+        let (stream, indices) = (&self.gpu.stream, self.indices(counts)?);
+        let (weights, counts) = (places.device_ptr(stream).0, indices.data.device_ptr(stream).0);
+        let b = if inputs { View::rows(0, n).transposed() } else { View::rows(0, k) };
+        // No more tiles of rows than whole ones, and one of each group.
+        let tiles = (rows / TILE + places.len(), n.div_ceil(TILE));
+        let [groups, rows, n, k] = [places.len(), rows, n, k].map(|n| n as i32);
+        let (x, to) = (x.address(), y.address());
+        let argument = Grouped { x, weights, counts, y: to, b_row: b.row, b_column: b.column, groups, rows, n, k };
+        let function = self.gpu.function(&PRODUCT, "grouped", 0)?;
+        let mut launch = stream.launch_builder(&function);
+        launch.arg(&argument);
+        let mut config = launch_of(tiles.0 as u32, 256, 0);
+        config.grid_dim.1 = tiles.1 as u32;
+        // SAFETY: the operands are as long as the caller's shapes say, which it asserts; the kernel takes no row beyond them.
+        unsafe { launch.launch(config) }.map_err(|e| self.gpu.error(format!("grouped: {}", told(e))))?;
+        Ok(y)
+    }
 }

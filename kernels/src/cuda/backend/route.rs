@@ -1,11 +1,11 @@
-//! The gate's choice and its gradients, dispatch and combine. Kernels: `hopper/fp32_route.cu`.
+//! The gate's choice and its gradients, dispatch and combine. Kernels: `hopper/choice.cu` and `hopper/combine.cu`.
 
 use super::CudaBackend;
 use super::elements::{by_element, by_row};
-use super::tensors::{Floats, Made};
+use super::tensors::{Elements, Made};
 use crate::backend::{Backend, BackendError};
 use crate::cuda::device::run;
-use crate::cuda::sources::FP32_ROUTE;
+use crate::cuda::sources::{CHOICE, COMBINE, Source};
 use crate::ops::combine::Dispatch;
 use crate::ops::gate::GateShape;
 use crate::tensor::Tensor;
@@ -15,24 +15,29 @@ use cudarc::driver::CudaSlice;
 const WARPS: usize = 8;
 
 impl CudaBackend {
+    /// The kernels for what is stored.
+    fn combiners(&self) -> &'static Source {
+        &COMBINE[usize::from(self.low())]
+    }
+
     /// The experts of each token, ascending, and their weights.
     pub(super) fn choose(
         &self,
         logits: &Tensor,
         bias: &Tensor,
         s: &GateShape,
-    ) -> Result<(CudaSlice<u32>, Floats), BackendError> {
+    ) -> Result<(CudaSlice<u32>, Elements), BackendError> {
         let allowed = s.experts / s.groups * s.groups_kept;
         assert!(s.experts.is_multiple_of(s.groups) && s.top_k <= allowed, "a choice among {allowed}: {s:?}");
         assert_eq!([logits.columns(), bias.columns()], [s.experts; 2], "columns of a gate");
-        let (of_logits, of_bias, tokens) = (self.floats(logits)?, self.floats(bias)?, logits.rows());
-        let (mut experts, mut weights) = (self.gpu.room::<u32>(tokens * s.top_k)?, self.room(tokens, s.top_k)?);
+        let (of_logits, of_bias, tokens) = (self.wide(logits)?, self.wide(bias)?, logits.rows());
+        let (mut experts, weights) = (self.gpu.room::<u32>(tokens * s.top_k)?, self.wide_room(tokens, s.top_k)?);
         let shape = (tokens.div_ceil(WARPS), 32 * WARPS as u32, 4 * WARPS * (2 * (s.experts + s.groups) + s.top_k));
         let sizes = [tokens, s.experts, s.top_k, s.groups, s.groups_kept].map(|n| n as i32);
         let ([t, count, top_k, groups, kept], scale) = (sizes, &s.routed_scale);
-        let (logits, bias, to) = (&of_logits.view(), &of_bias.view(), (&mut experts, &mut weights));
-        run!(self.gpu, FP32_ROUTE, "gate", shape, logits, bias, to.0, to.1, &t, &count, &top_k, &groups, &kept, scale)?;
-        Ok((experts, Floats::new(weights)))
+        let (logits, bias, to) = (&of_logits.address(), &of_bias.address(), (&mut experts, &weights.address()));
+        run!(self.gpu, CHOICE, "gate", shape, logits, bias, to.0, to.1, &t, &count, &top_k, &groups, &kept, scale)?;
+        Ok((experts, weights))
     }
 
     pub(super) fn choice_gradient(
@@ -41,32 +46,50 @@ impl CudaBackend {
         experts: &Tensor,
         dweights: &Tensor,
         s: &GateShape,
-    ) -> Result<Floats, BackendError> {
-        let (of_logits, chosen, of_weights) = (self.floats(logits)?, self.words(experts)?, self.floats(dweights)?);
+    ) -> Result<Elements, BackendError> {
+        let (of_logits, chosen, of_weights) = (self.wide(logits)?, self.indices(experts)?.data, self.wide(dweights)?);
         assert_eq!([chosen.len(), of_weights.len()], [logits.rows() * s.top_k; 2], "choices of every token");
-        let mut d = self.gpu.zeros(of_logits.len())?;
+        let d = Elements::f32(self.gpu.zeros(of_logits.len())?);
         let (shape, sizes) = (by_element(logits.rows()), [logits.rows(), s.experts, s.top_k].map(|n| n as i32));
-        let ([t, count, top_k], logits, dw) = (sizes, &of_logits.view(), &of_weights.view());
+        let ([t, count, top_k], logits, dw) = (sizes, &of_logits.address(), &of_weights.address());
         let scale = &s.routed_scale;
-        run!(self.gpu, FP32_ROUTE, "gate_backward", shape, logits, &*chosen, dw, &mut d, &t, &count, &top_k, scale)?;
-        Ok(Floats::new(d))
+        run!(self.gpu, CHOICE, "gate_backward", shape, logits, &*chosen, dw, &d.address(), &t, &count, &top_k, scale)?;
+        Ok(d)
     }
 
-    pub(super) fn balance_gradient(&self, logits: &Tensor, s: &GateShape, factor: f32) -> Result<Floats, BackendError> {
-        let (of_logits, tokens) = (self.floats(logits)?, logits.rows());
+    pub(super) fn balance_gradient(
+        &self,
+        logits: &Tensor,
+        s: &GateShape,
+        factor: f32,
+    ) -> Result<Elements, BackendError> {
+        let (of_logits, tokens) = (self.wide(logits)?, logits.rows());
         let mut counts = self.gpu.zeros::<u32>(tokens.div_ceil(s.sequence) * s.experts)?;
-        let mut d = self.room(tokens, s.experts)?;
-        let (elements, shape, logits) = (of_logits.len() as u64, by_element(of_logits.len()), &of_logits.view());
+        let d = self.wide_room(tokens, s.experts)?;
+        let (elements, shape, logits) = (of_logits.len() as u64, by_element(of_logits.len()), &of_logits.address());
         let [t, count, top_k, sequence] = [tokens, s.experts, s.top_k, s.sequence].map(|n| n as i32);
         let (count, top_k, sequence) = (&count, &top_k, &sequence);
-        run!(self.gpu, FP32_ROUTE, "balance_counts", shape, logits, &mut counts, &elements, count, top_k, sequence)?;
+        run!(self.gpu, CHOICE, "balance_counts", shape, logits, &mut counts, &elements, count, top_k, sequence)?;
         let (shape, of) = (by_row(tokens), &counts);
-        run!(self.gpu, FP32_ROUTE, "balance_backward", shape, logits, of, &mut d, &t, count, top_k, sequence, &factor)?;
-        Ok(Floats::new(d))
+        run!(
+            self.gpu,
+            CHOICE,
+            "balance_backward",
+            shape,
+            logits,
+            of,
+            &d.address(),
+            &t,
+            count,
+            top_k,
+            sequence,
+            &factor
+        )?;
+        Ok(d)
     }
 
     /// The rows of all experts, one expert after another.
-    pub(super) fn sent(&self, x: &Tensor, plan: &Dispatch) -> Result<Floats, BackendError> {
+    pub(super) fn sent(&self, x: &Tensor, plan: &Dispatch) -> Result<Elements, BackendError> {
         let tokens: Vec<u32> = plan.tokens.iter().flatten().copied().collect();
         self.gather(&self.gpu.upload(&tokens)?, x)
     }
@@ -88,21 +111,34 @@ impl CudaBackend {
         rows: &[Tensor],
         weights: Option<&Tensor>,
         plan: &Dispatch,
-    ) -> Result<Floats, BackendError> {
+    ) -> Result<Elements, BackendError> {
         let (all, columns) = (self.stacked(rows)?, rows[0].columns());
         assert_eq!(all.len(), plan.slots.len() * columns, "rows of every expert, as the plan has them");
         let groups: Vec<u32> = plan.slots.iter().map(|s| s.expert / plan.group_size as u32).collect();
         let (places, groups) = (self.places(plan)?, self.gpu.upload(&groups)?);
-        let weights = weights.map(|w| self.floats(w)).transpose()?;
+        let weights = weights.map(|w| self.wide(w)).transpose()?;
         assert!(weights.as_ref().is_none_or(|w| w.len() == plan.slots.len()), "a weight of every slot");
         // A place that is none: ones.
-        let of_weights = weights.as_ref().map_or(0, |w| w.address(&self.gpu));
-        let mut y = self.room(plan.slots.len() / plan.top_k, columns)?;
+        let of_weights = weights.as_ref().map_or(0, Elements::address);
+        let y = self.room(plan.slots.len() / plan.top_k, columns)?;
         let (count, shape) = (y.len() as u64, by_element(y.len()));
-        let ([columns, top_k], rows) = ([columns, plan.top_k].map(|n| n as i32), &all.view());
+        let ([columns, top_k], rows) = ([columns, plan.top_k].map(|n| n as i32), &all.address());
         let of = (&places, &groups, &of_weights);
-        run!(self.gpu, FP32_ROUTE, "combine", shape, rows, of.0, of.1, of.2, &mut y, &count, &columns, &top_k)?;
-        Ok(Floats::new(y))
+        run!(
+            self.gpu,
+            *self.combiners(),
+            "combine",
+            shape,
+            rows,
+            of.0,
+            of.1,
+            of.2,
+            &y.address(),
+            &count,
+            &columns,
+            &top_k
+        )?;
+        Ok(y)
     }
 
     pub(super) fn combined_gradients(
@@ -113,18 +149,18 @@ impl CudaBackend {
         plan: &Dispatch,
     ) -> Made<2> {
         let (all, of_dy, of_weights, columns) =
-            (self.stacked(rows)?, self.floats(dy)?, self.floats(weights)?, dy.columns());
+            (self.stacked(rows)?, self.activation(dy)?, self.wide(weights)?, dy.columns());
         assert_eq!(all.len(), plan.slots.len() * columns, "rows of every expert, as the plan has them");
         assert_eq!(of_dy.len() * plan.top_k, plan.slots.len() * columns, "a gradient of every token");
         assert_eq!(of_weights.len(), plan.slots.len(), "a weight of every slot");
         let (places, choices, shape) = (self.places(plan)?, plan.slots.len() as u64, by_row(plan.slots.len()));
-        let (mut drows, mut dweights) = (self.gpu.room(all.len())?, self.gpu.room(of_weights.len())?);
-        let ([columns, top_k], dy, rows) = ([columns, plan.top_k].map(|n| n as i32), &of_dy.view(), &all.view());
-        let (of, to) = ((&places, &of_weights.view()), (&mut drows, &mut dweights));
+        let (drows, dweights) = (self.room(1, all.len())?, self.wide_room(1, of_weights.len())?);
+        let ([columns, top_k], dy, rows) = ([columns, plan.top_k].map(|n| n as i32), &of_dy.address(), &all.address());
+        let (of, to) = ((&places, &of_weights.address()), (&drows.address(), &dweights.address()));
         let (columns, top_k) = (&columns, &top_k);
         run!(
             self.gpu,
-            FP32_ROUTE,
+            *self.combiners(),
             "combine_backward",
             shape,
             dy,
@@ -137,6 +173,6 @@ impl CudaBackend {
             columns,
             top_k
         )?;
-        Ok([drows, dweights].map(Floats::new))
+        Ok([drows, dweights])
     }
 }

@@ -1,65 +1,110 @@
 //! What is behind a handle: elements on the GPU, whole or rows of others', and how handles of host memory get there.
 
 use super::CudaBackend;
+use super::elements::by_element;
 use crate::backend::BackendError;
-use crate::cuda::device::Gpu;
+use crate::cuda::device::{Gpu, run};
 use crate::cuda::failure::told;
+use crate::cuda::sources::PRODUCT;
+use crate::math::{bf16_bits, bf16_value};
 use crate::tensor::{DeviceBuffer, Tensor};
 use cudarc::driver::{CudaSlice, CudaView, DevicePtr};
 use std::any::Any;
 use std::sync::Arc;
 
 /// Several matrices, or the error of the operation.
-pub(super) type Made<const N: usize> = Result<[Floats; N], BackendError>;
+pub(super) type Made<const N: usize> = Result<[Elements; N], BackendError>;
 
-/// Elements of a matrix.
+#[derive(Debug)]
+enum Memory {
+    F32(CudaSlice<f32>),
+    Bf16(CudaSlice<u16>),
+}
+
+/// Elements of a matrix. Kernels get addresses: all work is on one stream, in whose order memory is freed too.
 #[derive(Debug, Clone)]
-pub(super) struct Floats {
-    data: Arc<CudaSlice<f32>>,
+pub(super) struct Elements {
+    memory: Arc<Memory>,
     from: usize,
     count: usize,
 }
 
-impl Floats {
-    /// Whole results, that nobody changes any more.
-    pub(super) fn new(data: CudaSlice<f32>) -> Self {
-        Self { from: 0, count: data.len(), data: Arc::new(data) }
+impl Elements {
+    pub(super) fn f32(data: CudaSlice<f32>) -> Self {
+        Self { from: 0, count: data.len(), memory: Arc::new(Memory::F32(data)) }
+    }
+
+    pub(super) fn bf16(data: CudaSlice<u16>) -> Self {
+        Self { from: 0, count: data.len(), memory: Arc::new(Memory::Bf16(data)) }
     }
 
     /// Elements `from..from + count` of these.
     pub(super) fn part(&self, from: usize, count: usize) -> Self {
         assert!(from + count <= self.count, "elements {from} to {} of {}", from + count, self.count);
-        Self { data: Arc::clone(&self.data), from: self.from + from, count }
+        Self { memory: Arc::clone(&self.memory), from: self.from + from, count }
     }
 
     pub(super) fn len(&self) -> usize {
         self.count
     }
 
-    /// For a kernel's argument.
-    pub(super) fn view(&self) -> CudaView<'_, f32> {
-        self.data.slice(self.from..self.from + self.count)
+    fn is_low(&self) -> bool {
+        matches!(*self.memory, Memory::Bf16(_))
     }
 
-    /// For a kernel that gets its operands in a structure. All work is on one stream, in whose order memory is freed too.
-    pub(super) fn address(&self, gpu: &Gpu) -> u64 {
-        self.data.device_ptr(&gpu.stream).0 + 4 * self.from as u64
+    /// Of the first element.
+    pub(super) fn address(&self) -> u64 {
+        match &*self.memory {
+            Memory::F32(data) => data.device_ptr(data.stream()).0 + 4 * self.from as u64,
+            Memory::Bf16(data) => data.device_ptr(data.stream()).0 + 2 * self.from as u64,
+        }
     }
 
+    /// Panics if they are BF16, which is a broken caller.
+    pub(super) fn floats(&self) -> CudaView<'_, f32> {
+        let Memory::F32(data) = &*self.memory else { panic!("elements in FP32") };
+        data.slice(self.from..self.from + self.count)
+    }
+
+    /// Panics if they are FP32.
+    pub(super) fn words(&self) -> CudaView<'_, u16> {
+        let Memory::Bf16(data) = &*self.memory else { panic!("elements in BF16") };
+        data.slice(self.from..self.from + self.count)
+    }
+
+    /// Their values, when all before is done.
     pub(super) fn download(&self, gpu: &Gpu) -> Result<Vec<f32>, BackendError> {
-        gpu.stream.clone_dtoh(&self.view()).map_err(|e| gpu.error(told(e)))
+        if self.is_low() {
+            let words = gpu.stream.clone_dtoh(&self.words()).map_err(|e| gpu.error(told(e)))?;
+            return Ok(words.into_iter().map(bf16_value).collect());
+        }
+        gpu.stream.clone_dtoh(&self.floats()).map_err(|e| gpu.error(told(e)))
     }
 
     pub(super) fn tensor(self, rows: usize, columns: usize) -> Tensor {
         assert_eq!(self.count, rows * columns, "elements of a {rows} x {columns} matrix");
-        Tensor::device(rows, columns, Arc::new(Buffer::F32(self)))
+        Tensor::device(rows, columns, Arc::new(Buffer::Matrix(self)))
     }
+
+    fn ordinal(&self) -> usize {
+        match &*self.memory {
+            Memory::F32(data) => data.ordinal(),
+            Memory::Bf16(data) => data.ordinal(),
+        }
+    }
+}
+
+/// A list of indices or counts, with a copy in host memory if it came from there: launches of products by group need it.
+#[derive(Debug, Clone)]
+pub(super) struct Indices {
+    pub(super) data: Arc<CudaSlice<u32>>,
+    pub(super) host: Option<Arc<Vec<u32>>>,
 }
 
 #[derive(Debug)]
 enum Buffer {
-    F32(Floats),
-    U32(Arc<CudaSlice<u32>>),
+    Matrix(Elements),
+    Indices(Indices),
     /// Of an operation that failed.
     Nothing,
 }
@@ -77,9 +122,9 @@ pub(super) fn nothing(rows: usize, columns: usize) -> Tensor {
 
 impl CudaBackend {
     /// A list of indices or counts, or its error for later.
-    pub(super) fn indices(&self, count: usize, result: Result<CudaSlice<u32>, BackendError>) -> Tensor {
+    pub(super) fn list(&self, count: usize, result: Result<Indices, BackendError>) -> Tensor {
         match result {
-            Ok(data) => Tensor::device(1, count, Arc::new(Buffer::U32(Arc::new(data)))),
+            Ok(indices) => Tensor::device(1, count, Arc::new(Buffer::Indices(indices))),
             Err(error) => {
                 self.fail(error);
                 nothing(1, count)
@@ -87,35 +132,78 @@ impl CudaBackend {
         }
     }
 
-    /// The elements of a matrix on this GPU; one in host memory is copied there once.
-    pub(super) fn floats(&self, x: &Tensor) -> Result<Floats, BackendError> {
+    /// Elements as activations are stored.
+    pub(super) fn activation(&self, x: &Tensor) -> Result<Elements, BackendError> {
+        self.elements(x, self.low())
+    }
+
+    /// Elements in FP32, widened if they are not.
+    pub(super) fn wide(&self, x: &Tensor) -> Result<Elements, BackendError> {
+        self.elements(x, false)
+    }
+
+    /// Elements as they are: on this GPU, or, from host memory, as activations are stored.
+    pub(super) fn stored(&self, x: &Tensor) -> Result<Elements, BackendError> {
+        match x.buffer().and_then(|b| b.as_any().downcast_ref()) {
+            Some(Buffer::Matrix(elements)) => self.elements(x, elements.is_low()),
+            Some(Buffer::Indices(_) | Buffer::Nothing) | None => self.activation(x),
+        }
+    }
+
+    /// Elements on this GPU, in BF16 if `low`. Those of host memory are copied there once in each form.
+    pub(super) fn elements(&self, x: &Tensor, low: bool) -> Result<Elements, BackendError> {
         let kept = match x.buffer() {
             Some(buffer) => buffer,
             None => {
-                let kept = &x.forms().on_device;
-                match kept.get() {
-                    Some(kept) => kept.as_ref(),
-                    None => {
-                        let copy: Arc<dyn DeviceBuffer> =
-                            Arc::new(Buffer::F32(Floats::new(self.gpu.upload(x.f32s())?)));
-                        kept.get_or_init(|| copy).as_ref()
-                    }
+                let kept = &x.forms().on_device[usize::from(low)];
+                if kept.get().is_none() {
+                    // Of two threads that copy it at once one keeps its copy.
+                    let _ = kept.set(Arc::new(Buffer::Matrix(self.copied(&x.values(), low)?)));
                 }
+                kept.get().expect("it was set").as_ref()
             }
         };
         match kept.as_any().downcast_ref() {
-            Some(Buffer::F32(floats)) if self.is_here(floats.data.ordinal()) => Ok(floats.clone()),
-            Some(Buffer::F32(_) | Buffer::U32(_) | Buffer::Nothing) | None => {
-                Err(self.gpu.error(format!("{x:?} has no FP32 elements on this device")))
+            Some(Buffer::Matrix(elements)) if self.is_here(elements.ordinal()) => self.in_form(elements, low),
+            Some(Buffer::Matrix(_) | Buffer::Indices(_) | Buffer::Nothing) | None => {
+                Err(self.gpu.error(format!("{x:?} has no elements on this device")))
             }
         }
     }
 
+    /// Numbers of host memory, rounded to BF16 if `low`.
+    pub(super) fn copied(&self, data: &[f32], low: bool) -> Result<Elements, BackendError> {
+        if low {
+            let words: Vec<u16> = data.iter().map(|x| bf16_bits(*x)).collect();
+            return self.gpu.upload(&words).map(Elements::bf16);
+        }
+        self.gpu.upload(data).map(Elements::f32)
+    }
+
+    /// Room for a matrix in BF16, if `low`, or FP32; its kernel writes it whole.
+    pub(super) fn room_in(&self, count: usize, low: bool) -> Result<Elements, BackendError> {
+        if low { self.gpu.room(count).map(Elements::bf16) } else { self.gpu.room(count).map(Elements::f32) }
+    }
+
+    /// The elements themselves if they have the form, or others.
+    pub(super) fn in_form(&self, x: &Elements, low: bool) -> Result<Elements, BackendError> {
+        if x.is_low() == low {
+            return Ok(x.clone());
+        }
+        let (y, count, shape) = (self.room_in(x.len(), low)?, x.len() as u64, by_element(x.len()));
+        if low {
+            run!(self.gpu, PRODUCT, "narrow", shape, &x.address(), &y.address(), &count)?;
+        } else {
+            run!(self.gpu, PRODUCT, "widen", shape, &x.address(), &y.address(), &count)?;
+        }
+        Ok(y)
+    }
+
     /// A list of indices or counts on this GPU.
-    pub(super) fn words(&self, x: &Tensor) -> Result<Arc<CudaSlice<u32>>, BackendError> {
+    pub(super) fn indices(&self, x: &Tensor) -> Result<Indices, BackendError> {
         match x.buffer().and_then(|b| b.as_any().downcast_ref()) {
-            Some(Buffer::U32(words)) if self.is_here(words.ordinal()) => Ok(Arc::clone(words)),
-            Some(Buffer::F32(_) | Buffer::U32(_) | Buffer::Nothing) | None => {
+            Some(Buffer::Indices(indices)) if self.is_here(indices.data.ordinal()) => Ok(indices.clone()),
+            Some(Buffer::Matrix(_) | Buffer::Indices(_) | Buffer::Nothing) | None => {
                 Err(self.gpu.error(format!("{x:?} has no indices on this device")))
             }
         }
@@ -126,27 +214,40 @@ impl CudaBackend {
     }
 
     /// Rows of all, one matrix after another: the same data if they lie so already.
-    pub(super) fn stacked(&self, parts: &[Tensor]) -> Result<Floats, BackendError> {
+    pub(super) fn stacked(&self, parts: &[Tensor]) -> Result<Elements, BackendError> {
         assert!(parts.iter().all(|part| part.columns() == parts[0].columns()), "rows of one width: {parts:?}");
-        let parts = parts.iter().map(|part| self.floats(part)).collect::<Result<Vec<_>, _>>()?;
-        let count = parts.iter().map(Floats::len).sum();
+        let parts = parts.iter().map(|part| self.activation(part)).collect::<Result<Vec<_>, _>>()?;
+        let count = parts.iter().map(Elements::len).sum();
         // A part without rows is everywhere.
         let first = parts.iter().find(|part| part.count > 0).unwrap_or(&parts[0]);
         let mut end = first.from;
         let follows = parts.iter().filter(|part| part.count > 0).all(|part| {
-            let next = Arc::ptr_eq(&part.data, &first.data) && part.from == end;
+            let next = Arc::ptr_eq(&part.memory, &first.memory) && part.from == end;
             end += part.count;
             next
         });
         if follows {
-            return Ok(Floats { count, ..first.clone() });
+            return Ok(Elements { count, ..first.clone() });
         }
-        let (mut all, mut at) = (self.gpu.room::<f32>(count)?, 0);
+        if self.low() {
+            return Ok(Elements::bf16(self.gathered(&parts, count, Elements::words)?));
+        }
+        Ok(Elements::f32(self.gathered(&parts, count, Elements::floats)?))
+    }
+
+    /// Copies of all parts, one after another.
+    fn gathered<T: cudarc::driver::DeviceRepr>(
+        &self,
+        parts: &[Elements],
+        count: usize,
+        of: impl for<'a> Fn(&'a Elements) -> CudaView<'a, T>,
+    ) -> Result<CudaSlice<T>, BackendError> {
+        let (mut all, mut at) = (self.gpu.room::<T>(count)?, 0);
         for part in parts.iter().filter(|part| part.count > 0) {
             let mut to = all.slice_mut(at..at + part.count);
-            self.gpu.stream.memcpy_dtod(&part.view(), &mut to).map_err(|e| self.gpu.error(told(e)))?;
+            self.gpu.stream.memcpy_dtod(&of(part), &mut to).map_err(|e| self.gpu.error(told(e)))?;
             at += part.count;
         }
-        Ok(Floats::new(all))
+        Ok(all)
     }
 }

@@ -11,6 +11,7 @@ use everstep_kernels::{
 };
 use serde_json::json;
 use std::path::PathBuf;
+use std::sync::Arc;
 use std::time::Duration;
 
 const REPETITIONS: usize = 20;
@@ -45,7 +46,7 @@ pub(crate) enum What {
 }
 
 pub(crate) fn run(what: What) -> Result<()> {
-    let gpu = Gpu::new(0, Box::new(Folder::find()))?;
+    let gpu = Arc::new(Gpu::new(0, Box::new(Folder::find()))?);
     println!("{}", json!({ "card": gpu.card()? }));
     match what {
         What::Gemm => gemm(&gpu).and_then(|()| gate(&gpu)),
@@ -110,7 +111,7 @@ fn geometric_mean(all: &[f64]) -> f64 {
 }
 
 /// Dense products with the shapes of the published model, and a cube.
-fn gemm(gpu: &Gpu) -> Result<()> {
+fn gemm(gpu: &Arc<Gpu>) -> Result<()> {
     let cublas = CublasPeer::new(gpu)?;
     let mut ratios = Vec::new();
     for (m, n, k) in [
@@ -150,7 +151,7 @@ fn gemm(gpu: &Gpu) -> Result<()> {
 
 /// Seconds of the result and the two gradients in BF16, by the algorithms that are taken for any number of rows, and by those
 /// that cuBLASLt takes for these.
-fn bf16(gpu: &Gpu, cublas: &CublasPeer<'_>, shape: [usize; 3]) -> Result<[[f64; 3]; 2]> {
+fn bf16(gpu: &Arc<Gpu>, cublas: &CublasPeer<'_>, shape: [usize; 3]) -> Result<[[f64; 3]; 2]> {
     let ([m, n, k], dense) = (shape, Dense::new(gpu)?);
     let (x, w) = (gpu.upload(&random_bf16(m * k, 4))?, gpu.upload(&random_bf16(n * k, 5))?);
     let dy = gpu.upload(&random_bf16(m * n, 10))?;

@@ -1,6 +1,6 @@
-// The gate's choice, its gradients, and combine with its gradients, in FP32 with the bits of the CPU (src/ops/gate.rs, combine.rs).
+// The gate's choice and its gradients, in FP32 in every precision, with the bits of the CPU (src/ops/gate.rs).
 
-#include "fp32.cuh"
+#include "exact.cuh"
 
 constexpr int WARPS = THREADS / 32;
 
@@ -113,31 +113,4 @@ balance_backward(const float* __restrict__ logits, const u32* __restrict__ count
         const float s = sigmoid(logits[at + e]), ds = factor * ((float)of[e] * per_count - mean) / total;
         dlogits[at + e] = ds * (s * (1.f - s));
     }
-}
-
-// place: the row of each choice; group: the group of its expert, ascending. No weights: ones.
-extern "C" __global__ void __launch_bounds__(THREADS)
-combine(const float* __restrict__ rows, const u32* __restrict__ place, const u32* __restrict__ group, const float* __restrict__ weights,
-        float* __restrict__ y, u64 count, int columns, int top_k) {
-    const u64 i = element();
-    if (i >= count) return;
-    const u64 from = i / columns * top_k, column = i % columns;
-    float total = 0, sum = 0;
-    for (int k = 0; k < top_k; k++) {
-        if (k && group[from + k] != group[from + k - 1]) { total += sum; sum = 0; }
-        sum += (weights ? weights[from + k] : 1.f) * rows[(u64)place[from + k] * columns + column];
-    }
-    y[i] = total + sum;
-}
-extern "C" __global__ void __launch_bounds__(THREADS)
-combine_backward(const float* __restrict__ dy, const float* __restrict__ rows, const u32* __restrict__ place, const float* __restrict__ weights,
-                 float* __restrict__ drows, float* __restrict__ dweights, u64 choices, int columns, int top_k) {
-    const u64 at = row_of();
-    const bool there = at < choices;
-    const u64 to = there ? (u64)place[at] * columns : 0, from = at / top_k * columns;
-    const float inner = sum_of(there ? columns : 0, [&](int i) { return dy[from + i] * rows[to + i]; });
-    if (!there) return;
-    const float weight = weights[at];
-    for (int i = lane_of(); i < columns; i += LANES) drows[to + i] = weight * dy[from + i];
-    if (lane_of() == 0) dweights[at] = inner;
 }

@@ -2,7 +2,7 @@
 // fused multiply-adds from zero, ascending; blocks are added in ascending order, to what is there if `add`. One CTA makes a tile
 // of 64 x 64. Plain: where operands lie close and in eights, gate.cu is faster, with the same bits.
 
-#include "fp32.cuh"
+#include "exact.cuh"
 
 constexpr int TILE = 64, BK = 16, BLOCK = 256, EACH = 4;
 
@@ -89,6 +89,16 @@ extern "C" __global__ void __launch_bounds__(THREADS) grouped(const Grouped p) {
         at -= tiles;
         first += count;
     }
+}
+
+// BF16 to FP32, and back to the nearest: products of widened operands are those of BF16 operands with FP32 sums.
+extern "C" __global__ void __launch_bounds__(THREADS) widen(const Bf16* __restrict__ x, float* __restrict__ y, u64 count) {
+    const u64 i = element();
+    if (i < count) y[i] = value(x[i]);
+}
+extern "C" __global__ void __launch_bounds__(THREADS) narrow(const float* __restrict__ x, Bf16* __restrict__ y, u64 count) {
+    const u64 i = element();
+    if (i < count) y[i] = nearest<Bf16>(x[i]);
 }
 
 // ---- rows of scores, [heads][rows][columns], of which row t sees the first past + t + 1 columns ----------------------------

@@ -1,10 +1,31 @@
-// What the FP32 kernels share: functions and sums of the CPU (src/math.rs), bit for bit. These files are compiled without
+// What kernels share that have the CPU's bits: its functions and sums (src/math.rs). Arithmetic is FP32, whatever is stored: an
+// element is widened where it is read, and rounded once where it is written. These files are compiled without
 // contraction, so that a product and a sum are rounded one by one, as they are written; what the CPU fuses is written as
 // __fmaf_rn. Each row is a half-warp's, whose lanes are those of the CPU's sums; no result depends on the grid.
 
 typedef unsigned u32;
 typedef unsigned long long u64;
 typedef long long i64;
+
+struct Bf16 { unsigned short bits; };
+__device__ __forceinline__ float value(float x) { return x; }
+__device__ __forceinline__ float value(Bf16 x) { return __uint_as_float((u32)x.bits << 16); }
+template <class E> __device__ __forceinline__ E nearest(float x);
+template <> __device__ __forceinline__ float nearest<float>(float x) { return x; }
+// Ties to even; NaN stays NaN.
+template <> __device__ __forceinline__ Bf16 nearest<Bf16>(float x) {
+    const u32 bits = __float_as_uint(x);
+    return {(unsigned short)(x != x ? bits >> 16 | 0x40 : (bits + 0x7fff + (bits >> 16 & 1)) >> 16)};
+}
+// What activations are stored as, where a file is compiled for both.
+#ifdef LOW
+#if LOW
+typedef Bf16 Stored;
+#else
+typedef float Stored;
+#endif
+__device__ __forceinline__ Stored stored(float x) { return nearest<Stored>(x); }
+#endif
 
 constexpr int THREADS = 256;
 constexpr int LANES = 16, ROWS = THREADS / LANES; // of a sum; rows of a CTA
