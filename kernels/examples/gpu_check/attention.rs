@@ -4,6 +4,7 @@ use crate::{low, norm_difference, report, times, values};
 use everstep_kernels::{
     BackendError, CausalAttention, CausalGradients, CausalShape, CpuBackend, Gpu, Precision, Qkv, bf16_value,
 };
+use std::sync::Arc;
 
 /// One head of one sequence in f64: result, logarithms, and the gradients of queries, keys and values.
 fn head(s: &CausalShape, [q, k, v, d_o]: [&dyn Fn(usize, usize) -> f64; 4]) -> [Vec<f64>; 5] {
@@ -34,10 +35,10 @@ fn head(s: &CausalShape, [q, k, v, d_o]: [&dyn Fn(usize, usize) -> f64; 4]) -> [
 }
 
 /// BF16 of results and of the shares that meet the values.
-pub(crate) const ATTENTION: f64 = 5e-3;
+const ATTENTION: f64 = 5e-3;
 
 /// Both passes, twenty times: the same bits, and close to f64.
-fn attention(gpu: &Gpu, shape: CausalShape) -> Result<bool, BackendError> {
+fn attention(gpu: &Arc<Gpu>, shape: CausalShape) -> Result<bool, BackendError> {
     let b = CpuBackend::new(Precision::Bf16);
     let words = |width: usize, name| Ok::<_, BackendError>(low(&b, shape.rows(), width, name)?.1);
     let host = [words(shape.keys, 31)?, words(shape.keys, 32)?, words(shape.values, 33)?, words(shape.values, 34)?];
@@ -94,7 +95,7 @@ fn attention(gpu: &Gpu, shape: CausalShape) -> Result<bool, BackendError> {
 }
 
 /// Whole tiles and others, without sequences or tokens too.
-pub(crate) fn all(gpu: &Gpu) -> Result<bool, BackendError> {
+pub(crate) fn all(gpu: &Arc<Gpu>) -> Result<bool, BackendError> {
     let mut good = true;
     for (batch, heads, tokens) in [(0, 3, 256), (2, 3, 0), (2, 3, 256), (1, 2, 333)] {
         good &= attention(gpu, CausalShape { batch, heads, tokens, keys: 192, values: 128 })?;

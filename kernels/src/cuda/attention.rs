@@ -12,6 +12,7 @@ use crate::backend::BackendError;
 use cudarc::cudnn::sys::{cudnnPointwiseMode_t as Mode, cudnnReduceTensorOp_t as Reduction};
 use cudarc::driver::{CudaSlice, DevicePtr, DevicePtrMut};
 use std::fmt;
+use std::sync::Arc;
 
 /// Sizes of an attention.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -64,13 +65,13 @@ fn given_turned(g: &mut Graph, argument: usize, dimensions: Four) -> Result<Id, 
 }
 
 /// q, k, v, o, statistics.
-fn forward(s: &CausalShape) -> Result<Graph, String> {
+fn forward(s: &CausalShape, scale: f32) -> Result<Graph, String> {
     let (mut graph, wide, thin) = (Graph::default(), s.four(s.keys), s.four(s.values));
     let g = &mut graph;
     let (q, k, v) = (given(g, 0, wide)?, given_turned(g, 1, wide)?, given(g, 2, thin)?);
     let o = given(g, 3, thin)?;
     let statistics = g.given(4, F32, s.four(1), packed(s.four(1)))?;
-    let (scores, scale) = (g.product(q, k, None)?, g.number((s.keys as f32).sqrt().recip())?);
+    let (scores, scale) = (g.product(q, k, None)?, g.number(scale)?);
     let scores = g.apply(Mode::CUDNN_POINTWISE_MUL, scores, scale)?;
     let scores = g.causal(scores)?;
     let top = g.reduce(Reduction::CUDNN_REDUCE_TENSOR_MAX, scores)?;
@@ -85,7 +86,7 @@ fn forward(s: &CausalShape) -> Result<Graph, String> {
 }
 
 /// q, k, v, o, statistics, do, dq, dk, dv, row sums.
-fn backward(s: &CausalShape) -> Result<Graph, String> {
+fn backward(s: &CausalShape, scale: f32) -> Result<Graph, String> {
     let (mut graph, wide, thin) = (Graph::default(), s.four(s.keys), s.four(s.values));
     let g = &mut graph;
     let (q, k, v) = (given(g, 0, wide)?, given_turned(g, 1, wide)?, given_turned(g, 2, thin)?);
@@ -93,7 +94,7 @@ fn backward(s: &CausalShape) -> Result<Graph, String> {
     let (dq, dk, dv) = (given(g, 6, wide)?, given(g, 7, wide)?, given(g, 8, thin)?);
     let statistics = g.given(4, F32, s.four(1), packed(s.four(1)))?;
     let sums = g.given(9, F32, s.four(1), packed(s.four(1)))?;
-    let (scale, one) = (g.number((s.keys as f32).sqrt().recip())?, g.number(1.0)?);
+    let (scale, one) = (g.number(scale)?, g.number(1.0)?);
     let both = g.apply(Mode::CUDNN_POINTWISE_MUL, d_o, o)?;
     let of_row = g.reduce(Reduction::CUDNN_REDUCE_TENSOR_ADD, both)?;
     g.apply_into(Mode::CUDNN_POINTWISE_MUL, of_row, one, sums)?;
@@ -115,9 +116,18 @@ fn backward(s: &CausalShape) -> Result<Graph, String> {
     Ok(graph)
 }
 
+/// The version of cuDNN, if it is there.
+pub(super) fn library() -> Result<usize, String> {
+    // SAFETY: this only looks for the library.
+    let there = unsafe { cudarc::cudnn::sys::is_culib_present() };
+    all_there(&[("cuDNN (libcudnn)", there)])?;
+    // SAFETY: it has no arguments, and the library is there.
+    Ok(unsafe { cudarc::cudnn::sys::cudnnGetVersion() })
+}
+
 /// Both passes of one shape.
-pub struct CausalAttention<'a> {
-    gpu: &'a Gpu,
+pub struct CausalAttention {
+    gpu: Arc<Gpu>,
     shape: CausalShape,
     // Dropped before the handle that made them.
     plans: Option<[Plan; 2]>,
@@ -125,7 +135,10 @@ pub struct CausalAttention<'a> {
     space: CudaSlice<u8>,
 }
 
-impl fmt::Debug for CausalAttention<'_> {
+// SAFETY: cuDNN's handles and descriptors may be used from any thread, from one at a time; so this is not shared between any.
+unsafe impl Send for CausalAttention {}
+
+impl fmt::Debug for CausalAttention {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         f.debug_struct("CausalAttention").field("shape", &self.shape).finish_non_exhaustive()
     }
@@ -153,18 +166,26 @@ pub struct Qkv {
     pub v: CudaSlice<u16>,
 }
 
-impl<'a> CausalAttention<'a> {
-    /// Plans both passes: cuDNN compiles a kernel for each. It takes no tensor without elements, and there is nothing to do.
-    pub fn new(gpu: &'a Gpu, shape: CausalShape) -> Result<Self, BackendError> {
-        // SAFETY: this only looks for the library.
-        let there = unsafe { cudarc::cudnn::sys::is_culib_present() };
-        all_there(&[("cuDNN (libcudnn)", there)]).map_err(|e| gpu.error(e))?;
+impl CausalAttention {
+    /// Plans both passes, with scores by the root of the keys' width.
+    pub fn new(gpu: &Arc<Gpu>, shape: CausalShape) -> Result<Self, BackendError> {
+        Self::with_scale(gpu, shape, (shape.keys as f32).sqrt().recip())
+    }
+
+    /// The same with another factor of the scores. cuDNN compiles a kernel for each pass. It takes no tensor without elements, and
+    /// there is nothing to do.
+    pub(super) fn with_scale(gpu: &Arc<Gpu>, shape: CausalShape, scale: f32) -> Result<Self, BackendError> {
+        library().map_err(|e| gpu.error(e))?;
         let say = |e: String| gpu.error(format!("attention {shape:?}: {e}"));
         let handle = Handle::new().map_err(say)?;
         let plan = |graph: Result<Graph, String>| graph.and_then(|g| g.plan(&handle)).map_err(say);
-        let plans = if shape.rows() == 0 { None } else { Some([plan(forward(&shape))?, plan(backward(&shape))?]) };
+        let plans = if shape.rows() == 0 {
+            None
+        } else {
+            Some([plan(forward(&shape, scale))?, plan(backward(&shape, scale))?])
+        };
         let space = gpu.room(plans.iter().flatten().map(|p| p.workspace).max().unwrap_or(0))?;
-        Ok(Self { gpu, handle, shape, plans, space })
+        Ok(Self { gpu: Arc::clone(gpu), handle, shape, plans, space })
     }
 
     /// `o` and the logarithms of the sums of each row.
@@ -219,7 +240,8 @@ impl<'a> CausalAttention<'a> {
         [&x.q, &x.k, &x.v].map(|part| part.device_ptr(&self.gpu.stream).0)
     }
 
-    fn run(&self, pass: usize, arguments: &[u64]) -> Result<(), BackendError> {
+    /// Enqueues a pass on tensors at these addresses, whose lengths the callers have held against the shape.
+    pub(super) fn run(&self, pass: usize, arguments: &[u64]) -> Result<(), BackendError> {
         let Some(plans) = &self.plans else { return Ok(()) };
         let space = self.space.device_ptr(&self.gpu.stream).0;
         // SAFETY: the callers have held the lengths against the shape; all work is on one stream, in whose order memory

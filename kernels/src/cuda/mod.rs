@@ -1,7 +1,7 @@
 //! The GPU, through the driver, NVRTC, cuBLASLt and cuDNN; nothing of them is needed to build it.
 //!
-//! [`CudaBackend`] has the model's operations in FP32, with the CPU's bits, and in BF16. The products in FP8, what is done to rows at the
-//! speed of memory, and attention by cuDNN stand beside it as functions of [`Gpu`]: they are no operations of the backend yet.
+//! [`CudaBackend`] has the model's operations in FP32, with the CPU's bits, and in BF16. The products in FP8 and what is done to rows
+//! at the speed of memory stand beside it as functions of [`Gpu`]: they are no operations of the backend yet.
 
 mod attention;
 mod backend;

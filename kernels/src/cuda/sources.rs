@@ -73,9 +73,10 @@ pub(super) const PERMUTE: Source = file!("permute", true);
 pub(super) const TURN: Source = file!("turn", true);
 pub(super) const GATE: Source = file!("gate", true);
 pub(super) const READ: Source = file!("read", true);
-/// As the CPU rounds: products in FP32, and the gate's choice.
+/// As the CPU rounds: products in FP32, the gate's choice, and how heads are laid out.
 pub(super) const PRODUCT: Source = file!("product", false);
 pub(super) const CHOICE: Source = file!("choice", false);
+pub(super) const HEADS: Source = file!("heads", false);
 /// As the CPU rounds, for what is stored in FP32 and in BF16.
 pub(super) static ELEMENTS: [Source; 2] =
     both("elements FP32", "elements BF16", include_str!("../../hopper/elements.cu"));
@@ -89,7 +90,7 @@ const fn both(high: &'static str, low: &'static str, text: &'static str) -> [Sou
 }
 
 /// Every file, in every variant that is used.
-pub static SOURCES: [Source; 18] = [
+pub static SOURCES: [Source; 19] = [
     DENSE_256X128,
     DENSE_128X176,
     DENSE_192X128,
@@ -104,6 +105,7 @@ pub static SOURCES: [Source; 18] = [
     READ,
     PRODUCT,
     CHOICE,
+    HEADS,
     ELEMENTS[0],
     ELEMENTS[1],
     COMBINE[0],

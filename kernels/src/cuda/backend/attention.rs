@@ -50,8 +50,12 @@ impl Heads<'_> {
 
 impl CudaBackend {
     pub(super) fn attention_forward(&self, [q, kv, k_rope]: [&Tensor; 3], s: &AttentionShape) -> Made<2> {
+        Self::check([q, kv, k_rope], s);
+        if self.is_planned(s) {
+            return self.planned_forward([q, kv, k_rope], s);
+        }
         let (tokens, n) = (q.rows(), s.sequence);
-        let [q, kv, k_rope] = self.operands([q, kv, k_rope], s)?;
+        let [q, kv, k_rope] = [self.wide(q)?, self.wide(kv)?, self.wide(k_rope)?];
         let addresses = [&q, &kv, &k_rope].map(Elements::address);
         let (o, lse) = (self.wide_room(tokens, s.o_row())?, self.wide_room(tokens, s.heads)?);
         let p = self.wide_room(if tokens == 0 { 0 } else { s.heads * n }, n)?;
@@ -73,23 +77,24 @@ impl CudaBackend {
         Ok([self.in_form(&o, self.low())?, lse])
     }
 
-    /// The operands of an attention, whose shapes are the caller's promise.
-    fn operands(&self, [q, kv, k_rope]: [&Tensor; 3], s: &AttentionShape) -> Made<3> {
+    /// Panics if the operands of an attention do not have its shape.
+    fn check([q, kv, k_rope]: [&Tensor; 3], s: &AttentionShape) {
         assert!(q.rows().is_multiple_of(s.sequence), "{} rows in whole sequences of {}", q.rows(), s.sequence);
         assert_eq!([kv.rows(), k_rope.rows()], [q.rows(); 2], "rows of an attention");
         assert_eq!([q, kv, k_rope].map(Tensor::columns), [s.q_row(), s.kv_row(), s.rope], "columns of an attention");
-        Ok([self.wide(q)?, self.wide(kv)?, self.wide(k_rope)?])
     }
 
     pub(super) fn attention_gradients(&self, state: &AttentionState, d_o: &Tensor, s: &AttentionShape) -> Made<3> {
         let (tokens, n) = (state.q.rows(), s.sequence);
-        let operands = self.operands([&state.q, &state.kv, &state.k_rope], s)?;
+        let of = [&state.q, &state.kv, &state.k_rope];
+        Self::check(of, s);
+        let lengths = [&state.o, d_o, &state.lse].map(|x| (x.rows(), x.columns()));
+        assert_eq!(lengths, [(tokens, s.o_row()), (tokens, s.o_row()), (tokens, s.heads)], "rows of results");
+        if self.is_planned(s) {
+            return self.planned_gradients(state, d_o, s);
+        }
+        let operands = [self.wide(of[0])?, self.wide(of[1])?, self.wide(of[2])?];
         let (o, d_o, lse) = (self.wide(&state.o)?, self.wide(d_o)?, self.wide(&state.lse)?);
-        assert_eq!(
-            [o.len(), d_o.len(), lse.len()],
-            [s.o_row(), s.o_row(), s.heads].map(|n| n * tokens),
-            "rows of results"
-        );
         let of_scores = if tokens == 0 { 0 } else { s.heads * n };
         let (p, ds) = (self.wide_room(of_scores, n)?, self.wide_room(of_scores, n)?);
         let addresses = operands.each_ref().map(Elements::address);

@@ -1,5 +1,6 @@
 //! The model's operations on a GPU. In FP32 they have the CPU's bits: the same terms in the same order, rounded alike. In BF16 all
-//! but products and attention have: products of two BF16 operands are cuBLASLt's (`dense.rs`), or add in the CPU's FP32 order.
+//! but products and attention have: products of two BF16 operands are cuBLASLt's (`dense.rs`), or
+//! add in the CPU's FP32 order; attention of the usual widths is cuDNN's.
 //!
 //! An operation enqueues its kernels on one stream and gives a handle. What cannot run gives a handle without data, and an error
 //! that sticks: the next read reports the first one. Weights come as matrices in host memory; each is copied to the GPU once, and
@@ -7,10 +8,12 @@
 
 mod attention;
 mod elements;
+mod heads;
 mod products;
 mod route;
 mod tensors;
 
+use super::attention::library;
 use super::dense::Dense;
 use super::device::{Cubins, Gpu};
 use crate::backend::{AttentionState, Backend, BackendError, DeviceClass, Precision, Role};
@@ -20,6 +23,7 @@ use crate::ops::gate::GateShape;
 use crate::ops::rope::RopeShape;
 use crate::tensor::Tensor;
 use elements::Angles;
+use heads::Planned;
 use std::sync::{Arc, Mutex, PoisonError};
 use tensors::{Elements, Indices, Made};
 
@@ -30,6 +34,9 @@ pub struct CudaBackend {
     /// In BF16.
     dense: Option<Dense>,
     angles: Angles,
+    planned: Planned,
+    /// What is behind it, as far as it decides over bits.
+    class: String,
     failed: Mutex<Option<BackendError>>,
 }
 
@@ -37,12 +44,19 @@ impl CudaBackend {
     /// The backend of one GPU in FP32 or BF16; machine code of kernels is kept in `cubins`.
     pub fn new(ordinal: usize, precision: Precision, cubins: Box<dyn Cubins>) -> Result<Self, BackendError> {
         let gpu = Arc::new(Gpu::new(ordinal, cubins)?);
+        let mut class = format!("cuda {} {precision}", gpu.architecture());
         let dense = match precision {
             Precision::Fp32 => None,
-            Precision::Bf16 => Some(Dense::new(&gpu)?),
+            Precision::Bf16 => {
+                // The libraries choose how they add, so their versions are part of what nodes have in common.
+                let (dense, cudnn) = (Dense::new(&gpu)?, library().map_err(|e| gpu.error(e))?);
+                class += &format!(", cuBLASLt {}, cuDNN {cudnn}", dense.library());
+                Some(dense)
+            }
             Precision::Fp8 => return Err(gpu.error("training in fp8 is not there yet: fp32 and bf16 are")),
         };
-        Ok(Self { gpu, dense, angles: Angles::default(), failed: Mutex::default() })
+        let (angles, planned) = (Angles::default(), Planned::default());
+        Ok(Self { gpu, dense, angles, planned, class, failed: Mutex::default() })
     }
 
     /// Its GPU, for the kernels that are not operations yet.
@@ -86,9 +100,7 @@ impl CudaBackend {
 
 impl Backend for CudaBackend {
     fn class(&self) -> DeviceClass {
-        // The library chooses how it adds, so its version is part of what nodes have in common.
-        let products = self.dense.as_ref().map(|dense| format!("bf16, cuBLASLt {}", dense.library()));
-        DeviceClass(format!("cuda {} {}", self.gpu.architecture(), products.as_deref().unwrap_or("fp32")))
+        DeviceClass(self.class.clone())
     }
 
     fn upload(&self, rows: usize, columns: usize, data: Arc<Vec<f32>>) -> Tensor {

@@ -410,7 +410,7 @@ fn routed(gpu: &Gpu, shape: [usize; 2]) -> Result<()> {
 
 /// Attention as latent attention trains it. Products count once for each score that a token sees: two forward, five
 /// backward.
-fn attention(gpu: &Gpu) -> Result<()> {
+fn attention(gpu: &Arc<Gpu>) -> Result<()> {
     let shape = CausalShape { batch: 4, heads: 16, tokens: 4096, keys: 192, values: 128 };
     let passes = CausalAttention::new(gpu, shape)?;
     let random = |count, name| gpu.upload(&random_bf16(count, name));
