@@ -1,6 +1,6 @@
 //! The backend's operations, and a model made of them, beside the CPU's: in FP32 the same bits; in BF16 too, but for products.
 
-use crate::{norm_difference, product_most, random, report, wanted};
+use crate::{norm_difference, product_most, random, report, unlike, wanted};
 use everstep_kernels::{
     AttentionShape, Backend, BackendError, CpuBackend, CudaBackend, Decoder, Dispatch, ExpertWeights, GateShape,
     ModelConfig, ParameterMap, Precision, Progress, Role, RopeShape, Scales, StageInput, StageModel, Tensor, Update,
@@ -191,6 +191,62 @@ fn routed(b: &dyn Backend, t: usize, d: usize, s: &GateShape) -> Result<Results,
     ]))
 }
 
+/// Rows of a batch, and the same rows in smaller ones: no bit differs, in any precision.
+fn alone(gpu: &CudaBackend, precision: Precision, d: usize, out: usize) -> Result<bool, BackendError> {
+    let (t, role) = (300, Role::Projection);
+    let (x, dy) = (matrix(gpu, t, d, 120), matrix(gpu, t, out, 121));
+    let (w, other, norm) = (weight(out, d, 122), weight(out, d, 123), weight(1, d, 124));
+    let operations = |from: usize, rows: usize| {
+        let (x, dy) = (gpu.rows(&x, from, rows), gpu.rows(&dy, from, rows));
+        // Two groups, of which the first ends where the first hundred rows do.
+        let first = 100usize.saturating_sub(from).min(rows);
+        let (counts, w) = (gpu.upload_indices(vec![first as u32, (rows - first) as u32]), [w.clone(), other.clone()]);
+        named([
+            ("linear", gpu.linear(&x, &w[0], role)),
+            ("linear of a gate", gpu.linear(&x, &w[0], Role::Gate)),
+            ("linear_backward_input", gpu.linear_backward_input(&dy, &w[0], role)),
+            ("grouped_linear", gpu.grouped_linear(&x, &counts, &w, role)),
+            ("grouped_linear_backward_input", gpu.grouped_linear_backward_input(&dy, &counts, &w, role)),
+            ("rms_norm", gpu.rms_norm(&x, &norm, 1e-6)),
+            ("rms_norm_backward_input", gpu.rms_norm_backward_input(&x, &norm, &x, 1e-6)),
+            ("swiglu", gpu.swiglu(&x, &x)),
+        ])
+    };
+    let (whole, mut good) = (operations(0, t), true);
+    for (from, rows) in [(0, 1), (7, 129), (99, 2), (171, 129), (299, 1)] {
+        for ((name, all), (_, part)) in whole.iter().zip(operations(from, rows)) {
+            let (want, got) = (gpu.read(&gpu.rows(all, from, rows))?, gpu.read(&part)?);
+            let what = format!("{precision} rows of a batch and alone, {name}: other bits");
+            good &= report(&what, (from, rows, d, out), unlike(&got, &want), 0.0);
+        }
+    }
+    Ok(good)
+}
+
+/// The same of sequences.
+fn sequences_alone(gpu: &CudaBackend, precision: Precision, s: &AttentionShape) -> Result<bool, BackendError> {
+    let t = 3 * s.sequence;
+    let widths = [s.heads * (s.nope + s.rope), s.heads * (s.nope + s.value), s.rope, s.heads * s.value];
+    let mut name = 130;
+    let operands = widths.map(|columns| {
+        name += 1;
+        matrix(gpu, t, columns, name)
+    });
+    let run = |from: usize, rows: usize| {
+        let [q, kv, k_rope, d_o] = operands.each_ref().map(|x| gpu.rows(x, from, rows));
+        let state = gpu.attention(q, kv, k_rope, s);
+        let (dq, dkv, dk_rope) = gpu.attention_backward(&state, &d_o, s);
+        named([("result", state.o), ("dq", dq), ("dkv", dkv), ("dk_rope", dk_rope)])
+    };
+    let (whole, mut good) = (run(0, t), true);
+    for ((name, all), (_, part)) in whole.iter().zip(run(s.sequence, s.sequence)) {
+        let (want, got) = (gpu.read(&gpu.rows(all, s.sequence, s.sequence))?, gpu.read(&part)?);
+        let what = format!("{precision} a sequence of a batch and alone, {name}: other bits");
+        good &= report(&what, (s.heads, s.sequence), unlike(&got, &want), 0.0);
+    }
+    Ok(good)
+}
+
 fn config(large: bool) -> ModelConfig {
     let of = |small: usize, big: usize| if large { big } else { small };
     ModelConfig {
@@ -295,6 +351,13 @@ pub(crate) fn all(gpu: &CudaBackend, precision: Precision) -> Result<bool, Backe
     {
         let s = GateShape { experts, top_k, groups, groups_kept, routed_scale: 2.5, sequence: 32 };
         good &= both.compare("routed", products, |b| routed(b, t, d, &s))?;
+    }
+    for (d, out) in [(40, 72), (37, 70), (1024, 520)] {
+        good &= alone(gpu, precision, d, out)?;
+    }
+    for (nope, rope, value, sequence) in [(128, 64, 128, 96), (5, 2, 3, 33)] {
+        let s = AttentionShape { heads: 2, nope, rope, value, sequence, scale: 0.1 };
+        good &= sequences_alone(gpu, precision, &s)?;
     }
     // The sums of the small one are too short for what is rounded to BF16 to be small beside them.
     let models_of = if low { &[true][..] } else { &[false, true] };

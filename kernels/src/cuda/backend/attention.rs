@@ -1,5 +1,5 @@
-//! Attention in FP32, from what is stored and to it: products and rows of scores, sequence by sequence, all heads of one at once. The scores of a sequence lie in
-//! memory, `[heads][S][S]`. Kernels: `hopper/product.cu`.
+//! Attention in FP32, from what is stored and to it: products and rows of scores, sequence by sequence, all heads
+//! of one at once. The scores of a sequence lie in memory, `[heads][S][S]`. Kernels: `hopper/product.cu`.
 
 use super::CudaBackend;
 use super::elements::by_row;
