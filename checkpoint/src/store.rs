@@ -235,15 +235,18 @@ impl Store {
     }
 
     /// Makes the checkpoint of `step` exist with all that was put, and removes those that are not kept
-    /// any more.
+    /// any more. May be asked again after an error.
     pub fn publish(&mut self, step: u64) -> Result<(), StoreError> {
         self.turn()?;
-        let tensors = self.pending.remove(&step).unwrap_or_default().into_values().collect();
-        // Older ones that were not completed never will be.
-        self.pending.retain(|s, _| *s > step);
-        let manifest = Manifest { job: self.reader.job.clone(), step, tensors };
-        write_whole(&self.reader.manifest_path(step), &manifest.encode())?;
-        self.catalogue.add(&manifest)?;
+        // Nothing is pending of one that exists and is published again because something after that failed.
+        if let Some(tensors) = self.pending.get(&step) {
+            let manifest =
+                Manifest { job: self.reader.job.clone(), step, tensors: tensors.values().cloned().collect() };
+            write_whole(&self.reader.manifest_path(step), &manifest.encode())?;
+            self.catalogue.add(&manifest)?;
+            // Older ones that were not completed never will be.
+            self.pending.retain(|s, _| *s > step);
+        }
         self.prune()
     }
 

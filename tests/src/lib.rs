@@ -255,6 +255,16 @@ impl SmallDisk {
         }
         Ok(Self(at.to_owned()))
     }
+
+    /// Gives it another limit.
+    pub fn resize(&self, size: &str) -> Result<()> {
+        let options = format!("remount,size={size}");
+        let status = Command::new("mount").args(["-o", &options]).arg(&self.0).status()?;
+        if !status.success() {
+            bail!("cannot change the size of {}", self.0.display());
+        }
+        Ok(())
+    }
 }
 
 impl Drop for SmallDisk {

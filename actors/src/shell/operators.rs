@@ -19,8 +19,9 @@ impl State {
                 return;
             }
             AdminRequest::Inspect(ActorId::Supervisor) => {
-                let text =
-                    format!("{}; {} messages refused", self.root.supervisor.describe(), self.root.router().refused());
+                let store = self.store_fails.as_ref().map_or(String::new(), |why| format!("; checkpoints wait: {why}"));
+                let refused = self.root.router().refused();
+                let text = format!("{}; {refused} messages refused{store}", self.root.supervisor.describe());
                 tell(&self.hub, operator, Control::Described { ticket, text });
                 return;
             }

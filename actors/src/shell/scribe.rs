@@ -3,6 +3,9 @@
 //!
 //! Order: lines and records reach the disk in the order in which the supervisor decided them, so a
 //! commit's record is never there without the metrics of the step before it.
+//!
+//! A store of checkpoints that is full or out of reach does not end a job: what it did not take is given to it again. What
+//! waits meanwhile is bounded by the keeper (KE-3).
 
 use super::restore::encode;
 use super::supervisor::Msg;
@@ -19,6 +22,7 @@ use std::io::Write;
 use std::path::PathBuf;
 use std::sync::Arc;
 use std::sync::mpsc::{SyncSender, sync_channel};
+use std::time::Duration;
 use tokio::sync::mpsc;
 
 /// Writes that may wait. The supervisor decides a few a step, each after the one before is on disk.
@@ -79,6 +83,9 @@ fn write_lines(mut files: Files, mut lines: mpsc::Receiver<Line>, to: &ActorRef<
     }
 }
 
+/// A store that fails is tried again after the first of these, then after twice as long, up to the second.
+const AGAIN: [Duration; 2] = [Duration::from_millis(200), Duration::from_secs(10)];
+
 /// Something to do with checkpoints.
 #[derive(Debug)]
 pub(super) enum Checkpointing {
@@ -96,8 +103,7 @@ pub(super) fn start_store(
     let mut keeper = StoreThread { store, layout };
     std::thread::Builder::new().name("checkpoints".to_owned()).spawn(move || {
         while let Ok(wish) = wishes.recv() {
-            let message = keeper.serve(wish).unwrap_or_else(|error| Msg::DiskFailed(error.to_string()));
-            if to.cast(message).is_err() {
+            if keeper.serve_at_last(&wish, &to).is_none_or(|message| to.cast(message).is_err()) {
                 return;
             }
         }
@@ -111,12 +117,30 @@ struct StoreThread {
 }
 
 impl StoreThread {
-    fn serve(&mut self, wish: Checkpointing) -> Result<Msg, StoreError> {
-        match wish {
-            Checkpointing::Store { step, shard, parameters } => {
+    /// None: nobody waits for it any more.
+    fn serve_at_last(&mut self, wish: &Checkpointing, to: &ActorRef<Msg>) -> Option<Msg> {
+        let mut again = AGAIN[0];
+        loop {
+            let error = match self.serve(wish) {
+                Ok(message) => return Some(message),
+                Err(error) => error,
+            };
+            let may_heal = matches!(error, StoreError::File { .. } | StoreError::Catalogue { .. });
+            if !may_heal || matches!(wish, Checkpointing::Load { .. }) {
+                return Some(Msg::DiskFailed(error.to_string()));
+            }
+            to.cast(Msg::StoreFails(error.to_string())).ok()?;
+            std::thread::sleep(again);
+            again = (2 * again).min(AGAIN[1]);
+        }
+    }
+
+    fn serve(&mut self, wish: &Checkpointing) -> Result<Msg, StoreError> {
+        match *wish {
+            Checkpointing::Store { step, shard, ref parameters } => {
                 let numbers = self.layout.of_shard(shard);
                 let name = |n: &u32| &self.layout.parameters[*n as usize].name;
-                let named = numbers.iter().zip(parameters).map(|(n, state)| stored(name(n), &state));
+                let named = numbers.iter().zip(parameters).map(|(n, state)| stored(name(n), state));
                 self.store.put(step, &named.collect::<Vec<_>>())?;
                 Ok(Msg::Stored { step, shard })
             }

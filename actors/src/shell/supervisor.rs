@@ -67,6 +67,8 @@ pub(super) enum Msg {
     Loaded { step: Step, to: ActorId, parameters: Vec<ParameterState<Tensor>> },
     /// From either thread: the disk said no.
     DiskFailed(String),
+    /// From the store's thread: the store said no, and is tried again.
+    StoreFails(String),
     /// From a watch over a process of this machine.
     ProcessEnded(Peer),
 }
@@ -82,6 +84,8 @@ pub(super) struct State {
     scribe: mpsc::Sender<Line>,
     /// There are other supervisors.
     among: bool,
+    /// What the store of checkpoints said when it failed, until it takes something again.
+    pub(super) store_fails: Option<String>,
     store: SyncSender<Checkpointing>,
     peers: BTreeMap<NodeId, Peer>,
     reported_at: Option<u64>,
@@ -145,6 +149,7 @@ impl Actor for SupervisorProcess {
             tokens,
             hub,
             began: Instant::now(),
+            store_fails: None,
             among: matches!(sink, Sink::Replicated(_)),
             scribe: match sink {
                 Sink::Alone(files) => start_scribe(files, myself.clone())?,
@@ -183,12 +188,13 @@ impl Actor for SupervisorProcess {
                     let _ = state.end.try_send(end);
                 }
             }
-            Msg::Stored { step, shard } => state.root_event(RootEvent::Keeper(KeeperEvent::Stored { step, shard })),
-            Msg::Published(step) => state.root_event(RootEvent::Keeper(KeeperEvent::Published(step))),
+            Msg::Stored { step, shard } => state.stored(KeeperEvent::Stored { step, shard }),
+            Msg::Published(step) => state.stored(KeeperEvent::Published(step)),
             Msg::Loaded { step, to, parameters } => {
                 state.root_event(RootEvent::Keeper(KeeperEvent::Loaded { step, to, parameters }));
             }
             Msg::DiskFailed(why) => state.unable(why),
+            Msg::StoreFails(why) => state.store_fails(why),
             Msg::ProcessEnded(peer) => state.on_end_of(peer, "its process ended".to_owned()),
         }
         Ok(())
@@ -231,6 +237,22 @@ impl State {
     fn cannot(&self, why: String) {
         let end = if self.among { SupervisorEnd::Deposed(why) } else { SupervisorEnd::Failed(why) };
         let _ = self.end.try_send(end);
+    }
+
+    /// Operators are told once.
+    fn store_fails(&mut self, why: String) {
+        if self.store_fails.is_none() {
+            tracing::warn!(why, "the store of checkpoints fails: training goes on, and it is tried again");
+            self.note(&Happening::StoreFails { why: why.clone() });
+        }
+        self.store_fails = Some(why);
+    }
+
+    fn stored(&mut self, event: KeeperEvent) {
+        if self.store_fails.take().is_some() {
+            self.note(&Happening::StoreWorks);
+        }
+        self.root_event(RootEvent::Keeper(event));
     }
 
     fn unable(&mut self, why: String) {

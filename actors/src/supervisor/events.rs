@@ -116,6 +116,8 @@ pub enum Happening {
     Audited { step: u64, actor: String, nodes: [u64; 2] },
     RolledBack { to_step: u64, epoch: u64, why: String },
     CheckpointStored { step: u64 },
+    StoreFails { why: String },
+    StoreWorks,
     SupervisorRestarted { incarnation: u32, committed: u64 },
     Recovered { step: u64, milliseconds: u64, causes: Vec<String>, lives: usize, microseconds: Phases },
     Waiting { why: String },

@@ -183,7 +183,7 @@ impl Launcher {
             let child = spawn_supervisor(&run, &listen, number, nodes)?;
             supervisors.push(Slot { child, name: supervisor_name(number), restarts: Vec::new() });
         }
-        let address = match wait_for_address(&run, &mut supervisors) {
+        let address = match wait_for_address(&run, &listen, nodes, &mut supervisors) {
             Ok(address) => address,
             Err(error) => {
                 supervisors.iter_mut().for_each(Slot::kill);
@@ -254,7 +254,7 @@ impl Launcher {
                 self.kill_all();
                 return Self::start(self.run.clone(), self.wanted, false)?.wait(act);
             }
-            if let Some(end) = self.look_at_supervisors()? {
+            if let Some(end) = look_at_supervisors(&self.run, &self.address, self.wanted, &mut self.supervisors)? {
                 break end;
             }
             if let Some(end) = self.look_at_nodes()? {
@@ -270,20 +270,6 @@ impl Launcher {
         }
         self.kill_all();
         Ok(end)
-    }
-
-    fn look_at_supervisors(&mut self) -> Result<Option<End>> {
-        for (number, slot) in (1..).zip(&mut self.supervisors) {
-            let Some(status) = slot.child.try_wait()? else { continue };
-            if status.success() {
-                return Ok(Some(End::Finished));
-            }
-            if status.code() == Some(i32::from(STATUS_FAILED)) || !may_restart(slot) {
-                return Ok(Some(End::Failed(last_words(&self.run, &slot.name, &mut slot.child, status))));
-            }
-            slot.child = spawn_supervisor(&self.run, &self.address, number, self.wanted)?;
-        }
-        Ok(None)
     }
 
     fn look_at_nodes(&mut self) -> Result<Option<End>> {
@@ -409,22 +395,35 @@ fn spawn_supervisor(run: &RunFolder, listen: &str, number: u64, nodes: usize) ->
     Ok(command.spawn()?)
 }
 
-fn wait_for_address(run: &RunFolder, supervisors: &mut [Slot]) -> Result<String> {
+fn wait_for_address(run: &RunFolder, listen: &str, nodes: usize, supervisors: &mut [Slot]) -> Result<String> {
     let deadline = Instant::now() + START;
     loop {
         if let Ok(address) = fs::read_to_string(run.address()) {
             return Ok(address);
         }
-        for slot in supervisors.iter_mut() {
-            if let Some(status) = slot.child.try_wait()? {
-                bail!("{}", last_words(run, &slot.name, &mut slot.child, status));
-            }
+        if let Some(end) = look_at_supervisors(run, listen, nodes, supervisors)? {
+            end.finished()?;
         }
         if Instant::now() > deadline {
             bail!("the supervisor does not listen after {} s: see {}", START.as_secs(), run.logs().display());
         }
         std::thread::sleep(LOOK);
     }
+}
+
+/// Starts supervisors again that have ended, unless one of them says how the job did.
+fn look_at_supervisors(run: &RunFolder, listen: &str, nodes: usize, supervisors: &mut [Slot]) -> Result<Option<End>> {
+    for (number, slot) in (1..).zip(supervisors) {
+        let Some(status) = slot.child.try_wait()? else { continue };
+        if status.success() {
+            return Ok(Some(End::Finished));
+        }
+        if status.code() == Some(i32::from(STATUS_FAILED)) || !may_restart(slot) {
+            return Ok(Some(End::Failed(last_words(run, &slot.name, &mut slot.child, status))));
+        }
+        slot.child = spawn_supervisor(run, listen, number, nodes)?;
+    }
+    Ok(None)
 }
 
 /// The last words of a process that has ended: its own, or how it ended.

@@ -163,7 +163,10 @@ impl Replicated {
         let config = Arc::new(config.validate()?);
         let raft = Raft::new(seat.number, config, network, journal, machine.clone()).await?;
         tokio::spawn(network::answer(raft.clone(), hub.answer_calls()));
-        if !raft.is_initialized().await? {
+        // One begins; the others only if it does not come, so that they rarely stand for election against each other.
+        let turn = Duration::from_millis(QUIET_MAX) * (seat.number as u32 - 1);
+        let begun = raft.wait(Some(turn)).metrics(|m| m.last_log_index.is_some(), "a log").await.is_ok();
+        if !begun && !raft.is_initialized().await? {
             let members = (1..).zip(&seat.addresses).map(|(n, address)| (n, BasicNode::new(address)));
             // All of them say the same; another may have been faster.
             match raft.initialize(members.collect::<BTreeMap<u64, BasicNode>>()).await {

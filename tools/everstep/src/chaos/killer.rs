@@ -3,7 +3,7 @@
 use crate::admin;
 use crate::launcher::{self, Targets};
 use anyhow::{Context, Result, bail};
-use everstep_actors::{ActorId, AdminRequest, JobSpec, RunFolder, milliseconds};
+use everstep_actors::{ActorId, AdminRequest, RunFolder, milliseconds};
 use everstep_kernels::Philox;
 use rustix::process::Signal;
 use serde::Deserialize;
@@ -11,6 +11,8 @@ use std::path::Path;
 use std::time::{Duration, Instant};
 
 const PURPOSE_CHAOS: u32 = 4;
+/// What met nobody is tried again after so long.
+const AGAIN: Duration = Duration::from_millis(200);
 
 /// What is killed.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord, Deserialize)]
@@ -90,7 +92,6 @@ pub(crate) struct Kill {
 pub(crate) struct Killer {
     pub(crate) plan: Plan,
     run: RunFolder,
-    actors: Vec<ActorId>,
     random: Philox,
     next: Instant,
     stopped: Option<(u32, Instant)>,
@@ -100,12 +101,9 @@ pub(crate) struct Killer {
 
 impl Killer {
     /// For a run that has been started.
-    pub(crate) fn new(plan: Plan, run: RunFolder, spec: &JobSpec) -> Self {
-        let copies = (0..spec.shards)
-            .flat_map(|shard| (0..=spec.mirrors).map(move |replica| ActorId::Reducer { shard, replica }));
-        let actors = spec.workers().into_iter().chain(copies).collect();
+    pub(crate) fn new(plan: Plan, run: RunFolder) -> Self {
         let random = Philox::new(plan.seed, PURPOSE_CHAOS, 0);
-        let mut killer = Self { plan, run, actors, random, next: Instant::now(), stopped: None, kills: Vec::new() };
+        let mut killer = Self { plan, run, random, next: Instant::now(), stopped: None, kills: Vec::new() };
         killer.wait();
         killer
     }
@@ -141,32 +139,43 @@ impl Killer {
         }
         let n = targets.nodes.len() as u64;
         let first = self.draw(1) % n;
-        match target {
+        let met = match target {
             Target::Stage => self.ask(AdminRequest::Kill, |a| matches!(a, ActorId::Stage { .. })),
             Target::Expert => self.ask(AdminRequest::Kill, |a| matches!(a, ActorId::Expert { .. })),
             Target::Reducer => self.ask(AdminRequest::Kill, |a| matches!(a, ActorId::Reducer { .. })),
             Target::Flip => self.ask(AdminRequest::Flip, |a| matches!(a, ActorId::Reducer { .. })),
             Target::Wrong => self.ask(AdminRequest::Flip, |a| matches!(a, ActorId::Stage { .. })),
-            Target::Node => launcher::kill(targets.nodes[first as usize], Signal::KILL),
+            Target::Node => signalled(&[targets.nodes[first as usize]], Signal::KILL),
             Target::TwoNodes => {
-                launcher::kill(targets.nodes[first as usize], Signal::KILL);
-                launcher::kill(targets.nodes[((first + 1) % n) as usize], Signal::KILL);
+                let second = targets.nodes[((first + 1) % n) as usize];
+                signalled(&[targets.nodes[first as usize], second], Signal::KILL)
             }
-            Target::Supervisor => launcher::kill(self.leader(targets), Signal::KILL),
-            Target::Everything => targets.kill_all = true,
-            Target::Join => targets.join = true,
-            Target::Leave => launcher::kill(targets.nodes[first as usize], Signal::TERM),
+            Target::Supervisor => signalled(&[self.leader(targets)], Signal::KILL),
+            Target::Everything => {
+                targets.kill_all = true;
+                true
+            }
+            Target::Join => {
+                targets.join = true;
+                true
+            }
+            Target::Leave => signalled(&[targets.nodes[first as usize]], Signal::TERM),
             Target::Stop => self.stop(targets.nodes[first as usize]),
             Target::StopSupervisor => self.stop(self.leader(targets)),
+        };
+        if !met {
+            // Nobody was met: it counts only when somebody is.
+            self.next = Instant::now() + AGAIN;
+            return;
         }
         eprintln!("kill {} of {}: {target:?} after step {}", done + 1, self.plan.kills, targets.steps);
         self.kills.push(Kill { time: milliseconds(), target });
         self.wait();
     }
 
-    fn stop(&mut self, pid: u32) {
-        launcher::kill(pid, Signal::STOP);
+    fn stop(&mut self, pid: u32) -> bool {
         self.stopped = Some((pid, Instant::now() + Duration::from_millis(self.plan.stop_ms)));
+        signalled(&[pid], Signal::STOP)
     }
 
     /// The supervisor that leads, or the only one: metrics.jsonl stands for that of the leader.
@@ -176,16 +185,47 @@ impl Killer {
         targets.supervisors[number.map_or(0, |n| n - 1).min(targets.supervisors.len() - 1)]
     }
 
-    /// Asks something of a random actor of a kind.
-    fn ask(&self, request: fn(ActorId) -> AdminRequest, of_kind: impl Fn(&ActorId) -> bool) {
-        let kind: Vec<ActorId> = self.actors.iter().copied().filter(of_kind).collect();
-        let Some(actor) = kind.get((self.draw(1) % kind.len().max(1) as u64) as usize) else { return };
+    /// Asks something of a random actor of a kind that has a place. Gives whether one was asked.
+    fn ask(&self, request: fn(ActorId) -> AdminRequest, of_kind: impl Fn(&ActorId) -> bool) -> bool {
         let asked = tokio::runtime::Builder::new_current_thread().enable_all().build().map_err(anyhow::Error::from);
-        let asked = asked.and_then(|rt| rt.block_on(admin::ask(&self.run, request(*actor))));
+        let asked = asked.and_then(|runtime| {
+            let tree = runtime.block_on(admin::ask(&self.run, AdminRequest::Tree))?;
+            let mut kind: Vec<ActorId> = actors(&tree).filter(of_kind).collect();
+            kind.sort_unstable();
+            let actor = kind.get((self.draw(1) % kind.len().max(1) as u64) as usize).context("there is none")?;
+            runtime.block_on(admin::ask(&self.run, request(*actor)))
+        });
         match asked {
             Ok(said) => eprintln!("{said}"),
             // The supervisor may be the one that was killed a moment ago.
-            Err(error) => eprintln!("{actor} was not reached: {error:#}"),
+            Err(error) => {
+                eprintln!("nobody was reached: {error:#}");
+                return false;
+            }
         }
+        true
+    }
+}
+
+/// Sends a signal to processes. They may have ended by themselves: then it met them too.
+fn signalled(pids: &[u32], signal: Signal) -> bool {
+    pids.iter().for_each(|pid| launcher::kill(*pid, signal));
+    true
+}
+
+/// Actors that an operator's tree shows: a line each, with a life's number after the name.
+fn actors(tree: &str) -> impl Iterator<Item = ActorId> {
+    tree.lines().filter_map(|line| line.trim().split_once('#')?.0.parse().ok())
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn actors_are_read_from_a_tree() {
+        let tree = "supervisor: epoch 3, 2 nodes\nnode 1 at 127.0.0.1:9\n  stage.0.1#4\n  reducer.2.5#1  primary\n";
+        let found: Vec<String> = actors(tree).map(|a| a.to_string()).collect();
+        assert_eq!(found, ["stage.0.1", "reducer.2.5"]);
     }
 }

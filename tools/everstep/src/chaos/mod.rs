@@ -38,7 +38,7 @@ pub(crate) fn both(plan: Plan, config: &Path, set: &[String], alone: Option<usiz
     std::fs::create_dir_all(&base.folder)?;
     eprintln!("the job under kills");
     let (disturbed, launcher) = start("chaos", None)?;
-    let mut killer = Killer::new(plan, disturbed.clone(), &base.spec);
+    let mut killer = Killer::new(plan, disturbed.clone());
     launcher.wait(|targets| killer.act(targets))?.finished()?;
     eprintln!("the same job undisturbed");
     let (undisturbed, launcher) = start("undisturbed", alone)?;
