@@ -53,7 +53,7 @@ mod tests {
         assert_eq!(digest(&[a.clone(), b.clone()]), digest(&[b.clone(), a.clone()]));
         let others = [
             digest(&[a.clone(), b.clone()]),
-            digest(&[a.clone()]),
+            digest(std::slice::from_ref(&a)),
             digest(&[a.clone(), a.clone()]),
             digest(&[a.clone(), message(1, 1, &rows)]),
             digest(&[a.clone(), message(1, 0, &turned)]),

@@ -44,7 +44,7 @@ impl Supervisor {
         let workers: Vec<ActorId> = self.costs.workers().collect();
         let random = Philox::new(self.spec.seed, PURPOSE_AUDIT, 0);
         let first = step * workers.len() as u64;
-        let due = |n: &usize| every > 0.0 && f64::from(random.uniform(first + *n as u64)) * every < 1.0;
+        let due = |n: &usize| every > 0.0 && random.uniform(first + *n as u64) * every < 1.0;
         (0..workers.len()).filter(due).map(|n| workers[n]).collect()
     }
 
