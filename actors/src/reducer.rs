@@ -117,7 +117,7 @@ impl ReducerCore {
         }
         if self.state.is_none() && !self.computing {
             effects.extend(self.obtain());
-        } else if !self.asked && self.behind() {
+        } else if !self.asked && !self.computing && self.behind() {
             effects.extend(self.ask());
         }
         if new_supervisor && !first {
@@ -269,7 +269,7 @@ impl ReducerCore {
     fn on_state(&mut self, step: Step, parameters: &[ParameterState<Tensor>]) -> Vec<Effect> {
         self.asked = false;
         if self.step().is_some_and(|s| s >= step) {
-            return Vec::new();
+            return if self.behind() { self.ask() } else { Vec::new() };
         }
         let Some(parameters) = states(parameters, &self.numbers, &self.spec, &self.layout) else { return Vec::new() };
         self.coming = Some((step, parameters));

@@ -8,7 +8,8 @@
 //!   counted every sample once (contracts C2, C3).
 //! - SU-5: a shard without a copy in sync sends the whole job back to the newest checkpoint, with new
 //!   lives for all; a step done again must give the fingerprint that was reported.
-//! - SU-6: an actor whose node lives is moved only with a commit: nothing of a step is done again because a node came.
+//! - SU-6: an actor whose node lives is moved only with a commit (nothing of a step is done again because a node came),
+//!   by an audit, or because it is in the way of one that has no room.
 //! - SU-7: a node gets its first actors when a beat of it says that it reaches all that have had theirs.
 
 mod audit;

@@ -117,20 +117,28 @@ async fn alone(ready: Ready, open: impl FnOnce() -> Opened) -> Result<Supervisor
 
 /// One of several. What goes wrong here is no end of the job: the others go on, and this process begins anew.
 async fn among(ready: Ready, seat: &Seat, open: impl FnOnce() -> Opened) -> Result<SupervisorEnd, AnyError> {
-    let run = ready.run.clone();
-    let folder = run.seat(seat.number);
+    let folder = ready.run.seat(seat.number);
     may_begin(&ready, seat, &folder)?;
-    std::fs::create_dir_all(&folder)?;
-    let _locks = run.lock_seat(seat.number)?;
+    let end = begin(ready, seat, &folder, open).await;
+    Ok(end.unwrap_or_else(|error| SupervisorEnd::Deposed(error.to_string())))
+}
+
+async fn begin(
+    ready: Ready,
+    seat: &Seat,
+    folder: &Path,
+    open: impl FnOnce() -> Opened,
+) -> Result<SupervisorEnd, AnyError> {
+    std::fs::create_dir_all(folder)?;
+    let _locks = ready.run.lock_seat(seat.number)?;
     let (hub, events) = open()?;
     hub.take_sessions(false);
-    let replicated = Replicated::start(&folder, seat, &hub).await?;
-    let led = follow_and_lead(ready, seat, &replicated, (hub.clone(), events)).await;
-    let end = led.unwrap_or_else(|error| SupervisorEnd::Deposed(error.to_string()));
+    let replicated = Replicated::start(folder, seat, &hub).await?;
+    let end = follow_and_lead(ready, seat, &replicated, (hub.clone(), events)).await;
     // Whoever is deposed may have been cut off, or stopped for a while: it says nothing more.
     hub.shut_down();
     replicated.shut_down().await;
-    Ok(end)
+    end
 }
 
 /// Refuses what would lose or mix what a run has.

@@ -7,7 +7,9 @@
 //! - AU-2: a step is committed only when all hashes of its audits are equal. An actor that dies meanwhile is not audited
 //!   in this step: its next life was made for another reason.
 //! - AU-3: of two that differ a third node decides. The one that is alone with its hash is given up, and the job goes back
-//!   to the newest checkpoint: others have worked with what it made.
+//!   to the newest checkpoint: others may have worked with what it made. The verdict supposes that all three had the same
+//!   inputs: if a primary's weights changed in memory after it handed them out, or a sender was made again in this step
+//!   and makes other bits now, the way back is right and the node that is named may not be.
 
 use super::{Happening, Supervisor, SupervisorEffect};
 use crate::ids::{ActorId, Address, NodeId, Step};
@@ -55,12 +57,15 @@ impl Supervisor {
             self.audit = Some(Audit { step, due: self.due(step), subject: None });
         }
         let (table, audit) = (&self.table, self.audit.as_mut()?);
-        // A life that ended by itself has been made again for that reason.
-        audit.subject.take_if(|subject| table.address(subject.asked.actor) != Some(subject.asked));
+        // A life that ended by itself is made again for that reason, now or when there is room for it.
+        let lives = |actor: ActorId| {
+            table.address(actor).filter(|_| table.node_of(actor).is_some_and(|n| table.nodes.contains_key(&n)))
+        };
+        audit.subject.take_if(|subject| lives(subject.asked.actor) != Some(subject.asked));
         if audit.subject.is_some() {
             return Some(Vec::new());
         }
-        let asked = std::iter::from_fn(|| audit.due.pop_front()).find_map(|actor| table.address(actor))?;
+        let asked = std::iter::from_fn(|| audit.due.pop_front()).find_map(lives)?;
         audit.subject = Some(Subject { asked, made: Vec::new() });
         // Nobody listens to a supervisor of whom no table has told yet.
         Some(self.after_sync(vec![SupervisorEffect::Send(asked.actor, Body::Audit { step })]))

@@ -1,6 +1,6 @@
 //! Where actors live: a pure function of the nodes, the costs and where they live now.
 //!
-//! - PL-1: an actor whose node lives stays there, unless evening out is asked for.
+//! - PL-1: an actor whose node lives stays there, unless evening out is asked for, or packing.
 //! - PL-2: copies of one shard live on different nodes, and where they can in different domains; a copy that has no node of
 //!   its own is not placed.
 //! - PL-3: the same input gives the same places (ties go to the lower number).

@@ -14,7 +14,8 @@ impl Supervisor {
             recovery.ready(self.now, from);
         }
         if let Body::Audited { step, digest } = body {
-            return self.audited(from, step, digest);
+            let present = self.table.address(from.actor) == Some(from);
+            return if present { self.audited(from, step, digest) } else { Vec::new() };
         }
         let ActorId::Reducer { shard, replica } = from.actor else { return Vec::new() };
         if self.table.address(from.actor) != Some(from) {

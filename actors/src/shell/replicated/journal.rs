@@ -16,10 +16,13 @@ use std::fmt::Debug;
 use std::ops::RangeBounds;
 use std::path::{Path, PathBuf};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
+use std::time::Duration;
 use tokio::sync::{mpsc, oneshot, watch};
 
 /// Wishes that may wait for the disk. Raft waits for most of them.
 const QUEUE: usize = 256;
+/// A snapshot is saved by then, or never.
+const SAVED: Duration = Duration::from_secs(60);
 /// Notes that the file may have beyond twice the entries that are left.
 const SLACK: usize = 1000;
 
@@ -219,8 +222,13 @@ impl RaftLogStorage<Types> for Journal {
     }
 
     async fn purge(&mut self, upto: LogId<u64>) -> Result<(), StorageError<u64>> {
-        // JO-4. The machine has a task of its own, so that this ends; if it has ended, so has all of Raft.
-        let _ = self.saved.wait_for(|saved| *saved >= upto.index).await;
+        // JO-4. The machine has a task of its own, and saves meanwhile. If it cannot, Raft is to hear of it.
+        let saved = self.saved.wait_for(|saved| *saved >= upto.index);
+        let saved = tokio::time::timeout(SAVED, saved).await.is_ok_and(|saved| saved.is_ok());
+        if !saved {
+            let why = format!("no snapshot up to entry {} was saved within {} s", upto.index, SAVED.as_secs());
+            return Err(failed(StorageIOError::write_logs)(std::io::Error::other(why)));
+        }
         self.saved(Note::Purged(upto)).await.map_err(failed(StorageIOError::write_logs))
     }
 }

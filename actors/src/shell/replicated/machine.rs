@@ -111,7 +111,9 @@ impl State {
     fn apply(&mut self, entry: Entry<Types>) -> Result<()> {
         self.decided.last = Some(entry.log_id);
         match entry.payload {
-            EntryPayload::Blank | EntryPayload::Normal(Word::Begin) => {}
+            EntryPayload::Blank => {}
+            // A run that had ended is gone on with.
+            EntryPayload::Normal(Word::Begin) => self.decided.end = None,
             EntryPayload::Membership(members) => {
                 self.decided.members = StoredMembership::new(Some(entry.log_id), members);
             }

@@ -80,7 +80,7 @@ mod coded {
     use serde::Serialize;
     use serde::de::DeserializeOwned;
 
-    const VERSION: u8 = 1;
+    const VERSION: u8 = 2;
     /// Bytes of a snapshot, the longest of them.
     const MAX: usize = 1 << 30;
 
@@ -139,7 +139,7 @@ impl Lease {
 pub(super) struct Replicated {
     raft: Raft,
     machine: Machine,
-    /// Words that were agreed on before this life began.
+    /// The last index of the log when this life began: how a run ended before that says nothing of this life.
     before: u64,
 }
 
