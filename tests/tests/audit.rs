@@ -3,22 +3,23 @@
 use anyhow::{Context, Result};
 use everstep_tests::{Place, events};
 
-/// AU-1, AU-2, AU-3, C1: with every actor audited in every step, whatever is wrong is found at once.
+/// AU-1, AU-2, AU-3, C1: with every actor audited in every step, whatever is wrong is found at once. A life that is told to
+/// compute wrongly after its last message of a step makes nothing wrong: its audit's next life takes its place.
 #[test]
 fn a_stage_that_computes_wrongly_is_found_and_named() -> Result<()> {
     let place = Place::new()?;
-    let plan = "seed = 3\nkills = 2\nevery_ms = 1500\ntargets = [\"wrong\"]\n";
-    let set = ["train.steps=60", "checkpoint.every=10", "job.nodes=4", "recovery.audit=1", "run.folder=audit"];
+    let plan = "seed = 3\nkills = 4\nevery_ms = 1200\ntargets = [\"wrong\"]\n";
+    let set = ["train.steps=150", "checkpoint.every=10", "job.nodes=4", "recovery.audit=1", "run.folder=audit"];
     let said = place.with_plan(&["chaos", "plan.toml", "tiny.toml"], plan, &set)?;
     assert!(said.contains("every fingerprint equals"), "{said}");
     let run = place.run("audit/chaos");
     let found = events(&run, "corrupted")?;
-    assert_eq!(found.len(), 2, "{found:?}");
+    assert!((1..=4).contains(&found.len()), "{found:?}");
     for event in &found {
         let why = event["why"].as_str().context("why")?;
         assert!(why.starts_with("what stage.") && why.ends_with("computes wrongly"), "{why}");
     }
-    assert_eq!(events(&run, "node_dead")?.len(), 2);
+    assert_eq!(events(&run, "node_dead")?.len(), found.len());
     let audited = events(&run, "audited")?;
     assert!(audited.len() > 100, "{}", audited.len());
     assert!(audited.iter().all(|e| e["nodes"][0] != e["nodes"][1]));
