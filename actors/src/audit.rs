@@ -3,9 +3,34 @@
 //! - AD-1: the number depends on every bit of every message that the actor made in the step and on whom it is for, and not
 //!   on the order in which they were made.
 
-use crate::ids::ActorId;
+use crate::compute::Job;
+use crate::effect::Effect;
+use crate::ids::{ActorId, Step};
 use crate::message::Body;
+use crate::outbox::Outbox;
 use everstep_kernels::{Tensor, Words};
+
+/// What the supervisor asks a life: what it made of a step.
+#[derive(Debug, Default)]
+pub(crate) struct Question(Option<Step>);
+
+impl Question {
+    /// It asks; a later question takes the place of an earlier one.
+    pub(crate) fn ask(&mut self, step: Step) {
+        self.0 = Some(step);
+    }
+
+    /// The job that makes the answer, if the step that is asked of is `made`, all of it. Once.
+    pub(crate) fn answer(&mut self, made: Option<Step>, outbox: &Outbox) -> Option<Effect> {
+        let step = self.0.take_if(|asked| made == Some(*asked))?;
+        Some(Effect::Compute { job: Job::Digest { step, messages: outbox.of(step) }, cost: 0 })
+    }
+}
+
+/// Tells the supervisor the answer.
+pub(crate) fn tell(step: Step, digest: u128) -> Vec<Effect> {
+    vec![Effect::send(ActorId::Supervisor, Body::Audited { step, digest })]
+}
 
 /// Of all messages of a step. One for every copy of a shard is named by the first copy.
 pub(crate) fn digest(messages: &[(ActorId, Body<Tensor>)]) -> u128 {
@@ -24,7 +49,7 @@ fn of_message(to: ActorId, body: &Body<Tensor>) -> u128 {
     u128::from_le_bytes(*hasher.finalize().as_bytes().first_chunk().expect("a hash of 32 bytes"))
 }
 
-/// The tensor as a unit that computes wrongly would have made it: with another bit (chaos).
+/// The tensor with another bit, as bad memory has it, or a unit that computes wrongly would have made it (chaos).
 pub(crate) fn wrong(tensor: &Tensor) -> Tensor {
     let (words, region) = tensor.to_words();
     let mut data = region.to_vec();

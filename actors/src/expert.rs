@@ -7,6 +7,7 @@
 //!   lanes in order of lane, and only then added.
 //! - EX-3: the sum leaves once every lane's rows of every micro-batch are in it.
 
+use crate::audit::{self, Question};
 use crate::compute::{Job, Outcome};
 use crate::effect::{Core, Effect, Event};
 use crate::ids::{ActorId, Address, Step};
@@ -58,8 +59,7 @@ pub(crate) struct ExpertCore {
     /// Rows of this step, for operators.
     load: u64,
     outbox: Outbox,
-    /// The step of which the supervisor wants to know what this life made.
-    audit: Option<Step>,
+    audit: Question,
     plant: Option<Bug>,
 }
 
@@ -85,7 +85,7 @@ impl ExpertCore {
             computing: false,
             load: 0,
             outbox: Outbox::default(),
-            audit: None,
+            audit: Question::default(),
             plant,
         }
     }
@@ -229,9 +229,7 @@ impl ExpertCore {
     /// What was made in the step, if the supervisor wants to know and all is made.
     fn audited(&mut self) -> Option<Effect> {
         let made = self.weights.is_some() && self.turn == self.micro_batches();
-        let step = self.audit.filter(|step| *step == self.step && made)?;
-        self.audit = None;
-        Some(Effect::Compute { job: Job::Digest { step, messages: self.outbox.of(step) }, cost: 0 })
+        self.audit.answer(made.then_some(self.step), &self.outbox)
     }
 
     fn take_weights(&mut self, committed: Step, tensors: Vec<Tensor>) -> Vec<Effect> {
@@ -264,12 +262,10 @@ impl Core for ExpertCore {
             }
             Event::Message { body: Body::Weights { step, tensors, .. }, .. } => self.take_weights(step, tensors),
             Event::Message { body: Body::Audit { step }, .. } => {
-                self.audit = Some(step);
+                self.audit.ask(step);
                 self.audited().into_iter().collect()
             }
-            Event::Computed(Outcome::Digest { step, digest }) => {
-                vec![Effect::send(ActorId::Supervisor, Body::Audited { step, digest })]
-            }
+            Event::Computed(Outcome::Digest { step, digest }) => audit::tell(step, digest),
             Event::Local { local: Local::Arrived(envelope), .. } => vec![self.arrived(envelope)],
             Event::Local { local: Local::Done { expert, turn, result }, .. } if expert == self.address => {
                 self.done(turn, *result)

@@ -8,6 +8,7 @@
 //! - ST-5: while the first stage waits for experts in a backward function, it makes weight products: nobody waits for
 //!   its gradient, and their operands are still in the caches. They are added in the same order.
 
+use crate::audit::{self, Question};
 use crate::compute::{Job, Outcome, StageOperation};
 use crate::costs::StageCosts;
 use crate::data::Corpus;
@@ -67,8 +68,7 @@ pub(crate) struct StageCore {
     /// Weights that came, by the step they are the result of.
     weights: BTreeMap<Step, BTreeMap<Group, Vec<Tensor>>>,
     outbox: Outbox,
-    /// The step of which the supervisor wants to know what this life made.
-    audit: Option<Step>,
+    audit: Question,
     /// Chaos: this life computes wrongly.
     wrong: bool,
 }
@@ -95,7 +95,7 @@ impl StageCore {
             inbox: BTreeMap::new(),
             weights: BTreeMap::new(),
             outbox: Outbox::default(),
-            audit: None,
+            audit: Question::default(),
             wrong: false,
         }
     }
@@ -112,7 +112,7 @@ impl StageCore {
         let (turn, input, rows) = match body {
             Body::Weights { step, group, tensors } => return self.take_weights(step, group, tensors),
             Body::Audit { step } => {
-                self.audit = Some(step);
+                self.audit.ask(step);
                 return self.audited().into_iter().collect();
             }
             Body::Hidden { turn, rows } => (turn, Input::Hidden(turn.micro_batch), rows),
@@ -349,19 +349,16 @@ impl StageCore {
 
     /// What was made in the step, if the supervisor wants to know and all is made.
     fn audited(&mut self) -> Option<Effect> {
-        let step = self.audit.filter(|step| *step == self.step && matches!(self.phase, Phase::Finished))?;
-        self.audit = None;
-        Some(Effect::Compute { job: Job::Digest { step, messages: self.outbox.of(step) }, cost: 0 })
+        let made = matches!(self.phase, Phase::Finished).then_some(self.step);
+        self.audit.answer(made, &self.outbox)
     }
 }
 
 /// What an operation gives in a unit that computes wrongly.
 fn wrongly(progress: Progress) -> Progress {
     match progress {
-        Progress::Experts { layer, rows } => {
-            Progress::Experts { layer, rows: rows.iter().map(crate::audit::wrong).collect() }
-        }
-        Progress::Hidden(rows) => Progress::Hidden(crate::audit::wrong(&rows)),
+        Progress::Experts { layer, rows } => Progress::Experts { layer, rows: rows.iter().map(audit::wrong).collect() },
+        Progress::Hidden(rows) => Progress::Hidden(audit::wrong(&rows)),
         Progress::Waits { .. } | Progress::Finished => progress,
     }
 }
@@ -378,9 +375,7 @@ impl Core for StageCore {
             Event::Computed(Outcome::Stage { step, model, pass, progress }) => {
                 self.computed(step, model, pass, progress)
             }
-            Event::Computed(Outcome::Digest { step, digest }) => {
-                vec![Effect::send(ActorId::Supervisor, Body::Audited { step, digest })]
-            }
+            Event::Computed(Outcome::Digest { step, digest }) => audit::tell(step, digest),
             Event::Computed(_) | Event::Local { .. } => Vec::new(),
         }
     }

@@ -44,6 +44,8 @@ use std::collections::{BTreeMap, BTreeSet, VecDeque};
 use std::sync::Arc;
 use std::time::Duration;
 
+/// Records of the control log after which a shorter one that says the same ([`Supervisor::compacted`]) takes its place.
+pub(crate) const RECORDS_MAX: usize = 1000;
 /// Restarts of one actor within [`RESTART_WINDOW`] that are still taken for accidents.
 pub(crate) const RESTARTS_MAX: usize = 5;
 /// Times that copies may differ within [`CORRUPTION_WINDOW`].

@@ -30,6 +30,13 @@ pub struct NodeInfo {
     pub memory: u64,
 }
 
+impl NodeInfo {
+    /// Bytes that are left for actors when others need `used`.
+    pub fn room(&self, used: u64) -> u64 {
+        if self.memory == 0 { u64::MAX } else { self.memory.saturating_sub(used) }
+    }
+}
+
 /// What fails together.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord)]
 pub enum Domain<'a> {

@@ -1,38 +1,27 @@
 //! What a supervisor begins from: the control log, the newest good checkpoint, the metrics so far.
 
-use super::AnyError;
 use super::run_folder::{MetricsLine, RunFolder};
 use super::scribe::Files;
+use super::{AnyError, coded};
 use crate::config::Config;
 use crate::ids::Step;
 use crate::stored;
-use crate::supervisor::{Record, Supervisor};
+use crate::supervisor::{RECORDS_MAX, Record, Supervisor};
 use everstep_checkpoint::{Element, Log, RECORD_MAX, Store, TensorEntry};
 use std::collections::BTreeMap;
 use std::fs::OpenOptions;
 use std::path::{Path, PathBuf};
 
-/// Records with which a supervisor may begin; with more, it begins with a shorter log that says the same.
-const RECORDS_MAX: usize = 1000;
-
 /// The first byte of a record: of the form of what follows. Records of the first programs had none, and began with 0 or 1.
 const VERSION: u8 = 2;
 
 pub(super) fn encode(record: &Record) -> Vec<u8> {
-    let limit = bincode::config::standard().with_limit::<RECORD_MAX>();
-    let body = bincode::serde::encode_to_vec(record, limit).expect("a record can be encoded");
-    [&[VERSION][..], &body].concat()
+    coded::encode(VERSION, record)
 }
 
 /// Reads a record as [`encode`] writes it.
 fn decode(bytes: &[u8]) -> Result<Record, String> {
-    let limit = bincode::config::standard().with_limit::<RECORD_MAX>();
-    match bytes.split_first() {
-        Some((&VERSION, body)) => {
-            Ok(bincode::serde::decode_from_slice(body, limit).map_err(|e| format!("it cannot be decoded: {e}"))?.0)
-        }
-        Some(_) | None => Err(format!("another version of this program wrote it, this one reads version {VERSION}")),
-    }
+    coded::decode::<Record, RECORD_MAX>(VERSION, bytes)
 }
 
 /// What a supervisor starts from.

@@ -193,7 +193,12 @@ impl Actor for SupervisorProcess {
             Msg::Loaded { step, to, parameters } => {
                 state.root_event(RootEvent::Keeper(KeeperEvent::Loaded { step, to, parameters }));
             }
-            Msg::DiskFailed(why) => state.unable(why),
+            Msg::DiskFailed(why) => {
+                if !state.among {
+                    state.dismiss(&why);
+                }
+                state.cannot(why);
+            }
             Msg::StoreFails(why) => state.store_fails(why),
             Msg::ProcessEnded(peer) => state.on_end_of(peer, "its process ended".to_owned()),
         }
@@ -253,13 +258,6 @@ impl State {
             self.note(&Happening::StoreWorks);
         }
         self.root_event(RootEvent::Keeper(event));
-    }
-
-    fn unable(&mut self, why: String) {
-        if !self.among {
-            self.dismiss(&why);
-        }
-        self.cannot(why);
     }
 
     fn note(&self, happening: &Happening) {

@@ -114,15 +114,9 @@ impl Supervisor {
 
     /// The node with the least to do that has not made it yet and has room.
     fn elsewhere(&self, actor: ActorId, made: &[(NodeId, u128)]) -> Option<NodeId> {
-        let sum = |node: NodeId, of: &dyn Fn(ActorId) -> u64| -> u64 {
-            self.table.actors_of(node).map(|a| of(a.actor)).sum()
-        };
-        let fits = |node: &NodeId| match self.table.nodes.get(node).map_or(0, |info| info.memory) {
-            0 => true,
-            limit => sum(*node, &|a| self.costs.bytes(a)) + self.costs.bytes(actor) <= limit,
-        };
+        let load = |node: NodeId| -> u64 { self.table.actors_of(node).map(|a| self.costs.of(a.actor)).sum() };
         let others = self.working().into_iter().filter(|node| made.iter().all(|(n, _)| n != node));
-        others.filter(fits).min_by_key(|node| (sum(*node, &|a| self.costs.of(a)), *node))
+        others.filter(|node| self.costs.bytes(actor) <= self.room(*node)).min_by_key(|node| (load(*node), *node))
     }
 
     fn make_again(&mut self, actor: ActorId, step: Step, node: NodeId) -> Vec<SupervisorEffect> {

@@ -123,16 +123,16 @@ impl Supervisor {
         homes.into_iter().map(|(replica, home, _)| (replica, home)).collect()
     }
 
+    /// Bytes that a node has left.
+    pub(super) fn room(&self, node: NodeId) -> u64 {
+        let used = self.table.actors_of(node).map(|a| self.costs.bytes(a.actor)).sum();
+        self.table.nodes.get(&node).map_or(u64::MAX, |info| info.room(used))
+    }
+
     /// Domains of nodes that work, beside those that are taken, with room for a copy of a shard.
     fn free_domains(&self, shard: u32, working: &[NodeId], taken: &BTreeSet<Domain<'_>>) -> usize {
         let bytes = self.costs.bytes(ActorId::Reducer { shard, replica: 0 });
-        let roomy = working.iter().filter(|node| match self.table.nodes.get(node).map_or(0, |info| info.memory) {
-            0 => true,
-            limit => {
-                let used: u64 = self.table.actors_of(**node).map(|a| self.costs.bytes(a.actor)).sum();
-                bytes <= limit.saturating_sub(used)
-            }
-        });
+        let roomy = working.iter().filter(|node| bytes <= self.room(**node));
         let domains: BTreeSet<Domain<'_>> = roomy.map(|node| self.table.domain_of(*node)).collect();
         domains.difference(taken).count()
     }

@@ -48,10 +48,8 @@ impl<'a> Placement<'a> {
 
     /// Bytes that a node has left.
     fn room(&self, node: NodeId) -> u64 {
-        match self.infos.get(&node).map_or(0, |info| info.memory) {
-            0 => u64::MAX,
-            limit => limit.saturating_sub(self.bytes.get(&node).copied().unwrap_or(0)),
-        }
+        let used = self.bytes.get(&node).copied().unwrap_or(0);
+        self.infos.get(&node).map_or(u64::MAX, |info| info.room(used))
     }
 
     fn fits(&self, actor: ActorId, node: NodeId) -> bool {

@@ -6,7 +6,7 @@
 //! - JO-3: the file is made short again when more than half of it is about entries that are gone.
 //! - JO-4: entries go only when a snapshot on disk has what they say.
 
-use super::{Types, coded, failed};
+use super::{Types, decode, encode, failed};
 use everstep_checkpoint::{Log, StoreError};
 use openraft::storage::{LogFlushed, RaftLogStorage};
 use openraft::{Entry, LogId, LogState, RaftLogReader, StorageError, StorageIOError, Vote};
@@ -67,7 +67,7 @@ impl Image {
         let vote = self.vote.map(Note::Vote);
         let purged = self.purged.map(Note::Purged);
         let entries = self.entries.values().cloned().map(Note::Entry);
-        vote.into_iter().chain(purged).chain(entries).map(|note| coded::encode(&note)).collect()
+        vote.into_iter().chain(purged).chain(entries).map(|note| encode(&note)).collect()
     }
 }
 
@@ -92,7 +92,7 @@ impl Journal {
         let (log, notes) = Log::open(path)?;
         let mut image = Image::default();
         for (n, bytes) in notes.iter().enumerate() {
-            let note = coded::decode(bytes).map_err(|why| StoreError::Invalid {
+            let note = decode(bytes).map_err(|why| StoreError::Invalid {
                 path: path.to_owned(),
                 what: "log of the supervisors",
                 reason: format!("record {n}: {why}"),
@@ -115,7 +115,7 @@ impl Journal {
 
     /// Changes the log in memory, and then on disk.
     async fn note(&self, notes: Vec<Note>, waits: Waits) -> std::io::Result<()> {
-        let encoded = notes.iter().map(coded::encode).collect();
+        let encoded = notes.iter().map(encode).collect();
         {
             let mut image = self.image();
             notes.into_iter().for_each(|note| image.take(note));

@@ -5,8 +5,8 @@
 //!   A line that a file has already (it was written before the process ended) is not written again.
 //! - MA-2: a snapshot is on disk, with the lines that it counts, before it says that it is saved.
 
-use super::{Types, Word, coded, failed};
-use crate::supervisor::{Record, Supervisor};
+use super::{Types, Word, decode, encode, failed};
+use crate::supervisor::{RECORDS_MAX, Record, Supervisor};
 use openraft::storage::RaftStateMachine;
 use openraft::{
     Entry, EntryPayload, LogId, OptionalSend, RaftSnapshotBuilder, Snapshot, SnapshotMeta, StorageError,
@@ -19,9 +19,6 @@ use std::io::{Cursor, Error, Read, Result, Write};
 use std::path::{Path, PathBuf};
 use std::sync::{Arc, Mutex, PoisonError};
 use tokio::sync::watch;
-
-/// Records after which a shorter log that says the same takes their place.
-const RECORDS_MAX: usize = 1000;
 
 type Meta = SnapshotMeta<u64, openraft::BasicNode>;
 
@@ -98,7 +95,7 @@ impl State {
     fn open(folder: &Path) -> Result<Self> {
         let snapshot = folder.join("snapshot");
         let decided: Decided = match std::fs::read(&snapshot) {
-            Ok(bytes) => coded::decode(&bytes).map_err(|why| Error::other(format!("{}: {why}", snapshot.display())))?,
+            Ok(bytes) => decode(&bytes).map_err(|why| Error::other(format!("{}: {why}", snapshot.display())))?,
             Err(e) if e.kind() == std::io::ErrorKind::NotFound => Decided::default(),
             Err(e) => return Err(Error::other(format!("{}: {e}", snapshot.display()))),
         };
@@ -142,7 +139,7 @@ impl State {
         for lines in &self.lines {
             lines.file.sync_data()?;
         }
-        everstep_checkpoint::write_whole(&self.snapshot, &coded::encode(&self.decided)).map_err(Error::other)?;
+        everstep_checkpoint::write_whole(&self.snapshot, &encode(&self.decided)).map_err(Error::other)?;
         self.saved.send_replace(self.decided.last.map_or(0, |last| last.index));
         Ok(())
     }
@@ -152,14 +149,14 @@ impl State {
         let mut decided = self.decided.clone();
         decided.written = [0, 1].map(|n| self.lines[n].written);
         let [metrics, events] = [self.lines[0].text()?, self.lines[1].text()?];
-        let bytes = coded::encode(&(decided, metrics, events));
+        let bytes = encode(&(decided, metrics, events));
         Ok(Snapshot { meta: self.meta(), snapshot: Box::new(Cursor::new(bytes)) })
     }
 
     /// Takes all of another supervisor's.
     fn install(&mut self, bytes: &[u8]) -> Result<()> {
         let (decided, metrics, events): (Decided, Vec<u8>, Vec<u8>) =
-            coded::decode(bytes).map_err(|why| Error::other(format!("a snapshot of another supervisor: {why}")))?;
+            decode(bytes).map_err(|why| Error::other(format!("a snapshot of another supervisor: {why}")))?;
         for (n, text) in [metrics, events].into_iter().enumerate() {
             let path = &self.lines[n].path;
             everstep_checkpoint::write_whole(path, &text).map_err(Error::other)?;

@@ -11,9 +11,9 @@ mod journal;
 mod machine;
 mod network;
 
-use super::AnyError;
 use super::scribe::{Line, QUEUE};
 use super::supervisor::Msg;
+use super::{AnyError, coded};
 use crate::supervisor::Record;
 use everstep_transport::Hub;
 use journal::Journal;
@@ -21,6 +21,7 @@ use machine::Machine;
 use openraft::storage::RaftLogStorage;
 use openraft::{BasicNode, Config, ServerState, StorageError, StorageIOError};
 use ractor::ActorRef;
+use serde::de::DeserializeOwned;
 use serde::{Deserialize, Serialize};
 use std::collections::BTreeMap;
 use std::io::Cursor;
@@ -75,33 +76,17 @@ pub(super) enum Word {
     End(Result<(), String>),
 }
 
-/// Bytes as disks and other supervisors have them: the version of their form, then bincode.
-mod coded {
-    use serde::Serialize;
-    use serde::de::DeserializeOwned;
+/// The form of what supervisors have on disk and send each other.
+const VERSION: u8 = 2;
+/// Bytes of a snapshot, the longest of it.
+const CODED_MAX: usize = 1 << 30;
 
-    const VERSION: u8 = 2;
-    /// Bytes of a snapshot, the longest of them.
-    const MAX: usize = 1 << 30;
+fn encode<T: Serialize>(value: &T) -> Vec<u8> {
+    coded::encode(VERSION, value)
+}
 
-    pub(super) fn encode<T: Serialize>(value: &T) -> Vec<u8> {
-        let body = bincode::serde::encode_to_vec(value, bincode::config::standard()).expect("it can be encoded");
-        [&[VERSION][..], &body].concat()
-    }
-
-    pub(super) fn decode<T: DeserializeOwned>(bytes: &[u8]) -> Result<T, String> {
-        let config = bincode::config::standard().with_limit::<MAX>();
-        match bytes.split_first() {
-            Some((&VERSION, body)) => match bincode::serde::decode_from_slice(body, config) {
-                Ok((value, read)) if read == body.len() => Ok(value),
-                Ok((_, read)) => Err(format!("{} bytes follow its end", body.len() - read)),
-                Err(error) => Err(format!("it cannot be decoded: {error}")),
-            },
-            Some(_) | None => {
-                Err(format!("another version of this program wrote it, this one reads version {VERSION}"))
-            }
-        }
-    }
+fn decode<T: DeserializeOwned>(bytes: &[u8]) -> Result<T, String> {
+    coded::decode::<T, CODED_MAX>(VERSION, bytes)
 }
 
 /// An error of the disk as Raft wants it.

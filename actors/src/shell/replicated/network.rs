@@ -1,6 +1,6 @@
 //! Raft's messages between supervisors: calls of the transport.
 
-use super::{Raft, Types, coded};
+use super::{Raft, Types, decode, encode};
 use everstep_transport::{Call, Caller, Hub};
 use openraft::error::{
     InstallSnapshotError, NetworkError, PayloadTooLarge, RPCError, RaftError, RemoteError, Unreachable,
@@ -35,10 +35,10 @@ pub(super) async fn answer(raft: Raft, mut calls: mpsc::Receiver<Call>) {
     while let Some(call) = calls.recv().await {
         let raft = raft.clone();
         tokio::spawn(async move {
-            let answer = match coded::decode(&call.request) {
-                Ok(Request::Append(request)) => coded::encode(&raft.append_entries(request).await),
-                Ok(Request::Vote(request)) => coded::encode(&raft.vote(request).await),
-                Ok(Request::Snapshot(request)) => coded::encode(&raft.install_snapshot(request).await),
+            let answer = match decode(&call.request) {
+                Ok(Request::Append(request)) => encode(&raft.append_entries(request).await),
+                Ok(Request::Vote(request)) => encode(&raft.vote(request).await),
+                Ok(Request::Snapshot(request)) => encode(&raft.install_snapshot(request).await),
                 Err(why) => {
                     tracing::warn!(why, "garbage from another supervisor");
                     return;
@@ -87,7 +87,7 @@ impl Remote {
         let answer = tokio::time::timeout(option.hard_ttl(), caller.call(request)).await;
         let answer = answer.map_err(|late| unreachable(late.to_string()))?.map_err(|e| unreachable(e.to_string()))?;
         let answer: Result<A, E> =
-            coded::decode(&answer).map_err(|why| RPCError::Network(NetworkError::new(&AnyError::error(why))))?;
+            decode(&answer).map_err(|why| RPCError::Network(NetworkError::new(&AnyError::error(why))))?;
         answer.map_err(|e| RPCError::RemoteError(RemoteError::new(self.number, e)))
     }
 }
@@ -99,7 +99,7 @@ impl RaftNetwork<Types> for Remote {
         option: RPCOption,
     ) -> Result<AppendEntriesResponse<u64>, Failure<RaftError<u64>>> {
         let entries = request.entries.len() as u64;
-        let request = coded::encode(&Request::Append(request));
+        let request = encode(&Request::Append(request));
         if request.len() > APPEND_MAX && entries > 1 {
             return Err(RPCError::PayloadTooLarge(PayloadTooLarge::new_entries_hint(entries / 2)));
         }
@@ -111,7 +111,7 @@ impl RaftNetwork<Types> for Remote {
         request: InstallSnapshotRequest<Types>,
         option: RPCOption,
     ) -> Result<InstallSnapshotResponse<u64>, Failure<RaftError<u64, InstallSnapshotError>>> {
-        self.ask(&coded::encode(&Request::Snapshot(request)), &option).await
+        self.ask(&encode(&Request::Snapshot(request)), &option).await
     }
 
     async fn vote(
@@ -119,7 +119,7 @@ impl RaftNetwork<Types> for Remote {
         request: VoteRequest<u64>,
         option: RPCOption,
     ) -> Result<VoteResponse<u64>, Failure<RaftError<u64>>> {
-        self.ask(&coded::encode(&Request::Vote(request)), &option).await
+        self.ask(&encode(&Request::Vote(request)), &option).await
     }
 
     fn backoff(&self) -> Backoff {
