@@ -172,6 +172,12 @@ pub fn run(job: Job, b: &dyn Backend) -> Outcome {
     }
 }
 
+/// What a panic says, for people.
+pub(crate) fn words_of_panic(panic: &(dyn std::any::Any + Send)) -> String {
+    let text = panic.downcast_ref::<&str>().map(|s| (*s).to_owned());
+    text.or_else(|| panic.downcast_ref::<String>().cloned()).unwrap_or_else(|| "a panic without words".to_owned())
+}
+
 fn run_stage(model: &mut StageModel, operation: StageOperation, b: &dyn Backend) -> (Pass, Progress) {
     match operation {
         StageOperation::Forward { micro_batch, input, targets } => {

@@ -6,6 +6,8 @@
 //! - EX-2: weight gradients are made one micro-batch after another, ascending, over the rows of all
 //!   lanes in order of lane, and only then added.
 //! - EX-3: the sum leaves once every lane's rows of every micro-batch are in it.
+//! - EX-4: what was on its way to another life through the host is not taken: after a way back those rows may have been made
+//!   from a corrupt state, and the first rows that come count.
 
 use crate::audit::{self, Question};
 use crate::compute::{Job, Outcome};
@@ -266,7 +268,10 @@ impl Core for ExpertCore {
                 self.audited().into_iter().collect()
             }
             Event::Computed(Outcome::Digest { step, digest }) => audit::tell(step, digest),
-            Event::Local { local: Local::Arrived(envelope), .. } => vec![self.arrived(envelope)],
+            // The host that asks for another life's answer has not heard yet that it is over.
+            Event::Local { local: Local::Arrived(envelope), .. } if envelope.to == self.address => {
+                vec![self.arrived(envelope)]
+            }
             Event::Local { local: Local::Done { expert, turn, result }, .. } if expert == self.address => {
                 self.done(turn, *result)
             }
@@ -375,7 +380,21 @@ mod tests {
         assert_eq!((*micro_batches, *samples), (2, 4));
     }
 
-    /// A result of an earlier life's work is not this life's: what goes with it was refused.
+    /// EX-4: the host had them when the job went back.
+    #[test]
+    fn rows_for_another_life_are_not_taken() {
+        let materials = materials();
+        let mut core = expert(&materials);
+        let Event::Local { from, local: Local::Arrived(mut envelope) } = rows(0, 0, Pass::Forward) else {
+            unreachable!()
+        };
+        envelope.to = address(ME, 7);
+        let asked = drive(&mut core, Event::Local { from, local: Local::Arrived(envelope) });
+        assert!(asked.told.is_empty() && core.rows.is_empty() && core.early.is_empty());
+        assert_eq!(through_host(&mut core, rows(0, 0, Pass::Forward)).0, 1);
+    }
+
+    /// EX-4: a result of an earlier life's work is not this life's: what goes with it was refused.
     #[test]
     fn results_of_another_life_are_not_taken() {
         let materials = materials();

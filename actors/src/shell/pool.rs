@@ -6,7 +6,7 @@
 //! Bound: an actor has one job at a time, or two when a commit overtakes a life that replays the step; a host
 //! has at most one for each micro-batch that a lane has in flight.
 
-use crate::compute::{Job, Outcome, run};
+use crate::compute::{Job, Outcome, run, words_of_panic};
 use crate::hang::At;
 use everstep_kernels::Backend;
 use std::panic::{AssertUnwindSafe, catch_unwind};
@@ -110,11 +110,6 @@ fn serve(
             std::thread::sleep(Duration::from_secs_f64(cost as f64 / pace).saturating_sub(began.elapsed()));
         }
         work.fetch_add(cost, Ordering::Relaxed);
-        reply(result.map_err(|panic| words_of(&*panic)));
+        reply(result.map_err(|panic| words_of_panic(&*panic)));
     }
-}
-
-fn words_of(panic: &(dyn std::any::Any + Send)) -> String {
-    let text = panic.downcast_ref::<&str>().map(|s| (*s).to_owned());
-    text.or_else(|| panic.downcast_ref::<String>().cloned()).unwrap_or_else(|| "a panic without words".to_owned())
 }

@@ -125,8 +125,25 @@ impl World {
                 }
             }
             Fault::Panic { slot, choice } => self.panic(slot, choice)?,
+            Fault::Flip { choice } => self.flip(choice),
         }
         Ok(())
+    }
+
+    /// Two flips at once may be the same one in both copies: the first is to be undone before the next.
+    fn flip(&mut self, choice: u32) {
+        if self.flips > self.rollbacks {
+            return;
+        }
+        let Some(root) = &self.root else { return };
+        let compared = root.root.supervisor.compared_copies();
+        let Some(actor) = compared.get(choice as usize % compared.len().max(1)).copied() else { return };
+        let holder = self.nodes.iter_mut().flatten().find_map(|n| n.actors.get_mut(&actor));
+        if let Some(holder) = holder {
+            holder.core.flip();
+            self.flips = self.rollbacks + 1;
+            self.note(format!("a bit of {actor} flips"));
+        }
     }
 
     pub(super) fn panic(&mut self, slot: usize, choice: u32) -> Result<(), Broken> {

@@ -158,7 +158,7 @@ impl World {
 
     /// Puts an event into an actor's mailbox, of that life if one is named.
     pub(super) fn deliver(&mut self, life: Life, actor: ActorId, incarnation: Option<Incarnation>, event: Event) {
-        let delay = 1 + self.draw(30);
+        let delay = self.until_run();
         let Some(node) = self.node_of_life(life) else { return };
         let Some(target) = node.actors.get_mut(&actor) else { return };
         if incarnation.is_some_and(|i| i != target.incarnation) {
@@ -182,9 +182,15 @@ impl World {
         checks::bounded(|| format!("the mailbox of {actor}"), target.mailbox.len(), 2000)?;
         let effects = target.core.on(event);
         self.perform(life, Address { actor, incarnation }, effects)?;
-        let delay = 1 + self.draw(30);
+        let delay = self.until_run();
         self.after(delay, SimEvent::Wake(life, actor, incarnation));
         Ok(())
+    }
+
+    /// Until an actor with mail gets a thread: soon, or once a busy machine has one.
+    fn until_run(&mut self) -> u64 {
+        let most = if self.draw(64) == 0 { 5000 } else { 30 };
+        1 + self.draw(most)
     }
 
     pub(super) fn perform(&mut self, life: Life, me: Address, effects: Vec<Effect>) -> Result<(), Broken> {

@@ -4,7 +4,7 @@ use super::checks::Broken;
 use super::network::{Flight, Life, Network};
 use super::process::{SimNode, SimRoot};
 use super::{Summary, Violation};
-use crate::compute::Outcome;
+use crate::compute::{Outcome, words_of_panic};
 use crate::data::Corpus;
 use crate::effect::Event;
 use crate::ids::{ActorId, Incarnation, NodeId, Step};
@@ -19,6 +19,7 @@ use everstep_kernels::{Philox, Tensor};
 use std::cmp::Reverse;
 use std::collections::{BTreeMap, BinaryHeap, VecDeque};
 use std::fmt::Write;
+use std::panic::{AssertUnwindSafe, catch_unwind};
 use std::sync::Arc;
 
 /// Microseconds after which a job that has not finished is stuck. Faults end long before.
@@ -75,6 +76,10 @@ pub(super) enum Fault {
         slot: usize,
         choice: u32,
     },
+    /// A bit of a reducer's state flips, if another copy of it is in sync.
+    Flip {
+        choice: u32,
+    },
 }
 
 #[derive(Debug)]
@@ -129,6 +134,8 @@ pub(super) struct World {
     pub(super) announced: Step,
     pub(super) faults: usize,
     pub(super) rollbacks: usize,
+    /// Ways back that there are once the last flip is undone.
+    pub(super) flips: usize,
     pub(super) finished: Option<Result<(), String>>,
     pub(super) trail: VecDeque<String>,
     pub(super) hasher: blake3::Hasher,
@@ -177,6 +184,7 @@ impl World {
             announced: 0,
             faults: 0,
             rollbacks: 0,
+            flips: 0,
             finished: None,
             trail: VecDeque::new(),
             hasher: blake3::Hasher::new(),
@@ -199,11 +207,14 @@ impl World {
         (u64::from(words[0]) << 32 | u64::from(words[1])) % below
     }
 
+    /// In some worlds memory is bad, and nothing dies: a flip is found by the other copy, which must outlive it.
     pub(super) fn plan_faults(&mut self) {
+        let bad_memory = self.draw(8) == 0;
         for _ in 0..1 + self.draw(5) {
             let at = self.draw(FAULTS_UNTIL / 10) * 10u64.pow(self.draw(2) as u32);
             let slot = self.draw(self.slots as u64) as usize;
             let fault = match self.draw(22) {
+                _ if bad_memory => Fault::Flip { choice: self.draw(1 << 20) as u32 },
                 0..=2 => Fault::Kill { slot, seen: true },
                 3 => Fault::Kill { slot, seen: false },
                 4 => Fault::KillTwo { first: slot, second: self.draw(self.slots as u64) as usize },
@@ -241,8 +252,16 @@ impl World {
         Violation { seed: self.seed, contract: broken.0, what: broken.1, trail: self.trail.iter().cloned().collect() }
     }
 
-    /// Runs until the job is over.
+    /// Runs until the job is over. A panic of a core or a kernel is a violation too.
     pub(super) fn run(&mut self) -> Result<Summary, Violation> {
+        let run = AssertUnwindSafe(|| self.run_events());
+        match catch_unwind(run) {
+            Ok(result) => result,
+            Err(panic) => Err(self.violation(("no panic", words_of_panic(&*panic)))),
+        }
+    }
+
+    fn run_events(&mut self) -> Result<Summary, Violation> {
         while let Some(Reverse((at, number))) = self.queue.pop() {
             self.now = at;
             self.count += 1;

@@ -1,7 +1,8 @@
 //! Which copies a shard has: a pure function of where they are now.
 //!
-//! A copy whose node is to leave, or that shares a domain with another while a domain without one has room, stays until others have the state: then it is retired, and its number is not used again. A
-//! copy whose node died keeps its number for its next life.
+//! A copy whose node is to leave, or that shares a domain with another while a domain without one has room, stays until
+//! others have the state: then it is retired, and its number is not used again. A copy whose node died keeps its number for
+//! its next life.
 //! - CP-1: a copy on a node that lives is retired only if as many copies as are wanted are in sync elsewhere (contract C2).
 //! - CP-2: a shard has as many copies as the configuration says, or as there are nodes; more only while some leave.
 //! - CP-3: a number that was retired is never given again.
