@@ -1,8 +1,8 @@
 //! The heavy half of the workers: jobs that run off the runtime's threads, each a pure function.
 
 use crate::ids::{ActorId, Address, Step};
-use crate::message::{Body, Pass, Turn, Work, WorkItem, WorkResult};
-use crate::reducer::{Applied, Apply, ParameterData, Reduce, Reduced, initial};
+use crate::message::{Body, Corruption, Pass, Turn, Work, WorkItem, WorkResult};
+use crate::reducer::{Applied, Apply, ParameterData, Reduce, Reduced, State, initial};
 use crate::spec::JobSpec;
 use everstep_kernels::{
     Backend, ExpertHeld, ExpertWeights, Parameter, Progress, StageInput, StageModel, Tensor, expert_backward_input,
@@ -95,6 +95,8 @@ pub enum Job {
         /// All of it.
         parameters: Vec<ParameterData>,
     },
+    /// Whether a state is what it was when it was made.
+    Check(State),
     /// The hash of what an actor made in a step.
     Digest {
         /// The step.
@@ -131,8 +133,10 @@ pub enum Outcome {
         /// The sum with it.
         sums: Vec<Tensor>,
     },
-    /// A reducer's first or next state.
-    Applied(Applied),
+    /// A reducer's first or next state, unless the one before had changed by itself.
+    Applied(Result<Applied, Corruption>),
+    /// Whether a state has.
+    Checked(Result<(), Corruption>),
     /// What an actor made in a step.
     Digest {
         /// The step.
@@ -161,11 +165,12 @@ pub fn run(job: Job, b: &dyn Backend) -> Outcome {
             };
             Outcome::ExpertWeight { step, sums }
         }
-        Job::Initial { spec, parameters } => Outcome::Applied(initial(&spec, &parameters)),
+        Job::Initial { spec, parameters } => Outcome::Applied(Ok(initial(&spec, &parameters))),
         Job::Adopt { step, parameters } => {
             let sums = parameters.iter().map(ParameterData::sum).collect();
-            Outcome::Applied(Applied { step, parameters, sums })
+            Outcome::Applied(Ok(Applied { step, parameters, sums }))
         }
+        Job::Check(state) => Outcome::Checked(state.check()),
         Job::Digest { step, messages } => Outcome::Digest { step, digest: crate::audit::digest(&messages) },
         Job::Reduce(reduce) => Outcome::Reduced(reduce.run()),
         Job::Apply(apply) => Outcome::Applied(apply.run()),

@@ -188,6 +188,7 @@ impl KeeperCore {
             | Body::Prepared { .. }
             | Body::Applied { .. }
             | Body::Stateless
+            | Body::Corrupt(_)
             | Body::Ready
             | Body::Audit { .. }
             | Body::Audited { .. }

@@ -45,6 +45,17 @@ pub struct Commit {
     pub skipped: bool,
 }
 
+/// A state is not what it was when it was made: the memory that holds it is bad.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
+pub struct Corruption {
+    /// The committed step that the state is the result of.
+    pub step: Step,
+    /// Number of the first parameter that changed.
+    pub parameter: u32,
+    /// Its fingerprint sums: when it was made, and now.
+    pub hashes: [u128; 2],
+}
+
 /// Weight, first and second moment of a parameter, and the average of the weight if the job keeps one.
 pub(crate) type ParameterState<T> = Vec<T>;
 
@@ -144,6 +155,8 @@ pub enum Body<T> {
     },
     /// A reducer to the supervisor: it has no state, or not the sums to follow the newest commit.
     Stateless,
+    /// A reducer to the supervisor: its state changed by itself.
+    Corrupt(Corruption),
     /// A new life of a stage or an expert to the supervisor: it has the weights with which it begins.
     Ready,
     /// The supervisor to an actor whose work of a step is compared.
@@ -190,6 +203,7 @@ impl<T> Body<T> {
             | Self::Prepared { .. }
             | Self::Applied { .. }
             | Self::Stateless
+            | Self::Corrupt(_)
             | Self::Ready
             | Self::Audit { .. }
             | Self::Audited { .. }
@@ -222,6 +236,7 @@ impl<T> Body<T> {
             }
             Self::Applied { step, sums } => Body::Applied { step, sums },
             Self::Stateless => Body::Stateless,
+            Self::Corrupt(corruption) => Body::Corrupt(corruption),
             Self::Ready => Body::Ready,
             Self::Audit { step } => Body::Audit { step },
             Self::Audited { step, digest } => Body::Audited { step, digest },

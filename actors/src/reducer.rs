@@ -10,18 +10,22 @@
 //! - RE-5: the primary hands its weights to every user of them, and again to a user's new life; not those of a state
 //!   after which a commit is known, since the next ones are on their way.
 //! - RE-6: sums and states whose tensors are not what the layout says are not taken.
+//! - RE-7: a state that is not what it was when it was made is never stepped from, nor stored, and no step is prepared with
+//!   sums that may have been made from it, nor is it given to another copy: the supervisor is told. Its sum is made again by
+//!   the optimizer step that reads it, and whenever somebody gets it later than when it was made. Weights do not wait for
+//!   that, since the step does.
 
 mod arithmetic;
 mod ledger;
 
 pub use arithmetic::first_state;
-pub(crate) use arithmetic::{Applied, Apply, ParameterData, Reduce, Reduced, initial, states};
+pub(crate) use arithmetic::{Applied, Apply, ParameterData, Reduce, Reduced, State, initial, states};
 pub(crate) use ledger::{Ledger, Receipt};
 
 use crate::compute::{Job, Outcome};
 use crate::effect::{Core, Effect, Event};
 use crate::ids::{ActorId, Address, Step};
-use crate::message::{Body, Commit, ParameterState};
+use crate::message::{Body, Commit, Corruption, ParameterState};
 use crate::plant::Bug;
 use crate::spec::{JobSpec, Layout};
 use crate::table::Table;
@@ -32,14 +36,6 @@ use std::sync::Arc;
 
 /// Steps whose sums a copy keeps at most: more than two only while its state is on the way.
 const LEDGERS_MAX: usize = 6;
-
-/// The state after a step, shared with snapshots and copies: never changed in place while it is.
-#[derive(Debug, Clone)]
-struct State {
-    step: Step,
-    parameters: Vec<ParameterData>,
-    sums: Vec<(u32, u128)>,
-}
 
 /// See the module.
 #[derive(Debug)]
@@ -68,6 +64,12 @@ pub(crate) struct ReducerCore {
     coming: Option<(Step, Vec<ParameterData>)>,
     /// The step of this state, if it is to be stored and the keeper has not said that it is.
     snapshot: Option<Step>,
+    /// The state is given to somebody later than when it was made, and is to be looked at again.
+    unsure: bool,
+    /// The snapshot waits for that.
+    snapshot_again: bool,
+    /// It changed by itself: nothing is done any more.
+    corrupt: Option<Corruption>,
     plant: Option<Bug>,
 }
 
@@ -94,6 +96,9 @@ impl ReducerCore {
             asked: false,
             coming: None,
             snapshot: None,
+            unsure: false,
+            snapshot_again: false,
+            corrupt: None,
             plant,
         }
     }
@@ -123,18 +128,23 @@ impl ReducerCore {
         if new_supervisor && !first {
             effects.extend(self.report());
         }
+        if self.corrupt.is_some() {
+            return effects;
+        }
         let me = self.me();
         self.waiting.retain(|copy, _| *copy != me && !self.table.replaced(&before, *copy));
         if self.is_primary() {
             let was = before.primary(self.shard) == Some(self.me());
             // Who is committed to another state hands out that one.
             if self.step().is_some_and(|s| !self.commits.contains_key(&(s + 1))) {
-                effects.extend(self.hand_out(|user| !was || self.table.replaced(&before, user)));
+                let late = self.hand_out(|user| !was || self.table.replaced(&before, user));
+                self.unsure |= !late.is_empty();
+                effects.extend(late);
             }
-            if !was || new_supervisor {
-                effects.extend(self.send_snapshot());
-            }
+            self.snapshot_again |= self.snapshot.is_some() && (!was || new_supervisor);
+            self.unsure |= self.snapshot_again;
         }
+        effects.extend(self.advance());
         effects
     }
 
@@ -204,15 +214,19 @@ impl ReducerCore {
 
     /// Adds the lanes once the step's ledger balances; applies once the step is committed.
     fn advance(&mut self) -> Vec<Effect> {
-        if self.computing {
+        if self.computing || self.corrupt.is_some() {
             return Vec::new();
         }
         if let Some((step, parameters)) = self.coming.take() {
             self.computing = true;
             return vec![Effect::Compute { job: Job::Adopt { step, parameters }, cost: self.size() }];
         }
-        let Some(step) = self.step() else { return Vec::new() };
-        let next = step + 1;
+        let Some(state) = &self.state else { return Vec::new() };
+        if std::mem::take(&mut self.unsure) {
+            self.computing = true;
+            return vec![Effect::Compute { job: Job::Check(state.clone()), cost: self.size() }];
+        }
+        let next = state.step + 1;
         if self.reduced.is_none() {
             let Some(ledger) = self.ledgers.get(&next).filter(|l| l.balanced()) else { return Vec::new() };
             self.computing = true;
@@ -222,7 +236,7 @@ impl ReducerCore {
         let Some(commit) = self.commits.get(&next).copied() else { return Vec::new() };
         let (Some(state), Some(reduced)) = (&self.state, self.reduced.take()) else { return Vec::new() };
         self.computing = true;
-        let job = Job::Apply(Apply::new(&self.spec, &self.layout, &self.numbers, &state.parameters, reduced, commit));
+        let job = Job::Apply(Apply::new(&self.spec, &self.layout, state, reduced, commit));
         vec![Effect::Compute { job, cost: self.size() }]
     }
 
@@ -246,6 +260,9 @@ impl ReducerCore {
 
     /// What a new supervisor must know.
     fn report(&self) -> Vec<Effect> {
+        if let Some(corruption) = self.corrupt {
+            return vec![Effect::send(ActorId::Supervisor, Body::Corrupt(corruption))];
+        }
         let body = match &self.state {
             Some(s) if !self.behind() => Body::Applied { step: s.step, sums: s.sums.clone() },
             Some(_) | None => Body::Stateless,
@@ -253,8 +270,32 @@ impl ReducerCore {
         std::iter::once(Effect::send(ActorId::Supervisor, body)).chain(self.prepared()).collect()
     }
 
-    fn on_applied(&mut self, applied: Applied) -> Vec<Effect> {
+    /// A state that was given late is what it was; now it can be stored too.
+    fn on_checked(&mut self, checked: Result<(), Corruption>) -> Vec<Effect> {
         self.computing = false;
+        match checked {
+            Ok(()) => {
+                let again = std::mem::take(&mut self.snapshot_again);
+                let mut effects = self.give_state();
+                effects.extend(again.then(|| self.send_snapshot()).flatten());
+                effects.extend(self.advance());
+                effects
+            }
+            Err(corruption) => self.on_corruption(corruption),
+        }
+    }
+
+    fn on_corruption(&mut self, corruption: Corruption) -> Vec<Effect> {
+        self.corrupt = Some(corruption);
+        self.report()
+    }
+
+    fn on_applied(&mut self, applied: Result<Applied, Corruption>) -> Vec<Effect> {
+        self.computing = false;
+        let applied = match applied {
+            Ok(applied) => applied,
+            Err(corruption) => return self.on_corruption(corruption),
+        };
         if self.step().is_some_and(|s| s >= applied.step) {
             return self.advance();
         }
@@ -282,6 +323,7 @@ impl ReducerCore {
         let report = Body::Applied { step, sums: state.sums.clone() };
         self.snapshot = Some(step).filter(|s| self.spec.is_stored(*s));
         self.state = Some(state);
+        (self.unsure, self.snapshot_again) = (false, false);
         self.ledgers = self.ledgers.split_off(&(step + 1));
         self.commits = self.commits.split_off(&(step + 1));
         let mut effects = vec![Effect::send(ActorId::Supervisor, report)];
@@ -289,16 +331,23 @@ impl ReducerCore {
             effects.extend(self.hand_out(|_| true));
             effects.extend(self.send_snapshot());
         }
-        let due: Vec<ActorId> = self.waiting.iter().filter(|(_, s)| **s <= step).map(|(copy, _)| *copy).collect();
-        for copy in due {
-            self.waiting.remove(&copy);
-            effects.push(Effect::send(copy, Body::State { step, parameters: self.tensors() }));
-        }
+        effects.extend(self.give_state());
         if self.behind() && self.coming.is_none() {
             effects.extend(self.ask());
         }
         effects.extend(self.advance());
         effects
+    }
+
+    /// The state to those who wait for one of its step or before.
+    fn give_state(&mut self) -> Vec<Effect> {
+        let Some(step) = self.step() else { return Vec::new() };
+        let due: Vec<ActorId> = self.waiting.iter().filter(|(_, s)| **s <= step).map(|(copy, _)| *copy).collect();
+        let give = |copy: ActorId| {
+            self.waiting.remove(&copy);
+            Effect::send(copy, Body::State { step, parameters: self.tensors() })
+        };
+        due.into_iter().map(give).collect()
     }
 
     /// The state to the keeper, if it is one to be stored and is not known to be.
@@ -312,18 +361,12 @@ impl ReducerCore {
     }
 
     fn on_fetch(&mut self, from: ActorId, wanted: Step) -> Vec<Effect> {
-        match self.step() {
-            // The next one is about to be: whoever got this one would ask again.
-            Some(step) if self.commits.contains_key(&(step + 1)) => {
-                self.waiting.insert(from, wanted.max(step + 1));
-                Vec::new()
-            }
-            Some(step) if step >= wanted => vec![Effect::send(from, Body::State { step, parameters: self.tensors() })],
-            Some(_) | None => {
-                self.waiting.insert(from, wanted);
-                Vec::new()
-            }
-        }
+        let next = self.step().map(|s| s + 1).filter(|s| self.commits.contains_key(s));
+        // If a next one is about to be: whoever got this one would ask again.
+        let wanted = next.map_or(wanted, |next| next.max(wanted));
+        self.waiting.insert(from, wanted);
+        self.unsure |= self.step().is_some_and(|step| step >= wanted);
+        self.advance()
     }
 
     fn on_commit(&mut self, commit: Commit) -> Vec<Effect> {
@@ -384,6 +427,7 @@ impl Core for ReducerCore {
                 | Body::Prepared { .. }
                 | Body::Applied { .. }
                 | Body::Stateless
+                | Body::Corrupt(_)
                 | Body::Ready
                 | Body::Audit { .. }
                 | Body::Audited { .. }
@@ -391,6 +435,7 @@ impl Core for ReducerCore {
             },
             Event::Computed(Outcome::Reduced(reduced)) => self.on_reduced(reduced),
             Event::Computed(Outcome::Applied(applied)) => self.on_applied(applied),
+            Event::Computed(Outcome::Checked(checked)) => self.on_checked(checked),
             Event::Computed(_) | Event::Local { .. } => Vec::new(),
         }
     }
@@ -406,10 +451,14 @@ impl Core for ReducerCore {
         let role = if self.is_primary() { "primary" } else { "mirror" };
         let missing = self.step().and_then(|s| self.ledgers.get(&(s + 1))).map_or(0, Ledger::missing);
         let snapshot = self.snapshot.map_or(String::new(), |s| format!(", snapshot of step {s} on its way"));
+        let corrupt = if self.corrupt.is_some() { ", corrupt" } else { "" };
         let refused = self.refused.map_or(String::new(), |(sender, group)| {
             format!(", refused {sender}'s sum of {group:?}: its shapes are not the layout's")
         });
-        format!("{role}, {state}, {} parameters; the next step lacks {missing} sums{snapshot}{refused}", self.size())
+        format!(
+            "{role}, {state}{corrupt}, {} parameters; the next step lacks {missing} sums{snapshot}{refused}",
+            self.size()
+        )
     }
 }
 

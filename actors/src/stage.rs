@@ -128,6 +128,7 @@ impl StageCore {
             | Body::Prepared { .. }
             | Body::Applied { .. }
             | Body::Stateless
+            | Body::Corrupt(_)
             | Body::Ready
             | Body::Audited { .. }
             | Body::Commit(_)

@@ -365,13 +365,6 @@ impl Supervisor {
         (0..self.spec.shards).flat_map(|shard| self.table.replicas(shard).collect::<Vec<_>>())
     }
 
-    /// Copies in sync that have another one beside them: what happens to one of them alone is seen.
-    pub(crate) fn compared_copies(&self) -> Vec<ActorId> {
-        let compared = |shard: &u32| self.commit.copies(*shard).nth(1).is_some();
-        let copies = |shard| self.commit.copies(shard).map(move |replica| ActorId::Reducer { shard, replica });
-        (0..self.spec.shards).filter(compared).flat_map(copies).collect()
-    }
-
     /// Takes a node out of the job. Gives whether it was in it.
     fn forget(&mut self, node: NodeId) -> bool {
         if self.table.nodes.remove(&node).is_none() {

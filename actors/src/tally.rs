@@ -52,7 +52,7 @@ fn pieces(job: &Job, me: Address) -> Vec<(Address, Step, Piece)> {
         }
         Job::ExpertWeight { step, micro_batch, .. } => vec![(me, *step, Piece::Weight { micro_batch: *micro_batch })],
         Job::Reduce(reduce) => vec![(me, reduce.step(), Piece::Reduce)],
-        Job::Initial { .. } | Job::Adopt { .. } | Job::Digest { .. } | Job::Apply(_) => Vec::new(),
+        Job::Initial { .. } | Job::Adopt { .. } | Job::Check(_) | Job::Digest { .. } | Job::Apply(_) => Vec::new(),
     }
 }
 

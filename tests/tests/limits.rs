@@ -28,8 +28,8 @@ fn a_job_waits_for_memory() -> Result<()> {
     Ok(())
 }
 
-/// CO-4: a bit that flips in a copy of the state is found before the next commit, both copies are named, and the job goes
-/// back to its checkpoint: what was made of it is never reported.
+/// RE-7: a bit that flips in a copy of the state is found before the next commit, the copy is named, and the job goes back to
+/// its checkpoint: what was made of it is never reported.
 #[test]
 fn flipped_bits_are_found_and_undone() -> Result<()> {
     let place = Place::new()?;
@@ -39,11 +39,13 @@ fn flipped_bits_are_found_and_undone() -> Result<()> {
     assert!(said.contains("600 steps, 3 kills: every fingerprint equals"), "{said}");
     let run = place.run("flips/chaos");
     let corrupted = events(&run, "corrupted")?;
-    assert_eq!(corrupted.len(), 3, "{corrupted:?}");
+    // A flip of a state whose successor is being made changes nothing.
+    assert!((1..=3).contains(&corrupted.len()), "{corrupted:?}");
     for event in &corrupted {
         let why = event["why"].as_str().unwrap_or_default();
-        assert!(why.contains("copies ") && why.contains("differ in state") && why.contains("hashes"), "{why}");
+        let named = ["copy ", "of shard ", "is corrupt", "not what it was when it was made (hashes"];
+        assert!(named.iter().all(|words| why.contains(words)), "{why}");
     }
-    assert_eq!(events(&run, "rolled_back")?.len(), 3);
+    assert_eq!(events(&run, "rolled_back")?.len(), corrupted.len());
     Ok(())
 }

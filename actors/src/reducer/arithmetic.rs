@@ -3,7 +3,7 @@
 use super::Ledger;
 use super::ledger::Receipt;
 use crate::ids::{ActorId, Step};
-use crate::message::{Commit, ParameterState};
+use crate::message::{Commit, Corruption, ParameterState};
 use crate::spec::{JobSpec, Layout, OptimizerSpec};
 use everstep_kernels::{
     AdamW, Group, Parameter, Tensor, Update, Words, adamw_step, add_to, averaged, power, square_sums, state_sum, sum,
@@ -87,6 +87,29 @@ pub(crate) fn initial(spec: &JobSpec, parameters: &[Parameter]) -> Applied {
         parameters.iter().map(|p| ParameterData(first_state(spec, p, weight(p)))).collect();
     let sums = parameters.iter().map(ParameterData::sum).collect();
     Applied { step: 0, parameters, sums }
+}
+
+/// The state after a step, shared with snapshots and copies: never changed in place while it is.
+#[derive(Debug, Clone)]
+pub struct State {
+    /// The committed step.
+    pub step: Step,
+    /// In order of the shard's parameters.
+    pub parameters: Vec<ParameterData>,
+    /// Number and fingerprint sum of each, as it was made.
+    pub sums: Vec<(u32, u128)>,
+}
+
+impl State {
+    /// Whether it is what it was when it was made.
+    pub fn check(&self) -> Result<(), Corruption> {
+        let mut all = self.parameters.iter().zip(&self.sums);
+        all.try_for_each(|(p, (number, made))| unchanged(self.step, *number, [*made, p.sum()]))
+    }
+}
+
+fn unchanged(step: Step, parameter: u32, hashes: [u128; 2]) -> Result<(), Corruption> {
+    if hashes[0] == hashes[1] { Ok(()) } else { Err(Corruption { step, parameter, hashes }) }
 }
 
 /// Adds the sums of all senders of each group.
@@ -254,6 +277,8 @@ fn digest(gradients: &[(u32, Arc<Vec<f32>>)], loads: &[Vec<u64>]) -> u128 {
 #[derive(Debug)]
 struct ParameterWork {
     data: ParameterData,
+    /// Its number and fingerprint sum.
+    made: (u32, u128),
     gradient: Option<Arc<Vec<f32>>>,
     /// Rows by expert, for a gate's bias.
     loads: Vec<u64>,
@@ -283,14 +308,7 @@ pub struct Applied {
 
 impl Apply {
     /// Of a committed step's sums.
-    pub fn new(
-        spec: &JobSpec,
-        layout: &Layout,
-        numbers: &[u32],
-        state: &[ParameterData],
-        reduced: Reduced,
-        commit: Commit,
-    ) -> Self {
+    pub fn new(spec: &JobSpec, layout: &Layout, state: &State, reduced: Reduced, commit: Commit) -> Self {
         let o = &spec.optimizer;
         let adamw = AdamW {
             lr: commit.lr,
@@ -305,50 +323,55 @@ impl Apply {
         };
         let mut gradients: std::collections::BTreeMap<u32, Arc<Vec<f32>>> = reduced.gradients.into_iter().collect();
         let loads: std::collections::BTreeMap<Group, Vec<u64>> = {
-            let mut groups: Vec<Group> = numbers.iter().map(|n| layout.parameters[*n as usize].group).collect();
+            let mut groups: Vec<Group> = state.sums.iter().map(|(n, _)| layout.parameters[*n as usize].group).collect();
             groups.dedup();
             groups.into_iter().zip(reduced.loads).collect()
         };
-        let work = numbers
-            .iter()
-            .zip(state)
-            .map(|(n, data)| {
-                let p = &layout.parameters[*n as usize];
-                let loads = loads.get(&p.group).cloned().unwrap_or_default();
-                ParameterWork { data: data.clone(), gradient: gradients.remove(n), loads, update: p.update }
-            })
-            .collect();
+        let work = |(data, made): (&ParameterData, &(u32, u128))| {
+            let p = &layout.parameters[made.0 as usize];
+            let loads = loads.get(&p.group).cloned().unwrap_or_default();
+            ParameterWork {
+                data: data.clone(),
+                made: *made,
+                gradient: gradients.remove(&made.0),
+                loads,
+                update: p.update,
+            }
+        };
+        let work = state.parameters.iter().zip(&state.sums).map(work).collect();
         Self { commit, adamw, decay: o.weight_decay as f32, bias_step: o.bias_step.at(commit.step), work }
     }
 
-    /// Does it.
-    pub fn run(self) -> Applied {
+    /// Does it, unless the state is not what it was when it was made.
+    pub fn run(self) -> Result<Applied, Corruption> {
         let (mut parameters, mut sums) = (Vec::new(), Vec::new());
-        for ParameterWork { data: mut p, gradient, loads, update } in self.work {
-            let sum = if self.commit.skipped {
-                p.sum()
+        for ParameterWork { data: mut p, made, gradient, loads, update } in self.work {
+            let [read, sum] = if self.commit.skipped {
+                [p.sum(); 2]
             } else {
                 match (update, gradient) {
                     (Update::Balance, _) => {
+                        let read = p.sum();
                         balance(&mut p, &loads, self.bias_step, self.adamw.ema);
-                        p.sum()
+                        [read, p.sum()]
                     }
                     (Update::Decayed | Update::Plain, Some(gradient)) => {
                         let decay = if update == Update::Decayed { self.decay } else { 0.0 };
                         // Not in place: the state before may be on its way to a snapshot or a copy.
-                        let (stepped, sum) = adamw_step(&p.0, &gradient, &AdamW { decay, ..self.adamw });
+                        let (stepped, sums) = adamw_step(&p.0, &gradient, &AdamW { decay, ..self.adamw });
                         p = ParameterData(stepped);
-                        sum
+                        sums
                     }
                     (Update::Decayed | Update::Plain, None) => {
                         unreachable!("a balanced ledger has a gradient of every parameter")
                     }
                 }
             };
+            unchanged(self.commit.step - 1, made.0, [made.1, read])?;
             parameters.push(p);
             sums.push(sum);
         }
-        Applied { step: self.commit.step, parameters, sums }
+        Ok(Applied { step: self.commit.step, parameters, sums })
     }
 }
 

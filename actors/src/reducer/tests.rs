@@ -330,3 +330,47 @@ fn an_incomplete_sum_is_not_counted() {
     assert!(!ledger.balanced());
     assert_eq!(address(sender, 1).actor, sender);
 }
+
+/// What a core found in its state.
+fn found(asked: &Asked) -> Option<Corruption> {
+    asked.sent.iter().find_map(|(_, body)| if let Body::Corrupt(found) = body { Some(*found) } else { None })
+}
+
+/// RE-7: a flipped bit is found by the optimizer step that reads it; nothing is made of it.
+#[test]
+fn a_state_that_changed_by_itself_is_not_stepped_from() {
+    let materials = materials();
+    for skipped in [false, true] {
+        let mut core = primary(&materials);
+        core.flip();
+        assert_eq!(prepared(&give(&mut core, &sums(&materials, 1))), 1, "nobody has read it yet");
+        let body = Body::Commit(Commit { step: 1, clip: 0.5, lr: 0.01, skipped });
+        let asked = drive(&mut core, message(ActorId::Supervisor, body));
+        let found = found(&asked).expect("it is told");
+        assert_eq!((found.step, found.parameter), (0, core.numbers[0]));
+        assert_ne!(found.hashes[0], found.hashes[1]);
+        assert_eq!(asked.sent.len(), 1, "no weights, no state: {asked:?}");
+        // The next supervisor hears it too.
+        let asked = drive(&mut core, Event::Table(Arc::new(replace(&table(&materials), ActorId::Supervisor))));
+        assert_eq!(self::found(&asked), Some(found));
+    }
+}
+
+/// RE-7: who gets a state late gets it checked: another copy waits for that, a step with new users' sums too.
+#[test]
+fn a_state_that_is_given_late_is_checked_first() {
+    let materials = materials();
+    let mirror = ActorId::Reducer { shard: 0, replica: 1 };
+    let mut core = primary(&materials);
+    core.flip();
+    let asked = drive(&mut core, message(mirror, Body::Fetch { step: 0 }));
+    assert!(found(&asked).is_some() && asked.sent.len() == 1, "{asked:?}");
+
+    let mut core = primary(&materials);
+    core.flip();
+    let mut next = replace(&table(&materials), ActorId::Stage { lane: 0, stage: 0 });
+    next.epoch = 3;
+    let asked = drive(&mut core, Event::Table(Arc::new(next)));
+    assert!(found(&asked).is_some(), "{asked:?}");
+    assert_eq!(prepared(&give(&mut core, &sums(&materials, 1))), 0);
+}

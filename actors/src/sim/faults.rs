@@ -5,10 +5,11 @@ use super::network::Life;
 use super::process::{SimNode, SimRoot};
 use super::world::{Fault, ForRoot, SimEvent, TICK, World};
 use crate::control::Control;
+use crate::effect::Event;
 use crate::ids::{ActorId, Address, Step};
 use crate::keeper::KeeperCore;
 use crate::root::Root;
-use crate::router::Router;
+use crate::router::{Action, Router};
 use crate::supervisor::{Nodes, Supervisor};
 use crate::tally::Tally;
 use std::collections::BTreeMap;
@@ -130,33 +131,42 @@ impl World {
         Ok(())
     }
 
-    /// Two flips at once may be the same one in both copies: the first is to be undone before the next.
     fn flip(&mut self, choice: u32) {
-        if self.flips > self.rollbacks {
-            return;
-        }
-        let Some(root) = &self.root else { return };
-        let compared = root.root.supervisor.compared_copies();
-        let Some(actor) = compared.get(choice as usize % compared.len().max(1)).copied() else { return };
-        let holder = self.nodes.iter_mut().flatten().find_map(|n| n.actors.get_mut(&actor));
-        if let Some(holder) = holder {
-            holder.core.flip();
-            self.flips = self.rollbacks + 1;
-            self.note(format!("a bit of {actor} flips"));
-        }
+        let all = self.nodes.iter_mut().flatten().flat_map(|n| n.actors.iter_mut());
+        let mut reducers: Vec<_> = all.filter(|(actor, _)| matches!(actor, ActorId::Reducer { .. })).collect();
+        let count = reducers.len().max(1);
+        let Some((actor, holder)) = reducers.get_mut(choice as usize % count) else { return };
+        holder.core.flip();
+        self.flips += 1;
+        let note = format!("a bit of {actor} flips");
+        self.note(note);
     }
 
     pub(super) fn panic(&mut self, slot: usize, choice: u32) -> Result<(), Broken> {
         let Some(node) = &mut self.nodes[slot] else { return Ok(()) };
-        let placed: Vec<ActorId> = node.actors.keys().filter(|a| !matches!(a, ActorId::Host { .. })).copied().collect();
+        let placed: Vec<ActorId> = node.actors.keys().copied().collect();
         let Some(actor) = placed.get(choice as usize % placed.len().max(1)).copied() else { return Ok(()) };
-        let incarnation = node.actors.remove(&actor).expect("listed").incarnation;
         let life = node.life;
-        self.note(format!("{actor}#{} panics", incarnation.0));
-        let address = Address { actor, incarnation };
-        if let Some(node) = self.node_of_life(life) {
-            node.router.fail(address, "injected".to_owned());
+        self.fail_actor(life, actor, "injected".to_owned())
+    }
+
+    /// An actor fails, and its node reports it. A host begins again, and its experts are reported.
+    pub(super) fn fail_actor(&mut self, life: Life, actor: ActorId, reason: String) -> Result<(), Broken> {
+        let Some(node) = self.node_of_life(life) else { return Ok(()) };
+        let Some(failed) = node.actors.remove(&actor) else { return Ok(()) };
+        let address = Address { actor, incarnation: failed.incarnation };
+        self.note(format!("{address} panics: {reason}"));
+        let Some(node) = self.node_of_life(life) else { return Ok(()) };
+        let ActorId::Host { layer } = actor else {
+            node.router.fail(address, reason.clone());
+            return self.send_to_root(life, Control::ActorFailed { address, reason });
+        };
+        let of_host = |a: &&ActorId| matches!(a, ActorId::Expert { layer: l, .. } if *l == layer);
+        let experts: Vec<ActorId> = node.actors.keys().filter(of_host).copied().collect();
+        let table = Event::Table(Arc::clone(node.router.table()));
+        for expert in experts {
+            self.fail_actor(life, expert, format!("its host failed: {reason}"))?;
         }
-        self.send_to_root(life, Control::ActorFailed { address, reason: "injected".to_owned() })
+        self.perform_node(life, vec![Action::Spawn(address), Action::Deliver(actor, table)])
     }
 }

@@ -2,18 +2,19 @@
 
 use super::checks::{self, Broken};
 use super::network::{Life, Network};
-use super::process::SimActor;
+use super::process::{Cell, SimActor};
 use super::world::{HEARTBEAT, SimEvent, World};
-use crate::compute::{Job, run};
+use crate::compute::{Job, run, words_of_panic};
 use crate::control::Control;
 use crate::effect::{Effect, Event};
-use crate::ids::{ActorId, Address, Incarnation, NodeId, SUPERVISOR_NODE};
+use crate::ids::{ActorId, Address, NodeId, SUPERVISOR_NODE};
 use crate::message::Local;
 use crate::router::Action;
 use crate::table::NodeInfo;
 use crate::wire::Unit;
 use everstep_kernels::CpuBackend;
 use std::collections::VecDeque;
+use std::panic::{AssertUnwindSafe, catch_unwind};
 use std::sync::Arc;
 
 impl World {
@@ -108,8 +109,9 @@ impl World {
             match action {
                 Action::Spawn(address) => {
                     let core = self.materials.core(address).expect("placed actors are workers");
-                    let actor =
-                        SimActor { incarnation: address.incarnation, core, mailbox: VecDeque::new(), awake: false };
+                    self.spawned += 1;
+                    let (cell, incarnation) = (self.spawned, address.incarnation);
+                    let actor = SimActor { cell, incarnation, core, mailbox: VecDeque::new(), awake: false };
                     if let Some(node) = self.node_of_life(life) {
                         node.actors.insert(address.actor, actor);
                     }
@@ -156,34 +158,35 @@ impl World {
         }
     }
 
-    /// Puts an event into an actor's mailbox, of that life if one is named.
-    pub(super) fn deliver(&mut self, life: Life, actor: ActorId, incarnation: Option<Incarnation>, event: Event) {
+    /// Puts an event into an actor's mailbox, of that cell if one is named.
+    pub(super) fn deliver(&mut self, life: Life, actor: ActorId, cell: Option<Cell>, event: Event) {
         let delay = self.until_run();
         let Some(node) = self.node_of_life(life) else { return };
         let Some(target) = node.actors.get_mut(&actor) else { return };
-        if incarnation.is_some_and(|i| i != target.incarnation) {
+        if cell.is_some_and(|cell| cell != target.cell) {
             return;
         }
         target.mailbox.push_back(event);
         if !target.awake {
             target.awake = true;
-            let incarnation = target.incarnation;
-            self.after(delay, SimEvent::Wake(life, actor, incarnation));
+            let cell = target.cell;
+            self.after(delay, SimEvent::Wake(life, actor, cell));
         }
     }
 
-    pub(super) fn wake(&mut self, life: Life, actor: ActorId, incarnation: Incarnation) -> Result<(), Broken> {
+    pub(super) fn wake(&mut self, life: Life, actor: ActorId, cell: Cell) -> Result<(), Broken> {
         let Some(node) = self.node_of_life(life) else { return Ok(()) };
-        let Some(target) = node.actors.get_mut(&actor).filter(|a| a.incarnation == incarnation) else { return Ok(()) };
+        let Some(target) = node.actors.get_mut(&actor).filter(|a| a.cell == cell) else { return Ok(()) };
         let Some(event) = target.mailbox.pop_front() else {
             target.awake = false;
             return Ok(());
         };
         checks::bounded(|| format!("the mailbox of {actor}"), target.mailbox.len(), 2000)?;
         let effects = target.core.on(event);
-        self.perform(life, Address { actor, incarnation }, effects)?;
+        let me = Address { actor, incarnation: target.incarnation };
+        self.perform(life, (me, cell), effects)?;
         let delay = self.until_run();
-        self.after(delay, SimEvent::Wake(life, actor, incarnation));
+        self.after(delay, SimEvent::Wake(life, actor, cell));
         Ok(())
     }
 
@@ -193,13 +196,13 @@ impl World {
         1 + self.draw(most)
     }
 
-    pub(super) fn perform(&mut self, life: Life, me: Address, effects: Vec<Effect>) -> Result<(), Broken> {
+    fn perform(&mut self, life: Life, (me, cell): (Address, Cell), effects: Vec<Effect>) -> Result<(), Broken> {
         let mut messages = Vec::new();
         for effect in effects {
             match effect {
                 Effect::Send { from, to, body } => messages.push((from.unwrap_or(me), to, body)),
                 Effect::Tell { to, local } => self.deliver(life, to, None, Event::Local { from: me.actor, local }),
-                Effect::Compute { job, cost } => self.compute(life, me, job, cost)?,
+                Effect::Compute { job, cost } => self.compute(life, (me, cell), job, cost)?,
             }
         }
         let Some(node) = self.node_of_life(life) else { return Ok(()) };
@@ -207,14 +210,19 @@ impl World {
         self.perform_node(life, actions)
     }
 
-    pub(super) fn compute(&mut self, life: Life, me: Address, job: Job, cost: u64) -> Result<(), Broken> {
+    fn compute(&mut self, life: Life, (me, cell): (Address, Cell), job: Job, cost: u64) -> Result<(), Broken> {
         if let Some(node) = self.node_of_life(life) {
             node.work += cost;
             checks::once(node.tally.begin(&job, me))?;
         }
-        let outcome = Box::new(run(job, &CpuBackend::FP32));
+        let outcome = match catch_unwind(AssertUnwindSafe(|| run(job, &CpuBackend::FP32))) {
+            Ok(outcome) => Box::new(outcome),
+            // Lives that began with corrupt weights contradict those before them, until the corruption is told.
+            Err(panic) if self.flips > 0 => return self.fail_actor(life, me.actor, words_of_panic(&*panic)),
+            Err(panic) => return Err(("no panic", words_of_panic(&*panic))),
+        };
         let micros = 100 + self.draw(3000);
-        self.after(micros, SimEvent::Computed(life, me.actor, me.incarnation, outcome));
+        self.after(micros, SimEvent::Computed(life, me.actor, cell, outcome));
         Ok(())
     }
 }

@@ -8,9 +8,13 @@ use crate::router::Router;
 use crate::tally::Tally;
 use std::collections::{BTreeMap, VecDeque};
 
+/// Which spawned actor, of all that a world spawns: what was meant for one never reaches the next of the same name.
+pub(super) type Cell = u64;
+
 /// An actor and its mailbox.
 #[derive(Debug)]
 pub(super) struct SimActor {
+    pub(super) cell: Cell,
     pub(super) incarnation: Incarnation,
     pub(super) core: Box<dyn Core>,
     pub(super) mailbox: VecDeque<Event>,

@@ -2,12 +2,12 @@
 
 use super::checks::Broken;
 use super::network::{Flight, Life, Network};
-use super::process::{SimNode, SimRoot};
+use super::process::{Cell, SimNode, SimRoot};
 use super::{Summary, Violation};
 use crate::compute::{Outcome, words_of_panic};
 use crate::data::Corpus;
 use crate::effect::Event;
-use crate::ids::{ActorId, Incarnation, NodeId, Step};
+use crate::ids::{ActorId, NodeId, Step};
 use crate::message::ParameterState;
 use crate::plant::Bug;
 use crate::root::RootEvent;
@@ -76,7 +76,7 @@ pub(super) enum Fault {
         slot: usize,
         choice: u32,
     },
-    /// A bit of a reducer's state flips, if another copy of it is in sync.
+    /// A bit of a reducer's state flips.
     Flip {
         choice: u32,
     },
@@ -86,8 +86,8 @@ pub(super) enum Fault {
 pub(super) enum SimEvent {
     Arrive(Flight),
     LinkUp(Life, Life),
-    Wake(Life, ActorId, Incarnation),
-    Computed(Life, ActorId, Incarnation, Box<Outcome>),
+    Wake(Life, ActorId, Cell),
+    Computed(Life, ActorId, Cell, Box<Outcome>),
     Heartbeat(Life),
     Root(Life, ForRoot),
     Lost(NodeId),
@@ -124,6 +124,8 @@ pub(super) struct World {
     pub(super) root: Option<SimRoot>,
     pub(super) network: Network,
     pub(super) next_life: Life,
+    /// Actors that were spawned.
+    pub(super) spawned: Cell,
     /// Records that are synced, and those that a crash may take.
     pub(super) disk: Vec<Record>,
     pub(super) unsynced: Vec<Record>,
@@ -134,7 +136,7 @@ pub(super) struct World {
     pub(super) announced: Step,
     pub(super) faults: usize,
     pub(super) rollbacks: usize,
-    /// Ways back that there are once the last flip is undone.
+    /// Bits that flipped.
     pub(super) flips: usize,
     pub(super) finished: Option<Result<(), String>>,
     pub(super) trail: VecDeque<String>,
@@ -175,6 +177,7 @@ impl World {
             root: None,
             network: Network::default(),
             next_life: 1,
+            spawned: 0,
             disk: Vec::new(),
             unsynced: Vec::new(),
             chunks: BTreeMap::new(),
@@ -207,14 +210,11 @@ impl World {
         (u64::from(words[0]) << 32 | u64::from(words[1])) % below
     }
 
-    /// In some worlds memory is bad, and nothing dies: a flip is found by the other copy, which must outlive it.
     pub(super) fn plan_faults(&mut self) {
-        let bad_memory = self.draw(8) == 0;
         for _ in 0..1 + self.draw(5) {
             let at = self.draw(FAULTS_UNTIL / 10) * 10u64.pow(self.draw(2) as u32);
             let slot = self.draw(self.slots as u64) as usize;
-            let fault = match self.draw(22) {
-                _ if bad_memory => Fault::Flip { choice: self.draw(1 << 20) as u32 },
+            let fault = match self.draw(25) {
                 0..=2 => Fault::Kill { slot, seen: true },
                 3 => Fault::Kill { slot, seen: false },
                 4 => Fault::KillTwo { first: slot, second: self.draw(self.slots as u64) as usize },
@@ -228,6 +228,7 @@ impl World {
                     other: self.draw(self.slots as u64) as usize,
                     micros: 10_000 + self.draw(3_000_000),
                 },
+                19..=21 => Fault::Flip { choice: self.draw(1 << 20) as u32 },
                 _ => Fault::Panic { slot, choice: self.draw(1 << 20) as u32 },
             };
             self.after(at, SimEvent::Fault(fault));
@@ -339,9 +340,9 @@ impl World {
         match event {
             SimEvent::Arrive(flight) => self.arrive(flight),
             SimEvent::LinkUp(a, b) => self.link_up(a, b),
-            SimEvent::Wake(life, actor, incarnation) => self.wake(life, actor, incarnation),
-            SimEvent::Computed(life, actor, incarnation, outcome) => {
-                self.deliver(life, actor, Some(incarnation), Event::Computed(*outcome));
+            SimEvent::Wake(life, actor, cell) => self.wake(life, actor, cell),
+            SimEvent::Computed(life, actor, cell, outcome) => {
+                self.deliver(life, actor, Some(cell), Event::Computed(*outcome));
                 Ok(())
             }
             SimEvent::Heartbeat(life) => self.heartbeat(life),

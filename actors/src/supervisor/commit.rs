@@ -11,7 +11,7 @@
 
 use super::record::CommitRecord;
 use crate::ids::{ActorId, Step};
-use crate::message::Commit;
+use crate::message::{Commit, Corruption};
 use crate::spec::{JobSpec, Layout};
 use crate::table::{Domain, Table};
 use std::collections::{BTreeMap, BTreeSet};
@@ -66,6 +66,21 @@ pub(crate) enum CommitError {
         what: &'static str,
         /// Of the sums, or of the first parameter whose state differs.
         hashes: [u128; 2],
+    },
+    /// A copy's state changed by itself.
+    #[error(
+        "copy {replica} of shard {shard} is corrupt: its {name} after step {} is not what it was when it was made (hashes \
+         {:032x} and {:032x})", found.step, found.hashes[0], found.hashes[1]
+    )]
+    Changed {
+        /// The shard.
+        shard: u32,
+        /// The copy.
+        replica: u32,
+        /// The parameter.
+        name: String,
+        /// What the copy found.
+        found: Corruption,
     },
     /// A sample is missing or was counted twice.
     #[error("shard {shard} counted {got} samples in step {step}, expected {expected}")]
@@ -202,6 +217,13 @@ impl CommitCore {
         self.in_sync.insert((shard, replica));
         self.applied_by.insert((shard, replica));
         Ok(())
+    }
+
+    /// A copy found that its state had changed by itself.
+    pub(crate) fn changed(&self, shard: u32, replica: u32, found: Corruption) -> CommitError {
+        let parameter = self.layout.parameters.get(found.parameter as usize);
+        let name = parameter.map_or_else(|| "state".to_owned(), |p| p.name.to_string());
+        CommitError::Changed { shard, replica, name, found }
     }
 
     /// The fingerprint of the newest committed step, once, when every copy in sync of every shard has the state (CO-4).

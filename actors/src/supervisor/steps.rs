@@ -34,6 +34,10 @@ impl Supervisor {
                     effects.extend(self.settle(Vec::new()));
                 }
             }
+            Body::Corrupt(found) => {
+                let error = self.commit.changed(shard, replica, found);
+                return self.refused(&error);
+            }
             Body::Stateless => {
                 self.commit.out_of_sync(from.actor);
                 let before = self.table.primaries.clone();
@@ -98,8 +102,8 @@ impl Supervisor {
         effects
     }
 
-    /// A step cannot be committed, or its states differ. Which copy is corrupt nobody can say: all go back to the newest
-    /// checkpoint, and the steps since are done again. What is found too often ends the job.
+    /// A step cannot be committed, its states differ, or one changed by itself, and gradients may have been made from it: all
+    /// go back to the newest checkpoint, and the steps since are done again. What is found too often ends the job.
     fn refused(&mut self, error: &CommitError) -> Vec<SupervisorEffect> {
         self.corrupt(error.to_string(), matches!(error, CommitError::Unbalanced { .. }))
     }

@@ -1,7 +1,7 @@
 //! The promises of the supervisor and of the commit, one by one.
 
 use super::*;
-use crate::message::Commit;
+use crate::message::{Commit, Corruption};
 use crate::testing::{address, info, materials};
 use everstep_kernels::Tensor;
 
@@ -249,6 +249,19 @@ fn copies_that_differ_send_the_job_back() {
         let effects = job.say(0, 1, Body::Applied { step: 1, sums: sums(0, 99) });
         assert_eq!((way_back(&effects).is_some(), failure(&effects).is_some()), (n < 6, n == 6));
     }
+}
+
+/// RE-7: a copy that finds itself corrupt sends the job back, and is named.
+#[test]
+fn a_copy_that_is_corrupt_is_named() {
+    let mut job = started();
+    let found = Corruption { step: 0, parameter: 0, hashes: [1, 2] };
+    let why = way_back(&job.say(0, 1, Body::Corrupt(found))).unwrap();
+    assert!(why.contains("copy 1 of shard 0 is corrupt: its lm_head.weight after step 0"), "{why}");
+    assert_eq!(job.supervisor.committed(), 0);
+    // The number is a stranger's word.
+    let why = way_back(&started().say(1, 0, Body::Corrupt(Corruption { parameter: u32::MAX, ..found }))).unwrap();
+    assert!(why.contains("copy 0 of shard 1 is corrupt: its state"), "{why}");
 }
 
 /// CO-5: the norm is that of all parts; a norm above the limit scales gradients down to it.

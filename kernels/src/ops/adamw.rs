@@ -133,12 +133,13 @@ fn taken_apart<M: Moment>(state: &[Tensor]) -> (State<'_, M>, Option<&[f32]>) {
     ((w.f32s(), [M::of(m), M::of(v)]), rest.first().map(Tensor::f32s))
 }
 
-/// One step, from a state (as in [`state_sum`]) and the gradient: the next state, stored alike, with its sum.
-pub fn step(state: &[Tensor], g: &[f32], a: &AdamW) -> (Vec<Tensor>, u128) {
+/// One step, from a state (as in [`state_sum`]) and the gradient: the next state, stored alike, with the sums of the state
+/// that was read and of the next.
+pub fn step(state: &[Tensor], g: &[f32], a: &AdamW) -> (Vec<Tensor>, [u128; 2]) {
     if state[1].is_bf16() { stepped::<Bf16>(state, g, a) } else { stepped::<f32>(state, g, a) }
 }
 
-fn stepped<M: Moment>(state: &[Tensor], g: &[f32], a: &AdamW) -> (Vec<Tensor>, u128) {
+fn stepped<M: Moment>(state: &[Tensor], g: &[f32], a: &AdamW) -> (Vec<Tensor>, [u128; 2]) {
     let ((w, [m, v]), average) = taken_apart::<M>(state);
     assert_eq!(average.is_some(), a.ema.is_some(), "an average, if it is kept");
     assert_eq!(g.len(), w.len(), "a gradient of every weight");
@@ -146,7 +147,7 @@ fn stepped<M: Moment>(state: &[Tensor], g: &[f32], a: &AdamW) -> (Vec<Tensor>, u
     let mut out_w: Vec<f32> = wide::unwritten(n);
     let [mut out_m, mut out_v]: [Vec<M>; 2] = [(); 2].map(|()| wide::unwritten(n));
     let mut averaged = average.map(|_| wide::unwritten(n));
-    let mut sum = 0u128;
+    let mut sums = [0u128; 2];
     let mut moments = [[M::default(); BLOCK]; 2];
     let streams = wide::Streams::new();
     wide::run(
@@ -157,6 +158,7 @@ fn stepped<M: Moment>(state: &[Tensor], g: &[f32], a: &AdamW) -> (Vec<Tensor>, u
                 let [new_m, new_v] = moments.each_mut().map(|block| &mut block[..at.len()]);
                 let new_w = &mut out_w[at.clone()];
                 let (w, m, v, g) = (&w[at.clone()], &m[at.clone()], &v[at.clone()], &g[at.clone()]);
+                let read = block_sum((w, [m, v]), average.map(|old| &old[at.clone()]), from);
                 for i in 0..w.len() {
                     let g = g[i] * a.clip;
                     new_m[i] = M::nearest(a.beta1 * m[i].value() + (1.0 - a.beta1) * g);
@@ -170,7 +172,8 @@ fn stepped<M: Moment>(state: &[Tensor], g: &[f32], a: &AdamW) -> (Vec<Tensor>, u
                     average_into(new, &old[at.clone()], new_w, keep);
                     &*new
                 });
-                sum = sum.wrapping_add(block_sum((new_w, [new_m, new_v]), kept, from));
+                let written = block_sum((new_w, [new_m, new_v]), kept, from);
+                sums = [sums[0].wrapping_add(read), sums[1].wrapping_add(written)];
                 // Hardly anyone reads them before the next step.
                 streams.copy(new_m, &mut out_m[at.clone()]);
                 streams.copy(new_v, &mut out_v[at]);
@@ -181,7 +184,7 @@ fn stepped<M: Moment>(state: &[Tensor], g: &[f32], a: &AdamW) -> (Vec<Tensor>, u
     let (rows, columns) = (state[0].rows(), state[0].columns());
     let moments = [out_m, out_v].map(|data| M::tensor(rows, columns, Arc::new(data)));
     let average = averaged.map(|data| Tensor::from_vec(rows, columns, data));
-    ([Tensor::from_vec(rows, columns, out_w)].into_iter().chain(moments).chain(average).collect(), sum)
+    ([Tensor::from_vec(rows, columns, out_w)].into_iter().chain(moments).chain(average).collect(), sums)
 }
 
 /// `keep * old + (1 - keep) * w`.
@@ -250,12 +253,13 @@ mod tests {
     }
 
     #[test]
-    fn agrees_with_the_reference_and_sums_what_it_wrote() {
+    fn agrees_with_the_reference_and_sums_what_it_read_and_wrote() {
         let n = 5003;
         let (w, m, g) = (random(n, 1), random(n, 2), random(n, 3));
         let v: Vec<f32> = random(n, 4).iter().map(|x| x * x).collect();
         let (w0, m0, v0) = (wide(&w), wide(&m), wide(&v));
-        let (next, sum) = step(&[w, m, v].map(row), &g, &STEP);
+        let state = [w, m, v].map(row);
+        let (next, sums) = step(&state, &g, &STEP);
         let (mut ew, mut em, mut ev) = (Vec::new(), Vec::new(), Vec::new());
         for i in 0..n {
             let grad = f64::from(g[i]) * 0.5;
@@ -266,7 +270,7 @@ mod tests {
         for (part, (expected, name)) in next.iter().zip([(&ew, "w"), (&em, "m"), (&ev, "v")]) {
             assert_close(part.f32s(), expected, 1e-6, name);
         }
-        assert_eq!(sum, state_sum(&next));
+        assert_eq!(sums, [state_sum(&state), state_sum(&next)]);
     }
 
     /// Moments in BF16 are f32 moments rounded after each step, and the update is made of rounded ones.
@@ -278,9 +282,9 @@ mod tests {
         let mut state = vec![row(w.clone()), low(&zeros), low(&zeros)];
         let mut expected = (w, zeros.clone(), zeros);
         for _ in 0..3 {
-            let (next, sum) = step(&state, &g, &STEP);
+            let (next, sums) = step(&state, &g, &STEP);
             assert!(next[1].is_bf16() && next[2].is_bf16());
-            assert_eq!(sum, state_sum(&next));
+            assert_eq!(sums, [state_sum(&state), state_sum(&next)]);
             state = next;
             let (w, m, v) = &mut expected;
             for i in 0..n {
@@ -368,7 +372,7 @@ mod tests {
         let mut state = vec![row(w), row(m), row(vec![0.5; n])];
         let (plain, _) = step(&state, &g, &STEP);
         state.push(row(e.clone()));
-        let (next, sum) = step(&state, &g, &AdamW { ema: Some(0.75), ..STEP });
+        let (next, sums) = step(&state, &g, &AdamW { ema: Some(0.75), ..STEP });
         for (with, without) in next.iter().zip(&plain) {
             assert_eq!(with.f32s(), without.f32s(), "it changes nothing else");
         }
@@ -376,7 +380,7 @@ mod tests {
         let want: Vec<f64> = e.iter().zip(weight).map(|(e, w)| 0.75 * f64::from(*e) + 0.25 * f64::from(*w)).collect();
         assert_close(next[3].f32s(), &want, 1e-7, "average");
         assert_eq!(averaged(&e, weight, 0.75), next[3].f32s());
-        assert_eq!(sum, state_sum(&next));
+        assert_eq!(sums, [state_sum(&state), state_sum(&next)]);
     }
 
     #[test]
