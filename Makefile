@@ -12,14 +12,14 @@ TEXT := tokio syn rustls zerocopy chrono time quinn-proto winnow clap_builder ra
 
 .PHONY: train test kernels conformance precision rate recovery verify bench chaos chaos-full chaos-times chaos-scale \
 	chaos-supervisors simulate gpu-check setup setup-test \
-	setup-python setup-peers build
+	setup-python setup-store setup-peers build
 
 ## Build, then train the quickstart: a supervisor and three nodes on this machine.
 train: build
 	$(PROGRAM) train $(CONFIG) --set run.folder=runs/train-$(NOW)
 
 ## All tests: units, simulation, whole jobs of real processes, and every GPU kernel compiled.
-test: setup-test kernels
+test: setup-test setup-store kernels
 	cargo build --workspace
 	cargo nextest run --workspace
 
@@ -116,6 +116,10 @@ setup:
 setup-python:
 	@python3 -c 'import ensurepip' 2>/dev/null || { apt-get update && apt-get install --yes python3 python3-venv; }
 	@test -x $(PYTHON)/bin/python || python3 -m venv $(PYTHON)
+
+# A server that speaks S3's protocol.
+setup-store: setup-python
+	$(PYTHON)/bin/pip install --quiet 'moto[s3]==5.2.5' flask==3.1.3 flask-cors==6.0.5
 
 setup-peers: setup-python
 	@test -x $(PEERS)/bin/python || python3 -m venv $(PEERS)

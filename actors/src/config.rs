@@ -35,6 +35,8 @@ pub struct Config {
     pub data: DataConfig,
     /// Checkpoints that are kept.
     pub keep: usize,
+    /// The object store that they are in, as a URL; none: the run's folder.
+    pub store: Option<String>,
     /// The effective configuration as TOML.
     pub text: String,
 }
@@ -142,6 +144,7 @@ impl Config {
             memory: raw.job.memory,
             data: data(raw.data),
             keep: raw.checkpoint.keep,
+            store: raw.checkpoint.store.clone(),
             text: effective,
         })
     }

@@ -1,13 +1,12 @@
 //! Chunks: pieces of tensors, addressed by the BLAKE3 hash of their bytes.
 //!
-//! - CH-1: a chunk that is there under its name is whole: it was written elsewhere, synced and renamed.
+//! - CH-1: a chunk that is there under its name is whole (PL-1).
 //! - CH-2: a chunk that exists is not written again.
 //! - CH-3: reading verifies the hash; a wrong chunk is an error that names it, never data.
 
-use crate::error::{StoreError, at};
+use crate::error::StoreError;
+use crate::place::Place;
 use std::fmt;
-use std::fs;
-use std::path::{Path, PathBuf};
 
 /// Words of 32 bits of a chunk. A part's last chunk may be shorter.
 pub const CHUNK_WORDS: usize = 1 << 20;
@@ -29,76 +28,58 @@ impl fmt::Display for ChunkHash {
     }
 }
 
-/// The folder of chunks.
+/// The chunks of a place.
 #[derive(Debug, Clone)]
 pub(crate) struct Chunks {
-    folder: PathBuf,
+    place: Place,
 }
 
-/// Writes a file so that its name stands for all of it: elsewhere first, synced, then renamed.
-pub fn write_whole(path: &Path, bytes: &[u8]) -> Result<(), StoreError> {
-    use std::io::Write;
-    let folder = path.parent().expect("files of a store lie in a folder");
-    let name = path.file_name().expect("files of a store have a name").to_string_lossy();
-    let scratch = folder.join(format!(".{name}.{}.new", std::process::id()));
-    let written = fs::File::create(&scratch).and_then(|mut file| {
-        file.write_all(bytes)?;
-        file.sync_all()
-    });
-    let done = written.and_then(|()| fs::rename(&scratch, path)).and_then(|()| fs::File::open(folder)?.sync_all());
-    if done.is_err() {
-        // Nothing half-written stays behind; the first error is the one to tell.
-        let _ = fs::remove_file(&scratch);
-    }
-    done.map_err(at(path))
+/// Of a place: `chunks/HASH`.
+const FOLDER: &str = "chunks";
+
+fn name(hash: &str) -> String {
+    format!("{FOLDER}/{hash}")
 }
 
 impl Chunks {
-    pub(crate) fn new(folder: PathBuf) -> Self {
-        Self { folder }
+    pub(crate) fn new(place: Place) -> Self {
+        Self { place }
     }
 
-    fn path(&self, hash: ChunkHash) -> PathBuf {
-        self.folder.join(hash.to_string())
+    pub(crate) fn make(&self) -> Result<(), StoreError> {
+        self.place.make(FOLDER)
     }
 
-    /// Stores bytes, unless they are there.
-    pub(crate) fn put(&self, bytes: &[u8]) -> Result<ChunkHash, StoreError> {
-        let hash = ChunkHash::of(bytes);
-        let path = self.path(hash);
-        let there = fs::metadata(&path).is_ok_and(|m| m.len() == bytes.len() as u64);
-        if !there {
-            write_whole(&path, bytes)?;
-        }
-        Ok(hash)
+    /// Stores the bytes of words in chunks, those that are not there, and gives their names.
+    pub(crate) fn put(&self, words: &[f32]) -> Result<Vec<[u8; 32]>, StoreError> {
+        let parts = words.chunks(CHUNK_WORDS).map(bytemuck::cast_slice);
+        let hashed: Vec<(ChunkHash, &[u8])> = parts.map(|bytes| (ChunkHash::of(bytes), bytes)).collect();
+        let named: Vec<(String, &[u8])> =
+            hashed.iter().map(|(hash, bytes)| (name(&hash.to_string()), *bytes)).collect();
+        self.place.put_new(&named)?;
+        Ok(hashed.into_iter().map(|(hash, _)| hash.0).collect())
     }
 
     /// Reads a chunk and verifies it.
     pub(crate) fn get(&self, hash: ChunkHash) -> Result<Vec<u8>, StoreError> {
-        let path = self.path(hash);
-        let bytes = fs::read(&path).map_err(at(&path))?;
+        let expected = hash.to_string();
+        let bytes = self.place.get(&name(&expected))?;
         let got = ChunkHash::of(&bytes);
-        if got != hash {
-            return Err(StoreError::Damaged {
-                path,
-                expected: hash.to_string(),
-                got: got.to_string(),
-                bytes: bytes.len(),
-            });
+        if got == hash {
+            return Ok(bytes);
         }
-        Ok(bytes)
+        let path = self.place.path(&name(&expected));
+        Err(StoreError::Damaged { path, expected, got: got.to_string(), bytes: bytes.len() })
+    }
+
+    /// Removes one, by its hash.
+    pub(crate) fn remove(&self, hash: &str) -> Result<(), StoreError> {
+        self.place.remove(&name(hash))
     }
 
     /// Removes chunks that `keep` does not name, and what interrupted writes left behind.
-    pub(crate) fn sweep(&self, keep: impl Fn(&str) -> bool) -> Result<usize, StoreError> {
-        let mut removed = 0;
-        for entry in fs::read_dir(&self.folder).map_err(at(&self.folder))? {
-            let entry = entry.map_err(at(&self.folder))?;
-            if !keep(&entry.file_name().to_string_lossy()) {
-                fs::remove_file(entry.path()).map_err(at(&entry.path()))?;
-                removed += 1;
-            }
-        }
-        Ok(removed)
+    pub(crate) fn sweep(&self, keep: impl Fn(&str) -> bool) -> Result<(), StoreError> {
+        let all = self.place.names(FOLDER)?;
+        all.iter().filter(|hash| !keep(hash)).try_for_each(|hash| self.remove(hash))
     }
 }

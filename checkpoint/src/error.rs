@@ -1,4 +1,4 @@
-//! What can go wrong on disk.
+//! What can go wrong where state is stored.
 
 use std::io;
 use std::path::{Path, PathBuf};
@@ -12,10 +12,10 @@ pub enum StoreError {
         /// The store.
         path: PathBuf,
     },
-    /// The file system said no.
+    /// The file system or the object store said no.
     #[error("{path}: {source}")]
     File {
-        /// The file or folder.
+        /// The file, folder or object.
         path: PathBuf,
         /// Why.
         source: io::Error,
@@ -76,6 +76,14 @@ pub enum StoreError {
         /// What is wrong.
         reason: String,
     },
+    /// A store cannot be where it is said to be.
+    #[error("{url}: {reason}")]
+    Place {
+        /// Where.
+        url: String,
+        /// What is wrong.
+        reason: String,
+    },
     /// The catalogue failed.
     #[error("catalogue {path}: {source}")]
     Catalogue {
@@ -88,11 +96,11 @@ pub enum StoreError {
 
 impl StoreError {
     /// Whether what is on disk is wrong, and not merely out of reach now.
-    pub(crate) fn is_damage(&self) -> bool {
+    pub fn is_damage(&self) -> bool {
         match self {
             Self::File { source, .. } => source.kind() == io::ErrorKind::NotFound,
             Self::Damaged { .. } | Self::Invalid { .. } | Self::ForeignJob { .. } | Self::Tensor { .. } => true,
-            Self::Catalogue { .. } | Self::OtherVersion { .. } | Self::OutOfTurn { .. } => false,
+            Self::Catalogue { .. } | Self::OtherVersion { .. } | Self::OutOfTurn { .. } | Self::Place { .. } => false,
         }
     }
 }

@@ -1,17 +1,20 @@
-//! State on disk: chunks addressed by content, manifests, a catalogue that can be made again, and the
+//! State on disk, or in an object store: chunks addressed by content, manifests, a catalogue that can be made again, and the
 //! append-only log of decisions. Knows no actor and no model.
 
+mod bucket;
 mod catalogue;
 mod chunk;
 mod error;
 mod log;
 mod manifest;
 mod mapped;
+mod place;
 mod store;
 
-pub use chunk::{CHUNK_WORDS, ChunkHash, write_whole};
+pub use chunk::{CHUNK_WORDS, ChunkHash};
 pub use error::StoreError;
 pub use log::{Log, RECORD_MAX};
 pub use manifest::{Element, Manifest, PartEntry, TensorEntry};
 pub use mapped::Mapped;
+pub use place::{Place, write_whole};
 pub use store::{Part, Reader, Store, StoredPart, StoredTensor};

@@ -4,8 +4,8 @@
 //! - LO-2: opening gives every record that was appended; a torn last one (a crash while it was written,
 //!   so nobody was told of it) is cut off. Damage before the end is an error that says where.
 
-use crate::chunk::write_whole;
 use crate::error::{StoreError, at};
+use crate::place::write_whole;
 use std::fs::{File, OpenOptions};
 use std::io::{Read, Seek, SeekFrom, Write};
 use std::path::{Path, PathBuf};

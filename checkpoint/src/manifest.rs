@@ -3,9 +3,8 @@
 //! A manifest names every tensor of a step with the chunks of its state. It is bincode
 //! behind a magic and in front of a CRC-32C, at most 256 MiB.
 
-use crate::error::{StoreError, at};
+use crate::error::StoreError;
 use serde::{Deserialize, Serialize};
-use std::fs;
 use std::path::Path;
 
 /// The name of the format, and its version.
@@ -92,9 +91,8 @@ impl Manifest {
         [MAGIC.as_slice(), &body, &sum].concat()
     }
 
-    /// Reads and verifies a manifest of `job`.
-    pub(crate) fn read(path: &Path, job: &str) -> Result<Self, StoreError> {
-        let bytes = fs::read(path).map_err(at(path))?;
+    /// Verifies the bytes of `path`, a manifest of `job`.
+    pub(crate) fn read(bytes: &[u8], path: &Path, job: &str) -> Result<Self, StoreError> {
         // Of another version it is whole, and not for this program to put aside.
         if let Some(magic) = bytes.first_chunk::<8>()
             && magic[..NAME] == MAGIC[..NAME]
@@ -104,7 +102,7 @@ impl Manifest {
             let [got, expected] = [magic, MAGIC].map(|m| String::from_utf8_lossy(m).into_owned());
             return Err(StoreError::OtherVersion { path: path.to_owned(), got, expected });
         }
-        let manifest = Self::decode(&bytes).map_err(|reason| StoreError::Invalid {
+        let manifest = Self::decode(bytes).map_err(|reason| StoreError::Invalid {
             path: path.to_owned(),
             what: "manifest",
             reason,

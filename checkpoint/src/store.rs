@@ -1,6 +1,6 @@
 //! The store of a run's checkpoints.
 //!
-//! Layout of the folder: `chunks/HASH`, `manifests/STEP`, `catalogue/` (sled).
+//! Layout of its place: `chunks/HASH`, `manifests/STEP`. The catalogue (sled) is in a folder of this machine.
 //! - DS-1: a checkpoint exists when its manifest is there; the manifest is written after all its chunks
 //!   are synced.
 //! - DS-2: the catalogue says nothing that manifests don't: it is made from them again when it is
@@ -11,11 +11,11 @@
 //!   question and the change is not seen.
 
 use crate::catalogue::Catalogue;
-use crate::chunk::{CHUNK_WORDS, ChunkHash, Chunks, write_whole};
-use crate::error::{StoreError, at};
+use crate::chunk::{ChunkHash, Chunks};
+use crate::error::StoreError;
 use crate::manifest::{Element, Manifest, PartEntry, TensorEntry};
+use crate::place::Place;
 use std::collections::{BTreeMap, BTreeSet};
-use std::fs;
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
 
@@ -53,41 +53,45 @@ pub enum Part {
 /// Reads the checkpoints of a run. Any number of processes may, while another one writes.
 #[derive(Debug, Clone)]
 pub struct Reader {
-    folder: PathBuf,
+    place: Place,
     job: String,
     chunks: Chunks,
 }
 
-impl Reader {
-    /// Of `job` in `folder`.
-    pub fn new(folder: &Path, job: &str) -> Self {
-        Self { folder: folder.to_owned(), job: job.to_owned(), chunks: Chunks::new(folder.join("chunks")) }
-    }
+/// Of a place: `manifests/STEP`.
+const MANIFESTS: &str = "manifests";
 
-    fn manifests(&self) -> PathBuf {
-        self.folder.join("manifests")
+fn name_of(step: u64) -> String {
+    format!("{MANIFESTS}/{step}")
+}
+
+impl Reader {
+    /// Of `job` in a place.
+    pub fn new(place: Place, job: &str) -> Self {
+        Self { job: job.to_owned(), chunks: Chunks::new(place.clone()), place }
     }
 
     fn manifest_path(&self, step: u64) -> PathBuf {
-        self.manifests().join(step.to_string())
+        self.place.path(&name_of(step))
+    }
+
+    /// Where it is, for people.
+    pub fn path(&self) -> PathBuf {
+        self.place.path(MANIFESTS)
     }
 
     /// Steps of the checkpoints that exist, ascending.
     pub fn steps(&self) -> Result<Vec<u64>, StoreError> {
-        let manifests = self.manifests();
-        let mut steps = Vec::new();
-        for entry in fs::read_dir(&manifests).map_err(at(&manifests))? {
-            let entry = entry.map_err(at(&manifests))?;
-            // Anything else was refused, or is what an interrupted write left behind.
-            steps.extend(entry.file_name().to_string_lossy().parse::<u64>());
-        }
+        // Anything else was refused, or is what an interrupted write left behind.
+        let names = self.place.names(MANIFESTS)?;
+        let mut steps: Vec<u64> = names.iter().filter_map(|name| name.parse().ok()).collect();
         steps.sort_unstable();
         Ok(steps)
     }
 
     /// Reads a manifest.
     pub fn manifest(&self, step: u64) -> Result<Manifest, StoreError> {
-        Manifest::read(&self.manifest_path(step), &self.job)
+        Manifest::read(&self.place.get(&name_of(step))?, &self.manifest_path(step), &self.job)
     }
 
     /// Reads tensors of a checkpoint, verifying every chunk. Names come with rows and columns.
@@ -189,25 +193,24 @@ impl std::fmt::Debug for Mine {
 }
 
 impl Store {
-    /// Opens or creates the store of `job` in `folder`. `keep` is at least 1. The caller sees to it that
-    /// nobody else has it open.
-    pub fn open(folder: &Path, job: &str, keep: usize) -> Result<Self, StoreError> {
-        Self::in_turn(folder, &folder.join("catalogue"), job, keep, Arc::new(|| true))
+    /// Opens or creates the store of `job` in a place, with its catalogue in a folder. `keep` is at least 1. The caller sees
+    /// to it that nobody else has it open.
+    pub fn open(place: Place, catalogue: &Path, job: &str, keep: usize) -> Result<Self, StoreError> {
+        Self::in_turn(place, catalogue, job, keep, Arc::new(|| true))
     }
 
     /// The same for one of several processes that have the store in turn, each with a catalogue of its own (DS-4). `mine`
     /// says whether it is this one's turn.
     pub fn in_turn(
-        folder: &Path,
+        place: Place,
         catalogue: &Path,
         job: &str,
         keep: usize,
         mine: Arc<dyn Fn() -> bool + Send + Sync>,
     ) -> Result<Self, StoreError> {
-        let reader = Reader::new(folder, job);
-        for needed in [reader.manifests(), folder.join("chunks")] {
-            fs::create_dir_all(&needed).map_err(at(&needed))?;
-        }
+        let reader = Reader::new(place, job);
+        reader.place.make(MANIFESTS)?;
+        reader.chunks.make()?;
         let read = |step: &u64| reader.manifest(*step);
         let catalogue = Catalogue::open(catalogue, &reader.steps()?, read)?;
         Ok(Self { keep: keep.max(1), catalogue, pending: BTreeMap::new(), reader, mine: Mine(mine) })
@@ -222,9 +225,7 @@ impl Store {
     pub fn put(&mut self, step: u64, tensors: &[StoredTensor]) -> Result<(), StoreError> {
         let chunks = &self.reader.chunks;
         let store = |part: &StoredPart| -> Result<PartEntry, StoreError> {
-            let put = |c: &[f32]| Ok(chunks.put(bytemuck::cast_slice(c))?.0);
-            let chunks = part.words.chunks(CHUNK_WORDS).map(put).collect::<Result<_, StoreError>>()?;
-            Ok(PartEntry { element: part.element, chunks })
+            Ok(PartEntry { element: part.element, chunks: chunks.put(&part.words)? })
         };
         for t in tensors {
             let parts = t.parts.iter().map(store).collect::<Result<_, _>>()?;
@@ -242,7 +243,7 @@ impl Store {
         if let Some(tensors) = self.pending.get(&step) {
             let manifest =
                 Manifest { job: self.reader.job.clone(), step, tensors: tensors.values().cloned().collect() };
-            write_whole(&self.reader.manifest_path(step), &manifest.encode())?;
+            self.reader.place.put(&name_of(step), &manifest.encode())?;
             self.catalogue.add(&manifest)?;
             // Older ones that were not completed never will be.
             self.pending.retain(|s, _| *s > step);
@@ -252,7 +253,7 @@ impl Store {
 
     /// DS-4.
     fn turn(&self) -> Result<(), StoreError> {
-        if (self.mine.0)() { Ok(()) } else { Err(StoreError::OutOfTurn { path: self.reader.folder.clone() }) }
+        if (self.mine.0)() { Ok(()) } else { Err(StoreError::OutOfTurn { path: self.reader.path() }) }
     }
 
     fn prune(&self) -> Result<(), StoreError> {
@@ -263,8 +264,7 @@ impl Store {
         }
         for step in old {
             self.turn()?;
-            let path = self.reader.manifest_path(*step);
-            fs::remove_file(&path).map_err(at(&path))?;
+            self.reader.place.remove(&name_of(*step))?;
             self.catalogue.remove(*step)?;
         }
         // A chunk goes only if neither the catalogue nor a manifest names it.
@@ -290,8 +290,8 @@ impl Store {
                 return Err(error);
             }
             self.turn()?;
-            if let StoreError::Damaged { path, .. } = &error {
-                fs::remove_file(path).map_err(at(path))?;
+            if let StoreError::Damaged { expected, .. } = &error {
+                self.reader.chunks.remove(expected)?;
             }
             wrong.push(error);
         }
@@ -302,8 +302,7 @@ impl Store {
     pub fn refuse_after(&self, step: u64) -> Result<(), StoreError> {
         for newer in self.reader.steps()?.into_iter().filter(|s| *s > step) {
             self.turn()?;
-            let path = self.reader.manifest_path(newer);
-            fs::rename(&path, path.with_extension("refused")).map_err(at(&path))?;
+            self.reader.place.rename(&name_of(newer), &format!("{}.refused", name_of(newer)))?;
             self.catalogue.remove(newer)?;
         }
         Ok(())
@@ -311,186 +310,4 @@ impl Store {
 }
 
 #[cfg(test)]
-mod tests {
-    use super::*;
-
-    fn tensors(seed: f32) -> Vec<StoredTensor> {
-        let part = |n: usize, plus: f32| StoredPart {
-            element: Element::F32,
-            words: Arc::new((0..n).map(|i| i as f32 * 0.5 + plus).collect()),
-        };
-        // Moments in BF16: five of them take three words.
-        let low = |n: usize, plus: f32| StoredPart { element: Element::Bf16, ..part(n.div_ceil(2), plus) };
-        let long = CHUNK_WORDS + 5;
-        vec![
-            StoredTensor {
-                name: "b".into(),
-                rows: 1,
-                columns: 5,
-                parts: vec![part(5, seed), low(5, 1.0), low(5, 2.0)],
-            },
-            StoredTensor {
-                name: "a".into(),
-                rows: 1,
-                columns: long,
-                parts: vec![part(long, seed), part(long, 0.0), part(long, 0.0)],
-            },
-        ]
-    }
-
-    fn names() -> Vec<(String, usize, usize)> {
-        vec![("a".into(), 1, CHUNK_WORDS + 5), ("b".into(), 1, 5)]
-    }
-
-    fn save(store: &mut Store, step: u64, seed: f32) {
-        store.put(step, &tensors(seed)).unwrap();
-        store.publish(step).unwrap();
-    }
-
-    #[test]
-    fn a_checkpoint_that_is_being_made_keeps_its_chunks_when_an_older_one_is_published() {
-        let folder = tempfile::tempdir().unwrap();
-        let mut store = Store::open(folder.path(), "job", 1).unwrap();
-        save(&mut store, 1, 1.0);
-        store.put(3, &tensors(3.0)).unwrap();
-        save(&mut store, 2, 2.0);
-        store.publish(3).unwrap();
-        assert_eq!(store.newest_good().unwrap().0, Some(3));
-    }
-
-    /// DS-1, DS-3, CH-2.
-    #[test]
-    fn what_is_stored_is_read_and_old_ones_go_with_their_chunks() {
-        let folder = tempfile::tempdir().unwrap();
-        let mut store = Store::open(folder.path(), "job", 2).unwrap();
-        for step in 1..=4 {
-            save(&mut store, step, step as f32);
-        }
-        assert_eq!(store.reader().steps().unwrap(), [3, 4]);
-        let read = store.reader().read(4, &names()).unwrap();
-        assert_eq!(read[1], tensors(4.0)[0]);
-        assert_eq!(read[0], tensors(4.0)[1]);
-        let count = fs::read_dir(folder.path().join("chunks")).unwrap().count();
-        // Per step: three chunks of weights (a: 2, b: 1); common: b's moments (2) and a's (2, shared by both).
-        assert_eq!(count, 2 * 3 + 4);
-    }
-
-    /// What another version of the program wrote is neither read nor put aside.
-    #[test]
-    fn another_version_is_named_and_left_alone() {
-        let folder = tempfile::tempdir().unwrap();
-        let mut store = Store::open(folder.path(), "job", 3).unwrap();
-        save(&mut store, 1, 1.0);
-        let path = store.reader().manifest_path(2);
-        let mut bytes = fs::read(store.reader().manifest_path(1)).unwrap();
-        bytes[7] = b'1';
-        fs::write(&path, &bytes).unwrap();
-        let error = store.newest_good().unwrap_err().to_string();
-        assert!(error.contains("EVERMAN1") && error.contains(&path.display().to_string()), "{error}");
-        assert_eq!(fs::read(&path).unwrap(), bytes);
-    }
-
-    /// DS-4: one that wakes when another has the store removes neither a checkpoint nor a chunk of it.
-    #[test]
-    fn a_process_whose_turn_is_over_removes_nothing() {
-        use std::sync::atomic::{AtomicBool, Ordering::Relaxed};
-        let folder = tempfile::tempdir().unwrap();
-        let open = |name: &str, mine: Arc<dyn Fn() -> bool + Send + Sync>| {
-            Store::in_turn(folder.path(), &folder.path().join(name), "job", 1, mine).unwrap()
-        };
-        let turn = Arc::new(AtomicBool::new(true));
-        let mine = Arc::clone(&turn);
-        let mut first = open("first", Arc::new(move || mine.load(Relaxed)));
-        save(&mut first, 1, 1.0);
-        first.put(2, &tensors(2.0)).unwrap();
-        turn.store(false, Relaxed);
-        let mut second = open("second", Arc::new(|| true));
-        second.put(3, &tensors(3.0)).unwrap();
-        let error = first.publish(2).unwrap_err().to_string();
-        assert!(error.contains("another process"), "{error}");
-        assert!(first.refuse_after(0).is_err() && first.prune().is_ok());
-        assert_eq!(second.reader().steps().unwrap(), [1]);
-        second.publish(3).unwrap();
-        assert_eq!(second.reader().steps().unwrap(), [3]);
-        assert_eq!(second.newest_good().unwrap().0, Some(3));
-    }
-
-    /// DS-2.
-    #[test]
-    fn the_catalogue_is_made_again_from_manifests() {
-        let folder = tempfile::tempdir().unwrap();
-        save(&mut Store::open(folder.path(), "job", 3).unwrap(), 1, 1.0);
-        fs::remove_dir_all(folder.path().join("catalogue")).unwrap();
-        save(&mut Store::open(folder.path(), "job", 3).unwrap(), 2, 2.0);
-        for file in fs::read_dir(folder.path().join("catalogue")).unwrap() {
-            let path = file.unwrap().path();
-            if path.is_file() {
-                fs::write(path, b"garbage").unwrap();
-            }
-        }
-        let mut store = Store::open(folder.path(), "job", 1).unwrap();
-        save(&mut store, 3, 3.0);
-        assert_eq!(store.reader().steps().unwrap(), [3]);
-        assert_eq!(store.reader().read(3, &names()).unwrap()[1], tensors(3.0)[0]);
-    }
-
-    /// CH-1, CH-3.
-    #[test]
-    fn damage_is_named_and_the_one_before_is_found() {
-        let folder = tempfile::tempdir().unwrap();
-        let mut store = Store::open(folder.path(), "job", 3).unwrap();
-        save(&mut store, 1, 11.0);
-        save(&mut store, 2, 12.0);
-        let hash = ChunkHash(store.reader().manifest(2).unwrap().tensors[1].parts[0].chunks[0]);
-        let path = folder.path().join("chunks").join(hash.to_string());
-        let good = fs::read(&path).unwrap();
-        let mut flipped = good.clone();
-        flipped[3] ^= 1;
-        for bad in [&good[..5], &flipped, &[]] {
-            fs::write(&path, bad).unwrap();
-            let error = store.reader().read(2, &names()).unwrap_err().to_string();
-            assert!(error.contains(&hash.to_string()), "{error}");
-            let (newest, wrong) = store.newest_good().unwrap();
-            assert_eq!((newest, wrong.len()), (Some(1), 1));
-            // The same content is stored again in its place.
-            save(&mut store, 2, 12.0);
-            assert_eq!(store.newest_good().unwrap().0, Some(2));
-        }
-        let manifest = folder.path().join("manifests/2");
-        let mut bytes = fs::read(&manifest).unwrap();
-        bytes[20] ^= 4;
-        fs::write(&manifest, &bytes).unwrap();
-        assert_eq!(store.newest_good().unwrap().0, Some(1));
-    }
-
-    #[test]
-    fn a_foreign_manifest_is_refused() {
-        let folder = tempfile::tempdir().unwrap();
-        save(&mut Store::open(folder.path(), "job", 3).unwrap(), 1, 1.0);
-        let error = Store::open(folder.path(), "other", 3).unwrap().reader().manifest(1).unwrap_err();
-        assert!(matches!(error, StoreError::ForeignJob { .. }), "{error}");
-    }
-
-    /// Every cut and every changed byte of a manifest is an error that is told, never a panic.
-    #[test]
-    fn damaged_manifests_are_errors() {
-        let folder = tempfile::tempdir().unwrap();
-        let mut store = Store::open(folder.path(), "job", 2).unwrap();
-        save(&mut store, 1, 1.0);
-        let good = fs::read(folder.path().join("manifests/1")).unwrap();
-        assert!(Manifest::decode(&good).is_ok());
-        for at in 0..good.len() {
-            assert!(Manifest::decode(&good[..at]).is_err());
-            let mut changed = good.clone();
-            changed[at] ^= 0x40;
-            assert!(Manifest::decode(&changed).is_err(), "byte {at}");
-        }
-    }
-
-    #[test]
-    fn garbage_is_no_manifest() {
-        for bytes in [&b""[..], b"EVERMAN3", b"EVERMAN3\0\0\0\0", b"EVERMAN3aaaaaaaaaaaaaaaaaaaaaa"] {
-            assert!(Manifest::decode(bytes).is_err());
-        }
-    }
-}
+mod tests;

@@ -1,7 +1,9 @@
 //! Runs real jobs for the whole-system tests: the `everstep` program, its processes, its files.
 
+mod bucket;
 mod wires;
 
+pub use bucket::{Bucket, Door};
 pub use wires::{Process, Wires};
 
 use anyhow::{Context, Result, bail};
@@ -33,6 +35,7 @@ pub struct Place {
     folder: tempfile::TempDir,
     config: PathBuf,
     data: String,
+    environment: Vec<(String, String)>,
 }
 
 impl Place {
@@ -43,7 +46,7 @@ impl Place {
         let config = folder.path().join("tiny.toml");
         std::fs::write(&config, std::fs::read_to_string(source)?)?;
         std::fs::write(folder.path().join("text.txt"), text(40_000))?;
-        Ok(Self { folder, config, data: "data.paths=[\"text.txt\"]".to_owned() })
+        Ok(Self { folder, config, data: "data.paths=[\"text.txt\"]".to_owned(), environment: Vec::new() })
     }
 
     /// Names other text, as an override of the configuration.
@@ -51,11 +54,23 @@ impl Place {
         data.clone_into(&mut self.data);
     }
 
+    /// Gives the program more of an environment.
+    pub fn set_environment(&mut self, environment: Vec<(String, String)>) {
+        self.environment = environment;
+    }
+
+    /// The program, to be run here.
+    fn program(&self) -> Command {
+        let mut command = Command::new(program());
+        command.current_dir(self.path()).envs(self.environment.iter().map(|(name, value)| (name, value)));
+        command
+    }
+
     /// Goes on with a run on so many nodes.
     pub fn resume(&self, name: &str, nodes: usize) -> Result<Training> {
         let run = self.run(name);
-        let mut command = Command::new(program());
-        command.current_dir(self.path()).arg("resume").arg(&run.0).args(["--nodes", &nodes.to_string()]);
+        let mut command = self.program();
+        command.arg("resume").arg(&run.0).args(["--nodes", &nodes.to_string()]);
         Ok(Training { run, child: command.stdout(Stdio::null()).stderr(Stdio::piped()).spawn()? })
     }
 
@@ -75,8 +90,8 @@ impl Place {
     }
 
     fn command(&self, name: &str, set: &[&str]) -> Command {
-        let mut command = Command::new(program());
-        command.current_dir(self.path()).args(["train", "tiny.toml", "--set", &self.data]);
+        let mut command = self.program();
+        command.args(["train", "tiny.toml", "--set", &self.data]);
         command.args(["--set", &format!("run.folder={}", self.run(name).0.display())]);
         set.iter().for_each(|s| {
             command.args(["--set", s]);
@@ -119,7 +134,7 @@ impl Place {
 
     /// Runs the program with other arguments.
     pub fn everstep(&self, arguments: &[&str]) -> Result<Output> {
-        Ok(Command::new(program()).current_dir(self.path()).args(arguments).output()?)
+        Ok(self.program().args(arguments).output()?)
     }
 }
 

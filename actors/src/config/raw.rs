@@ -256,6 +256,8 @@ pub(super) struct RawCheckpoint {
     pub(super) every: u64,
     #[serde(default = "default_keep")]
     pub(super) keep: usize,
+    #[serde(default)]
+    pub(super) store: Option<String>,
 }
 
 fn default_keep() -> usize {

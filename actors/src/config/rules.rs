@@ -89,6 +89,10 @@ fn choice_rules(raw: &Raw) -> Vec<Rule> {
     let keep = raw.checkpoint.keep;
     let why = "expected at least 2: the job may go back to one while the next is made";
     rules.push((keep >= 2, "checkpoint.keep", keep.to_string(), why.into()));
+    if let Some(store) = &raw.checkpoint.store {
+        let known = store.strip_prefix("s3://").is_some_and(|rest| !rest.is_empty() && !rest.starts_with('/'));
+        rules.push((known, "checkpoint.store", store.clone(), "expected s3://BUCKET or s3://BUCKET/PREFIX".into()));
+    }
     let known = super::precision(&t.precision).is_some();
     rules.push((known, "train.precision", t.precision.clone(), "expected fp32, bf16 or fp8".into()));
     rules.push((t.device == "cpu", "train.device", t.device.clone(), "this version trains on cpu".into()));

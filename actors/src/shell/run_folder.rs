@@ -1,9 +1,10 @@
 //! The files of a run, and the forms of those that others read.
 
+use crate::config::Config;
 use crate::ids::Step;
 use crate::supervisor::Report;
 use crate::tokens::{SourceInfo, Tokens};
-use everstep_checkpoint::Mapped;
+use everstep_checkpoint::{Mapped, Place, StoreError};
 use serde::{Deserialize, Serialize};
 use std::collections::BTreeMap;
 use std::net::SocketAddr;
@@ -51,9 +52,20 @@ impl RunFolder {
     pub fn events(&self) -> PathBuf {
         self.0.join("events.jsonl")
     }
-    /// The store of checkpoints.
+    /// The store of checkpoints: its catalogue and, if they are in no object store, all of it.
     pub fn checkpoints(&self) -> PathBuf {
         self.0.join("checkpoints")
+    }
+    /// Where the checkpoints of `job` are. An object store may hold those of other jobs too.
+    pub fn store(&self, config: &Config, job: &str) -> Result<Place, StoreError> {
+        match &config.store {
+            Some(url) => Place::bucket(&format!("{}/{job}", url.trim_end_matches('/'))),
+            None => Ok(Place::folder(&self.checkpoints())),
+        }
+    }
+    /// The catalogue of a supervisor that is the only one.
+    pub fn catalogue(&self) -> PathBuf {
+        self.checkpoints().join("catalogue")
     }
     /// What proves membership.
     pub fn credentials(&self) -> PathBuf {

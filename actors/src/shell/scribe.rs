@@ -125,8 +125,14 @@ impl StoreThread {
                 Ok(message) => return Some(message),
                 Err(error) => error,
             };
-            let may_heal = matches!(error, StoreError::File { .. } | StoreError::Catalogue { .. });
-            if !may_heal || matches!(wish, Checkpointing::Load { .. }) {
+            let may_heal = match wish {
+                Checkpointing::Store { .. } | Checkpointing::Publish(_) => {
+                    matches!(error, StoreError::File { .. } | StoreError::Catalogue { .. })
+                }
+                // What is not there will not come.
+                Checkpointing::Load { .. } => matches!(error, StoreError::File { .. }) && !error.is_damage(),
+            };
+            if !may_heal {
                 return Some(Msg::DiskFailed(error.to_string()));
             }
             to.cast(Msg::StoreFails(error.to_string())).ok()?;

@@ -106,7 +106,8 @@ async fn alone(ready: Ready, open: impl FnOnce() -> Opened) -> Result<Supervisor
     let run = &ready.run;
     let _lock = run.lock()?;
     let (records, files) = restore_log(run)?;
-    let store = Store::open(&run.checkpoints(), &ready.identity.job, ready.config.keep)?;
+    let job = &ready.identity.job;
+    let store = Store::open(run.store(&ready.config, job)?, &run.catalogue(), job, ready.config.keep)?;
     let restored = restore(store, &ready.config, records, &run.metrics())?;
     let (hub, events) = open()?;
     let address = hub.address()?.to_string();
@@ -198,7 +199,8 @@ async fn lead_among(
     let restoring = tokio::task::spawn_blocking(move || -> Result<Restored, String> {
         let holds = lease.clone();
         let mine = Arc::new(move || holds.holds());
-        let store = Store::in_turn(&run.checkpoints(), &folder.join("catalogue"), &job, config.keep, mine);
+        let place = run.store(&config, &job);
+        let store = place.and_then(|p| Store::in_turn(p, &folder.join("catalogue"), &job, config.keep, mine));
         let restored =
             store.map_err(AnyError::from).and_then(|s| restore(s, &config, records, &folder.join("metrics.jsonl")));
         let restored = restored.map_err(|e| e.to_string())?;

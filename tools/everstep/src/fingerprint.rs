@@ -10,23 +10,25 @@ pub(crate) fn open(run: &RunFolder) -> Result<(Config, Reader)> {
     let path = run.config();
     let text = std::fs::read_to_string(&path).with_context(|| format!("cannot read {}", path.display()))?;
     let config = Config::parse(&text, &path.display().to_string(), &[])?;
-    Ok((config, Reader::new(&run.checkpoints(), &RunIdentity::read(run)?.job)))
+    let job = RunIdentity::read(run)?.job;
+    let place = run.store(&config, &job)?;
+    Ok((config, Reader::new(place, &job)))
 }
 
 /// A stored step: the newest by default.
-pub(crate) fn choose(store: &Reader, run: &RunFolder, step: Option<u64>) -> Result<u64> {
+pub(crate) fn choose(store: &Reader, step: Option<u64>) -> Result<u64> {
     let steps = store.steps()?;
     match step {
         Some(step) if steps.contains(&step) => Ok(step),
-        Some(step) => bail!("step {step} is not stored in {}: there are {steps:?}", run.checkpoints().display()),
-        None => Ok(*steps.last().with_context(|| format!("{} holds no checkpoint", run.checkpoints().display()))?),
+        Some(step) => bail!("step {step} is not stored in {}: there are {steps:?}", store.path().display()),
+        None => Ok(*steps.last().with_context(|| format!("{} holds no checkpoint", store.path().display()))?),
     }
 }
 
 /// All tensors of a stored step, in order of name.
 pub(crate) fn tensors(run: &RunFolder, step: Option<u64>) -> Result<(Config, u64, Vec<StoredTensor>)> {
     let (config, store) = open(run)?;
-    let step = choose(&store, run, step)?;
+    let step = choose(&store, step)?;
     let layout = Layout::new(&config.spec);
     let names: Vec<_> = layout.parameters.iter().map(|p| (p.name.to_string(), p.rows, p.columns)).collect();
     let tensors = store.read(step, &names)?;

@@ -36,7 +36,7 @@ impl Weights {
     /// Reads and verifies them.
     pub(crate) fn load(run: &RunFolder, which: Which) -> Result<Self> {
         let (config, reader) = open(run)?;
-        let step = choose(&reader, run, which.step)?;
+        let step = choose(&reader, which.step)?;
         let manifest = reader.manifest(step)?;
         let mut map = ParameterMap::new();
         for p in config.spec.model.parameters() {

@@ -155,7 +155,7 @@ pub(crate) fn export(run: &RunFolder, out: &Path, which: Which, precision: Preci
         bail!("{} exists: choose another folder", out.display());
     }
     let (config, reader) = crate::fingerprint::open(run)?;
-    let step = crate::fingerprint::choose(&reader, run, which.step)?;
+    let step = crate::fingerprint::choose(&reader, which.step)?;
     let source = Source {
         reader: &reader,
         manifest: reader.manifest(step)?,
