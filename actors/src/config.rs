@@ -24,6 +24,8 @@ pub struct Config {
     pub nodes: usize,
     /// Nodes beyond those that are held ready without actors.
     pub spares: usize,
+    /// Nodes that are slow are given less to do.
+    pub relieve: bool,
     /// Supervisors, one of which leads.
     pub supervisors: u64,
     /// Multiply-adds a second to which every thread of a node is held back, if it is: nodes that share a machine then
@@ -139,6 +141,7 @@ impl Config {
             listen: raw.run.listen,
             nodes: raw.job.nodes as usize,
             spares: raw.recovery.spares as usize,
+            relieve: raw.recovery.relieve,
             supervisors: u64::from(raw.recovery.supervisors),
             pace: raw.job.pace,
             memory: raw.job.memory,

@@ -1,6 +1,7 @@
 //! What nodes and the supervisor's process say to each other about the job itself.
 
 use crate::ids::{ActorId, Address, NodeId};
+use crate::rates::Rates;
 use crate::table::{NodeInfo, Table};
 use crate::tokens::SourceInfo;
 use serde::{Deserialize, Serialize};
@@ -50,6 +51,8 @@ pub enum Control {
         work: u64,
         /// Those among them that a life of an actor had done before in its step.
         redone: u64,
+        /// How long what was done took.
+        rates: Rates,
         /// Nodes of the table to which it has no link.
         down: Vec<NodeId>,
     },

@@ -21,6 +21,7 @@ mod message;
 mod outbox;
 mod pieces;
 mod plant;
+mod rates;
 mod reducer;
 mod root;
 mod router;

@@ -22,6 +22,7 @@ mod lives;
 mod membership;
 mod placement;
 mod record;
+mod speed;
 mod steps;
 mod timeline;
 
@@ -31,6 +32,7 @@ pub use events::{Happening, Report, SupervisorEffect, SupervisorEvent};
 use links::Links;
 use membership::{Membership, Silent};
 pub use record::{CommitRecord, Record};
+use speed::Speeds;
 pub use timeline::Phases;
 use timeline::Timeline;
 
@@ -64,6 +66,8 @@ pub struct Nodes {
     pub wanted: usize,
     /// So many of those beyond are held ready without actors.
     pub spares: usize,
+    /// Slow ones are given less to do.
+    pub relieve: bool,
 }
 
 /// Adds to the newest [`FENCED_MAX`] nodes. Gives whether it is new.
@@ -90,8 +94,11 @@ pub struct Supervisor {
     nodes_wanted: usize,
     /// Nodes beyond those that are held ready without actors.
     spares: usize,
+    /// Slow nodes are given less to do.
+    relieve: bool,
     table: Table,
     membership: Membership,
+    speeds: Speeds,
     links: Links,
     commit: CommitCore,
     /// The newest numbers of a committed step.
@@ -147,12 +154,14 @@ impl Supervisor {
             commit: CommitCore::new(Arc::clone(&spec), layout),
             nodes_wanted: nodes.wanted,
             spares: nodes.spares,
+            relieve: nodes.relieve,
             table: Table {
                 primaries: vec![None; spec.shards as usize],
                 copies: vec![0; spec.shards as usize],
                 ..Table::default()
             },
             membership: Membership::default(),
+            speeds: Speeds::default(),
             links: Links::default(),
             last: None,
             checkpoint,
@@ -262,7 +271,12 @@ impl Supervisor {
         let mut effects = match event {
             SupervisorEvent::Join(info) => self.join(info),
             SupervisorEvent::Return(node) => self.returned(node),
-            SupervisorEvent::Heartbeat { node, work, redone, down } => self.heartbeat(node, [work, redone], &down),
+            SupervisorEvent::Heartbeat { node, work, redone, rates, down } => {
+                if self.table.nodes.contains_key(&node) {
+                    self.speeds.beat(node, rates);
+                }
+                self.heartbeat(node, [work, redone], &down)
+            }
             SupervisorEvent::Lost { node, why } => self.dead(&[(node, why, Duration::ZERO)]),
             SupervisorEvent::Leave(node) => self.leave(node),
             SupervisorEvent::ActorFailed { address, reason } => self.actor_failed(address, reason),
@@ -279,6 +293,7 @@ impl Supervisor {
                 let silent: Vec<_> = self.membership.expired(now).iter().map(|s| (s.node, why(s), s.silence)).collect();
                 let mut effects = if silent.is_empty() { Vec::new() } else { self.dead(&silent) };
                 effects.extend(self.cut());
+                effects.extend(self.compare_speeds());
                 effects
             }
         };
@@ -372,6 +387,7 @@ impl Supervisor {
         }
         self.table.leaving.remove(&node);
         self.membership.forget(node);
+        self.speeds.forget(node);
         self.links.forget(node);
         self.admitted.remove(&node);
         self.work.remove(&node);

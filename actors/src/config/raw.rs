@@ -271,10 +271,11 @@ pub(super) struct RawRecovery {
     pub(super) spares: u32,
     pub(super) supervisors: u32,
     pub(super) audit: u32,
+    pub(super) relieve: bool,
 }
 
 impl Default for RawRecovery {
     fn default() -> Self {
-        Self { mirrors: 1, spares: 0, supervisors: 1, audit: 0 }
+        Self { mirrors: 1, spares: 0, supervisors: 1, audit: 0, relieve: false }
     }
 }

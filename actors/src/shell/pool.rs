@@ -8,6 +8,7 @@
 
 use crate::compute::{Job, Outcome, run, words_of_panic};
 use crate::hang::At;
+use crate::rates::{KINDS, Rates, kind};
 use everstep_kernels::Backend;
 use std::panic::{AssertUnwindSafe, catch_unwind};
 use std::sync::atomic::{AtomicU64, Ordering};
@@ -33,6 +34,8 @@ pub(super) struct Pool {
     queue: SyncSender<Task>,
     work: Arc<AtomicU64>,
     redone: Arc<AtomicU64>,
+    /// As in [`Rates`].
+    rates: Arc<[[AtomicU64; 2]; KINDS]>,
     /// Of each thread: the number of the job that it is at, 0 for none, and its cost.
     at: Arc<Vec<[AtomicU64; 2]>>,
 }
@@ -50,19 +53,25 @@ impl Pool {
         let tasks = Arc::new(Mutex::new(tasks));
         let work = Arc::new(AtomicU64::new(0));
         let at: Arc<Vec<[AtomicU64; 2]>> = Arc::new((0..threads.max(1)).map(|_| Default::default()).collect());
+        let rates: Arc<[[AtomicU64; 2]; KINDS]> = Arc::default();
         for n in 0..threads.max(1) {
             let (tasks, backend, work) = (Arc::clone(&tasks), Arc::clone(backend), Arc::clone(&work));
-            let at = Arc::clone(&at);
+            let (at, rates) = (Arc::clone(&at), Arc::clone(&rates));
             std::thread::Builder::new().name(format!("compute-{n}")).spawn(move || {
-                serve(&tasks, &*backend, &work, &at[n], pace);
+                serve(&tasks, &*backend, (&work, &rates), &at[n], pace);
             })?;
         }
-        Ok(Self { queue, work, redone: Arc::default(), at })
+        Ok(Self { queue, work, redone: Arc::default(), rates, at })
     }
 
     /// Multiply-adds done so far.
     pub(super) fn work(&self) -> u64 {
         self.work.load(Ordering::Relaxed)
+    }
+
+    /// How long what was done took.
+    pub(super) fn rates(&self) -> Rates {
+        Rates(std::array::from_fn(|kind| self.rates[kind].each_ref().map(|n| n.load(Ordering::Relaxed))))
     }
 
     /// What each thread is at.
@@ -93,7 +102,7 @@ impl Pool {
 fn serve(
     tasks: &Mutex<Receiver<Task>>,
     backend: &dyn Backend,
-    work: &AtomicU64,
+    (work, rates): (&AtomicU64, &[[AtomicU64; 2]; KINDS]),
     [at, costs]: &[AtomicU64; 2],
     pace: Option<f64>,
 ) {
@@ -102,7 +111,7 @@ fn serve(
         let Ok(Task { job, cost, reply }) = next else { return };
         costs.store(cost, Ordering::Relaxed);
         at.store(number, Ordering::Relaxed);
-        let began = Instant::now();
+        let (began, kind) = (Instant::now(), kind(&job));
         let result = catch_unwind(AssertUnwindSafe(|| run(job, backend)));
         // What follows is no hang.
         at.store(0, Ordering::Relaxed);
@@ -110,6 +119,10 @@ fn serve(
             std::thread::sleep(Duration::from_secs_f64(cost as f64 / pace).saturating_sub(began.elapsed()));
         }
         work.fetch_add(cost, Ordering::Relaxed);
+        if let Some(kind) = kind {
+            rates[kind][0].fetch_add(cost, Ordering::Relaxed);
+            rates[kind][1].fetch_add(began.elapsed().as_micros() as u64, Ordering::Relaxed);
+        }
         reply(result.map_err(|panic| words_of_panic(&*panic)));
     }
 }

@@ -137,7 +137,7 @@ impl Actor for SupervisorProcess {
         let checkpoint = restored.checkpoint;
         let identity_class = identity.class.clone();
         let keeper = KeeperCore::new(Arc::clone(&spec), Arc::clone(&layout), checkpoint);
-        let nodes = Nodes { wanted: config.nodes, spares: config.spares };
+        let nodes = Nodes { wanted: config.nodes, spares: config.spares, relieve: config.relieve };
         let (supervisor, first) =
             Supervisor::new(spec, nodes, &restored.records, checkpoint, restored.reported, Duration::ZERO, None);
         let (root, effects) = Root::new(supervisor, first, keeper, None);
@@ -408,9 +408,9 @@ impl State {
                 self.peers.insert(node, peer);
                 self.supervise(SupervisorEvent::Return(node));
             }
-            Control::Heartbeat { node, work, redone, down } => {
+            Control::Heartbeat { node, work, redone, rates, down } => {
                 self.peers.insert(node, peer);
-                self.supervise(SupervisorEvent::Heartbeat { node, work, redone, down });
+                self.supervise(SupervisorEvent::Heartbeat { node, work, redone, rates, down });
             }
             Control::ActorFailed { address, reason } => {
                 self.supervise(SupervisorEvent::ActorFailed { address, reason });

@@ -44,7 +44,7 @@ impl World {
         let now = Duration::from_micros(self.now);
         let spec = Arc::clone(&self.materials.spec);
         let plant = self.materials.plant;
-        let nodes = Nodes { wanted: self.slots - self.spares, spares: self.spares };
+        let nodes = Nodes { wanted: self.slots - self.spares, spares: self.spares, relieve: false };
         let (supervisor, first) = Supervisor::new(spec, nodes, &self.disk, self.published, reported, now, plant);
         self.note(format!("the supervisor starts as life {life} with step {} committed", supervisor.committed()));
         if supervisor.committed() < self.announced {

@@ -134,7 +134,8 @@ pub(crate) fn spec(shape: usize) -> JobSpec {
 fn reference(shape: usize) -> &'static [String] {
     static RUNS: [OnceLock<Vec<String>>; SHAPES.len()] = [const { OnceLock::new() }; SHAPES.len()];
     RUNS[shape].get_or_init(|| {
-        let mut world = World::new(0, spec(shape), Nodes { wanted: 1, spares: 0 }, Faults::None, None, None);
+        let mut world =
+            World::new(0, spec(shape), Nodes { wanted: 1, spares: 0, relieve: false }, Faults::None, None, None);
         world.run().unwrap_or_else(|v| panic!("the undisturbed run failed: {v}"));
         world.fingerprints()
     })
@@ -144,7 +145,7 @@ fn reference(shape: usize) -> &'static [String] {
 pub fn simulate(seed: u64, plant: Option<Bug>) -> Result<Summary, Violation> {
     let shape = (seed % SHAPES.len() as u64) as usize;
     let wanted = 2 + (seed / 4 % 3) as usize;
-    let nodes = Nodes { wanted, spares: usize::from((seed / 12).is_multiple_of(4)) };
+    let nodes = Nodes { wanted, spares: usize::from((seed / 12).is_multiple_of(4)), relieve: false };
     let mut spec = spec(shape);
     spec.mirrors = [1, 1, 0, 2][(seed / 48 % 4) as usize];
     spec.audit = [0, 9, 0, 1][(seed / 7 % 4) as usize];

@@ -9,6 +9,7 @@ use crate::control::Control;
 use crate::effect::{Effect, Event};
 use crate::ids::{ActorId, Address, NodeId, SUPERVISOR_NODE};
 use crate::message::Local;
+use crate::rates::Rates;
 use crate::router::Action;
 use crate::table::NodeInfo;
 use crate::wire::Unit;
@@ -26,7 +27,10 @@ impl World {
         node.supervisor = root.or(node.supervisor);
         let control = match number {
             Some(node) if new_root => Control::Return { node },
-            Some(node) => Control::Heartbeat { node, work, redone: 0, down: self.unreached(life) },
+            Some(node) => {
+                let (rates, down) = (Rates::default(), self.unreached(life));
+                Control::Heartbeat { node, work, redone: 0, rates, down }
+            }
             None if new_root => {
                 let info = NodeInfo {
                     address: format!("life {life}"),

@@ -57,9 +57,9 @@ impl World {
                 root.lives.insert(node, from);
                 SupervisorEvent::Return(node)
             }
-            Control::Heartbeat { node, work, redone, down } => {
+            Control::Heartbeat { node, work, redone, rates, down } => {
                 root.lives.insert(node, from);
-                SupervisorEvent::Heartbeat { node, work, redone, down }
+                SupervisorEvent::Heartbeat { node, work, redone, rates, down }
             }
             Control::Leave { node } => SupervisorEvent::Leave(node),
             Control::ActorFailed { address, reason } => SupervisorEvent::ActorFailed { address, reason },

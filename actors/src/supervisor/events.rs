@@ -4,6 +4,7 @@ use super::record::{CommitRecord, Record};
 use super::timeline::Phases;
 use crate::ids::{ActorId, Address, NodeId, Step};
 use crate::message::Body;
+use crate::rates::Rates;
 use crate::table::{NodeInfo, Table};
 use everstep_kernels::Tensor;
 use serde::Serialize;
@@ -25,6 +26,8 @@ pub enum SupervisorEvent {
         work: u64,
         /// Those among them that a life of an actor had done before in its step.
         redone: u64,
+        /// How long what was done took.
+        rates: Rates,
         /// Nodes of the table to which it has no link.
         down: Vec<NodeId>,
     },
@@ -110,6 +113,8 @@ pub enum Happening {
     NodeFenced { node: u64 },
     NodeLeaving { node: u64, actors: usize },
     NodeLeft { node: u64 },
+    NodeSlow { node: u64, percent: u64 },
+    NodeKeepsUp { node: u64 },
     ActorFailed { actor: String, incarnation: u32, reason: String, epoch: u64 },
     Moved { epoch: u64, actors: Vec<String> },
     Corrupted { why: String },

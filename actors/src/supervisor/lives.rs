@@ -29,8 +29,9 @@ impl Supervisor {
         };
         let present = self.table.entries.iter().filter(|(actor, e)| stays(actor, &e.node));
         let present: BTreeMap<ActorId, NodeId> = present.map(|(a, e)| (*a, e.node)).collect();
+        let slow = if self.relieve { self.speeds.slow() } else { BTreeMap::new() };
         let place = |present: &BTreeMap<ActorId, NodeId>, how: How| {
-            Placement::new(&self.costs, &working, &self.table.nodes, how).place(present, &copies)
+            Placement::new(&self.costs, &working, (&self.table.nodes, &slow), how).place(present, &copies)
         };
         let mut wanted = place(&present, if level { How::Level } else { How::Stay });
         self.no_room = self.without_room(&wanted);

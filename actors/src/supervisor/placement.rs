@@ -4,11 +4,13 @@
 //! - PL-2: copies of one shard live on different nodes, and where they can in different domains; a copy that has no node of
 //!   its own is not placed.
 //! - PL-3: the same input gives the same places (ties go to the lower number).
+//! - PL-5: what is evened out is time: a node that takes 300 percent of the others' counts its work three times.
 //! - PL-4: an actor gets a place only where there is room for it; what a step needs comes before further copies.
 
 use crate::costs::Costs;
 use crate::ids::{ActorId, NodeId};
 use crate::table::NodeInfo;
+use std::cmp::Reverse;
 use std::collections::BTreeMap;
 
 /// How places are chosen.
@@ -29,6 +31,8 @@ pub(crate) struct Placement<'a> {
     nodes: &'a [NodeId],
     /// The nodes of the table.
     infos: &'a BTreeMap<NodeId, NodeInfo>,
+    /// Percent of the others' time that slow nodes take.
+    slow: &'a BTreeMap<NodeId, u64>,
     load: BTreeMap<NodeId, u64>,
     bytes: BTreeMap<NodeId, u64>,
     how: How,
@@ -36,14 +40,29 @@ pub(crate) struct Placement<'a> {
 
 impl<'a> Placement<'a> {
     /// On these nodes; there is at least one.
-    pub(crate) fn new(costs: &'a Costs, nodes: &'a [NodeId], infos: &'a BTreeMap<NodeId, NodeInfo>, how: How) -> Self {
+    pub(crate) fn new(
+        costs: &'a Costs,
+        nodes: &'a [NodeId],
+        (infos, slow): (&'a BTreeMap<NodeId, NodeInfo>, &'a BTreeMap<NodeId, u64>),
+        how: How,
+    ) -> Self {
         let none: BTreeMap<NodeId, u64> = nodes.iter().map(|n| (*n, 0)).collect();
-        Self { costs, nodes, infos, load: none.clone(), bytes: none, how }
+        Self { costs, nodes, infos, slow, load: none.clone(), bytes: none, how }
     }
 
     fn add(&mut self, actor: ActorId, node: NodeId) {
         *self.load.entry(node).or_default() += self.costs.of(actor);
         *self.bytes.entry(node).or_default() += self.costs.bytes(actor);
+    }
+
+    /// What a node takes for so much work, in work of the others.
+    fn time(&self, node: NodeId, work: u64) -> u64 {
+        work.saturating_mul(self.slow.get(&node).copied().unwrap_or(100)) / 100
+    }
+
+    /// What it takes for all that it has.
+    fn time_of(&self, node: NodeId) -> u64 {
+        self.time(node, self.load[&node])
     }
 
     /// Bytes that a node has left.
@@ -111,7 +130,7 @@ impl<'a> Placement<'a> {
         self.nodes
             .iter()
             .filter(may)
-            .min_by_key(|n| (shared(n), if self.how == How::Pack { self.room(**n) } else { self.load[n] }))
+            .min_by_key(|n| (shared(n), if self.how == How::Pack { self.room(**n) } else { self.time_of(**n) }))
             .copied()
     }
 
@@ -121,17 +140,20 @@ impl<'a> Placement<'a> {
         let mut actors: Vec<ActorId> = costs.workers().collect();
         actors.sort_by(|a, b| costs.of(*b).cmp(&costs.of(*a)).then(a.cmp(b)));
         for _ in 0..actors.len() {
-            let heaviest = *self.nodes.iter().max_by_key(|n| (self.load[n], std::cmp::Reverse(**n))).expect("a node");
-            let lightest = *self.nodes.iter().min_by_key(|n| (self.load[n], **n)).expect("a node");
-            let gap = self.load[&heaviest] - self.load[&lightest];
+            let heaviest = *self.nodes.iter().max_by_key(|n| (self.time_of(**n), Reverse(**n))).expect("a node");
+            let lightest = *self.nodes.iter().min_by_key(|n| (self.time_of(**n), **n)).expect("a node");
+            let most = self.time_of(heaviest);
+            // What the two would take, the longer of them first.
+            let after = |a: &ActorId| {
+                let without = self.time(heaviest, self.load[&heaviest] - costs.of(*a));
+                let with = self.time(lightest, self.load[&lightest] + costs.of(*a));
+                (without.max(with), without.min(with))
+            };
             let movable = |a: &&ActorId| {
-                let helps = costs.of(**a) > 0 && costs.of(**a) < gap;
-                helps && places.get(a) == Some(&heaviest) && self.fits(**a, lightest)
+                let here = costs.of(**a) > 0 && places.get(a) == Some(&heaviest);
+                here && after(a).0 < most && self.fits(**a, lightest)
             };
-            // The one that brings the two closest together.
-            let Some(actor) = actors.iter().filter(movable).min_by_key(|a| gap.abs_diff(2 * costs.of(**a))) else {
-                return;
-            };
+            let Some(actor) = actors.iter().filter(movable).min_by_key(|a| after(a)) else { return };
             let actor = *actor;
             places.insert(actor, lightest);
             *self.load.entry(heaviest).or_default() -= costs.of(actor);
@@ -144,6 +166,7 @@ impl<'a> Placement<'a> {
 #[cfg(test)]
 mod tests {
     use super::*;
+    use crate::spec::JobSpec;
     use crate::testing::materials;
 
     fn nodes(n: &[u64]) -> Vec<NodeId> {
@@ -168,7 +191,7 @@ mod tests {
         let infos = on.iter().map(|(n, domain)| (NodeId(*n), info(*n, domain))).collect();
         let nodes = nodes(&on.iter().map(|(n, _)| *n).collect::<Vec<_>>());
         let present = present.iter().filter(|(_, n)| nodes.contains(n)).map(|(a, n)| (*a, *n)).collect();
-        Placement::new(&costs, &nodes, &infos, how).place(&present, &copies)
+        Placement::new(&costs, &nodes, (&infos, &BTreeMap::new()), how).place(&present, &copies)
     }
 
     fn place(on: &[u64], present: &BTreeMap<ActorId, NodeId>, how: How) -> BTreeMap<ActorId, NodeId> {
@@ -198,6 +221,26 @@ mod tests {
             p.iter().filter(|(a, _)| matches!(a, ActorId::Reducer { .. })).map(|(a, n)| (*a, *n)).collect()
         };
         assert_eq!(state(&level), state(&before), "state is not moved for balance");
+    }
+
+    /// PL-5: a node that takes four times as long has about a quarter of the others' work; state stays.
+    #[test]
+    fn a_slow_node_has_less_to_do() {
+        let materials = crate::testing::of(JobSpec { lanes: 4, ..(*materials().spec).clone() });
+        let costs = Costs::new(&materials.spec);
+        let infos = [1, 2, 3].map(|n| (NodeId(n), crate::testing::info(n))).into();
+        let nodes = nodes(&[1, 2, 3]);
+        let on = |slow: BTreeMap<NodeId, u64>, present: &BTreeMap<ActorId, NodeId>| {
+            Placement::new(&costs, &nodes, (&infos, &slow), How::Level).place(present, &[])
+        };
+        let even = on(BTreeMap::new(), &BTreeMap::new());
+        let after = on([(NodeId(2), 400)].into(), &even);
+        let load = |places: &BTreeMap<ActorId, NodeId>, node: u64| {
+            places.iter().filter(|(_, at)| at.0 == node).map(|(actor, _)| costs.of(*actor)).sum::<u64>()
+        };
+        let most = load(&after, 1).max(load(&after, 3));
+        assert!(load(&after, 2) > 0 && 3 * load(&after, 2) < most, "{} of {most}", load(&after, 2));
+        assert_eq!(on(BTreeMap::new(), &after).len(), even.len());
     }
 
     /// PL-2: copies of a shard have nodes of their own, or no place.

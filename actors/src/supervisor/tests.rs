@@ -2,6 +2,7 @@
 
 use super::*;
 use crate::message::{Commit, Corruption};
+use crate::rates::Rates;
 use crate::testing::{address, info, materials};
 use everstep_kernels::Tensor;
 
@@ -18,8 +19,15 @@ struct Job {
 impl Job {
     fn from_log(log: Vec<Record>) -> Self {
         let spec = materials().spec;
-        let (supervisor, first) =
-            Supervisor::new(spec, Nodes { wanted: 2, spares: 0 }, &log, 0, BTreeMap::new(), Duration::ZERO, None);
+        let (supervisor, first) = Supervisor::new(
+            spec,
+            Nodes { wanted: 2, spares: 0, relieve: false },
+            &log,
+            0,
+            BTreeMap::new(),
+            Duration::ZERO,
+            None,
+        );
         let mut job = Self { supervisor, log, asked: Vec::new(), now: NOW };
         job.take(first);
         job
@@ -160,7 +168,7 @@ fn the_dead_stay_dead() {
     let mut job = started();
     job.on(SupervisorEvent::Lost { node: NodeId(2), why: "test".to_owned() });
     for event in [
-        SupervisorEvent::Heartbeat { node: NodeId(2), work: 1, redone: 0, down: Vec::new() },
+        SupervisorEvent::Heartbeat { node: NodeId(2), work: 1, redone: 0, rates: Rates::default(), down: Vec::new() },
         SupervisorEvent::Return(NodeId(2)),
     ] {
         let effects = job.on(event);
@@ -342,7 +350,7 @@ fn a_recovery_ends_with_the_next_commit() {
 
 fn beat(node: u64, down: &[u64]) -> SupervisorEvent {
     let down = down.iter().map(|n| NodeId(*n)).collect();
-    SupervisorEvent::Heartbeat { node: NodeId(node), work: 0, redone: 0, down }
+    SupervisorEvent::Heartbeat { node: NodeId(node), work: 0, redone: 0, rates: Rates::default(), down }
 }
 
 mod nodes;

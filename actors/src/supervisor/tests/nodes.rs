@@ -95,7 +95,13 @@ fn a_node_leaves_when_nothing_lives_on_it() {
     assert!(!job.supervisor.table().nodes.contains_key(&NodeId(2)) && places_on(&job, 2).is_empty());
     assert!(effects.iter().all(|e| !matches!(e, SupervisorEffect::Note(Happening::NodeDead { .. }))));
     // What it still says is answered in the same way, and the job goes on with what stayed.
-    let late = job.on(SupervisorEvent::Heartbeat { node: NodeId(2), work: 9, redone: 0, down: Vec::new() });
+    let late = job.on(SupervisorEvent::Heartbeat {
+        node: NodeId(2),
+        work: 9,
+        redone: 0,
+        rates: Rates::default(),
+        down: Vec::new(),
+    });
     assert_eq!(released(&late), [NodeId(2)]);
     assert!(!late.iter().any(|e| matches!(e, SupervisorEffect::Fence(_))));
     apply_step(&mut job, 2);
@@ -168,7 +174,13 @@ fn the_last_node_waits_for_another() {
     apply_step(&mut job, 1);
     job.join(3);
     for node in 1..=3 {
-        job.on(SupervisorEvent::Heartbeat { node: NodeId(node), work: 0, redone: 0, down: Vec::new() });
+        job.on(SupervisorEvent::Heartbeat {
+            node: NodeId(node),
+            work: 0,
+            redone: 0,
+            rates: Rates::default(),
+            down: Vec::new(),
+        });
     }
     let mut gone = released(&commit_step(&mut job, 2));
     apply_step(&mut job, 2);
@@ -183,7 +195,13 @@ fn a_spare_takes_over() {
     job.supervisor.spares = 1;
     job.join(3);
     for node in 1..=3 {
-        job.on(SupervisorEvent::Heartbeat { node: NodeId(node), work: 0, redone: 0, down: Vec::new() });
+        job.on(SupervisorEvent::Heartbeat {
+            node: NodeId(node),
+            work: 0,
+            redone: 0,
+            rates: Rates::default(),
+            down: Vec::new(),
+        });
     }
     commit_step(&mut job, 1);
     apply_step(&mut job, 1);
@@ -271,4 +289,51 @@ fn without_room_the_job_waits_and_says_so() {
     assert!(!job.supervisor.describe().contains("no node has room"), "{}", job.supervisor.describe());
     let placed = job.supervisor.table().entries.keys().filter(|a| !matches!(a, ActorId::Reducer { .. })).count();
     assert_eq!(placed, 2 + materials().spec.workers().len());
+}
+
+/// SP-2: a slow node is named; it has less to do after the next commit if that is wanted, and all of its share again when it
+/// keeps up.
+#[test]
+fn a_slow_node_is_named_and_relieved() {
+    for relieve in [false, true] {
+        let mut job = started();
+        job.supervisor.relieve = relieve;
+        let share = |job: &Job| places_on(job, 2).iter().map(|a| job.supervisor.costs.of(*a)).sum::<u64>();
+        let before = share(&job);
+        let mut rates = [Rates::default(); 2];
+        let mut notes = Vec::new();
+        // Seconds of both nodes in a period.
+        for (n, seconds) in [[1, 4]; 4].into_iter().chain([[1, 1]; 4]).enumerate() {
+            for _ in 0..100 {
+                job.now += Duration::from_millis(50);
+                for (node, rates) in rates.iter_mut().enumerate() {
+                    rates.0[0] = [rates.0[0][0] + 100, rates.0[0][1] + seconds[node] * 10_000];
+                    let beat = SupervisorEvent::Heartbeat {
+                        node: NodeId(node as u64 + 1),
+                        work: 0,
+                        redone: 0,
+                        rates: *rates,
+                        down: Vec::new(),
+                    };
+                    job.on(beat);
+                }
+                notes.extend(job.on(SupervisorEvent::Tick).into_iter().filter_map(|e| match e {
+                    SupervisorEffect::Note(note @ (Happening::NodeSlow { .. } | Happening::NodeKeepsUp { .. })) => {
+                        Some(note)
+                    }
+                    _ => None,
+                }));
+            }
+            if n % 4 == 3 {
+                let step = n as Step / 4 + 1;
+                commit_step(&mut job, step);
+                apply_step(&mut job, step);
+                // Evened out anew it may be an expert more or less.
+                let (least, most) =
+                    if relieve && step == 1 { (0, before / 2) } else { (before * 9 / 10, before * 11 / 10) };
+                assert!((least..=most).contains(&share(&job)), "{} of {before}", share(&job));
+            }
+        }
+        assert_eq!(notes, [Happening::NodeSlow { node: 2, percent: 400 }, Happening::NodeKeepsUp { node: 2 }]);
+    }
 }

@@ -1,0 +1,54 @@
+//! How long multiply-adds take, by what they are for: what a node's heartbeats say of its speed.
+//!
+//! Kinds are kept apart because a product over an expert's few rows takes longer than one over a micro-batch: only the same
+//! kind on another node tells whether a node is slow.
+
+use crate::compute::{Job, StageOperation};
+use crate::message::{Pass, Work};
+use serde::{Deserialize, Serialize};
+
+/// See [`kind`].
+pub(crate) const KINDS: usize = 6;
+
+/// Multiply-adds and the microseconds that they took, by kind, since the node began.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Default, Serialize, Deserialize)]
+pub struct Rates(pub(crate) [[u64; 2]; KINDS]);
+
+impl Rates {
+    /// What came since an earlier beat of the same node.
+    pub(crate) fn since(&self, before: &Self) -> Self {
+        let mut since = *self;
+        for (now, before) in since.0.iter_mut().flatten().zip(before.0.iter().flatten()) {
+            *now = now.saturating_sub(*before);
+        }
+        since
+    }
+}
+
+/// The kind of a job: a stage's or an expert's, forward, backward for inputs or for weights. None: it is no product of
+/// matrices, and its cost says little of its time.
+pub(crate) fn kind(job: &Job) -> Option<usize> {
+    let by_pass = |pass: Pass| match pass {
+        Pass::Forward => 0,
+        Pass::Backward => 1,
+    };
+    match job {
+        Job::Stage { operation, .. } => Some(match operation {
+            StageOperation::Forward { .. } => 0,
+            StageOperation::BackwardInput { .. } => 1,
+            StageOperation::Resume { pass, .. } => by_pass(*pass),
+            StageOperation::WeightSoFar { .. } | StageOperation::Weight { .. } => 2,
+        }),
+        Job::Experts(items) => items.first().map(|item| match item.work {
+            Work::Forward { .. } => 3,
+            Work::Backward { .. } => 4,
+        }),
+        Job::ExpertWeight { .. } => Some(5),
+        Job::Initial { .. }
+        | Job::Adopt { .. }
+        | Job::Check(_)
+        | Job::Digest { .. }
+        | Job::Reduce(_)
+        | Job::Apply(_) => None,
+    }
+}
