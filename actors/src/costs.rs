@@ -100,8 +100,8 @@ impl StageCosts {
     }
 }
 
-/// Bytes of a stage: see the module.
-fn stage_bytes(spec: &JobSpec, stage: u32) -> u64 {
+/// Bytes of a stage, and those among them that its outbox keeps.
+fn stage_bytes(spec: &JobSpec, stage: u32) -> [u64; 2] {
     let m = &spec.model;
     let tokens = u64::from(spec.sequences) * m.sequence as u64;
     let micro_batches = u64::from(spec.micro_batches.at(spec.steps));
@@ -121,15 +121,17 @@ fn stage_bytes(spec: &JobSpec, stage: u32) -> u64 {
     let last = stage + 1 == spec.stages;
     let logits = if last { 2 * m.vocabulary } else { 0 };
     let in_flight = micro_batches.min(u64::from(spec.stages - stage));
-    WORD * (2 * parameters + tokens * (in_flight * (saved + logits) as u64 + micro_batches * sent as u64))
+    let kept = parameters + tokens * micro_batches * sent as u64;
+    [parameters + tokens * in_flight * (saved + logits) as u64 + kept, kept].map(|words| WORD * words)
 }
 
-/// Bytes of an expert with an even load.
-fn expert_bytes(spec: &JobSpec, group: Group) -> u64 {
+/// The same of an expert with an even load.
+fn expert_bytes(spec: &JobSpec, group: Group) -> [u64; 2] {
     let m = &spec.model;
     let rows = spec.targets_of_step(spec.steps) * m.top_k as u64 / m.experts as u64;
     // Rows, gradients and answers of both passes stay until the commit, inner rows until the weight gradient.
-    WORD * (2 * elements(m, group) + rows * (4 * m.hidden + 3 * m.expert_inner) as u64)
+    let kept = elements(m, group) + rows * 2 * m.hidden as u64;
+    [elements(m, group) + rows * (2 * m.hidden + 3 * m.expert_inner) as u64 + kept, kept].map(|words| WORD * words)
 }
 
 /// Bytes of a word of f32: in low precision there is less.
@@ -142,8 +144,8 @@ fn elements(model: &ModelConfig, group: Group) -> u64 {
 /// Of a step, by actor: what a place costs.
 #[derive(Debug, Clone)]
 pub(crate) struct Costs {
-    /// Multiply-adds and bytes.
-    workers: BTreeMap<ActorId, (u64, u64)>,
+    /// Multiply-adds, bytes, and those among them that the outbox keeps.
+    workers: BTreeMap<ActorId, (u64, [u64; 2])>,
     /// Of each copy, by shard.
     shards: Vec<(u64, u64)>,
 }
@@ -164,7 +166,7 @@ impl Costs {
                     let group = Group::Expert { layer, expert };
                     (3 * share * of_token(&spec.model, group), expert_bytes(spec, group))
                 }
-                ActorId::Supervisor | ActorId::Keeper | ActorId::Reducer { .. } | ActorId::Host { .. } => (0, 0),
+                ActorId::Supervisor | ActorId::Keeper | ActorId::Reducer { .. } | ActorId::Host { .. } => (0, [0; 2]),
             };
             workers.insert(actor, cost);
         }
@@ -182,7 +184,7 @@ impl Costs {
     fn both(&self, actor: ActorId) -> (u64, u64) {
         match actor {
             ActorId::Reducer { shard, .. } => self.shards[shard as usize],
-            other => self.workers.get(&other).copied().unwrap_or_default(),
+            other => self.workers.get(&other).map_or((0, 0), |(cost, [bytes, _])| (*cost, *bytes)),
         }
     }
 
@@ -194,6 +196,11 @@ impl Costs {
     /// Bytes of one actor.
     pub(crate) fn bytes(&self, actor: ActorId) -> u64 {
         self.both(actor).1
+    }
+
+    /// Bytes among them that its outbox keeps until the commit.
+    pub(crate) fn kept(&self, actor: ActorId) -> u64 {
+        self.workers.get(&actor).map_or(0, |(_, [_, kept])| *kept)
     }
 
     /// Stages and experts.

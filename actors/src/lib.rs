@@ -56,7 +56,9 @@ pub use shell::{
 };
 pub use spec::{JobSpec, Layout, OptimizerSpec};
 pub use stored::{state_of, stored};
-pub use supervisor::{CommitRecord, Happening, Phases, Record, Report, Supervisor, SupervisorEffect, SupervisorEvent};
+pub use supervisor::{
+    CommitRecord, Happening, Limit, Outlook, Phases, Record, Report, Supervisor, SupervisorEffect, SupervisorEvent,
+};
 pub use table::{Entry, NodeInfo, Table};
 pub use tokens::{SourceInfo, Tokens, token_width};
 pub use wire::{Unit, WireError};

@@ -2,7 +2,7 @@
 
 use crate::hf::inventory::{self, Precision};
 use anyhow::Result;
-use everstep_actors::Config;
+use everstep_actors::{Config, Limit, Outlook};
 use everstep_kernels::{Group, ModelConfig, Parameter, Update};
 use serde_json::json;
 use std::io::{BufWriter, Write};
@@ -46,6 +46,21 @@ pub(crate) fn run(config: &Config, inventory: Option<Precision>, json: bool) -> 
     Ok(ExitCode::SUCCESS)
 }
 
+/// What the number of nodes means that may be lost at one time.
+fn losses(outlook: &Outlook) -> &'static str {
+    match outlook.limit {
+        Limit::Copies => {
+            "nodes may be lost at one time, whichever, without waiting; of one more, a shard may have no copy left"
+        }
+        Limit::Room if outlook.fullest.is_none() => "nodes may be lost: there is not room for the job on all of them",
+        Limit::Room => {
+            "nodes may be lost at one time, whichever, without waiting; of one more, there may not be room for what it had"
+        }
+        Limit::Nodes => "nodes may be lost at one time, whichever, without waiting; then none is left",
+        Limit::Cases => "nodes may be lost at one time, whichever, without waiting; more were not tried",
+    }
+}
+
 fn list(model: &ModelConfig, precision: Precision, json: bool, out: &mut impl Write) -> Result<()> {
     let (mut count, mut bytes) = (0u64, 0u64);
     for entry in inventory::of(model, precision) {
@@ -73,7 +88,8 @@ fn summary(config: &Config, json: bool, out: &mut impl Write) -> Result<()> {
     // Of even numbers of elements, two of BF16 are a word.
     let state = spec.parts().iter().map(|part| 2 * part.count(2) as u64 * all).sum::<u64>();
     let gates = spec.model.parameters().iter().filter(|p| p.update == Update::Balance).count();
-    let lines = [
+    let outlook = Outlook::new(spec, config.nodes, config.memory.unwrap_or(0));
+    let mut lines = vec![
         ("parameters", all, "in all"),
         ("active", active, "parameters that one token meets"),
         ("mixture_layers", gates as u64, "layers with routed experts"),
@@ -83,6 +99,11 @@ fn summary(config: &Config, json: bool, out: &mut impl Write) -> Result<()> {
         ("shard_bytes", state / u64::from(spec.shards), "bytes of a shard of them"),
         ("checkpoint_bytes", state, "bytes of a checkpoint"),
     ];
+    lines.push(("outbox_bytes", outlook.outboxes, "bytes that all outboxes keep until the commit, at most"));
+    lines.extend(
+        outlook.fullest.map(|bytes| ("node_bytes", bytes, "bytes of all that lives on the fullest node, at most")),
+    );
+    lines.push(("losses", outlook.losses as u64, losses(&outlook)));
     for (key, value, words) in lines {
         if json {
             writeln!(out, "{}", json!({ "key": key, "value": value }))?;

@@ -1,12 +1,13 @@
 //! `everstep bench steady`: what protection costs a job in which nothing fails. The same job is trained in turns without
-//! mirrors and checkpoints, with a mirror of every shard, and with a checkpoint every ten steps.
+//! mirrors and checkpoints, with a mirror of every shard, and with a checkpoint every ten steps. Beside it what the nodes'
+//! processes needed at most, and what was planned for their actors.
 
 use super::median;
 use crate::data::Data;
-use crate::launcher::{self, Launcher};
+use crate::launcher::{self, Launcher, Targets};
 use crate::read_config;
 use anyhow::{Result, bail};
-use everstep_actors::MetricsLine;
+use everstep_actors::{MetricsLine, Outlook};
 use serde_json::json;
 use std::path::Path;
 
@@ -27,13 +28,17 @@ pub(super) fn run(config: &Path, set: &[String]) -> Result<()> {
     let data = Data::prepare(&base)?;
     std::fs::create_dir_all(folder)?;
     let mut seconds = vec![Vec::new(); variants.len()];
+    let mut bytes = vec![[0, 0]; variants.len()];
     for turn in 0..TURNS {
         for (n, (_, more)) in variants.iter().enumerate() {
             let run = format!("run.folder={}", folder.join(format!("{turn}-{n}")).display());
             let set: Vec<String> = set.iter().chain(more).cloned().chain([run]).collect();
             let config = read_config(config, &set)?;
             let run = launcher::create(&config, &data, |_, _| Ok(()))?;
-            Launcher::start(run.clone(), config.nodes, false)?.wait(|_| {})?.finished()?;
+            let [peak, planned] = &mut bytes[n];
+            let look = |targets: &mut Targets| *peak = targets.nodes.iter().map(|p| peak_of(*p)).fold(*peak, u64::max);
+            Launcher::start(run.clone(), config.nodes, false)?.wait(look)?.finished()?;
+            *planned = Outlook::new(&config.spec, config.nodes, 0).fullest.unwrap_or(0);
             let lines = MetricsLine::read_all(&run.metrics())?.0;
             if lines.len() < 2 * WARM {
                 bail!("{} steps are too few: give the job at least {}", lines.len(), 2 * WARM);
@@ -44,12 +49,21 @@ pub(super) fn run(config: &Path, set: &[String]) -> Result<()> {
         }
     }
     let plain = median(seconds[0].clone());
-    for ((name, _), seconds) in variants.iter().zip(&seconds) {
+    for (((name, _), seconds), [peak, planned]) in variants.iter().zip(&seconds).zip(&bytes) {
         let step = median(seconds.clone());
         let line = json!({
             "bench": "steady", "with": name, "step_s": step, "turns_s": seconds, "costs": step / plain - 1.0,
+            "node_peak_bytes": peak, "node_planned_bytes": planned,
         });
         println!("{line}");
     }
     Ok(())
+}
+
+/// Bytes of memory that a process had at most; 0 if it is gone.
+fn peak_of(pid: u32) -> u64 {
+    let status = std::fs::read_to_string(format!("/proc/{pid}/status")).unwrap_or_default();
+    let line = status.lines().find_map(|line| line.strip_prefix("VmHWM:"));
+    let kib = line.and_then(|rest| rest.split_whitespace().next()?.parse::<u64>().ok());
+    kib.unwrap_or(0) << 10
 }

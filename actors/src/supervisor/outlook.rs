@@ -1,0 +1,171 @@
+//! What the nodes of a job hold, and which losses it gets over without waiting: the placement's answers before there is a job.
+
+use super::placement::{How, Placement};
+use crate::costs::Costs;
+use crate::ids::{ActorId, NodeId};
+use crate::spec::JobSpec;
+use crate::table::NodeInfo;
+use std::collections::{BTreeMap, BTreeSet};
+
+/// Cases that are tried.
+const CASES_MAX: usize = 4096;
+
+/// See the module.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct Outlook {
+    /// Bytes that the actors of the fullest node hold at most, as planned; none: there is not room for all.
+    pub fullest: Option<u64>,
+    /// Bytes among those of all nodes that outboxes keep until the commit.
+    pub outboxes: u64,
+    /// Bytes that a node has for actors without a limit being met; 0: no limit.
+    pub memory: u64,
+    /// Nodes.
+    pub nodes: usize,
+    /// So many of them, whichever, may be lost at one time, and the rest goes on at once with all state.
+    pub losses: usize,
+    /// Why not one more.
+    pub limit: Limit,
+}
+
+/// What ends a job's going on at once.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Limit {
+    /// A shard would have no copy left.
+    Copies,
+    /// What lived there has no room elsewhere.
+    Room,
+    /// No node would be left.
+    Nodes,
+    /// There are too many cases to try.
+    Cases,
+}
+
+impl Outlook {
+    /// Of a job on so many nodes, each with so much memory (0: no limit), each a domain of its own.
+    pub fn new(spec: &JobSpec, nodes: usize, memory: u64) -> Self {
+        let costs = Costs::new(spec);
+        let all: Vec<NodeId> = (1..=nodes as u64).map(NodeId).collect();
+        let first = place(spec, &costs, &all, memory, &BTreeMap::new());
+        let outboxes = costs.workers().map(|actor| costs.kept(actor)).sum();
+        let mut outlook = Self { fullest: None, outboxes, memory, nodes, losses: 0, limit: Limit::Room };
+        let Some(first) = first else { return outlook };
+        let bytes = |node: &NodeId| first.iter().filter(|(_, at)| *at == node).map(|(a, _)| costs.bytes(*a)).sum();
+        outlook.fullest = all.iter().map(bytes).max();
+        for lost in 1..=nodes {
+            if subsets(&all, lost).nth(CASES_MAX).is_some() {
+                outlook.limit = Limit::Cases;
+                break;
+            }
+            let limit = subsets(&all, lost).find_map(|gone| after(spec, &costs, (&all, &gone), memory, &first));
+            if let Some(limit) = limit {
+                outlook.limit = limit;
+                break;
+            }
+            outlook.losses = lost;
+        }
+        outlook
+    }
+}
+
+/// Why a job does not go on at once without these nodes.
+fn after(
+    spec: &JobSpec,
+    costs: &Costs,
+    (all, gone): (&[NodeId], &BTreeSet<NodeId>),
+    memory: u64,
+    first: &BTreeMap<ActorId, NodeId>,
+) -> Option<Limit> {
+    let left: Vec<NodeId> = all.iter().filter(|node| !gone.contains(node)).copied().collect();
+    if left.is_empty() {
+        return Some(Limit::Nodes);
+    }
+    let present: BTreeMap<ActorId, NodeId> =
+        first.iter().filter(|(_, node)| !gone.contains(node)).map(|(a, n)| (*a, *n)).collect();
+    let copied = |shard: u32| present.keys().any(|a| matches!(a, ActorId::Reducer { shard: s, .. } if *s == shard));
+    if !(0..spec.shards).all(copied) {
+        return Some(Limit::Copies);
+    }
+    place(spec, costs, &left, memory, &present).is_none().then_some(Limit::Room)
+}
+
+/// Where everything lives that a step needs, and further copies where there is room; none if there is no room.
+fn place(
+    spec: &JobSpec,
+    costs: &Costs,
+    nodes: &[NodeId],
+    memory: u64,
+    present: &BTreeMap<ActorId, NodeId>,
+) -> Option<BTreeMap<ActorId, NodeId>> {
+    let info = |node: &NodeId| {
+        let info = NodeInfo {
+            address: String::new(),
+            peer: node.0,
+            pid: 0,
+            machine: String::new(),
+            domain: String::new(),
+            memory,
+        };
+        (*node, info)
+    };
+    let (infos, slow) = (nodes.iter().map(info).collect(), BTreeMap::new());
+    let copies = (0..spec.shards).flat_map(|shard| {
+        (0..=spec.mirrors.min(nodes.len() as u32 - 1)).map(move |replica| ActorId::Reducer { shard, replica })
+    });
+    let copies: Vec<ActorId> = copies.collect();
+    let state =
+        || present.iter().filter(|(a, _)| matches!(a, ActorId::Reducer { .. })).map(|(a, n)| (*a, *n)).collect();
+    let complete = |places: &BTreeMap<ActorId, NodeId>| {
+        let copied = |shard| places.keys().any(|a| matches!(a, ActorId::Reducer { shard: s, .. } if *s == shard));
+        costs.workers().all(|actor| places.contains_key(&actor)) && (0..spec.shards).all(copied)
+    };
+    let how = if present.is_empty() { How::Level } else { How::Stay };
+    let attempt = |present: &BTreeMap<ActorId, NodeId>, how: How| {
+        Placement::new(costs, nodes, (&infos, &slow), how).place(present, &copies)
+    };
+    [attempt(present, how), attempt(&state(), How::Pack)].into_iter().find(complete)
+}
+
+/// All subsets of so many nodes.
+fn subsets(all: &[NodeId], count: usize) -> impl Iterator<Item = BTreeSet<NodeId>> {
+    let mut at: Option<Vec<usize>> = (count <= all.len()).then(|| (0..count).collect());
+    std::iter::from_fn(move || {
+        let chosen = at.clone()?;
+        at = (0..count).rev().find(|i| chosen[*i] < all.len() - count + i).map(|i| {
+            let next = chosen[i] + 1;
+            chosen[..i].iter().copied().chain((0..count - i).map(|n| next + n)).collect()
+        });
+        Some(chosen.into_iter().map(|n| all[n]).collect())
+    })
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::testing::materials;
+
+    #[test]
+    fn copies_room_and_nodes_end_it() {
+        let spec = |mirrors| JobSpec { mirrors, ..(*materials().spec).clone() };
+        let of = |mirrors, nodes, memory| {
+            let outlook = Outlook::new(&spec(mirrors), nodes, memory);
+            (outlook.losses, outlook.limit, outlook.fullest.is_some())
+        };
+        assert_eq!(of(0, 4, 0), (0, Limit::Copies, true));
+        assert_eq!(of(1, 4, 0), (1, Limit::Copies, true));
+        assert_eq!(of(2, 4, 0), (2, Limit::Copies, true));
+        assert_eq!(of(2, 3, 0), (2, Limit::Nodes, true));
+        let fullest = Outlook::new(&spec(1), 2, 0).fullest.expect("no limit");
+        assert_eq!(of(1, 2, fullest), (0, Limit::Room, true));
+        assert_eq!(of(1, 2, fullest / 4), (0, Limit::Room, false));
+    }
+
+    #[test]
+    fn every_subset_comes_once() {
+        let all: Vec<NodeId> = (1..=5).map(NodeId).collect();
+        for (count, expected) in [1, 5, 10, 10, 5, 1].into_iter().enumerate() {
+            let found: BTreeSet<BTreeSet<NodeId>> = subsets(&all, count).collect();
+            assert_eq!((found.len(), subsets(&all, count).count()), (expected, expected));
+            assert!(found.iter().all(|subset| subset.len() == count));
+        }
+    }
+}
