@@ -9,12 +9,13 @@ constexpr int TILE = 64, BK = 16, BLOCK = 256, EACH = 4;
 // Element (i, j) is data[i * row + j * column].
 struct View { const float* data; i64 row, column; };
 
-__device__ __forceinline__ void load(float (*to)[TILE + 4], const View& v, int line, int lines, int from, int terms, bool along) {
+// What is not there is `none`.
+__device__ __forceinline__ void load(float (*to)[TILE + 4], const View& v, int line, int lines, int from, int terms, bool along, float none) {
     // Neighbours read neighbours, whichever way they lie.
 #pragma unroll
     for (int e = threadIdx.x; e < BK * TILE; e += THREADS) {
         const int k = along ? e % BK : e / TILE, i = along ? e / BK : e % TILE;
-        to[k][i] = line + i < lines && from + k < terms ? v.data[(line + i) * v.row + (from + k) * v.column] : 0.f;
+        to[k][i] = line + i < lines && from + k < terms ? v.data[(line + i) * v.row + (from + k) * v.column] : none;
     }
 }
 
@@ -30,10 +31,11 @@ __device__ __forceinline__ void tile(const View& a, const View& b, float* y, i64
             for (int j = 0; j < EACH; j++)
                 if (row + i0 + i < m && column + j0 + j < n) total[i][j] = y[(row + i0 + i) * y_row + column + j0 + j];
     for (int from = 0; from < k; from += BK) {
-        load(of_a, a, row, m, from, k, a.column == 1);
-        load(of_b, b, column, n, from, k, b.column == 1);
+        // What is beyond the last term is -0 times +0, which changes no sum. +0 times +0 would: a chain whose terms are too small to
+        // be held may be -0.
+        load(of_a, a, row, m, from, k, a.column == 1, -0.f);
+        load(of_b, b, column, n, from, k, b.column == 1, 0.f);
         __syncthreads();
-        // What is beyond the last term is zero times zero, which changes no chain.
 #pragma unroll
         for (int p = 0; p < BK; p++)
 #pragma unroll
@@ -45,7 +47,11 @@ __device__ __forceinline__ void tile(const View& a, const View& b, float* y, i64
 #pragma unroll
             for (int i = 0; i < EACH; i++)
 #pragma unroll
-                for (int j = 0; j < EACH; j++) { total[i][j] += sum[i][j]; sum[i][j] = 0; }
+                for (int j = 0; j < EACH; j++) {
+                    // The first block is not added to zero: it may be -0.
+                    total[i][j] = add || from >= BLOCK ? total[i][j] + sum[i][j] : sum[i][j];
+                    sum[i][j] = 0;
+                }
     }
 #pragma unroll
     for (int i = 0; i < EACH; i++)

@@ -121,11 +121,11 @@ fn block(target: &mut Target<'_>, a: View<'_>, b: View<'_>, read: bool) {
 }
 
 /// The same for small shapes: copied to at least 2 rows, 3 terms and 2 columns, the copy of `b` by
-/// row, so that the library takes its general path. Added terms are zero times zero, which changes
-/// no sum: a chain that starts at +0 never becomes -0.
+/// row, so that the library takes its general path. Added terms are -0 times +0, which changes no sum.
+/// +0 times +0 would: a chain whose terms are too small to be held may be -0.
 fn packed_block(target: &mut Target<'_>, a: View<'_>, b: View<'_>, read: bool) {
     let (m, n, k) = (a.rows.max(2), b.columns.max(2), a.columns.max(3));
-    let (mut x, mut y, mut out) = (vec![0.0; m * k], vec![0.0; k * n], vec![0.0; m * n]);
+    let (mut x, mut y, mut out) = (vec![-0.0; m * k], vec![0.0; k * n], vec![0.0; m * n]);
     for i in 0..a.rows {
         for p in 0..a.columns {
             x[i * k + p] = a.data[i * a.row_stride + p * a.column_stride];
@@ -199,6 +199,21 @@ mod tests {
                         }
                     }
                 }
+            }
+        }
+    }
+
+    #[test]
+    fn sums_of_terms_too_small_to_be_held_keep_their_sign() {
+        let small = |n, purpose| data(n, purpose).into_iter().map(|x| x * 1e-30).collect::<Vec<f32>>();
+        for (m, n, k) in [(1, 1, 1), (3, 4, 1), (3, 4, 2), (1, 7, 5), (5, 1, 300), (17, 33, 257), (49, 96, 1024)] {
+            let (x, y) = (small(m * k, 5), small(k * n, 6));
+            let (a, b) = (View::new(&x, m, k), View::new(&y, k, n));
+            let mut out = vec![f32::NAN; m * n];
+            gemm(&mut Target { data: &mut out, row_stride: n }, a, b, false);
+            for (at, got) in out.iter().enumerate() {
+                let want = model(a, b, at / n, at % n);
+                assert_eq!(got.to_bits(), want.to_bits(), "{m}x{n}x{k} at ({}, {})", at / n, at % n);
             }
         }
     }
