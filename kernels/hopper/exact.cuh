@@ -72,5 +72,17 @@ template <class F> __device__ __forceinline__ float largest(int n, F term) {
     for (int width = LANES / 2; width; width /= 2) most = fmaxf(most, __shfl_xor_sync(~0u, most, width, LANES));
     return most;
 }
-// The logarithm in f64, rounded: CUDA's may differ from the CPU's in the last of its 53 bits.
-__device__ __forceinline__ double logarithm(float x) { return log((double)x); }
+// The natural logarithm in f64, of an f32: of a number above zero, x = 2^n (1 + f) with 1 + f between the roots of a half and of
+// two, and log(1 + f) is a polynomial in s = f / (2 + f).
+__device__ __forceinline__ double logarithm(float x) {
+    if (!(x > 0.f)) return __longlong_as_double(x == 0.f ? 0xfff0000000000000 : 0x7ff8000000000000);
+    if (__float_as_uint(x) == 0x7f800000) return x;
+    const u64 bits = __double_as_longlong((double)x) + 0x00095f6200000000;
+    const double n = (int)(bits >> 52) - 1023;
+    const double f = __longlong_as_double((bits & 0xfffffffffffff) + 0x3fe6a09e00000000) - 1.0;
+    const double half = 0.5 * f * f, s = f / (2.0 + f), z = s * s, w = z * z;
+    const double even = w * (3.999999999940942e-1 + w * (2.2222198432149784e-1 + w * 1.5313837699209373e-1));
+    const double odd = z * (6.666666666666735e-1 + w * (2.857142874366239e-1
+        + w * (1.818357216161805e-1 + w * 1.4798198605116586e-1)));
+    return s * (half + (odd + even)) + n * 1.9082149292705877e-10 - half + f + n * 6.931471803691238e-1;
+}

@@ -100,6 +100,37 @@ pub(crate) fn largest(x: &[f32]) -> f32 {
     lanes.iter().chain(rest).fold(f32::NEG_INFINITY, |m, x| if *x > m { *x } else { m })
 }
 
+/// The natural logarithm in f64, of an f32: by construction the same on a GPU, where `hopper/exact.cuh` has the same operations in the
+/// same order. Its bits are those of the portable libm.
+///
+/// A number above zero is `2^n (1 + f)`, with `1 + f` between the roots of a half and of two, and `log(1 + f)` a polynomial in
+/// `s = f / (2 + f)`.
+pub(crate) fn logarithm(x: f32) -> f64 {
+    if x.is_nan() || x < 0.0 {
+        return f64::NAN;
+    }
+    if x == 0.0 || x.is_infinite() {
+        return if x == 0.0 { f64::NEG_INFINITY } else { f64::INFINITY };
+    }
+    // The bits of the root of a half, and what lies between those and the bits of one, but for their lower halves.
+    const ROOT: u64 = 0x3fe6_a09e << 32;
+    const BETWEEN: u64 = (0x3ff0_0000 << 32) - ROOT;
+    const BELOW_EXPONENT: u64 = (1 << 52) - 1;
+    const LN2_HIGH: f64 = 6.931_471_803_691_238e-1;
+    const LN2_LOW: f64 = 1.908_214_929_270_587_7e-10;
+    let bits = f64::from(x).to_bits() + BETWEEN;
+    let n = f64::from((bits >> 52) as i32 - 1023);
+    let f = f64::from_bits((bits & BELOW_EXPONENT) + ROOT) - 1.0;
+    let (half, s) = (0.5 * f * f, f / (2.0 + f));
+    let z = s * s;
+    let w = z * z;
+    let even = w * (3.999_999_999_940_942e-1 + w * (2.222_219_843_214_978_4e-1 + w * 1.531_383_769_920_937_3e-1));
+    let odd = z
+        * (6.666_666_666_666_735e-1
+            + w * (2.857_142_874_366_239e-1 + w * (1.818_357_216_161_805e-1 + w * 1.479_819_860_511_658_6e-1)));
+    s * (half + (odd + even)) + n * LN2_LOW - half + f + n * LN2_HIGH
+}
+
 /// The cosine by a portable libm: a system's own may differ in the last bit.
 pub fn cosine(x: f64) -> f64 {
     libm::cos(x)
@@ -149,6 +180,25 @@ mod tests {
         assert!(worst < 3e-7, "worst relative error {worst:e}");
         assert!(exp(f32::NAN).is_nan());
         assert_eq!(exp(0.0), 1.0);
+    }
+
+    #[test]
+    fn the_logarithm_is_libms() {
+        let same = |bits: u32| {
+            let x = f32::from_bits(bits);
+            let (got, want) = (logarithm(x), libm::log(f64::from(x)));
+            assert!(got.to_bits() == want.to_bits() || got.is_nan() && want.is_nan(), "{x:e}: {got:e}, not {want:e}");
+        };
+        // Every sign and exponent with its ends, and mantissas between; then all floats about one and about the roots, where the
+        // exponent changes.
+        for exponent in 0..512 {
+            for mantissa in (0..1 << 23).step_by(65_537).chain([1, 0x35_04f3, 0x35_04f4, (1 << 23) - 1]) {
+                same(exponent << 23 | mantissa);
+            }
+        }
+        for middle in [1.0f32, std::f32::consts::FRAC_1_SQRT_2, std::f32::consts::SQRT_2].map(f32::to_bits) {
+            (middle - 1000..middle + 1000).for_each(same);
+        }
     }
 
     #[test]

@@ -10,7 +10,7 @@
 //! row depends on its own sequence alone.
 
 use crate::gemm::{Target, View, gemm};
-use crate::math::{exp, largest, sum_of};
+use crate::math::{exp, largest, logarithm, sum_of};
 use crate::wide;
 
 /// Sizes of an attention.
@@ -128,7 +128,7 @@ pub(crate) fn forward(q: &[f32], kv: &[f32], k_rope: &[f32], s: &AttentionShape)
                     future.fill(0.0);
                     let sum = sum_of([row], |[p]| p);
                     row.iter_mut().for_each(|x| *x /= sum);
-                    lse[(first + i) * s.heads + head] = max + libm::log(f64::from(sum)) as f32;
+                    lse[(first + i) * s.heads + head] = max + logarithm(sum) as f32;
                 }
             },
         );

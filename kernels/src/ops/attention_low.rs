@@ -7,7 +7,7 @@
 use super::attention::{AttentionShape, Head, Saved, heads};
 use crate::element::{Bf16, Element, rounded};
 use crate::low::{BLOCK, Block, Causal, Columns, Maker, Matrix, Path, Strip, Target, Turned};
-use crate::math::{exp, largest, sum_of};
+use crate::math::{exp, largest, logarithm, sum_of};
 use crate::wide::unwritten;
 use std::ops::Range;
 
@@ -107,7 +107,7 @@ pub(crate) fn forward(
                         let sum = sum_of([row], |[p]| p);
                         row.iter_mut().for_each(|x| *x /= sum);
                         Bf16::store(row, p);
-                        lse[(at.first + i) * s.heads + at.head] = max + libm::log(f64::from(sum)) as f32;
+                        lse[(at.first + i) * s.heads + at.head] = max + logarithm(sum) as f32;
                     }
                 },
             );

@@ -8,7 +8,7 @@
 pub(crate) const IGNORED: u32 = u32::MAX;
 
 use crate::element::Element;
-use crate::math::{exp, largest, sum_of};
+use crate::math::{exp, largest, logarithm, sum_of};
 
 /// `logits, targets, scale -> (loss_T, dlogits_TV)`; losses in nats, not scaled.
 pub(crate) fn forward_backward<E: Element>(logits: &[E], targets: &[u32], v: usize, scale: f32) -> (Vec<f32>, Vec<E>) {
@@ -34,7 +34,7 @@ pub(crate) fn forward_backward<E: Element>(logits: &[E], targets: &[u32], v: usi
                 (row[target] - max, sum)
             },
         );
-        losses.push((libm::log(f64::from(sum)) - f64::from(loss)) as f32);
+        losses.push((logarithm(sum) - f64::from(loss)) as f32);
     }
     (losses, dlogits)
 }
