@@ -5,8 +5,15 @@ use anyhow::{Context, Result, bail};
 use std::io::{BufRead, BufReader, Write};
 use std::path::Path;
 use std::process::{Child, ChildStdin, ChildStdout, Command, Stdio};
+use std::sync::mpsc::{Receiver, RecvTimeoutError, sync_channel};
+use std::time::{Duration, Instant};
 
 const SCRIPT: &str = include_str!("../../../../tests/peers/hopper/scaled_grouped.py");
+
+/// For an answer, at most: loading PyTorch from a cold disk takes the longest.
+const ANSWER: Duration = Duration::from_secs(180);
+/// For its end, once it is asked nothing more; then it is killed.
+const END: Duration = Duration::from_secs(10);
 
 /// See the module.
 #[derive(Debug)]
@@ -14,7 +21,7 @@ pub(super) struct Torch {
     child: Child,
     // Closed before the process is waited for: that ends it.
     questions: Option<ChildStdin>,
-    answers: BufReader<ChildStdout>,
+    answers: Receiver<std::io::Result<String>>,
     /// As it names itself.
     pub(super) version: String,
 }
@@ -29,7 +36,7 @@ impl Torch {
             .spawn()
             .with_context(|| format!("cannot start {}", python.display()))?;
         let questions = child.stdin.take();
-        let answers = BufReader::new(child.stdout.take().expect("its output is a pipe"));
+        let answers = lines(child.stdout.take().expect("its output is a pipe"));
         let mut peer = Self { child, questions, answers, version: String::new() };
         peer.version = peer.answer()?;
         Ok(peer)
@@ -44,18 +51,61 @@ impl Torch {
     }
 
     fn answer(&mut self) -> Result<String> {
-        let mut line = String::new();
-        if self.answers.read_line(&mut line)? == 0 {
-            bail!("PyTorch has ended: its message is above");
+        match self.answers.recv_timeout(ANSWER) {
+            Ok(line) => Ok(line.context("PyTorch's answer")?.trim().to_owned()),
+            Err(RecvTimeoutError::Disconnected) => bail!("PyTorch has ended: its message is above"),
+            Err(RecvTimeoutError::Timeout) => bail!("PyTorch did not answer within {} s", ANSWER.as_secs()),
         }
-        Ok(line.trim().to_owned())
+    }
+}
+
+/// The lines of its output, read by a thread of their own: a pipe cannot be waited for with a limit.
+fn lines(output: ChildStdout) -> Receiver<std::io::Result<String>> {
+    let (sender, lines) = sync_channel(1);
+    // It ends with the output, or when nobody asks any more.
+    std::thread::spawn(move || BufReader::new(output).lines().try_for_each(|line| sender.send(line)));
+    lines
+}
+
+/// Waits for a process, which is killed when it takes longer.
+fn end(child: &mut Child, limit: Duration) {
+    let begin = Instant::now();
+    while let Ok(None) = child.try_wait() {
+        if begin.elapsed() >= limit {
+            // It has nothing to lose, and how it ended changes no figure.
+            let _ = child.kill();
+            let _ = child.wait();
+            return;
+        }
+        std::thread::sleep(Duration::from_millis(20));
     }
 }
 
 impl Drop for Torch {
     fn drop(&mut self) {
         self.questions = None;
-        // It has nothing to lose, and how it ended changes no figure.
-        let _ = self.child.wait();
+        end(&mut self.child, END);
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_process_that_does_not_end_is_killed() {
+        let mut child = Command::new("sleep").arg("600").spawn().expect("a process");
+        let begin = Instant::now();
+        end(&mut child, Duration::from_millis(100));
+        assert!(begin.elapsed() < Duration::from_secs(60) && child.try_wait().is_ok_and(|status| status.is_some()));
+    }
+
+    #[test]
+    fn lines_come_until_the_output_ends() {
+        let mut child = Command::new("printf").arg("a\\nb\\n").stdout(Stdio::piped()).spawn().expect("a process");
+        let lines = lines(child.stdout.take().expect("a pipe"));
+        let all: Vec<String> = lines.iter().map(|line| line.expect("a line")).collect();
+        assert_eq!(all, ["a", "b"]);
+        end(&mut child, END);
     }
 }
