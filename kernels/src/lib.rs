@@ -22,7 +22,7 @@ pub use cpu::CpuBackend;
 #[cfg(feature = "cuda")]
 pub use cuda::{
     Activation, Blocks, CausalAttention, CausalGradients, CausalShape, Codes, Cubins, CublasPeer, CudaBackend, Dense,
-    Gpu, Groups, NoCubins, Places, Qkv, SOURCES, Source,
+    Gpu, Groups, Memory, NoCubins, Places, Qkv, SOURCES, Source,
 };
 pub use element::Bf16;
 pub use layers::decode::Decoder;

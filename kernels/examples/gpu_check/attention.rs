@@ -97,8 +97,10 @@ fn attention(gpu: &Arc<Gpu>, shape: CausalShape) -> Result<bool, BackendError> {
 /// Whole tiles and others, without sequences or tokens too.
 pub(crate) fn all(gpu: &Arc<Gpu>) -> Result<bool, BackendError> {
     let mut good = true;
-    for (batch, heads, tokens) in [(0, 3, 256), (2, 3, 0), (2, 3, 256), (1, 2, 333)] {
-        good &= attention(gpu, CausalShape { batch, heads, tokens, keys: 192, values: 128 })?;
+    for (keys, values) in [(192, 128), (128, 128), (64, 64)] {
+        for (batch, heads, tokens) in [(0, 3, 256), (2, 3, 0), (2, 3, 256), (1, 2, 333)] {
+            good &= attention(gpu, CausalShape { batch, heads, tokens, keys, values })?;
+        }
     }
     Ok(good)
 }

@@ -191,6 +191,36 @@ fn routed(b: &dyn Backend, t: usize, d: usize, s: &GateShape) -> Result<Results,
     ]))
 }
 
+/// Products whose terms are too small to be held: the sums are zeros, each with its sign.
+fn faint(b: &dyn Backend) -> Result<Results, BackendError> {
+    let small = |rows, columns, name| random(rows, columns, name).iter().map(|x| x * 1e-30).collect::<Vec<f32>>();
+    let mut all = Results::new();
+    for (t, d, out) in [(5, 1, 3), (5, 2, 3), (1, 7, 5), (3, 300, 70), (33, 24, 16), (300, 520, 264)] {
+        let (x, dy) = (b.upload(t, d, small(t, d, 140).into()), b.upload(t, out, small(t, out, 141).into()));
+        let (w, role) = (Tensor::from_vec(out, d, small(out, d, 142)), Role::Projection);
+        let counts = b.upload_indices(vec![t as u32]);
+        all.extend(named([
+            ("linear", b.linear(&x, &w, role)),
+            ("linear_backward_input", b.linear_backward_input(&dy, &w, role)),
+            ("linear_backward_weight", b.linear_backward_weight(&dy, &x, role)),
+            ("grouped_linear", b.grouped_linear(&x, &counts, &[w], role)),
+        ]));
+    }
+    Ok(all)
+}
+
+/// Losses that are logarithms of sums from 1 to some thousand: the target is the largest logit.
+fn logarithms(b: &dyn Backend) -> Result<Results, BackendError> {
+    let mut all = Results::new();
+    for (t, v) in [(1 << 18, 2), (1 << 16, 3), (1 << 14, 40), (1 << 12, 1000), (64, 20_000)] {
+        let logits = random(t, v, 143);
+        let largest = |row: &[f32]| (0..v).max_by(|a, b| row[*a].total_cmp(&row[*b])).expect("a column") as u32;
+        let targets = b.upload_indices(logits.chunks(v).map(largest).collect());
+        all.push((format!("of {v} terms"), b.cross_entropy(&b.upload(t, v, logits), &targets, 1.0).0));
+    }
+    Ok(all)
+}
+
 /// Rows of a batch, and the same rows in smaller ones: no bit differs, in any precision.
 fn alone(gpu: &CudaBackend, precision: Precision, d: usize, out: usize) -> Result<bool, BackendError> {
     let (t, role) = (300, Role::Projection);
@@ -242,7 +272,7 @@ fn sequences_alone(gpu: &CudaBackend, precision: Precision, s: &AttentionShape) 
     for ((name, all), (_, part)) in whole.iter().zip(run(s.sequence, s.sequence)) {
         let (want, got) = (gpu.read(&gpu.rows(all, s.sequence, s.sequence))?, gpu.read(&part)?);
         let what = format!("{precision} a sequence of a batch and alone, {name}: other bits");
-        good &= report(&what, (s.heads, s.sequence), unlike(&got, &want), 0.0);
+        good &= report(&what, (s.nope + s.rope, s.value, s.sequence), unlike(&got, &want), 0.0);
     }
     Ok(good)
 }
@@ -339,9 +369,18 @@ pub(crate) fn all(gpu: &CudaBackend, precision: Precision) -> Result<bool, Backe
             good &= both.compare("rows", products, |b| rows(b, t, d, out))?;
         }
     }
-    for (sequences, heads, nope, rope, value, sequence) in
-        [(0, 2, 3, 2, 4, 5), (1, 1, 4, 2, 3, 1), (2, 3, 7, 4, 5, 67), (2, 4, 128, 64, 128, 300), (3, 2, 32, 32, 64, 64)]
-    {
+    if !low {
+        good &= both.compare("sums of nothing", |_, _| 0.0, faint)?;
+        good &= both.compare("logarithms", |_, _| 0.0, logarithms)?;
+    }
+    for (sequences, heads, nope, rope, value, sequence) in [
+        (0, 2, 3, 2, 4, 5),
+        (1, 1, 4, 2, 3, 1),
+        (2, 3, 7, 4, 5, 67),
+        (2, 4, 128, 64, 128, 300),
+        (2, 4, 64, 64, 128, 200),
+        (3, 2, 32, 32, 64, 64),
+    ] {
         let s = AttentionShape { heads, nope, rope, value, sequence, scale: 1.1 / ((nope + rope) as f32).sqrt() };
         good &= both.compare("attention", scores, |b| attention(b, sequences, &s))?;
         good &= both.compare("attention", scores, |b| cached(b, [sequence.min(3), sequence, 20], &s))?;
@@ -355,7 +394,7 @@ pub(crate) fn all(gpu: &CudaBackend, precision: Precision) -> Result<bool, Backe
     for (d, out) in [(40, 72), (37, 70), (1024, 520)] {
         good &= alone(gpu, precision, d, out)?;
     }
-    for (nope, rope, value, sequence) in [(128, 64, 128, 96), (5, 2, 3, 33)] {
+    for (nope, rope, value, sequence) in [(128, 64, 128, 96), (64, 64, 128, 96), (32, 32, 64, 96), (5, 2, 3, 33)] {
         let s = AttentionShape { heads: 2, nope, rope, value, sequence, scale: 0.1 };
         good &= sequences_alone(gpu, precision, &s)?;
     }

@@ -1,11 +1,12 @@
 //! Runs what there is for the GPU against the CPU backend, on a real GPU. Prints JSON lines; fails if anything differs
 //! more than it may, or if there is no GPU. Speed is `everstep bench`. With `--small` it leaves out large shapes and repetitions,
-//! for compute-sanitizer; with names of parts (fp32, bf16, fp8, rows, gate, libraries) all others.
+//! for compute-sanitizer; with names of parts all others.
 
 mod attention;
 mod backend;
 mod dense;
 mod gate;
+mod memory;
 
 use everstep_kernels::{
     Backend, BackendError, Blocks, Codes, CpuBackend, CudaBackend, Dense, Dispatch, GateShape, Gpu, Groups, NoCubins,
@@ -27,9 +28,16 @@ fn small() -> bool {
     *SMALL.get_or_init(|| std::env::args().any(|argument| argument == "--small"))
 }
 
+const PARTS: [&str; 7] = ["fp32", "bf16", "fp8", "rows", "gate", "libraries", "memory"];
+
+/// The parts that are named.
+fn named() -> impl Iterator<Item = String> {
+    std::env::args().skip(1).filter(|argument| argument != "--small")
+}
+
 /// Whether a part is wanted: it is named, or none is.
 fn part(name: &str) -> bool {
-    let named = || std::env::args().skip(1).filter(|argument| argument != "--small");
+    assert!(PARTS.contains(&name), "a part that can be named");
     named().next().is_none() || named().any(|argument| argument == name)
 }
 
@@ -398,7 +406,8 @@ fn check() -> Result<bool, BackendError> {
         & (!part("fp8") || all_fp8(gpu.gpu())?)
         & (!part("rows") || all_rows(gpu.gpu())?)
         & (!part("gate") || gate::all(gpu.gpu())?)
-        & (!part("libraries") || libraries(gpu.gpu())?);
+        & (!part("libraries") || libraries(gpu.gpu())?)
+        & (!part("memory") || memory::all(&gpu)?);
     // What is not there yet is an error at the next read, and it sticks.
     let x = gpu.upload(2, 2, random(2, 2, 6));
     let codes = gpu.quantise(&x);
@@ -408,6 +417,10 @@ fn check() -> Result<bool, BackendError> {
 }
 
 fn main() -> ExitCode {
+    if let Some(other) = named().find(|name| !PARTS.contains(&name.as_str())) {
+        eprintln!("error: there is no part {other:?}: there are {}, and --small", PARTS.join(", "));
+        return ExitCode::FAILURE;
+    }
     match check() {
         Ok(true) => ExitCode::SUCCESS,
         Ok(false) => ExitCode::FAILURE,

@@ -8,9 +8,10 @@
 use super::cudnn::{BF16, F32, Four, Graph, Handle, Id, Plan, packed, turned};
 use super::device::Gpu;
 use super::failure::all_there;
+use super::memory::{Memory, enter};
 use crate::backend::BackendError;
 use cudarc::cudnn::sys::{cudnnPointwiseMode_t as Mode, cudnnReduceTensorOp_t as Reduction};
-use cudarc::driver::{CudaSlice, DevicePtr, DevicePtrMut};
+use cudarc::driver::{DevicePtr, DevicePtrMut};
 use std::fmt;
 use std::sync::Arc;
 
@@ -132,7 +133,7 @@ pub struct CausalAttention {
     // Dropped before the handle that made them.
     plans: Option<[Plan; 2]>,
     handle: Handle,
-    space: CudaSlice<u8>,
+    space: Memory<u8>,
 }
 
 // SAFETY: cuDNN's handles and descriptors may be used from any thread, from one at a time; so this is not shared between any.
@@ -144,26 +145,33 @@ impl fmt::Debug for CausalAttention {
     }
 }
 
+impl Drop for CausalAttention {
+    fn drop(&mut self) {
+        // Plans and handle are freed after this, in the thread's context.
+        enter(self.gpu.stream.context());
+    }
+}
+
 /// Gradients of queries, keys and values.
 #[derive(Debug)]
 pub struct CausalGradients {
     /// Like the queries.
-    pub dq: CudaSlice<u16>,
+    pub dq: Memory<u16>,
     /// Like the keys.
-    pub dk: CudaSlice<u16>,
+    pub dk: Memory<u16>,
     /// Like the values.
-    pub dv: CudaSlice<u16>,
+    pub dv: Memory<u16>,
 }
 
 /// Queries, keys and values in BF16, in the order of [`CausalShape`].
 #[derive(Debug)]
 pub struct Qkv {
     /// `[batch][tokens][heads][keys]`.
-    pub q: CudaSlice<u16>,
+    pub q: Memory<u16>,
     /// `[batch][tokens][heads][keys]`.
-    pub k: CudaSlice<u16>,
+    pub k: Memory<u16>,
     /// `[batch][tokens][heads][values]`.
-    pub v: CudaSlice<u16>,
+    pub v: Memory<u16>,
 }
 
 impl CausalAttention {
@@ -176,6 +184,8 @@ impl CausalAttention {
     /// there is nothing to do.
     pub(super) fn with_scale(gpu: &Arc<Gpu>, shape: CausalShape, scale: f32) -> Result<Self, BackendError> {
         library().map_err(|e| gpu.error(e))?;
+        // cuDNN makes a handle for the GPU of the thread's context.
+        gpu.bind()?;
         let say = |e: String| gpu.error(format!("attention {shape:?}: {e}"));
         let handle = Handle::new().map_err(say)?;
         let plan = |graph: Result<Graph, String>| graph.and_then(|g| g.plan(&handle)).map_err(say);
@@ -189,12 +199,7 @@ impl CausalAttention {
     }
 
     /// `o` and the logarithms of the sums of each row.
-    pub fn forward(
-        &self,
-        x: &Qkv,
-        o: &mut CudaSlice<u16>,
-        statistics: &mut CudaSlice<f32>,
-    ) -> Result<(), BackendError> {
+    pub fn forward(&self, x: &Qkv, o: &mut Memory<u16>, statistics: &mut Memory<f32>) -> Result<(), BackendError> {
         let s = &self.shape;
         assert_eq!((o.len(), statistics.len()), (s.thin(), s.rows()), "elements of an attention's result");
         let stream = &self.gpu.stream;
@@ -207,10 +212,10 @@ impl CausalAttention {
     pub fn backward(
         &self,
         x: &Qkv,
-        (o, statistics): (&CudaSlice<u16>, &CudaSlice<f32>),
-        d_o: &CudaSlice<u16>,
+        (o, statistics): (&Memory<u16>, &Memory<f32>),
+        d_o: &Memory<u16>,
         out: &mut CausalGradients,
-        sums: &mut CudaSlice<f32>,
+        sums: &mut Memory<f32>,
     ) -> Result<(), BackendError> {
         let s = &self.shape;
         assert_eq!([o.len(), d_o.len()], [s.thin(); 2], "elements of an attention's result");
@@ -243,6 +248,7 @@ impl CausalAttention {
     /// Enqueues a pass on tensors at these addresses, whose lengths the callers have held against the shape.
     pub(super) fn run(&self, pass: usize, arguments: &[u64]) -> Result<(), BackendError> {
         let Some(plans) = &self.plans else { return Ok(()) };
+        self.gpu.bind()?;
         let space = self.space.device_ptr(&self.gpu.stream).0;
         // SAFETY: the callers have held the lengths against the shape; all work is on one stream, in whose order memory
         // is freed too.

@@ -2,19 +2,25 @@
 //! operands change places and a weight comes first.
 
 use super::device::Gpu;
-use super::failure::told;
+use super::memory::enter;
 use crate::backend::BackendError;
 use cudarc::cublaslt::result::{self, CublasError};
 use cudarc::cublaslt::sys;
+use cudarc::driver::CudaContext;
 use cudarc::driver::sys::CUdeviceptr;
 use std::ffi::c_void;
+use std::sync::Arc;
 
 /// Bytes at whose multiples matrices begin, at least: rows of others do, if they are of whole eights of BF16.
 const ALIGNMENT: u32 = 16;
 
 /// cuBLASLt on one GPU.
 #[derive(Debug)]
-pub(super) struct Library(sys::cublasLtHandle_t);
+pub(super) struct Library {
+    handle: sys::cublasLtHandle_t,
+    /// In which the handle was made, and is destroyed.
+    context: Arc<CudaContext>,
+}
 
 // SAFETY: by its documentation the library may be called with one handle from any thread, also at the same time.
 unsafe impl Send for Library {}
@@ -24,8 +30,9 @@ unsafe impl Sync for Library {}
 impl Library {
     /// The GPU's context is the thread's from here on: the handle is made in it.
     pub(super) fn new(gpu: &Gpu) -> Result<Self, BackendError> {
-        gpu.stream.context().bind_to_thread().map_err(|e| gpu.error(told(e)))?;
-        Ok(Self(result::create_handle().map_err(|e| gpu.error(e))?))
+        gpu.bind()?;
+        let handle = result::create_handle().map_err(|e| gpu.error(e))?;
+        Ok(Self { handle, context: Arc::clone(gpu.stream.context()) })
     }
 
     /// Its number.
@@ -38,8 +45,9 @@ impl Library {
 
 impl Drop for Library {
     fn drop(&mut self) {
+        enter(&self.context);
         // SAFETY: the handle was made by `new` and is nobody else's. A failure leaves nothing to be done.
-        let _ = unsafe { result::destroy_handle(self.0) };
+        let _ = unsafe { result::destroy_handle(self.handle) };
     }
 }
 
@@ -154,8 +162,19 @@ impl Product {
                 .and_then(|()| {
                     let (to, count, length) = (found.as_mut_ptr(), count as i32, &raw mut length);
                     let product = self.description;
-                    sys::cublasLtMatmulAlgoGetHeuristic(library.0, product, a, b, y, y, preference, count, to, length)
-                        .result()
+                    sys::cublasLtMatmulAlgoGetHeuristic(
+                        library.handle,
+                        product,
+                        a,
+                        b,
+                        y,
+                        y,
+                        preference,
+                        count,
+                        to,
+                        length,
+                    )
+                    .result()
                 });
             result::destroy_matmul_pref(preference).and(done)
         };
@@ -183,7 +202,7 @@ impl Product {
         // SAFETY: the description and its layouts are alive; the rest is the caller's promise.
         unsafe {
             result::matmul(
-                library.0,
+                library.handle,
                 self.description,
                 (&raw const alpha).cast(),
                 (&raw const beta).cast(),

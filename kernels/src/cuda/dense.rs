@@ -12,12 +12,12 @@
 
 use super::blas::{Library, Product, Way};
 use super::device::Gpu;
-use super::failure::told;
+use super::memory::Memory;
 use crate::backend::BackendError;
 use cudarc::cublaslt::result::CublasError;
 use cudarc::cublaslt::sys;
 use cudarc::driver::sys::CUdeviceptr;
-use cudarc::driver::{CudaSlice, DevicePtr, DevicePtrMut};
+use cudarc::driver::{DevicePtr, DevicePtrMut};
 use std::collections::BTreeMap;
 use std::sync::{Arc, Mutex, PoisonError};
 
@@ -50,9 +50,9 @@ impl Dense {
     pub fn forward(
         &self,
         [tokens, out, input]: [usize; 3],
-        x: &CudaSlice<u16>,
-        w: &CudaSlice<u16>,
-        y: &mut CudaSlice<u16>,
+        x: &Memory<u16>,
+        w: &Memory<u16>,
+        y: &mut Memory<u16>,
     ) -> Result<(), BackendError> {
         assert_eq!((x.len(), w.len(), y.len()), (tokens * input, out * input, tokens * out), "matrices of a product");
         let stream = &self.gpu.stream;
@@ -65,9 +65,9 @@ impl Dense {
     pub fn backward_input(
         &self,
         [tokens, out, input]: [usize; 3],
-        dy: &CudaSlice<u16>,
-        w: &CudaSlice<u16>,
-        dx: &mut CudaSlice<u16>,
+        dy: &Memory<u16>,
+        w: &Memory<u16>,
+        dx: &mut Memory<u16>,
     ) -> Result<(), BackendError> {
         assert_eq!((dy.len(), w.len(), dx.len()), (tokens * out, out * input, tokens * input), "matrices of a product");
         let stream = &self.gpu.stream;
@@ -80,9 +80,9 @@ impl Dense {
     pub fn backward_weight(
         &self,
         [tokens, out, input]: [usize; 3],
-        dy: &CudaSlice<u16>,
-        x: &CudaSlice<u16>,
-        dw: &mut CudaSlice<f32>,
+        dy: &Memory<u16>,
+        x: &Memory<u16>,
+        dw: &mut Memory<f32>,
     ) -> Result<(), BackendError> {
         assert_eq!((dy.len(), x.len(), dw.len()), (tokens * out, tokens * input, out * input), "matrices of a product");
         let stream = &self.gpu.stream;
@@ -100,7 +100,7 @@ impl Dense {
             return Ok(());
         }
         let gpu = &self.gpu;
-        gpu.stream.context().bind_to_thread().map_err(|e| gpu.error(told(e)))?;
+        gpu.bind()?;
         let say = |e: CublasError| gpu.error(format!("cuBLASLt, {way:?} of {shape:?}: {e}"));
         let algorithm = self.algorithm(way, out, input)?;
         let product = described(way, shape).map_err(say)?;

@@ -1,6 +1,7 @@
 //! One GPU: its stream, the kernels that were asked for, descriptors of the copy engine, and launches.
 
 use super::failure::{Version, all_there, loads, no_room, told};
+use super::memory::Memory;
 use super::sources::{Source, compiler};
 use crate::backend::BackendError;
 use cudarc::driver::sys::{
@@ -8,8 +9,7 @@ use cudarc::driver::sys::{
     CUtensorMapL2promotion, CUtensorMapSwizzle, cuTensorMapEncodeTiled,
 };
 use cudarc::driver::{
-    CudaContext, CudaFunction, CudaModule, CudaSlice, CudaStream, DeviceRepr, DriverError, LaunchConfig,
-    ValidAsZeroBits, sys,
+    CudaContext, CudaFunction, CudaModule, CudaStream, DeviceRepr, DriverError, LaunchConfig, ValidAsZeroBits, sys,
 };
 use cudarc::nvrtc::Ptx;
 use std::collections::BTreeMap;
@@ -90,6 +90,8 @@ impl Gpu {
         let processors = sys::CUdevice_attribute::CU_DEVICE_ATTRIBUTE_MULTIPROCESSOR_COUNT;
         let processors = context.attribute(processors).map_err(say)? as u32;
         let capability = context.compute_capability().map_err(say)?;
+        // SAFETY: all work is on one stream, so no operation has to wait for another's event; they would be made with each memory.
+        unsafe { context.disable_event_tracking() };
         let stream = context.default_stream();
         Ok(Self { name, stream, processors, capability, cubins, loaded: Mutex::default() })
     }
@@ -108,6 +110,17 @@ impl Gpu {
         BackendError::Device { device: self.name.clone(), reason: reason.to_string() }
     }
 
+    /// Makes its context the thread's: what is not cudarc's safe half works on that.
+    pub(super) fn bind(&self) -> Result<(), BackendError> {
+        self.stream.context().bind_to_thread().map_err(|e| self.error(told(e)))
+    }
+
+    /// Bytes of its memory that are free, once what was enqueued is done, and all.
+    pub fn memory(&self) -> Result<(usize, usize), BackendError> {
+        self.synchronize()?;
+        self.stream.context().mem_get_info().map_err(|e| self.error(told(e)))
+    }
+
     pub(super) fn synchronize(&self) -> Result<(), BackendError> {
         self.stream.synchronize().map_err(|e| self.error(told(e)))
     }
@@ -119,8 +132,7 @@ impl Gpu {
         name: &'static str,
         shared: u32,
     ) -> Result<CudaFunction, BackendError> {
-        // The driver's own calls work on the thread's context.
-        self.stream.context().bind_to_thread().map_err(|e| self.error(told(e)))?;
+        self.bind()?;
         // Held while a file is compiled: whoever needs it too waits for it.
         let mut loaded = self.loaded.lock().unwrap_or_else(PoisonError::into_inner);
         let file = match loaded.entry(source.name) {
@@ -159,21 +171,21 @@ impl Gpu {
 
 impl Gpu {
     /// Memory of an operation's result; nothing is in it yet.
-    pub(super) fn room<T: DeviceRepr>(&self, elements: usize) -> Result<CudaSlice<T>, BackendError> {
+    pub(super) fn room<T: DeviceRepr>(&self, elements: usize) -> Result<Memory<T>, BackendError> {
         // SAFETY: any bits are a number; callers write what they mean before they read it.
         let memory = unsafe { self.stream.alloc(elements.max(1)) }.map_err(|e| {
             self.error(no_room(elements * size_of::<T>(), e, self.stream.context().mem_get_info().ok()))
         })?;
         if elements > 0 {
-            return Ok(memory);
+            return Ok(Memory::new(memory));
         }
         // The driver promises nothing of an allocation without bytes, so an empty matrix has an element that nobody sees.
         // SAFETY: the memory is of this stream, belongs to nothing else, and is longer than what is said of it.
-        Ok(unsafe { self.stream.upgrade_device_ptr(memory.leak(), 0) })
+        Ok(Memory::new(unsafe { self.stream.upgrade_device_ptr(memory.leak(), 0) }))
     }
 
     /// The same, of zeros.
-    pub(super) fn zeros<T: DeviceRepr + ValidAsZeroBits>(&self, elements: usize) -> Result<CudaSlice<T>, BackendError> {
+    pub(super) fn zeros<T: DeviceRepr + ValidAsZeroBits>(&self, elements: usize) -> Result<Memory<T>, BackendError> {
         let mut memory = self.room(elements)?;
         if elements > 0 {
             self.stream.memset_zeros(&mut memory).map_err(|e| self.error(told(e)))?;
@@ -241,7 +253,7 @@ pub(super) struct Boxes<'a> {
 impl Gpu {
     /// The descriptor of boxes in the memory at `address`.
     pub(super) fn tensor_map(&self, address: sys::CUdeviceptr, boxes: &Boxes<'_>) -> Result<TensorMap, BackendError> {
-        self.stream.context().bind_to_thread().map_err(|e| self.error(told(e)))?;
+        self.bind()?;
         let rank = boxes.dimensions.len();
         let wide = |list: &[usize]| list.iter().map(|n| *n as u64).collect::<Vec<_>>();
         let (dimensions, strides) = (wide(boxes.dimensions), wide(boxes.strides));

@@ -3,9 +3,10 @@
 
 use super::device::{Gpu, launch_of};
 use super::failure::told;
+use super::memory::Memory;
 use super::sources::GATE;
 use crate::backend::BackendError;
-use cudarc::driver::{CudaSlice, DevicePtr, DeviceRepr, PushKernelArg};
+use cudarc::driver::{DevicePtr, DeviceRepr, PushKernelArg};
 
 /// A tile of a result, and the terms of a block, as the kernel has them.
 const TILE: (usize, usize) = (128, 64);
@@ -130,8 +131,8 @@ impl Gpu {
         [tokens, experts, inputs]: [usize; 3],
         x: &impl DevicePtr<X>,
         w: &impl DevicePtr<f32>,
-        room: &mut CudaSlice<f32>,
-        logits: &mut CudaSlice<f32>,
+        room: &mut Memory<f32>,
+        logits: &mut Memory<f32>,
     ) -> Result<(), BackendError> {
         check(experts, inputs);
         let lengths = (x.len(), w.len(), logits.len());
@@ -146,7 +147,7 @@ impl Gpu {
         [tokens, experts, inputs]: [usize; 3],
         dlogits: &impl DevicePtr<f32>,
         w: &impl DevicePtr<f32>,
-        dx: &mut CudaSlice<X>,
+        dx: &mut Memory<X>,
     ) -> Result<(), BackendError> {
         check(experts, inputs);
         let lengths = (dlogits.len(), w.len(), dx.len());
@@ -162,8 +163,8 @@ impl Gpu {
         [tokens, experts, inputs]: [usize; 3],
         dlogits: &impl DevicePtr<f32>,
         x: &impl DevicePtr<X>,
-        room: &mut CudaSlice<f32>,
-        dw: &mut CudaSlice<f32>,
+        room: &mut Memory<f32>,
+        dw: &mut Memory<f32>,
     ) -> Result<(), BackendError> {
         check(experts, inputs);
         let lengths = (dlogits.len(), x.len(), dw.len());
@@ -179,8 +180,8 @@ impl Gpu {
         sizes: Sizes,
         a: &impl DevicePtr<X>,
         b: &impl DevicePtr<f32>,
-        room: &mut CudaSlice<f32>,
-        y: &mut CudaSlice<f32>,
+        room: &mut Memory<f32>,
+        y: &mut Memory<f32>,
     ) -> Result<(), BackendError> {
         let parts = sizes.parts(self.processors as usize);
         let (sums, elements) = (sizes.sums(parts), sizes.m * sizes.n);
@@ -190,8 +191,15 @@ impl Gpu {
         if needed == 0 {
             return Ok(());
         }
-        let function = self.function(&GATE, "sum_blocks", 0)?;
-        let (count, sums) = (elements as u32, sums as i32);
+        let count = u32::try_from(elements).map_err(|_| {
+            self.error(format!(
+                "{name}: a result of {} x {} elements, of which there may be {}",
+                sizes.m,
+                sizes.n,
+                u32::MAX
+            ))
+        })?;
+        let (function, sums) = (self.function(&GATE, "sum_blocks", 0)?, sums as i32);
         let mut launch = self.stream.launch_builder(&function);
         launch.arg(&*room).arg(y).arg(&count).arg(&sums);
         let config = launch_of(count.div_ceil(4 * 256), 256, 0);
@@ -207,8 +215,8 @@ impl Gpu {
         sizes: Sizes,
         parts: Parts,
         (a, b): (&impl DevicePtr<A>, &impl DevicePtr<f32>),
-        y: &mut CudaSlice<Y>,
-        sums: &mut CudaSlice<f32>,
+        y: &mut Memory<Y>,
+        sums: &mut Memory<f32>,
     ) -> Result<(), BackendError> {
         let blocks = sizes.tiles() * (1 + sizes.left(parts).div_ceil(parts.each));
         if blocks == 0 {

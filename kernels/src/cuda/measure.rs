@@ -2,16 +2,17 @@
 
 use super::device::{Gpu, launch_of};
 use super::failure::told;
+use super::memory::Memory;
 use super::sources::READ;
 use crate::backend::BackendError;
-use cudarc::driver::{CudaSlice, DeviceRepr, PushKernelArg, sys as driver};
+use cudarc::driver::{DeviceRepr, PushKernelArg, sys as driver};
 
 /// Bytes that push everything else out of the second-level cache (50 MB).
 const FLUSH: usize = 256 << 20;
 
 impl Gpu {
     /// A copy of host memory.
-    pub fn upload<T: DeviceRepr>(&self, data: &[T]) -> Result<CudaSlice<T>, BackendError> {
+    pub fn upload<T: DeviceRepr>(&self, data: &[T]) -> Result<Memory<T>, BackendError> {
         let mut memory = self.room(data.len())?;
         if !data.is_empty() {
             self.stream.memcpy_htod(data, &mut memory).map_err(|e| self.error(told(e)))?;
@@ -20,7 +21,7 @@ impl Gpu {
     }
 
     /// A copy in host memory, when all before is done.
-    pub fn download<T: DeviceRepr>(&self, data: &CudaSlice<T>) -> Result<Vec<T>, BackendError> {
+    pub fn download<T: DeviceRepr>(&self, data: &Memory<T>) -> Result<Vec<T>, BackendError> {
         self.stream.clone_dtoh(data).map_err(|e| self.error(told(e)))
     }
 

@@ -2,12 +2,13 @@
 
 use super::blas::{Library, Product, Way};
 use super::device::Gpu;
+use super::memory::Memory;
 use super::products::{Blocks, Codes};
 use crate::backend::BackendError;
 use cudarc::cublaslt::result::CublasError;
 use cudarc::cublaslt::sys;
 use cudarc::driver::sys::CUdeviceptr;
-use cudarc::driver::{CudaSlice, DevicePtr, DevicePtrMut, DeviceRepr};
+use cudarc::driver::{DevicePtr, DevicePtrMut, DeviceRepr};
 
 /// What cuBLASLt may use beside its operands; PyTorch gives it as much.
 const WORKSPACE: usize = 32 << 20;
@@ -26,8 +27,8 @@ enum Scaling {
 pub struct CublasPeer<'a> {
     gpu: &'a Gpu,
     library: Library,
-    workspace: CudaSlice<u8>,
-    one: CudaSlice<f32>,
+    workspace: Memory<u8>,
+    one: Memory<f32>,
 }
 
 impl<'a> CublasPeer<'a> {
@@ -38,19 +39,13 @@ impl<'a> CublasPeer<'a> {
 
     /// Median seconds of `times` block-scaled products, which have the operands' meaning; the result is in `y`. The columns
     /// are a multiple of 512: cuBLASLt wants rows of four blocks' scales.
-    pub fn block_scaled(
-        &self,
-        times: usize,
-        x: &Codes,
-        w: &Blocks,
-        y: &mut CudaSlice<u16>,
-    ) -> Result<f64, BackendError> {
+    pub fn block_scaled(&self, times: usize, x: &Codes, w: &Blocks, y: &mut Memory<u16>) -> Result<f64, BackendError> {
         assert!(x.columns.is_multiple_of(512), "{} columns in rows of four blocks", x.columns);
         self.fp8(times, x, w, y, Scaling::Blocks)
     }
 
     /// Median seconds of the product of the same codes with one scale each: what the tensor cores give.
-    pub fn tensor_wide(&self, x: &Codes, w: &Blocks, y: &mut CudaSlice<u16>) -> Result<f64, BackendError> {
+    pub fn tensor_wide(&self, x: &Codes, w: &Blocks, y: &mut Memory<u16>) -> Result<f64, BackendError> {
         self.fp8(1, x, w, y, Scaling::Whole)
     }
 
@@ -59,7 +54,7 @@ impl<'a> CublasPeer<'a> {
         times: usize,
         x: &Codes,
         w: &Blocks,
-        y: &mut CudaSlice<u16>,
+        y: &mut Memory<u16>,
         scaling: Scaling,
     ) -> Result<f64, BackendError> {
         let (stream, shape) = (&self.gpu.stream, [x.rows, w.rows, x.columns]);
@@ -71,22 +66,12 @@ impl<'a> CublasPeer<'a> {
 
     /// Median seconds of the three products of `x_TI` and `w_OI` in FP32, in an order of sums of its own: the result, and
     /// the gradients of `x` and of `w` as if that were the result's.
-    pub fn f32_products(
-        &self,
-        shape: [usize; 3],
-        x: &CudaSlice<f32>,
-        w: &CudaSlice<f32>,
-    ) -> Result<[f64; 3], BackendError> {
+    pub fn f32_products(&self, shape: [usize; 3], x: &Memory<f32>, w: &Memory<f32>) -> Result<[f64; 3], BackendError> {
         self.products(sys::cudaDataType_t::CUDA_R_32F, shape, x, w)
     }
 
     /// The same in BF16; the gradient of the weight in FP32, and not added to another.
-    pub fn bf16_products(
-        &self,
-        shape: [usize; 3],
-        x: &CudaSlice<u16>,
-        w: &CudaSlice<u16>,
-    ) -> Result<[f64; 3], BackendError> {
+    pub fn bf16_products(&self, shape: [usize; 3], x: &Memory<u16>, w: &Memory<u16>) -> Result<[f64; 3], BackendError> {
         self.products(sys::cudaDataType_t::CUDA_R_16BF, shape, x, w)
     }
 
@@ -95,8 +80,8 @@ impl<'a> CublasPeer<'a> {
         &self,
         kind: sys::cudaDataType_t,
         [tokens, out, input]: [usize; 3],
-        x: &CudaSlice<T>,
-        w: &CudaSlice<T>,
+        x: &Memory<T>,
+        w: &Memory<T>,
     ) -> Result<[f64; 3], BackendError> {
         let shape = [tokens, out, input];
         assert_eq!((x.len(), w.len()), (tokens * input, out * input), "operands of a product");
@@ -120,7 +105,7 @@ impl<'a> CublasPeer<'a> {
         shape: [usize; 3],
         product: &Product,
         [a, b]: [CUdeviceptr; 2],
-        y: &mut CudaSlice<T>,
+        y: &mut Memory<T>,
     ) -> Result<f64, BackendError> {
         let say = |e| self.say(shape, e);
         let found = product.algorithms(&self.library, WORKSPACE, true, 1).map_err(say)?;

@@ -3,9 +3,10 @@
 
 use super::device::{Boxes, Gpu, Kind, TensorMap, launch_of};
 use super::failure::told;
+use super::memory::Memory;
 use super::sources::{DENSE_128X176, DENSE_192X128, DENSE_256X128, GROUPED, Source, WGRAD};
 use crate::backend::BackendError;
-use cudarc::driver::{CudaSlice, DevicePtr, DevicePtrMut, PushKernelArg};
+use cudarc::driver::{DevicePtr, DevicePtrMut, PushKernelArg};
 
 /// Elements under one scale, along a row.
 pub(super) const TILE: usize = 128;
@@ -16,13 +17,13 @@ pub(super) const TILE: usize = 128;
 pub struct Codes {
     pub(super) rows: usize,
     pub(super) columns: usize,
-    pub(super) codes: CudaSlice<u8>,
-    pub(super) scales: CudaSlice<f32>,
+    pub(super) codes: Memory<u8>,
+    pub(super) scales: Memory<f32>,
 }
 
 impl Codes {
     /// Of codes row by row, and scales by tile. Panics if there are not as many as the shape says.
-    pub fn new(rows: usize, columns: usize, codes: CudaSlice<u8>, scales: CudaSlice<f32>) -> Self {
+    pub fn new(rows: usize, columns: usize, codes: Memory<u8>, scales: Memory<f32>) -> Self {
         assert!(columns.is_multiple_of(TILE), "{columns} columns in tiles of {TILE}");
         let lengths = (codes.len(), scales.len());
         assert_eq!(lengths, (rows * columns, Self::scale_count(rows, columns)), "a {rows} x {columns} matrix");
@@ -30,12 +31,12 @@ impl Codes {
     }
 
     /// Codes, row by row.
-    pub fn codes(&self) -> &CudaSlice<u8> {
+    pub fn codes(&self) -> &Memory<u8> {
         &self.codes
     }
 
     /// Scales, by tile, then by row.
-    pub fn scales(&self) -> &CudaSlice<f32> {
+    pub fn scales(&self) -> &Memory<f32> {
         &self.scales
     }
 
@@ -61,14 +62,14 @@ pub struct Blocks {
     pub(super) groups: usize,
     pub(super) rows: usize,
     pub(super) columns: usize,
-    pub(super) codes: CudaSlice<u8>,
-    pub(super) scales: CudaSlice<f32>,
+    pub(super) codes: Memory<u8>,
+    pub(super) scales: Memory<f32>,
 }
 
 impl Blocks {
     /// `groups` matrices of rows that are a multiple of 8 and columns that are one of 128, by codes row by row and scales
     /// by group, row and column of blocks. Panics if there are not as many as that.
-    pub fn new(groups: usize, rows: usize, columns: usize, codes: CudaSlice<u8>, scales: CudaSlice<f32>) -> Self {
+    pub fn new(groups: usize, rows: usize, columns: usize, codes: Memory<u8>, scales: Memory<f32>) -> Self {
         assert!(rows.is_multiple_of(8) && columns.is_multiple_of(TILE), "weights of {rows} x {columns}");
         let expected = (groups * rows * columns, groups * rows.div_ceil(TILE) * (columns / TILE));
         assert_eq!((codes.len(), scales.len()), expected, "{groups} weights of {rows} x {columns}");
@@ -85,9 +86,9 @@ pub struct Groups {
     /// Blocks of all.
     pub(super) filled: usize,
     /// First rows, and the end.
-    pub(super) offsets: CudaSlice<i32>,
+    pub(super) offsets: Memory<i32>,
     /// First blocks, and the end.
-    pub(super) blocks: CudaSlice<i32>,
+    pub(super) blocks: Memory<i32>,
 }
 
 impl Groups {
@@ -163,20 +164,14 @@ fn choose(m: usize, n: usize, k: usize, processors: usize) -> &'static Source {
 
 impl Gpu {
     /// `x_TI, w_OI -> y_TO` in BF16: block-scaled operands, FP32 sums that are promoted every 128 of I.
-    pub fn fp8_linear(&self, x: &Codes, w: &Blocks, y: &mut CudaSlice<u16>) -> Result<(), BackendError> {
+    pub fn fp8_linear(&self, x: &Codes, w: &Blocks, y: &mut Memory<u16>) -> Result<(), BackendError> {
         assert_eq!((w.groups, w.columns, y.len()), (1, x.columns, x.rows * w.rows), "shapes of a product");
         let source = choose(x.rows, w.rows, x.columns, self.processors as usize);
         self.fp8_product(source, x, w, None, y)
     }
 
     /// The same with each group of rows of `x` against its own matrix.
-    pub fn fp8_grouped(
-        &self,
-        x: &Codes,
-        w: &Blocks,
-        groups: &Groups,
-        y: &mut CudaSlice<u16>,
-    ) -> Result<(), BackendError> {
+    pub fn fp8_grouped(&self, x: &Codes, w: &Blocks, groups: &Groups, y: &mut Memory<u16>) -> Result<(), BackendError> {
         let shapes = (w.columns, y.len(), w.groups, x.rows);
         assert_eq!(shapes, (x.columns, x.rows * w.rows, groups.count, groups.rows), "shapes of a grouped product");
         self.fp8_product(&GROUPED, x, w, Some(&groups.offsets), y)
@@ -187,8 +182,8 @@ impl Gpu {
         source: &'static Source,
         x: &Codes,
         w: &Blocks,
-        offsets: Option<&CudaSlice<i32>>,
-        y: &mut CudaSlice<u16>,
+        offsets: Option<&Memory<i32>>,
+        y: &mut Memory<u16>,
     ) -> Result<(), BackendError> {
         let (m, n, k, tile) = (x.rows, w.rows, x.columns, Tile::of(source));
         if m == 0 {
@@ -229,7 +224,7 @@ impl Gpu {
         dy: &Codes,
         x: &Codes,
         groups: &Groups,
-        dw: &mut CudaSlice<f32>,
+        dw: &mut Memory<f32>,
     ) -> Result<(), BackendError> {
         let (m, n, tokens, offsets, count) = (dy.rows, x.rows, groups.filled(), &groups.blocks, groups.count);
         assert_eq!([dy.columns, x.columns], [tokens; 2], "tokens of a weight gradient");
@@ -264,13 +259,7 @@ impl Gpu {
     }
 
     /// Boxes of `rows` x 128 codes.
-    fn bytes(
-        &self,
-        codes: &CudaSlice<u8>,
-        height: usize,
-        width: usize,
-        rows: usize,
-    ) -> Result<TensorMap, BackendError> {
+    fn bytes(&self, codes: &Memory<u8>, height: usize, width: usize, rows: usize) -> Result<TensorMap, BackendError> {
         assert_eq!(codes.len(), height * width, "codes of a {height} x {width} matrix");
         let (address, _held) = codes.device_ptr(&self.stream);
         let (dimensions, strides, size) = ([width, height], [width], [TILE, rows]);

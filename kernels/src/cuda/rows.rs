@@ -2,10 +2,10 @@
 //! columns. Layouts and roundings are told in the files of `hopper/`.
 
 use super::device::{Gpu, run};
+use super::memory::Memory;
 use super::products::{Codes, Groups, TILE};
 use super::sources::{NORM, PERMUTE, QUANTISE, SWIGLU, TURN};
 use crate::backend::BackendError;
-use cudarc::driver::CudaSlice;
 
 /// Warps of a block, except in norms.
 const WARPS: usize = 8;
@@ -23,8 +23,8 @@ pub struct Places {
     /// Rows of the experts.
     rows: usize,
     tokens: usize,
-    place: CudaSlice<i32>,
-    experts: CudaSlice<i32>,
+    place: Memory<i32>,
+    experts: Memory<i32>,
 }
 
 impl Places {
@@ -55,7 +55,7 @@ impl Gpu {
     }
 
     /// `x_RC` to E4M3; scales are powers of two if `power`.
-    pub fn quantise_rows(&self, x: &CudaSlice<u16>, out: &mut Codes, power: bool) -> Result<(), BackendError> {
+    pub fn quantise_rows(&self, x: &Memory<u16>, out: &mut Codes, power: bool) -> Result<(), BackendError> {
         assert_eq!(x.len(), out.rows * out.columns, "elements of a matrix");
         let (rows, columns) = (out.rows, out.columns);
         let ([r, c, stride], power) = (out.sizes(), i32::from(power));
@@ -77,9 +77,9 @@ impl Gpu {
     /// RMSNorm of `x_RC` with weights `w_C` to BF16 and to E4M3.
     pub fn rms_norm_quantised(
         &self,
-        x: &CudaSlice<u16>,
-        w: &CudaSlice<f32>,
-        y: &mut CudaSlice<u16>,
+        x: &Memory<u16>,
+        w: &Memory<f32>,
+        y: &mut Memory<u16>,
         out: &mut Codes,
         eps: f32,
     ) -> Result<(), BackendError> {
@@ -116,10 +116,10 @@ impl Gpu {
     /// Gradient of the weights of an RMSNorm: `x_RC, dy_RC -> dw_C`. `sums` is room for a row of each of [`Self::strips`].
     pub fn rms_norm_weight_gradient(
         &self,
-        x: &CudaSlice<u16>,
-        dy: &CudaSlice<u16>,
-        sums: &mut CudaSlice<f32>,
-        dw: &mut CudaSlice<f32>,
+        x: &Memory<u16>,
+        dy: &Memory<u16>,
+        sums: &mut Memory<f32>,
+        dw: &mut Memory<f32>,
         eps: f32,
     ) -> Result<(), BackendError> {
         let columns = dw.len();
@@ -137,9 +137,9 @@ impl Gpu {
     /// The sum of each strip, of which the caller has asserted the lengths.
     fn sum_strips(
         &self,
-        x: &CudaSlice<u16>,
-        dy: &CudaSlice<u16>,
-        sums: &mut CudaSlice<f32>,
+        x: &Memory<u16>,
+        dy: &Memory<u16>,
+        sums: &mut Memory<f32>,
         [rows, columns, strips, each]: [usize; 4],
         eps: f32,
     ) -> Result<(), BackendError> {
@@ -153,9 +153,9 @@ impl Gpu {
     /// SwiGLU of `gate_RC` and `up_RC` to BF16 and to E4M3.
     pub fn swiglu_quantised(
         &self,
-        gate: &CudaSlice<u16>,
-        up: &CudaSlice<u16>,
-        h: &mut CudaSlice<u16>,
+        gate: &Memory<u16>,
+        up: &Memory<u16>,
+        h: &mut Memory<u16>,
         out: &mut Codes,
     ) -> Result<(), BackendError> {
         assert_eq!([gate.len(), up.len(), h.len()], [out.rows * out.columns; 3], "elements of a SwiGLU");
@@ -181,10 +181,10 @@ impl Gpu {
     /// Rows of experts to rows of tokens: `weights` of their choices, groups of experts rounded and added in order.
     pub fn combine_rows(
         &self,
-        rows: &CudaSlice<u16>,
+        rows: &Memory<u16>,
         places: &Places,
-        weights: &CudaSlice<f32>,
-        y: &mut CudaSlice<u16>,
+        weights: &Memory<f32>,
+        y: &mut Memory<u16>,
         columns: usize,
     ) -> Result<(), BackendError> {
         let (tokens, top_k) = (places.tokens, places.top_k);
@@ -214,11 +214,11 @@ impl Gpu {
     /// choice is not here.
     pub fn combine_rows_backward(
         &self,
-        dy: &CudaSlice<u16>,
-        rows: &CudaSlice<u16>,
+        dy: &Memory<u16>,
+        rows: &Memory<u16>,
         places: &Places,
-        weights: &CudaSlice<f32>,
-        (drows, dweights): (&mut CudaSlice<u16>, &mut CudaSlice<f32>),
+        weights: &Memory<f32>,
+        (drows, dweights): (&mut Memory<u16>, &mut Memory<f32>),
         columns: usize,
     ) -> Result<(), BackendError> {
         let (tokens, top_k) = (places.tokens, places.top_k);
@@ -250,9 +250,9 @@ impl Gpu {
     /// `x_TC` to the rows of the experts of its tokens, in E4M3 with scales `[rows][C/128]`.
     pub fn dispatch_quantised(
         &self,
-        x: &CudaSlice<u16>,
+        x: &Memory<u16>,
         places: &Places,
-        (codes, scales): (&mut CudaSlice<u8>, &mut CudaSlice<f32>),
+        (codes, scales): (&mut Memory<u8>, &mut Memory<f32>),
         columns: usize,
         power: bool,
     ) -> Result<(), BackendError> {
@@ -267,7 +267,7 @@ impl Gpu {
     }
 
     /// `x_TC` by groups of tokens to `[C][T]` in E4M3, each group filled up to whole blocks of 128 with zeros.
-    pub fn turn(&self, x: &CudaSlice<u16>, groups: &Groups, out: &mut Codes, power: bool) -> Result<(), BackendError> {
+    pub fn turn(&self, x: &Memory<u16>, groups: &Groups, out: &mut Codes, power: bool) -> Result<(), BackendError> {
         let ((count, columns, width), power) = (turned(groups, x.len(), out), i32::from(power));
         let blocks = out.columns / TILE * (out.rows / 64);
         run!(

@@ -4,10 +4,10 @@ use super::CudaBackend;
 use super::tensors::{Elements, Made};
 use crate::backend::BackendError;
 use crate::cuda::device::{Gpu, run};
+use crate::cuda::memory::Memory;
 use crate::cuda::sources::{ELEMENTS, Source};
 use crate::ops::rope::{self, RopeShape};
 use crate::tensor::Tensor;
-use cudarc::driver::CudaSlice;
 use std::sync::{Arc, Mutex, PoisonError};
 
 /// Tables of rotations that are kept: layers ask for the same few.
@@ -17,10 +17,10 @@ const WIDTH: usize = 2048;
 
 /// Rotations by their shape, the newest last.
 #[derive(Debug, Default)]
-pub(super) struct Angles(Mutex<Vec<(RopeShape, Arc<CudaSlice<f32>>)>>);
+pub(super) struct Angles(Mutex<Vec<(RopeShape, Arc<Memory<f32>>)>>);
 
 impl Angles {
-    fn of(&self, gpu: &Gpu, shape: &RopeShape) -> Result<Arc<CudaSlice<f32>>, BackendError> {
+    fn of(&self, gpu: &Gpu, shape: &RopeShape) -> Result<Arc<Memory<f32>>, BackendError> {
         // Pieces of a row share it.
         let key = RopeShape { heads: 1, head_width: shape.width, offset: 0, ..*shape };
         let mut kept = self.0.lock().unwrap_or_else(PoisonError::into_inner);
@@ -131,7 +131,7 @@ impl CudaBackend {
     }
 
     /// Rows of a matrix by their indices.
-    pub(super) fn gather(&self, index: &CudaSlice<u32>, x: &Tensor) -> Result<Elements, BackendError> {
+    pub(super) fn gather(&self, index: &Memory<u32>, x: &Tensor) -> Result<Elements, BackendError> {
         let (of, y, rows) = (self.activation(x)?, self.room(index.len(), x.columns())?, index.len() as u64);
         let (shape, columns, height) = (by_element(y.len()), x.columns() as i32, x.rows() as u32);
         let (of, to) = (&of.address(), &y.address());

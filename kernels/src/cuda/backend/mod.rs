@@ -16,6 +16,7 @@ mod tensors;
 use super::attention::library;
 use super::dense::Dense;
 use super::device::{Cubins, Gpu};
+use super::sources::compiler;
 use crate::backend::{AttentionState, Backend, BackendError, DeviceClass, Precision, Role};
 use crate::ops::attention::AttentionShape;
 use crate::ops::combine::Dispatch;
@@ -40,18 +41,34 @@ pub struct CudaBackend {
     failed: Mutex<Option<BackendError>>,
 }
 
+/// What decides how products in BF16 add: libraries choose by the card, and they and the compiler by their versions.
+struct Chosen {
+    card: String,
+    /// NVRTC's version.
+    compiler: String,
+    cublas: usize,
+    cudnn: usize,
+}
+
+/// What nodes that make the same bits have in common. FP32 has the CPU's bits by construction, so nothing is chosen there.
+fn class(architecture: &str, precision: Precision, chosen: Option<Chosen>) -> String {
+    let class = format!("cuda {architecture} {precision}");
+    let Some(Chosen { card, compiler, cublas, cudnn }) = chosen else { return class };
+    format!("{class}, {card}, NVRTC {compiler}, cuBLASLt {cublas}, cuDNN {cudnn}")
+}
+
 impl CudaBackend {
     /// The backend of one GPU in FP32 or BF16; machine code of kernels is kept in `cubins`.
     pub fn new(ordinal: usize, precision: Precision, cubins: Box<dyn Cubins>) -> Result<Self, BackendError> {
         let gpu = Arc::new(Gpu::new(ordinal, cubins)?);
-        let mut class = format!("cuda {} {precision}", gpu.architecture());
-        let dense = match precision {
-            Precision::Fp32 => None,
+        let (dense, class) = match precision {
+            Precision::Fp32 => (None, class(&gpu.architecture(), precision, None)),
             Precision::Bf16 => {
-                // The libraries choose how they add, so their versions are part of what nodes have in common.
-                let (dense, cudnn) = (Dense::new(&gpu)?, library().map_err(|e| gpu.error(e))?);
-                class += &format!(", cuBLASLt {}, cuDNN {cudnn}", dense.library());
-                Some(dense)
+                let cudnn = library().map_err(|e| gpu.error(e))?;
+                let (dense, compiler) = (Dense::new(&gpu)?, compiler().map_err(|e| gpu.error(e))?);
+                let (card, cublas, compiler) = (gpu.card()?, dense.library(), compiler.to_string());
+                let class = class(&gpu.architecture(), precision, Some(Chosen { card, compiler, cublas, cudnn }));
+                (Some(dense), class)
             }
             Precision::Fp8 => return Err(gpu.error("training in fp8 is not there yet: fp32 and bf16 are")),
         };
@@ -109,7 +126,8 @@ impl Backend for CudaBackend {
 
     fn upload_indices(&self, data: Vec<u32>) -> Tensor {
         let (count, copy) = (data.len(), self.gpu.upload(&data));
-        self.list(count, copy.map(|copy| Indices { data: Arc::new(copy), host: Some(Arc::new(data)) }))
+        let below = data.iter().max().map_or(0, |most| u64::from(*most) + 1);
+        self.list(count, copy.map(|copy| Indices { data: Arc::new(copy), host: Some(Arc::new(data)), below }))
     }
 
     fn read(&self, x: &Tensor) -> Result<Arc<Vec<f32>>, BackendError> {
@@ -252,7 +270,10 @@ impl Backend for CudaBackend {
 
     fn gate(&self, logits: &Tensor, bias: &Tensor, shape: &GateShape) -> (Tensor, Tensor) {
         let (experts, weights) = match self.choose(logits, bias, shape) {
-            Ok((experts, weights)) => (Ok(Indices { data: Arc::new(experts), host: None }), Ok(weights)),
+            Ok((experts, weights)) => {
+                let below = shape.experts as u64;
+                (Ok(Indices { data: Arc::new(experts), host: None, below }), Ok(weights))
+            }
             Err(error) => (Err(error.clone()), Err(error)),
         };
         (self.list(logits.rows() * shape.top_k, experts), self.one(logits.rows(), shape.top_k, weights))
@@ -291,5 +312,31 @@ impl Backend for CudaBackend {
     fn cross_entropy(&self, logits: &Tensor, targets: &Tensor, scale: f32) -> (Tensor, Tensor) {
         let shapes = [[1, targets.columns()], [logits.rows(), logits.columns()]];
         self.all(shapes, self.losses(logits, targets, scale)).into()
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn whatever_may_change_bits_in_bf16_is_in_the_class() {
+        let chosen = |card: &str, compiler: &str, cublas, cudnn| {
+            let (card, compiler) = (card.to_owned(), compiler.to_owned());
+            class("sm_90", Precision::Bf16, Some(Chosen { card, compiler, cublas, cudnn }))
+        };
+        let mut all = vec![
+            chosen("H100", "13.0", 130_100, 91_900),
+            chosen("H200", "13.0", 130_100, 91_900),
+            chosen("H100", "13.1", 130_100, 91_900),
+            chosen("H100", "13.0", 130_200, 91_900),
+            chosen("H100", "13.0", 130_100, 91_901),
+            class("sm_90", Precision::Fp32, None),
+        ];
+        assert_eq!(all[0], "cuda sm_90 bf16, H100, NVRTC 13.0, cuBLASLt 130100, cuDNN 91900");
+        let count = all.len();
+        all.sort();
+        all.dedup();
+        assert_eq!(all.len(), count, "each is another class");
     }
 }

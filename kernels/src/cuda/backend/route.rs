@@ -5,14 +5,25 @@ use super::elements::{by_element, by_row};
 use super::tensors::{Elements, Made};
 use crate::backend::{Backend, BackendError};
 use crate::cuda::device::run;
+use crate::cuda::memory::Memory;
 use crate::cuda::sources::{CHOICE, COMBINE, Source};
-use crate::ops::combine::Dispatch;
+use crate::ops::combine::{Dispatch, Slot};
 use crate::ops::gate::GateShape;
 use crate::tensor::Tensor;
-use cudarc::driver::CudaSlice;
 
 /// Warps of a block, each of which chooses for a token.
 const WARPS: usize = 8;
+
+/// See [`CudaBackend::places`]. Panics if a slot is none of the rows that its expert gets: the kernels do not look.
+fn places_of(plan: &Dispatch) -> Vec<u32> {
+    let starts = plan.starts();
+    let place = |slot: &Slot| {
+        let rows = plan.tokens.get(slot.expert as usize).map_or(0, Vec::len);
+        assert!((slot.row as usize) < rows, "{slot:?} among {rows} rows of that expert");
+        starts[slot.expert as usize] as u32 + slot.row
+    };
+    plan.slots.iter().map(place).collect()
+}
 
 impl CudaBackend {
     /// The kernels for what is stored.
@@ -26,7 +37,7 @@ impl CudaBackend {
         logits: &Tensor,
         bias: &Tensor,
         s: &GateShape,
-    ) -> Result<(CudaSlice<u32>, Elements), BackendError> {
+    ) -> Result<(Memory<u32>, Elements), BackendError> {
         let allowed = s.experts / s.groups * s.groups_kept;
         assert!(s.experts.is_multiple_of(s.groups) && s.top_k <= allowed, "a choice among {allowed}: {s:?}");
         assert_eq!([logits.columns(), bias.columns()], [s.experts; 2], "columns of a gate");
@@ -47,13 +58,28 @@ impl CudaBackend {
         dweights: &Tensor,
         s: &GateShape,
     ) -> Result<Elements, BackendError> {
-        let (of_logits, chosen, of_weights) = (self.wide(logits)?, self.indices(experts)?.data, self.wide(dweights)?);
-        assert_eq!([chosen.len(), of_weights.len()], [logits.rows() * s.top_k; 2], "choices of every token");
+        let (of_logits, chosen, of_weights) = (self.wide(logits)?, self.indices(experts)?, self.wide(dweights)?);
+        assert_eq!(logits.columns(), s.experts, "columns of a gate");
+        assert_eq!([chosen.data.len(), of_weights.len()], [logits.rows() * s.top_k; 2], "choices of every token");
+        assert!(chosen.below <= s.experts as u64, "choices below {} of {} experts", chosen.below, s.experts);
         let d = Elements::f32(self.gpu.zeros(of_logits.len())?);
         let (shape, sizes) = (by_element(logits.rows()), [logits.rows(), s.experts, s.top_k].map(|n| n as i32));
         let ([t, count, top_k], logits, dw) = (sizes, &of_logits.address(), &of_weights.address());
         let scale = &s.routed_scale;
-        run!(self.gpu, CHOICE, "gate_backward", shape, logits, &*chosen, dw, &d.address(), &t, &count, &top_k, scale)?;
+        run!(
+            self.gpu,
+            CHOICE,
+            "gate_backward",
+            shape,
+            logits,
+            &*chosen.data,
+            dw,
+            &d.address(),
+            &t,
+            &count,
+            &top_k,
+            scale
+        )?;
         Ok(d)
     }
 
@@ -64,6 +90,8 @@ impl CudaBackend {
         factor: f32,
     ) -> Result<Elements, BackendError> {
         let (of_logits, tokens) = (self.wide(logits)?, logits.rows());
+        assert_eq!(logits.columns(), s.experts, "columns of a gate");
+        assert!(s.sequence > 0 && s.top_k > 0, "sequences of tokens that choose: {s:?}");
         let mut counts = self.gpu.zeros::<u32>(tokens.div_ceil(s.sequence) * s.experts)?;
         let d = self.wide_room(tokens, s.experts)?;
         let (elements, shape, logits) = (of_logits.len() as u64, by_element(of_logits.len()), &of_logits.address());
@@ -100,10 +128,8 @@ impl CudaBackend {
     }
 
     /// The row of each choice where the rows of all experts follow each other.
-    fn places(&self, plan: &Dispatch) -> Result<CudaSlice<u32>, BackendError> {
-        let starts = plan.starts();
-        let places: Vec<u32> = plan.slots.iter().map(|s| starts[s.expert as usize] as u32 + s.row).collect();
-        self.gpu.upload(&places)
+    fn places(&self, plan: &Dispatch) -> Result<Memory<u32>, BackendError> {
+        self.gpu.upload(&places_of(plan))
     }
 
     pub(super) fn combined(
@@ -174,5 +200,31 @@ impl CudaBackend {
             top_k
         )?;
         Ok([drows, dweights])
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn places_are_rows_of_the_experts_one_after_another() {
+        assert_eq!(places_of(&Dispatch::new(&[0, 2, 1, 2, 0, 1], 2, 3, 1)), [0, 4, 2, 5, 1, 3]);
+    }
+
+    #[test]
+    #[should_panic(expected = "Slot { expert: 1, row: 1 } among 1 rows of that expert")]
+    fn a_slot_beyond_its_experts_rows_is_refused() {
+        let mut plan = Dispatch::new(&[0, 1], 1, 2, 1);
+        plan.slots[1].row = 1;
+        places_of(&plan);
+    }
+
+    #[test]
+    #[should_panic(expected = "Slot { expert: 2, row: 0 } among 0 rows of that expert")]
+    fn a_slot_of_no_expert_is_refused() {
+        let mut plan = Dispatch::new(&[0, 1], 1, 2, 1);
+        plan.slots[1].expert = 2;
+        places_of(&plan);
     }
 }

@@ -5,10 +5,11 @@ use super::elements::by_element;
 use crate::backend::BackendError;
 use crate::cuda::device::{Gpu, run};
 use crate::cuda::failure::told;
+use crate::cuda::memory::Memory;
 use crate::cuda::sources::PRODUCT;
 use crate::math::{bf16_bits, bf16_value};
 use crate::tensor::{DeviceBuffer, Tensor};
-use cudarc::driver::{CudaSlice, CudaView, DevicePtr};
+use cudarc::driver::{CudaView, DevicePtr};
 use std::any::Any;
 use std::sync::Arc;
 
@@ -16,26 +17,26 @@ use std::sync::Arc;
 pub(super) type Made<const N: usize> = Result<[Elements; N], BackendError>;
 
 #[derive(Debug)]
-enum Memory {
-    F32(CudaSlice<f32>),
-    Bf16(CudaSlice<u16>),
+enum Held {
+    F32(Memory<f32>),
+    Bf16(Memory<u16>),
 }
 
 /// Elements of a matrix. Kernels get addresses: all work is on one stream, in whose order memory is freed too.
 #[derive(Debug, Clone)]
 pub(super) struct Elements {
-    memory: Arc<Memory>,
+    memory: Arc<Held>,
     from: usize,
     count: usize,
 }
 
 impl Elements {
-    pub(super) fn f32(data: CudaSlice<f32>) -> Self {
-        Self { from: 0, count: data.len(), memory: Arc::new(Memory::F32(data)) }
+    pub(super) fn f32(data: Memory<f32>) -> Self {
+        Self { from: 0, count: data.len(), memory: Arc::new(Held::F32(data)) }
     }
 
-    pub(super) fn bf16(data: CudaSlice<u16>) -> Self {
-        Self { from: 0, count: data.len(), memory: Arc::new(Memory::Bf16(data)) }
+    pub(super) fn bf16(data: Memory<u16>) -> Self {
+        Self { from: 0, count: data.len(), memory: Arc::new(Held::Bf16(data)) }
     }
 
     /// Elements `from..from + count` of these.
@@ -49,26 +50,26 @@ impl Elements {
     }
 
     fn is_low(&self) -> bool {
-        matches!(*self.memory, Memory::Bf16(_))
+        matches!(*self.memory, Held::Bf16(_))
     }
 
     /// Of the first element.
     pub(super) fn address(&self) -> u64 {
         match &*self.memory {
-            Memory::F32(data) => data.device_ptr(data.stream()).0 + 4 * self.from as u64,
-            Memory::Bf16(data) => data.device_ptr(data.stream()).0 + 2 * self.from as u64,
+            Held::F32(data) => data.device_ptr(data.stream()).0 + 4 * self.from as u64,
+            Held::Bf16(data) => data.device_ptr(data.stream()).0 + 2 * self.from as u64,
         }
     }
 
     /// Panics if they are BF16, which is a broken caller.
     pub(super) fn floats(&self) -> CudaView<'_, f32> {
-        let Memory::F32(data) = &*self.memory else { panic!("elements in FP32") };
+        let Held::F32(data) = &*self.memory else { panic!("elements in FP32") };
         data.slice(self.from..self.from + self.count)
     }
 
     /// Panics if they are FP32.
     pub(super) fn words(&self) -> CudaView<'_, u16> {
-        let Memory::Bf16(data) = &*self.memory else { panic!("elements in BF16") };
+        let Held::Bf16(data) = &*self.memory else { panic!("elements in BF16") };
         data.slice(self.from..self.from + self.count)
     }
 
@@ -88,8 +89,8 @@ impl Elements {
 
     fn ordinal(&self) -> usize {
         match &*self.memory {
-            Memory::F32(data) => data.ordinal(),
-            Memory::Bf16(data) => data.ordinal(),
+            Held::F32(data) => data.ordinal(),
+            Held::Bf16(data) => data.ordinal(),
         }
     }
 }
@@ -97,8 +98,10 @@ impl Elements {
 /// A list of indices or counts, with a copy in host memory if it came from there: launches of products by group need it.
 #[derive(Debug, Clone)]
 pub(super) struct Indices {
-    pub(super) data: Arc<CudaSlice<u32>>,
+    pub(super) data: Arc<Memory<u32>>,
     pub(super) host: Option<Arc<Vec<u32>>>,
+    /// More than any of them.
+    pub(super) below: u64,
 }
 
 #[derive(Debug)]
@@ -241,7 +244,7 @@ impl CudaBackend {
         parts: &[Elements],
         count: usize,
         of: impl for<'a> Fn(&'a Elements) -> CudaView<'a, T>,
-    ) -> Result<CudaSlice<T>, BackendError> {
+    ) -> Result<Memory<T>, BackendError> {
         let (mut all, mut at) = (self.gpu.room::<T>(count)?, 0);
         for part in parts.iter().filter(|part| part.count > 0) {
             let mut to = all.slice_mut(at..at + part.count);
