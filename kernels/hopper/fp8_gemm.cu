@@ -7,12 +7,15 @@
 // Any M; N a multiple of 8, K of 128.
 //
 // Chosen by -D:
-//   MATH     math warpgroups (2 or 3)
+//   MATH     math warpgroups (2)
 //   BM, BN   rows (MATH times 64 or 128) and columns (a multiple of 16) of a tile
 //   STAGES   depth of the ring
 //   SHARE    0: no cluster; 1: a pair of CTAs shares A's rows; 2: B's (not grouped)
 //   BAND     rows of tiles in a band, a power of two
 //   GROUPED  0 or 1
+//   AHEAD    1: a warpgroup waits for the next stage and fetches its scales while its last products of a block are made, and in
+//            the last block of a tile it looks for the next tile and lays out what is done. 0: none of that, which suits few
+//            blocks of K and single waves of odd width (docs/measurements/hopper-fp8.md)
 //
 // One persistent CTA per SM. One warp fills a ring of stages; MATH warpgroups, each with its part of the tile's rows,
 // multiply 128 of K at a time on the tensor cores and add the scaled partial products in FP32 registers; one warp stores.
@@ -88,23 +91,72 @@ struct ScaleB {
     }
 };
 
-struct Place { u32 a, b, scale, full, empty; int lane; };
+struct Place { u32 a, b, scale, full, empty, out, laid, free; int lane, warp; };
+
+// The scales of a block of K: of the rows that a thread has in each wave, and of the tile's columns. Those of the rows lie in the
+// stage, which must be full.
+struct Scales { float a[WAVES][2], b[BLOCKS]; };
+__device__ __forceinline__ void fetch_a(Scales& to, u32 scale_a, int stage) {
+#pragma unroll
+    for (int w = 0; w < WAVES; w++)
+        for (int h = 0; h < 2; h++) to.a[w][h] = load_shared(scale_a + stage * S_BYTES + w * 256 + h * 32);
+}
+__device__ __forceinline__ void fetch_b(Scales& to, const ScaleB& scale_b, int kb) {
+#pragma unroll
+    for (int i = 0; i < BLOCKS; i++) to.b[i] = __shfl_sync(~0u, scale_b.lane[i], kb % 32);
+}
+
+// A wave, rounded, to shared memory for the storing warp.
+__device__ __forceinline__ void lay_out(const float (&acc)[FRAG], int w, const Place& at) {
+    const int r = 64 * w + 16 * at.warp + at.lane % 16, half = at.lane / 16;
+#pragma unroll
+    for (int j = 0; j < BN / 8; j += 2) {
+        const float* v = &acc[4 * j];
+        const u32 to = BN % 64 ? r * (BN * 2) + (j + half) * 16
+                               : j / 8 * (WROWS * 128) + r * 128 + (((half ^ (r % 8)) ^ (j % 8)) << 4);
+        store_matrices(at.out + to, pack(v[0], v[1]), pack(v[2], v[3]), pack(v[4], v[5]), pack(v[6], v[7]));
+    }
+}
+constexpr int EARLY = AHEAD ? WAVES - 1 : 0;  // waves that are laid out while the last one is made
+
+// What the last block of a tile needs of the next, and the phase of the place where this one is laid out.
+struct Next {
+    Walk& tile;
+    const float* scale;
+    int N, phase;
+    __device__ __forceinline__ void find(ScaleB& scale_b, int kblocks) const {
+        tile.next();
+        if (!tile.done()) scale_b.start(scale, tile, N, kblocks);
+    }
+};
 
 // One block of K. The loop over it has no jumps: even untaken paths cost more than they save.
-template <int START, bool FIRST> __device__ __forceinline__
-void block(float (&acc)[WAVES][FRAG], float (&part)[FRAG], Ring<STAGES>& ring, const Place& at, u32 scale_a, ScaleB& scale_b, int kb, int kblocks) {
-    float sa[WAVES][2], sb[BLOCKS];
-    if (kb % 32 == 0 && !FIRST) scale_b.load(kb, kblocks);
-    barrier_wait(at.full + 8 * ring.stage, ring.phase);
+template <int START, bool FIRST, bool LAST> __device__ __forceinline__
+void block(float (&acc)[WAVES][FRAG], float (&part)[FRAG], Scales& scales, Ring<STAGES>& ring, const Place& at, u32 scale_a, ScaleB& scale_b, int kb, int kblocks, const Next& next) {
+    Scales after;
+    if (AHEAD ? !LAST && kb % 32 == 31 : !FIRST && kb % 32 == 0) scale_b.load(kb + AHEAD, kblocks);
+    if (FIRST && AHEAD) fetch_b(scales, scale_b, kb);
+    if (FIRST || !AHEAD) barrier_wait(at.full + 8 * ring.stage, ring.phase);
+    if (FIRST && AHEAD) fetch_a(scales, scale_a, ring.stage);
 #pragma unroll
     for (int w = 0; w < WAVES; w++) {
         multiply(part, at.a + ring.stage * (A_BYTES / 16) + w * (64 * BK / 16), at.b + ring.stage * (B_BYTES / 16));
-        if (w == 0) {
+        if (!AHEAD && w == 0) {
+            fetch_a(scales, scale_a, ring.stage);
+            fetch_b(scales, scale_b, kb);
+        }
+        if (AHEAD && !LAST && w == WAVES - 1) {
+            Ring<STAGES> then = ring;
+            then.next();
+            fetch_b(after, scale_b, kb + 1);
+            barrier_wait(at.full + 8 * then.stage, then.phase);
+            fetch_a(after, scale_a, then.stage);
+        }
+        if (AHEAD && LAST && w == 0) next.find(scale_b, kblocks);
+        if (LAST && EARLY && w == WAVES - 1) {
+            barrier_wait(at.free, next.phase);
 #pragma unroll
-            for (int v = 0; v < WAVES; v++)
-                for (int h = 0; h < 2; h++) sa[v][h] = load_shared(scale_a + ring.stage * S_BYTES + v * 256 + h * 32);
-#pragma unroll
-            for (int i = 0; i < BLOCKS; i++) sb[i] = __shfl_sync(~0u, scale_b.lane[i], kb % 32);
+            for (int i = 0; i < EARLY; i++) lay_out(acc[i], i, at);
         }
         multiply_wait();
         // Each warp has waited for its own products only, so each gives the stage back, to each CTA.
@@ -114,7 +166,7 @@ void block(float (&acc)[WAVES][FRAG], float (&part)[FRAG], Ring<STAGES>& ring, c
         }
         float s[BLOCKS][2];
 #pragma unroll
-        for (int i = 0; i < BLOCKS; i++) { s[i][0] = sa[w][0] * sb[i]; s[i][1] = sa[w][1] * sb[i]; }
+        for (int i = 0; i < BLOCKS; i++) { s[i][0] = scales.a[w][0] * scales.b[i]; s[i][1] = scales.a[w][1] * scales.b[i]; }
 #pragma unroll
         for (int i = 0; i < FRAG; i++) {
             const int b = (START + i / 4 * 8) / 128;
@@ -122,14 +174,22 @@ void block(float (&acc)[WAVES][FRAG], float (&part)[FRAG], Ring<STAGES>& ring, c
             acc[w][i] = FIRST ? part[i] * scale : acc[w][i] + part[i] * scale;
         }
     }
+    if (AHEAD && !LAST) scales = after;
     ring.next();
 }
+// The blocks of a tile.
 template <int START> __device__ __forceinline__
-void accumulate(float (&acc)[WAVES][FRAG], Ring<STAGES>& ring, const Place& at, u32 scale_a, ScaleB& scale_b, int kblocks) {
+void accumulate(float (&acc)[WAVES][FRAG], Ring<STAGES>& ring, const Place& at, u32 scale_a, ScaleB& scale_b, int kblocks, const Next& next) {
     float part[FRAG];
-    block<START, true>(acc, part, ring, at, scale_a, scale_b, 0, kblocks);
+    Scales scales;
+    if (AHEAD && kblocks == 1) {
+        block<START, true, true>(acc, part, scales, ring, at, scale_a, scale_b, 0, kblocks, next);
+        return;
+    }
+    block<START, true, false>(acc, part, scales, ring, at, scale_a, scale_b, 0, kblocks, next);
 #pragma unroll 1
-    for (int kb = 1; kb < kblocks; kb++) block<START, false>(acc, part, ring, at, scale_a, scale_b, kb, kblocks);
+    for (int kb = 1; kb < kblocks - AHEAD; kb++) block<START, false, false>(acc, part, scales, ring, at, scale_a, scale_b, kb, kblocks, next);
+    if (AHEAD) block<START, false, true>(acc, part, scales, ring, at, scale_a, scale_b, kblocks - 1, kblocks, next);
 }
 
 extern "C" __global__ void __launch_bounds__(128 * (MATH + 1), 1)
@@ -156,7 +216,7 @@ fp8_gemm(const __grid_constant__ TensorMap map_a, const __grid_constant__ Tensor
     Ring<STAGES> ring;
     Walk tile(offsets, groups, M, N);
     if (group == MATH) {
-        asm volatile("setmaxnreg.dec.sync.aligned.u32 %0;" :: "n"(MATH == 2 ? 56 : 32));
+        asm volatile("setmaxnreg.dec.sync.aligned.u32 %0;" :: "n"(56));
         if (threadIdx.x == 128 * MATH) {
 #pragma unroll 1
             for (; !tile.done(); tile.next()) {
@@ -217,19 +277,20 @@ fp8_gemm(const __grid_constant__ TensorMap map_a, const __grid_constant__ Tensor
             if (lane == 0) store_wait();
         }
     } else {
-        asm volatile("setmaxnreg.inc.sync.aligned.u32 %0;" :: "n"(MATH == 2 ? 224 : 160));
+        asm volatile("setmaxnreg.inc.sync.aligned.u32 %0;" :: "n"(224));
         const int lane = threadIdx.x % 32, warp = threadIdx.x / 32 % 4;
         const Place at = {operand(a_ring + group * WROWS * BK), operand(b_ring),
                           s_ring + (group * WROWS + warp * 16 + lane / 4) * 4, full,
-                          CTAS > 1 ? barrier_of(empty, lane % CTAS) : empty, lane};
-        const u32 out = d_tile + group * (D_BYTES / MATH);
+                          CTAS > 1 ? barrier_of(empty, lane % CTAS) : empty, d_tile + group * (D_BYTES / MATH),
+                          laid + 8 * group, free + 8 * group, lane, warp};
         float acc[WAVES][FRAG];
         ScaleB sb;
         if (!tile.done()) sb.start(scale_b, tile, N, kblocks);
 #pragma unroll 1
         for (int phase = 1; !tile.done(); phase ^= 1) {
             const u32 scale_a = at.scale + (GROUPED ? tile.m % 4 * 4 : 0); // see S_BOX
-#define START(s) case s: accumulate<s % ALIGN ? 0 : s>(acc, ring, at, scale_a, sb, kblocks); break;
+            const Next next = {tile, scale_b, N, phase};
+#define START(s) case s: accumulate<s % ALIGN ? 0 : s>(acc, ring, at, scale_a, sb, kblocks, next); break;
             switch (ALIGN == 128 ? 0 : tile.n % 128) {
                 START(0)
 #if BN % 128
@@ -242,25 +303,15 @@ fp8_gemm(const __grid_constant__ TensorMap map_a, const __grid_constant__ Tensor
                 START(16) START(48) START(80) START(112)
 #endif
             }
-            tile.next();
-            if (!tile.done()) sb.start(scale_b, tile, N, kblocks); // comes while this tile is laid out
+            if (!AHEAD) next.find(sb, kblocks); // its scales come while this tile is laid out
 
             // Round and lay out in shared memory for the storing warp.
-            barrier_wait(free + 8 * group, phase);
+            if (!EARLY) barrier_wait(at.free, phase);
 #pragma unroll
-            for (int w = 0; w < WAVES; w++) {
-                const int r = 64 * w + 16 * warp + lane % 16, half = lane / 16;
-#pragma unroll
-                for (int j = 0; j < BN / 8; j += 2) {
-                    const float* v = &acc[w][4 * j];
-                    const u32 to = BN % 64 ? r * (BN * 2) + (j + half) * 16
-                                           : j / 8 * (WROWS * 128) + r * 128 + (((half ^ (r % 8)) ^ (j % 8)) << 4);
-                    store_matrices(out + to, pack(v[0], v[1]), pack(v[2], v[3]), pack(v[4], v[5]), pack(v[6], v[7]));
-                }
-            }
+            for (int w = EARLY; w < WAVES; w++) lay_out(acc[w], w, at);
             copy_fence();
             __syncwarp();
-            if (lane == 0) barrier_arrive(laid + 8 * group);
+            if (lane == 0) barrier_arrive(at.laid);
         }
     }
     if (CTAS > 1) cluster_sync(); // a CTA must not leave while its neighbour may still write into it

@@ -23,7 +23,10 @@ __device__ __forceinline__ void load(float (*to)[TILE + 4], const View& v, int l
 __device__ __forceinline__ void tile(const View& a, const View& b, float* y, i64 y_row, int m, int n, int k, int row, int column, bool add) {
     __shared__ float of_a[BK][TILE + 4], of_b[BK][TILE + 4];
     const int i0 = threadIdx.x / 16 * EACH, j0 = threadIdx.x % 16 * EACH;
-    float sum[EACH][EACH] = {}, total[EACH][EACH] = {};
+    float sum[EACH][EACH] = {}, total[EACH][EACH];
+    // -0 changes no block that is added to it, be that -0 too.
+#pragma unroll
+    for (int i = 0; i < EACH * EACH; i++) total[i / EACH][i % EACH] = k > 0 ? -0.f : 0.f;
     if (add)
 #pragma unroll
         for (int i = 0; i < EACH; i++)
@@ -47,11 +50,7 @@ __device__ __forceinline__ void tile(const View& a, const View& b, float* y, i64
 #pragma unroll
             for (int i = 0; i < EACH; i++)
 #pragma unroll
-                for (int j = 0; j < EACH; j++) {
-                    // The first block is not added to zero: it may be -0.
-                    total[i][j] = add || from >= BLOCK ? total[i][j] + sum[i][j] : sum[i][j];
-                    sum[i][j] = 0;
-                }
+                for (int j = 0; j < EACH; j++) { total[i][j] += sum[i][j]; sum[i][j] = 0; }
     }
 #pragma unroll
     for (int i = 0; i < EACH; i++)

@@ -303,7 +303,12 @@ fn combine_backward(gpu: &Gpu, tokens: usize, top_k: usize, columns: usize) -> R
 fn repeated(gpu: &Gpu) -> Result<bool, BackendError> {
     let b = CpuBackend::new(Precision::Fp8);
     let mut good = true;
-    for (rows, out, input) in [(2816, 1536, 128), (300, 2112, 1024), (2112, 1536, 128)] {
+    for (rows, out, input) in
+        [(129, 200, 256), (2816, 1536, 128), (2816, 1536, 1024), (2816, 1536, 4096), (300, 2112, 1024)]
+    {
+        if !wanted(rows * input) {
+            continue;
+        }
         let (x, words) = low(&b, rows, input, 16)?;
         let (codes, _) = quantised(gpu, &b, &x, &words)?;
         let w = blocks(gpu, &[random(out, input, 17)], out, input)?;
@@ -332,7 +337,10 @@ fn all_fp8(gpu: &Gpu) -> Result<bool, BackendError> {
         (&[2047], 520, 1536),
         // Those that take the other tiles.
         (&[2816], 1536, 128),
-        (&[2112], 1536, 128),
+        (&[2816], 1536, 1024),
+        (&[2816], 1536, 4096),
+        // Grouped in pairs: a weight of 20 MiB.
+        (&[3, 0, 300, 256], 5120, 4096),
         (&[5, 0, 0, 131, 256, 257, 1, 300], 256, 512),
         (&[0, 1000, 33, 0], 1000, 384),
     ] {

@@ -4,7 +4,9 @@
 use super::device::{Boxes, Gpu, Kind, TensorMap, launch_of};
 use super::failure::told;
 use super::memory::Memory;
-use super::sources::{DENSE_128X176, DENSE_192X128, DENSE_256X128, GROUPED, Source, WGRAD};
+use super::sources::{
+    DENSE_128X176, DENSE_256X128, DENSE_256X128_SHORT, DENSE_256X128_SHORTEST, GROUPED, GROUPED_PAIRS, Source, WGRAD,
+};
 use crate::backend::BackendError;
 use cudarc::driver::{DevicePtr, DevicePtrMut, PushKernelArg};
 
@@ -147,19 +149,26 @@ impl Tile {
     }
 }
 
-/// The variant that takes least: waves of tiles, by what a tile of that kind costs.
+/// The variant that takes least: waves of tiles, by what a tile of that kind costs. Measured on an H100
+/// (docs/measurements/hopper-fp8.md); bits do not depend on it.
 fn choose(m: usize, n: usize, k: usize, processors: usize) -> &'static Source {
-    let cost = |source: &Source, weight: f64| {
+    let cost = |(source, weight): (&'static Source, f64)| {
         let tile = Tile::of(source);
         let waves = (m.div_ceil(tile.rows) * n.div_ceil(tile.columns)).div_ceil(processors);
-        (waves * tile.rows * tile.columns) as f64 * weight
+        (source, (waves * tile.rows * tile.columns) as f64 * weight)
     };
-    let costs = [
-        (&DENSE_256X128, cost(&DENSE_256X128, 1.0)),
-        (&DENSE_128X176, cost(&DENSE_128X176, 1.06)),
-        (&DENSE_192X128, cost(&DENSE_192X128, if k >= 4096 { 0.98 } else { 1.05 })),
-    ];
-    costs.iter().min_by(|a, b| a.1.total_cmp(&b.1)).expect("there are three").0
+    let tall = match k {
+        ..1024 => &DENSE_256X128_SHORTEST,
+        1024..4096 => &DENSE_256X128_SHORT,
+        _ => &DENSE_256X128,
+    };
+    let [tall, wide] = [(tall, 1.0), (&DENSE_128X176, 1.06)].map(cost);
+    if wide.1 < tall.1 { wide.0 } else { tall.0 }
+}
+
+/// The variant for groups with weights `[N, K]`: pairs where the cache does not keep a group's codes beside its rows.
+fn choose_grouped(n: usize, k: usize) -> &'static Source {
+    if n * k >= 20 << 20 { &GROUPED_PAIRS } else { &GROUPED }
 }
 
 impl Gpu {
@@ -174,7 +183,7 @@ impl Gpu {
     pub fn fp8_grouped(&self, x: &Codes, w: &Blocks, groups: &Groups, y: &mut Memory<u16>) -> Result<(), BackendError> {
         let shapes = (w.columns, y.len(), w.groups, x.rows);
         assert_eq!(shapes, (x.columns, x.rows * w.rows, groups.count, groups.rows), "shapes of a grouped product");
-        self.fp8_product(&GROUPED, x, w, Some(&groups.offsets), y)
+        self.fp8_product(choose_grouped(w.rows, w.columns), x, w, Some(&groups.offsets), y)
     }
 
     fn fp8_product(
@@ -279,5 +288,36 @@ impl Gpu {
             address,
             &Boxes { kind, dimensions: &dimensions, strides: &strides, size: &size, swizzled: false },
         )
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_tile_is_chosen_by_waves_and_by_the_length_of_sums() {
+        let chosen = |m, n, k| choose(m, n, k, 132).name;
+        for ([m, n, k], name) in [
+            ([4096, 2112, 7168], "fp8_gemm 128x176"),
+            ([4096, 24576, 1536], "fp8_gemm 256x128 short"),
+            ([4096, 32768, 512], "fp8_gemm 256x128 shortest"),
+            ([4096, 7168, 16384], "fp8_gemm 256x128"),
+            ([4096, 4096, 7168], "fp8_gemm 256x128"),
+            ([4096, 7168, 2048], "fp8_gemm 256x128 short"),
+            ([8192, 8192, 8192], "fp8_gemm 256x128"),
+        ] {
+            assert_eq!(chosen(m, n, k), name, "{m} x {n} x {k}");
+        }
+    }
+
+    #[test]
+    fn every_tile_fits_into_shared_memory() {
+        for source in
+            [DENSE_256X128, DENSE_256X128_SHORT, DENSE_256X128_SHORTEST, DENSE_128X176, GROUPED, GROUPED_PAIRS]
+        {
+            let bytes = Tile::of(&source).shared();
+            assert!(bytes <= 232_448, "{}: {bytes} bytes", source.name);
+        }
     }
 }
