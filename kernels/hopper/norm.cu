@@ -244,7 +244,7 @@ rms_norm_weight(const u16* __restrict__ x, const u16* __restrict__ dy, float* __
         for (int i = 0; i < stages; i++) {
             barrier_init(full + 8 * i, 1);
             barrier_init(rooted + 8 * i, 1);
-            barrier_init(empty + 8 * i, WARPS);
+            barrier_init(empty + 8 * i, THREADS);
         }
         barriers_visible();
     }
@@ -292,8 +292,8 @@ rms_norm_weight(const u16* __restrict__ x, const u16* __restrict__ dy, float* __
 #pragma unroll
                 for (int j = 0; j < 8; j++) sum[c][j] = __fadd_rn(sum[c][j], __fmul_rn(d[j], __fmul_rn(a[j], root)));
             }
-        __syncwarp();
-        if (threadIdx.x % 32 == 0) barrier_arrive(empty + 8 * stage(i));
+        // Each lane gives the stage back for its own reads. One for all, after __syncwarp, is a race to racecheck.
+        barrier_arrive(empty + 8 * stage(i));
     }
 #pragma unroll
     for (int c = 0; c < CHUNKS; c++)
