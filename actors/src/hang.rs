@@ -3,7 +3,8 @@
 //! A hung thread (a device that never answers, a lock that nobody frees) cannot be stopped from outside: the process has to
 //! end, and the job goes on without it.
 //! - HA-1: a thread hangs if it is at one job for [`LONGER`] times as long as that many multiply-adds took so far on the
-//!   average, and for [`LEAST`] at least; for [`FIRST`] as long as nothing is known of the speed.
+//!   average, and for [`LEAST`] at least; for [`FIRST`] as long as nothing is known of the speed, or if the job is not one of
+//!   multiply-adds.
 //! - HA-2: time is counted in looks: a process that was stopped itself has not looked, so its threads did not hang.
 
 /// See HA-1.
@@ -18,7 +19,7 @@ const FIRST: u32 = 10 * LEAST;
 pub(crate) struct At {
     /// The number of the job, 0 for none.
     pub(crate) job: u64,
-    /// Its multiply-adds, as planned.
+    /// Its multiply-adds, as planned; 0 if it does other things.
     pub(crate) cost: u64,
 }
 
@@ -42,7 +43,7 @@ impl Hang {
             }
             let (before, looks) = self.threads[n];
             if before != now {
-                if before.job != 0 {
+                if before.job != 0 && before.cost > 0 {
                     self.looks += u64::from(looks);
                     self.cost += before.cost;
                 }
@@ -58,7 +59,7 @@ impl Hang {
     }
 
     fn allowed(&self, cost: u64) -> u32 {
-        if self.cost == 0 {
+        if self.cost == 0 || cost == 0 {
             return FIRST;
         }
         let usual = cost as f64 * self.looks as f64 / self.cost as f64;
@@ -94,6 +95,11 @@ mod tests {
         let mut hang = Hang::default();
         (0..201).for_each(|_| assert_eq!(hang.look(at(5, 1000).into_iter()), None));
         assert_eq!(until(&mut hang, 6, 90_000), 90 * 200 * 20 + 2, "a much larger job takes longer");
+        let mut hang = Hang::default();
+        (0..201).for_each(|_| assert_eq!(hang.look(at(5, 1000).into_iter()), None));
+        (0..5000).for_each(|_| assert_eq!(hang.look(at(6, 0).into_iter()), None, "it says nothing of the speed"));
+        assert_eq!(until(&mut hang, 7, 1000), 200 * 20 + 2);
+        assert_eq!(until(&mut hang, 8, 0), FIRST + 2);
     }
 
     /// HA-2: many jobs, however long all of them take, are no hang.

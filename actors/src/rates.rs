@@ -1,14 +1,14 @@
 //! How long multiply-adds take, by what they are for: what a node's heartbeats say of its speed.
 //!
-//! Kinds are kept apart because a product over an expert's few rows takes longer than one over a micro-batch: only the same
-//! kind on another node tells whether a node is slow.
+//! Kinds are kept apart because their products have other shapes: only the same kind on another node tells whether a node is
+//! slow. Experts tell nothing: how long a product over few rows takes depends on how few they are.
 
 use crate::compute::{Job, StageOperation};
-use crate::message::{Pass, Work};
+use crate::message::Pass;
 use serde::{Deserialize, Serialize};
 
 /// See [`kind`].
-pub(crate) const KINDS: usize = 6;
+pub(crate) const KINDS: usize = 3;
 
 /// Multiply-adds and the microseconds that they took, by kind, since the node began.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Default, Serialize, Deserialize)]
@@ -25,8 +25,7 @@ impl Rates {
     }
 }
 
-/// The kind of a job: a stage's or an expert's, forward, backward for inputs or for weights. None: it is no product of
-/// matrices, and its cost says little of its time.
+/// The kind of a stage's job: forward, backward for inputs or for weights. None: its cost says little of its time.
 pub(crate) fn kind(job: &Job) -> Option<usize> {
     let by_pass = |pass: Pass| match pass {
         Pass::Forward => 0,
@@ -39,12 +38,9 @@ pub(crate) fn kind(job: &Job) -> Option<usize> {
             StageOperation::Resume { pass, .. } => by_pass(*pass),
             StageOperation::WeightSoFar { .. } | StageOperation::Weight { .. } => 2,
         }),
-        Job::Experts(items) => items.first().map(|item| match item.work {
-            Work::Forward { .. } => 3,
-            Work::Backward { .. } => 4,
-        }),
-        Job::ExpertWeight { .. } => Some(5),
-        Job::Initial { .. }
+        Job::Experts(_)
+        | Job::ExpertWeight { .. }
+        | Job::Initial { .. }
         | Job::Adopt { .. }
         | Job::Check(_)
         | Job::Digest { .. }

@@ -10,10 +10,9 @@
 //! - RE-5: the primary hands its weights to every user of them, and again to a user's new life; not those of a state
 //!   after which a commit is known, since the next ones are on their way.
 //! - RE-6: sums and states whose tensors are not what the layout says are not taken.
-//! - RE-7: a state that is not what it was when it was made is never stepped from, nor stored, and no step is prepared with
-//!   sums that may have been made from it, nor is it given to another copy: the supervisor is told. Its sum is made again by
-//!   the optimizer step that reads it, and whenever somebody gets it later than when it was made. Weights do not wait for
-//!   that, since the step does.
+//! - RE-7: a state that is not what it was when it was made is never stepped from, and nobody gets it or its weights: the
+//!   supervisor is told. Its sum is made again by the optimizer step that reads it, and before somebody gets it later than
+//!   when it was made.
 
 mod arithmetic;
 mod ledger;
@@ -31,7 +30,7 @@ use crate::spec::{JobSpec, Layout};
 use crate::table::Table;
 use arithmetic::fits;
 use everstep_kernels::{Group, Tensor};
-use std::collections::BTreeMap;
+use std::collections::{BTreeMap, BTreeSet};
 use std::sync::Arc;
 
 /// Steps whose sums a copy keeps at most: more than two only while its state is on the way.
@@ -66,7 +65,9 @@ pub(crate) struct ReducerCore {
     snapshot: Option<Step>,
     /// The state is given to somebody later than when it was made, and is to be looked at again.
     unsure: bool,
-    /// The snapshot waits for that.
+    /// Users that wait for that.
+    late: BTreeSet<ActorId>,
+    /// The snapshot waits for it.
     snapshot_again: bool,
     /// It changed by itself: nothing is done any more.
     corrupt: Option<Corruption>,
@@ -97,6 +98,7 @@ impl ReducerCore {
             coming: None,
             snapshot: None,
             unsure: false,
+            late: BTreeSet::new(),
             snapshot_again: false,
             corrupt: None,
             plant,
@@ -137,9 +139,10 @@ impl ReducerCore {
             let was = before.primary(self.shard) == Some(self.me());
             // Who is committed to another state hands out that one.
             if self.step().is_some_and(|s| !self.commits.contains_key(&(s + 1))) {
-                let late = self.hand_out(|user| !was || self.table.replaced(&before, user));
-                self.unsure |= !late.is_empty();
-                effects.extend(late);
+                let all = self.groups.iter().flat_map(|group| self.spec.senders_of(*group));
+                let late = all.filter(|user| !was || self.table.replaced(&before, *user)).collect::<Vec<_>>();
+                self.late.extend(late);
+                self.unsure |= !self.late.is_empty();
             }
             self.snapshot_again |= self.snapshot.is_some() && (!was || new_supervisor);
             self.unsure |= self.snapshot_again;
@@ -276,7 +279,9 @@ impl ReducerCore {
         match checked {
             Ok(()) => {
                 let again = std::mem::take(&mut self.snapshot_again);
-                let mut effects = self.give_state();
+                let late = std::mem::take(&mut self.late);
+                let mut effects = self.hand_out(|user| late.contains(&user));
+                effects.extend(self.give_state());
                 effects.extend(again.then(|| self.send_snapshot()).flatten());
                 effects.extend(self.advance());
                 effects
@@ -324,6 +329,7 @@ impl ReducerCore {
         self.snapshot = Some(step).filter(|s| self.spec.is_stored(*s));
         self.state = Some(state);
         (self.unsure, self.snapshot_again) = (false, false);
+        self.late.clear();
         self.ledgers = self.ledgers.split_off(&(step + 1));
         self.commits = self.commits.split_off(&(step + 1));
         let mut effects = vec![Effect::send(ActorId::Supervisor, report)];

@@ -442,7 +442,8 @@ impl Supervisor {
 
     /// Which copies the next commit waits for, for operators.
     pub fn describe(&self) -> String {
-        let waits = self.waits_for_room().map_or(String::new(), |why| format!("; {why}"));
+        let waits: String =
+            self.waits_for_room().into_iter().chain(self.links.describe()).map(|why| format!("; {why}")).collect();
         format!(
             "epoch {}, {} nodes, step {} committed, checkpoint of step {}; {}{waits}",
             self.table.epoch,

@@ -37,7 +37,14 @@ impl Catalogue {
             }
         };
         let catalogue = Self { db, path: path.to_owned() };
-        if catalogue.steps().ok().as_deref() != Some(steps) {
+        let known = catalogue.steps().unwrap_or_default();
+        if steps.is_empty() && !known.is_empty() {
+            // Beginning anew would lose what is where the store should be.
+            let reason =
+                format!("it names checkpoints of steps {known:?}, and none is there: is checkpoint.store another?");
+            return Err(StoreError::Invalid { path: path.to_owned(), what: "catalogue of this store", reason });
+        }
+        if known != steps {
             catalogue.db.clear().map_err(|e| catalogue.failed(e))?;
             for manifest in steps.iter().filter_map(|s| read(s).ok()) {
                 catalogue.add(&manifest)?;

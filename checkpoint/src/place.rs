@@ -1,7 +1,7 @@
 //! Where a store's files are: a folder, or a bucket of an object store.
 //!
-//! - PL-1: what has a name is whole: a file was written elsewhere, synced and renamed; an object appears at once.
-//! - PL-2: what was put is durable when `put` returns.
+//! - PC-1: what has a name is whole: a file was written elsewhere, synced and renamed; an object appears at once.
+//! - PC-2: what was put is durable when `put` returns.
 
 use crate::bucket::Bucket;
 use crate::error::{StoreError, at};

@@ -149,6 +149,9 @@ fn carry(mut from: TcpStream, mut to: TcpStream, state: &State, answer: impl Fn(
         }
         if let Some(words) = answer(&piece[..n]) {
             let _ = from.write_all(words);
+            // What is not read would make the kernel take the answer back.
+            let _ = from.set_read_timeout(Some(Duration::from_millis(200)));
+            while let Ok(1..) = from.read(&mut piece) {}
             break;
         }
         if state.is(Door::Slow) {

@@ -28,8 +28,8 @@ fn a_job_waits_for_memory() -> Result<()> {
     Ok(())
 }
 
-/// RE-7: a bit that flips in a copy of the state is found before the next commit, the copy is named, and the job goes back to
-/// its checkpoint: what was made of it is never reported.
+/// RE-7: a bit that flips in a copy of the state is found before anything that was made of it is reported, the copy is named,
+/// and the job goes back to its checkpoint.
 #[test]
 fn flipped_bits_are_found_and_undone() -> Result<()> {
     let place = Place::new()?;

@@ -35,7 +35,7 @@ fn a_job_goes_on_from_an_object_store() -> Result<()> {
     assert!(String::from_utf8_lossy(&said.stdout).contains(&last), "{said:?}");
     let written = bucket.chunks();
     place.resume("run", 2)?.finish()?;
-    assert_eq!(bucket.chunks(), written);
+    assert!(written > 0 && bucket.chunks() == written);
     let alone = place.train("alone", &["train.steps=60", "checkpoint.every=10", "job.nodes=1"])?;
     assert_eq!(fingerprints(&run)?, fingerprints(&alone)?);
     Ok(())
@@ -46,7 +46,7 @@ fn a_job_goes_on_from_an_object_store() -> Result<()> {
 fn a_store_that_fails_does_not_stop_training() -> Result<()> {
     let bucket = Bucket::start()?;
     let place = place(&bucket)?;
-    let training = place.start("run", &["train.steps=400", "checkpoint.every=10", STORE])?;
+    let training = place.start("run", &["train.steps=400", "checkpoint.every=10", "job.pace=2e9", STORE])?;
     training.wait_for_step(20)?;
     for (door, words) in [(Door::Full, "507"), (Door::Shut, "error sending request")] {
         let fails = events(&training.run, "store_fails")?.len();

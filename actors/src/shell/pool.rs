@@ -36,7 +36,7 @@ pub(super) struct Pool {
     redone: Arc<AtomicU64>,
     /// As in [`Rates`].
     rates: Arc<[[AtomicU64; 2]; KINDS]>,
-    /// Of each thread: the number of the job that it is at, 0 for none, and its cost.
+    /// Of each thread: the number of the job that it is at, 0 for none, and its multiply-adds.
     at: Arc<Vec<[AtomicU64; 2]>>,
 }
 
@@ -109,9 +109,9 @@ fn serve(
     for number in 1.. {
         let next = tasks.lock().unwrap_or_else(PoisonError::into_inner).recv();
         let Ok(Task { job, cost, reply }) = next else { return };
-        costs.store(cost, Ordering::Relaxed);
-        at.store(number, Ordering::Relaxed);
         let (began, kind) = (Instant::now(), kind(&job));
+        costs.store(kind.map_or(0, |_| cost), Ordering::Relaxed);
+        at.store(number, Ordering::Relaxed);
         let result = catch_unwind(AssertUnwindSafe(|| run(job, backend)));
         // What follows is no hang.
         at.store(0, Ordering::Relaxed);

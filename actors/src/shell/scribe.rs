@@ -14,7 +14,7 @@ use crate::message::ParameterState;
 use crate::spec::Layout;
 use crate::stored::{state_of, stored};
 use crate::supervisor::Record;
-use everstep_checkpoint::{Log, Store, StoreError};
+use everstep_checkpoint::{Log, Reader, Store, StoreError};
 use everstep_kernels::Tensor;
 use ractor::ActorRef;
 use std::fs::File;
@@ -94,29 +94,51 @@ pub(super) enum Checkpointing {
     Load { step: Step, shard: u32, to: ActorId },
 }
 
-pub(super) fn start_store(
-    store: Store,
-    layout: Arc<Layout>,
-    to: ActorRef<Msg>,
-) -> std::io::Result<SyncSender<Checkpointing>> {
-    let (sender, wishes) = sync_channel(QUEUE);
-    let mut keeper = StoreThread { store, layout };
-    std::thread::Builder::new().name("checkpoints".to_owned()).spawn(move || {
-        while let Ok(wish) = wishes.recv() {
-            if keeper.serve_at_last(&wish, &to).is_none_or(|message| to.cast(message).is_err()) {
-                return;
-            }
-        }
-    })?;
-    Ok(sender)
+/// Two threads: what cannot be written is in the way of nothing that is to be read.
+#[derive(Debug)]
+pub(super) struct Checkpoints {
+    writes: SyncSender<Checkpointing>,
+    reads: SyncSender<Checkpointing>,
+}
+
+impl Checkpoints {
+    pub(super) fn start(store: Store, layout: Arc<Layout>, to: &ActorRef<Msg>) -> std::io::Result<Self> {
+        let reader = StoreThread { reader: store.reader().clone(), store: None, layout: Arc::clone(&layout) };
+        let writer = StoreThread { reader: store.reader().clone(), store: Some(store), layout };
+        Ok(Self { writes: writer.start("checkpoints", to.clone())?, reads: reader.start("states", to.clone())? })
+    }
+
+    /// Gives whether there is a thread that takes it.
+    pub(super) fn send(&self, wish: Checkpointing) -> bool {
+        let thread = if matches!(wish, Checkpointing::Load { .. }) { &self.reads } else { &self.writes };
+        thread.send(wish).is_ok()
+    }
 }
 
 struct StoreThread {
-    store: Store,
+    reader: Reader,
+    /// Of the one that writes.
+    store: Option<Store>,
     layout: Arc<Layout>,
 }
 
 impl StoreThread {
+    fn start(mut self, name: &str, to: ActorRef<Msg>) -> std::io::Result<SyncSender<Checkpointing>> {
+        let (sender, wishes) = sync_channel(QUEUE);
+        std::thread::Builder::new().name(name.to_owned()).spawn(move || {
+            while let Ok(wish) = wishes.recv() {
+                if self.serve_at_last(&wish, &to).is_none_or(|message| to.cast(message).is_err()) {
+                    return;
+                }
+            }
+        })?;
+        Ok(sender)
+    }
+
+    fn store(&mut self) -> &mut Store {
+        self.store.as_mut().expect("writes come to the thread that writes")
+    }
+
     /// None: nobody waits for it any more.
     fn serve_at_last(&mut self, wish: &Checkpointing, to: &ActorRef<Msg>) -> Option<Msg> {
         let mut again = AGAIN[0];
@@ -147,11 +169,12 @@ impl StoreThread {
                 let numbers = self.layout.of_shard(shard);
                 let name = |n: &u32| &self.layout.parameters[*n as usize].name;
                 let named = numbers.iter().zip(parameters).map(|(n, state)| stored(name(n), state));
-                self.store.put(step, &named.collect::<Vec<_>>())?;
+                let tensors: Vec<_> = named.collect();
+                self.store().put(step, &tensors)?;
                 Ok(Msg::Stored { step, shard })
             }
             Checkpointing::Publish(step) => {
-                self.store.publish(step)?;
+                self.store().publish(step)?;
                 Ok(Msg::Published(step))
             }
             Checkpointing::Load { step, shard, to } => {
@@ -160,7 +183,7 @@ impl StoreThread {
                     let p = &self.layout.parameters[*n as usize];
                     (p.name.to_string(), p.rows, p.columns)
                 };
-                let tensors = self.store.reader().read(step, &numbers.iter().map(name).collect::<Vec<_>>())?;
+                let tensors = self.reader.read(step, &numbers.iter().map(name).collect::<Vec<_>>())?;
                 Ok(Msg::Loaded { step, to, parameters: tensors.into_iter().map(state_of).collect() })
             }
         }

@@ -6,15 +6,16 @@ use super::run_folder::{RunFolder, RunIdentity, open_tokens};
 use super::supervisor::{Args, Msg, Sink, SupervisorEnd, SupervisorProcess};
 use super::{AnyError, new_name, pump};
 use crate::config::Config;
+use crate::supervisor::Record;
 use crate::tokens::Tokens;
-use everstep_checkpoint::Store;
+use everstep_checkpoint::{Store, StoreError};
 use everstep_kernels::{Backend, CpuBackend};
 use everstep_transport::{Credentials, Hub, HubEvent, QuicError};
 use ractor::Actor;
 use std::net::SocketAddr;
 use std::path::Path;
 use std::sync::Arc;
-use std::time::Duration;
+use std::time::{Duration, Instant};
 use tokio::sync::mpsc;
 
 /// How to be a supervisor.
@@ -106,14 +107,35 @@ async fn alone(ready: Ready, open: impl FnOnce() -> Opened) -> Result<Supervisor
     let run = &ready.run;
     let _lock = run.lock()?;
     let (records, files) = restore_log(run)?;
-    let job = &ready.identity.job;
-    let store = Store::open(run.store(&ready.config, job)?, &run.catalogue(), job, ready.config.keep)?;
-    let restored = restore(store, &ready.config, records, &run.metrics())?;
+    let restored = restore_at_last(&ready, &records).await?;
     let (hub, events) = open()?;
     let address = hub.address()?.to_string();
     let end = ready.lead(restored, Sink::Alone(files), (hub.clone(), events), &address).await;
     hub.shut_down();
     end
+}
+
+/// An object store that is out of reach is waited for so long: less than those wait who started the supervisor.
+const STORE_WAIT: Duration = Duration::from_secs(20);
+
+/// Restores, and tries again for a while if the job has begun and its object store is out of reach: a supervisor's new life
+/// need not end it.
+async fn restore_at_last(ready: &Ready, records: &[Record]) -> Result<Restored, AnyError> {
+    let (run, config, job) = (&ready.run, &ready.config, &ready.identity.job);
+    let began = Instant::now();
+    loop {
+        let opened = run.store(config, job).and_then(|place| Store::open(place, &run.catalogue(), job, config.keep));
+        let restored =
+            opened.map_err(AnyError::from).and_then(|store| restore(store, config, records.to_vec(), &run.metrics()));
+        let Err(error) = restored else { return restored };
+        let may_heal = |e: &StoreError| matches!(e, StoreError::File { .. }) && !e.is_damage();
+        let again = config.store.is_some() && !records.is_empty() && began.elapsed() < STORE_WAIT;
+        if !again || !error.downcast_ref::<StoreError>().is_some_and(may_heal) {
+            return Err(error);
+        }
+        tracing::warn!(%error, "the store of checkpoints is out of reach: it is tried again");
+        tokio::time::sleep(Duration::from_secs(1)).await;
+    }
 }
 
 /// One of several. What goes wrong here is no end of the job: the others go on, and this process begins anew.

@@ -6,7 +6,7 @@
 use super::replicated::Replicated;
 use super::restore::Restored;
 use super::run_folder::{MetricsLine, RunFolder, RunIdentity};
-use super::scribe::{Checkpointing, Files, Line, start_scribe, start_store};
+use super::scribe::{Checkpointing, Checkpoints, Files, Line, start_scribe};
 use super::watch::watch;
 use super::{machine, send, tell};
 use crate::config::Config;
@@ -23,7 +23,6 @@ use everstep_transport::{Hub, HubEvent, Peer};
 use ractor::{Actor, ActorProcessingErr, ActorRef, SupervisionEvent};
 use std::collections::BTreeMap;
 use std::sync::Arc;
-use std::sync::mpsc::SyncSender;
 use std::time::{Duration, Instant, SystemTime, UNIX_EPOCH};
 use tokio::sync::{OwnedSemaphorePermit, mpsc};
 
@@ -86,7 +85,7 @@ pub(super) struct State {
     among: bool,
     /// What the store of checkpoints said when it failed, until it takes something again.
     pub(super) store_fails: Option<String>,
-    store: SyncSender<Checkpointing>,
+    store: Checkpoints,
     peers: BTreeMap<NodeId, Peer>,
     reported_at: Option<u64>,
     pub(super) operators: BTreeMap<u64, (Peer, u64)>,
@@ -155,7 +154,7 @@ impl Actor for SupervisorProcess {
                 Sink::Alone(files) => start_scribe(files, myself.clone())?,
                 Sink::Replicated(replicated) => replicated.writer(myself.clone()),
             },
-            store: start_store(restored.store, layout, myself.clone())?,
+            store: Checkpoints::start(restored.store, layout, &myself)?,
             peers: BTreeMap::new(),
             reported_at: None,
             operators: BTreeMap::new(),
@@ -301,7 +300,7 @@ impl State {
     }
 
     fn checkpoint(&self, wish: Checkpointing) {
-        if self.store.send(wish).is_err() {
+        if !self.store.send(wish) {
             self.cannot("the thread of checkpoints has ended".to_owned());
         }
     }

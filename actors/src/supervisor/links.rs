@@ -45,6 +45,15 @@ impl Links {
         self.down.is_empty()
     }
 
+    /// Which nodes do not reach which others, for people.
+    pub(super) fn describe(&self) -> Option<String> {
+        let all = self.down.iter().map(|(node, others)| {
+            let others: Vec<String> = others.keys().map(ToString::to_string).collect();
+            format!("{node} does not reach {}", others.join(", "))
+        });
+        (!self.down.is_empty()).then(|| all.collect::<Vec<_>>().join("; "))
+    }
+
     /// A node is gone.
     pub(super) fn forget(&mut self, node: NodeId) {
         self.down.remove(&node);
@@ -114,7 +123,8 @@ mod tests {
                 assert_eq!(links.victim(ms(now), &among(3), no_silence), None);
                 assert!(!links.all_up(&[n(1), n(2)]) && links.all_up(&[n(2), n(3)]));
             }
-            assert!(links.beat(ms(now), n(1), &[]) && links.are_quiet());
+            assert_eq!(links.describe().as_deref(), Some("node 1 does not reach node 2"));
+            assert!(links.beat(ms(now), n(1), &[]) && links.are_quiet() && links.describe().is_none());
         }
         for _ in 0..BEATS {
             now += 50;

@@ -7,8 +7,9 @@ use crate::spec::JobSpec;
 use crate::table::NodeInfo;
 use std::collections::{BTreeMap, BTreeSet};
 
-/// Cases that are tried.
-const CASES_MAX: usize = 4096;
+/// Stages and experts of a job that is looked at, and cases that are tried.
+const ACTORS_MAX: usize = 1000;
+const CASES_MAX: usize = 500;
 
 /// See the module.
 #[derive(Debug, Clone, PartialEq, Eq)]
@@ -41,14 +42,18 @@ pub enum Limit {
 }
 
 impl Outlook {
-    /// Of a job on so many nodes, each with so much memory (0: no limit), each a domain of its own.
-    pub fn new(spec: &JobSpec, nodes: usize, memory: u64) -> Self {
+    /// Of a job on so many nodes, each with so much memory (0: no limit), each a domain of its own. None: it has too many
+    /// actors for all cases to be tried.
+    pub fn new(spec: &JobSpec, nodes: usize, memory: u64) -> Option<Self> {
+        if spec.workers().len() > ACTORS_MAX {
+            return None;
+        }
         let costs = Costs::new(spec);
         let all: Vec<NodeId> = (1..=nodes as u64).map(NodeId).collect();
         let first = place(spec, &costs, &all, memory, &BTreeMap::new());
         let outboxes = costs.workers().map(|actor| costs.kept(actor)).sum();
         let mut outlook = Self { fullest: None, outboxes, memory, nodes, losses: 0, limit: Limit::Room };
-        let Some(first) = first else { return outlook };
+        let Some(first) = first else { return Some(outlook) };
         let bytes = |node: &NodeId| first.iter().filter(|(_, at)| *at == node).map(|(a, _)| costs.bytes(*a)).sum();
         outlook.fullest = all.iter().map(bytes).max();
         for lost in 1..=nodes {
@@ -63,7 +68,7 @@ impl Outlook {
             }
             outlook.losses = lost;
         }
-        outlook
+        Some(outlook)
     }
 }
 
@@ -122,7 +127,8 @@ fn place(
     let attempt = |present: &BTreeMap<ActorId, NodeId>, how: How| {
         Placement::new(costs, nodes, (&infos, &slow), how).place(present, &copies)
     };
-    [attempt(present, how), attempt(&state(), How::Pack)].into_iter().find(complete)
+    let places = attempt(present, how);
+    if complete(&places) { Some(places) } else { Some(attempt(&state(), How::Pack)).filter(complete) }
 }
 
 /// All subsets of so many nodes.
@@ -147,14 +153,14 @@ mod tests {
     fn copies_room_and_nodes_end_it() {
         let spec = |mirrors| JobSpec { mirrors, ..(*materials().spec).clone() };
         let of = |mirrors, nodes, memory| {
-            let outlook = Outlook::new(&spec(mirrors), nodes, memory);
+            let outlook = Outlook::new(&spec(mirrors), nodes, memory).expect("it is small");
             (outlook.losses, outlook.limit, outlook.fullest.is_some())
         };
         assert_eq!(of(0, 4, 0), (0, Limit::Copies, true));
         assert_eq!(of(1, 4, 0), (1, Limit::Copies, true));
         assert_eq!(of(2, 4, 0), (2, Limit::Copies, true));
         assert_eq!(of(2, 3, 0), (2, Limit::Nodes, true));
-        let fullest = Outlook::new(&spec(1), 2, 0).fullest.expect("no limit");
+        let fullest = Outlook::new(&spec(1), 2, 0).and_then(|outlook| outlook.fullest).expect("no limit");
         assert_eq!(of(1, 2, fullest), (0, Limit::Room, true));
         assert_eq!(of(1, 2, fullest / 4), (0, Limit::Room, false));
     }

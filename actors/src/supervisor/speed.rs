@@ -3,7 +3,9 @@
 //! - SP-1: a node's time is compared with what the others would have taken for the same work of the same kinds, by their
 //!   median: more work, or other work, does not make a node slow.
 //! - SP-2: a node is slow after [`PERIODS`] periods in a row in which it took [`SLOW`] percent of the others' time or more, and
-//!   keeps up again after as many in which it took less than [`EVEN`]. A period in which it did little says nothing.
+//!   keeps up again after as many in which it took less than [`EVEN`], or after [`SILENT`] in which it did little, which say
+//!   nothing: it may have nothing left to do. Each time that it is named again it has to keep up for twice as long, for it may
+//!   be slow only when it has its share.
 
 use super::{Happening, Supervisor, SupervisorEffect};
 use crate::ids::NodeId;
@@ -15,6 +17,10 @@ use std::time::Duration;
 const PERIOD: Duration = Duration::from_secs(5);
 /// So many of them in a row decide.
 const PERIODS: u32 = 3;
+/// So many, as a node that does little is not looked at.
+const SILENT: u32 = 12;
+/// Doublings of what a node has to keep up for.
+const DOUBLINGS: u32 = 8;
 /// Percent of the others' time.
 const SLOW: u64 = 200;
 const EVEN: u64 = 150;
@@ -36,9 +42,36 @@ struct Standing {
     /// At the beginning of the period, and now.
     begun: Option<Rates>,
     now: Rates,
-    /// Periods in a row that speak for a change.
+    /// Periods in a row that speak for a change, and those that say nothing.
     periods: u32,
+    silent: u32,
     slow: Option<u64>,
+    /// Times that it was named.
+    named: u32,
+}
+
+impl Standing {
+    /// A period's percent of the others' time, if it says anything. Gives whether the standing changes (SP-2).
+    fn period(&mut self, percent: Option<u64>) -> bool {
+        let (speaks, needed) = match (percent, self.slow) {
+            (Some(percent), None) => (percent >= SLOW, PERIODS),
+            (Some(percent), Some(_)) => (percent < EVEN, PERIODS << (self.named - 1).min(DOUBLINGS)),
+            (None, None) => return false,
+            (None, Some(_)) => {
+                self.silent += 1;
+                (false, PERIODS)
+            }
+        };
+        self.periods = if speaks { self.periods + 1 } else { 0 };
+        let over = self.silent >= SILENT << self.named.saturating_sub(1).min(DOUBLINGS);
+        if self.periods < needed && !over {
+            return false;
+        }
+        (self.periods, self.silent) = (0, 0);
+        self.slow = if self.slow.is_some() { None } else { percent.map(|percent| percent.min(SLOWEST)) };
+        self.named += u32::from(self.slow.is_some());
+        true
+    }
 }
 
 /// See the module.
@@ -77,12 +110,7 @@ impl Speeds {
         let mut changes = Vec::new();
         for (node, standing) in &mut self.nodes {
             standing.begun = Some(standing.now);
-            let Some(percent) = percent_of_others(*node, &done) else { continue };
-            let changes_now = if standing.slow.is_some() { percent < EVEN } else { percent >= SLOW };
-            standing.periods = if changes_now { standing.periods + 1 } else { 0 };
-            if standing.periods == PERIODS {
-                standing.periods = 0;
-                standing.slow = standing.slow.is_none().then_some(percent.min(SLOWEST));
+            if standing.period(percent_of_others(*node, &done)) {
                 changes.push(Change { node: *node, percent: standing.slow });
             }
         }
@@ -101,7 +129,7 @@ fn percent_of_others(node: NodeId, done: &BTreeMap<NodeId, Rates>) -> Option<u64
         let mut others: Vec<f64> = done.iter().filter_map(of).collect();
         others.sort_by(f64::total_cmp);
         let Some(median) = others.get(others.len() / 2) else { continue };
-        own += time;
+        own = u64::saturating_add(own, time);
         usual += work as f64 * median;
     }
     (own >= LITTLE && usual > 0.0).then(|| (100.0 * own as f64 / usual) as u64)
@@ -155,8 +183,20 @@ mod tests {
         assert_eq!(speeds.slow(), [(NodeId(3), 300)].into());
         let even = [(1, 0, 100, 1000), (2, 0, 100, 1100), (3, 0, 100, 1200)];
         assert_eq!(after(&mut speeds, 8, 3, &even), [Change { node: NodeId(3), percent: None }]);
-        // Of two in three, each looks at the other.
-        assert!(after(&mut speeds, 11, 2, &slow).is_empty() && after(&mut speeds, 13, 2, &even).is_empty());
+        // The second time it has to keep up for longer.
+        assert_eq!(after(&mut speeds, 11, 3, &slow).len(), 1);
+        assert!(after(&mut speeds, 14, 5, &even).is_empty());
+        assert_eq!(after(&mut speeds, 19, 1, &even), [Change { node: NodeId(3), percent: None }]);
+    }
+
+    /// SP-2: a node that was relieved of all is not slow for ever.
+    #[test]
+    fn a_node_that_has_nothing_to_do_is_looked_at_again() {
+        let mut speeds = Speeds::default();
+        assert_eq!(after(&mut speeds, 0, 3, &[(1, 0, 100, 1000), (2, 0, 100, 3000)]).len(), 1);
+        let idle = [(1, 0, 100, 1000), (2, 0, 0, 0)];
+        assert!(after(&mut speeds, 3, u64::from(SILENT) - 1, &idle).is_empty());
+        assert_eq!(after(&mut speeds, 20, 1, &idle), [Change { node: NodeId(2), percent: None }]);
     }
 
     /// SP-1: twice the work in twice the time, other work, little work, or nobody to compare with.
@@ -164,7 +204,7 @@ mod tests {
     fn only_the_same_work_tells_who_is_slow() {
         for work in [
             [(1, 0, 100, 1000), (2, 0, 300, 3000)],
-            [(1, 0, 1000, 100), (2, 3, 10, 4000)],
+            [(1, 0, 1000, 100), (2, 2, 10, 4000)],
             [(1, 0, 1000, 1000), (2, 0, 10, 200)],
         ] {
             assert!(after(&mut Speeds::default(), 0, 9, &work).is_empty(), "{work:?}");

@@ -353,4 +353,5 @@ fn beat(node: u64, down: &[u64]) -> SupervisorEvent {
     SupervisorEvent::Heartbeat { node: NodeId(node), work: 0, redone: 0, rates: Rates::default(), down }
 }
 
+mod audits;
 mod nodes;

@@ -47,7 +47,7 @@ fn a_checkpoint_that_is_being_made_keeps_its_chunks_when_an_older_one_is_publish
     assert_eq!(store.newest_good().unwrap().0, Some(3));
 }
 
-/// DS-1, DS-3, CH-2.
+/// DS-1, DS-3, CH-2, PC-1, PC-2.
 #[test]
 fn what_is_stored_is_read_and_old_ones_go_with_their_chunks() {
     let folder = tempfile::tempdir().unwrap();

@@ -38,7 +38,7 @@ pub(super) fn run(config: &Path, set: &[String]) -> Result<()> {
             let [peak, planned] = &mut bytes[n];
             let look = |targets: &mut Targets| *peak = targets.nodes.iter().map(|p| peak_of(*p)).fold(*peak, u64::max);
             Launcher::start(run.clone(), config.nodes, false)?.wait(look)?.finished()?;
-            *planned = Outlook::new(&config.spec, config.nodes, 0).fullest.unwrap_or(0);
+            *planned = Outlook::new(&config.spec, config.nodes, 0).and_then(|outlook| outlook.fullest).unwrap_or(0);
             let lines = MetricsLine::read_all(&run.metrics())?.0;
             if lines.len() < 2 * WARM {
                 bail!("{} steps are too few: give the job at least {}", lines.len(), 2 * WARM);

@@ -1,0 +1,131 @@
+//! Audits: what is asked, what is compared, and what becomes of those who differ.
+
+use super::*;
+use crate::ids::Address;
+
+/// As [`started`], with every actor audited in every step, and on so many nodes.
+fn audited(nodes: u64) -> Job {
+    let mut job = started();
+    Arc::make_mut(&mut job.supervisor.spec).audit = 1;
+    (3..=nodes).for_each(|node| drop(job.join(node)));
+    job
+}
+
+fn asked(effects: &[SupervisorEffect]) -> Vec<ActorId> {
+    let audit = |e: &SupervisorEffect| match e {
+        SupervisorEffect::Send(to, Body::Audit { .. }) => Some(*to),
+        _ => None,
+    };
+    effects.iter().filter_map(audit).collect()
+}
+
+/// The life that is asked now, and where it is.
+fn present(job: &Job, actor: ActorId) -> (Address, NodeId) {
+    let table = job.supervisor.table();
+    (table.address(actor).unwrap(), table.node_of(actor).unwrap())
+}
+
+fn answer(job: &mut Job, actor: ActorId, digest: u128) -> Vec<SupervisorEffect> {
+    let (from, _) = present(job, actor);
+    job.on(SupervisorEvent::Message { from, body: Body::Audited { step: 1, digest } })
+}
+
+fn dead(effects: &[SupervisorEffect]) -> Vec<u64> {
+    let node = |e: &SupervisorEffect| match e {
+        SupervisorEffect::Note(Happening::NodeDead { node, .. }) => Some(*node),
+        _ => None,
+    };
+    effects.iter().filter_map(node).collect()
+}
+
+/// AU-2: one after another is made again on another node, and the step is committed when all are equal.
+#[test]
+fn a_step_waits_for_its_audits() {
+    let mut job = audited(2);
+    let mut effects = job.everybody(prepared(1, 4));
+    let workers: Vec<ActorId> = job.supervisor.costs.workers().collect();
+    for (n, worker) in workers.iter().enumerate() {
+        assert!(commits(&effects).is_empty());
+        assert_eq!(asked(&effects), [*worker]);
+        let first = present(&job, *worker);
+        assert_eq!(asked(&answer(&mut job, *worker, n as u128)), [*worker]);
+        let second = present(&job, *worker);
+        assert!(second.0.incarnation > first.0.incarnation && second.1 != first.1);
+        // What the first life still says is nobody's answer.
+        let body = Body::Audited { step: 1, digest: 99 };
+        assert!(job.on(SupervisorEvent::Message { from: first.0, body }).is_empty());
+        effects = answer(&mut job, *worker, n as u128);
+    }
+    assert_eq!(commits(&effects).first().map(|c| c.step), Some(1));
+}
+
+/// AU-2: who dies meanwhile is made again for that reason, and the next one's turn comes.
+#[test]
+fn who_dies_is_not_audited() {
+    for life in [1, 2] {
+        let mut job = audited(2);
+        let first = asked(&job.everybody(prepared(1, 4)))[0];
+        if life == 2 {
+            answer(&mut job, first, 7);
+        }
+        let (address, _) = present(&job, first);
+        let effects = job.on(SupervisorEvent::ActorFailed { address, reason: "test".to_owned() });
+        let next = asked(&effects);
+        assert!(next.len() == 1 && next[0] != first, "{next:?}");
+    }
+}
+
+/// AU-3: the third decides; who is alone with its hash is given up, and the job goes back.
+#[test]
+fn of_three_the_one_that_is_alone_is_given_up() {
+    for digests in [[1, 2, 2], [2, 1, 2]] {
+        let mut job = audited(3);
+        let actor = asked(&job.everybody(prepared(1, 4)))[0];
+        let mut nodes = Vec::new();
+        let mut effects = Vec::new();
+        for digest in digests {
+            nodes.push(present(&job, actor).1);
+            effects = answer(&mut job, actor, digest);
+        }
+        nodes.sort_unstable();
+        assert_eq!(nodes, [1, 2, 3].map(NodeId));
+        let why = way_back(&effects).unwrap();
+        let wrong = dead(&effects);
+        assert_eq!(wrong.len(), 1);
+        let alone = format!("{:032x} on node {}", 1, wrong[0]);
+        assert!(why.contains(&alone) && why.contains(&format!("node {} computes wrongly", wrong[0])), "{why}");
+    }
+}
+
+/// AU-3: of two, or of three that all differ, nobody can say which is right: the job goes back, and none is given up.
+#[test]
+fn without_a_majority_nobody_is_given_up() {
+    for nodes in [2, 3] {
+        let mut job = audited(nodes);
+        let actor = asked(&job.everybody(prepared(1, 4)))[0];
+        let mut effects = Vec::new();
+        for digest in 0..u128::from(nodes) {
+            effects = answer(&mut job, actor, digest);
+        }
+        assert!(way_back(&effects).unwrap().contains("which is right nobody can say"));
+        assert!(dead(&effects).is_empty());
+    }
+}
+
+/// A new supervisor knows nothing of audits under way: it asks again before it commits.
+#[test]
+fn a_new_supervisor_asks_again() {
+    let mut job = audited(2);
+    let actor = asked(&job.everybody(prepared(1, 4)))[0];
+    answer(&mut job, actor, 7);
+    let mut next = Job::from_log(job.log.clone());
+    Arc::make_mut(&mut next.supervisor.spec).audit = 1;
+    for node in [1, 2] {
+        next.on(SupervisorEvent::Return(NodeId(node)));
+        next.on(beat(node, &[]));
+    }
+    next.everybody(applied(0));
+    let effects = next.everybody(prepared(1, 4));
+    assert!(commits(&effects).is_empty());
+    assert_eq!(asked(&effects), [actor]);
+}
