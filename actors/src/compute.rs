@@ -8,6 +8,7 @@ use everstep_kernels::{
     Backend, ExpertHeld, ExpertWeights, Parameter, Progress, StageInput, StageModel, Tensor, expert_backward_input,
     expert_backward_weight, expert_forward,
 };
+use std::panic::{AssertUnwindSafe, catch_unwind};
 use std::sync::Arc;
 
 /// A stage's operation, with all it needs.
@@ -175,6 +176,11 @@ pub fn run(job: Job, b: &dyn Backend) -> Outcome {
         Job::Reduce(reduce) => Outcome::Reduced(reduce.run()),
         Job::Apply(apply) => Outcome::Applied(apply.run()),
     }
+}
+
+/// The same; a panic gives its words.
+pub(crate) fn attempt(job: Job, b: &dyn Backend) -> Result<Outcome, String> {
+    catch_unwind(AssertUnwindSafe(|| run(job, b))).map_err(|panic| words_of_panic(&*panic))
 }
 
 /// What a panic says, for people.

@@ -203,6 +203,11 @@ impl Costs {
         self.workers.get(&actor).map_or(0, |(_, [_, kept])| *kept)
     }
 
+    /// Shards.
+    pub(crate) fn shards(&self) -> u32 {
+        self.shards.len() as u32
+    }
+
     /// Stages and experts.
     pub(crate) fn workers(&self) -> impl Iterator<Item = ActorId> {
         self.workers.keys().copied()

@@ -95,8 +95,13 @@ pub enum StoreError {
 }
 
 impl StoreError {
+    /// Whether what is there could not be read, and may be another time.
+    pub fn is_out_of_reach(&self) -> bool {
+        matches!(self, Self::File { .. }) && !self.is_damage()
+    }
+
     /// Whether what is on disk is wrong, and not merely out of reach now.
-    pub fn is_damage(&self) -> bool {
+    pub(crate) fn is_damage(&self) -> bool {
         match self {
             Self::File { source, .. } => source.kind() == io::ErrorKind::NotFound,
             Self::Damaged { .. } | Self::Invalid { .. } | Self::ForeignJob { .. } | Self::Tensor { .. } => true,

@@ -182,6 +182,15 @@ impl Training {
         Ok(run)
     }
 
+    /// Starts a node of one thread that joins, and that the launcher knows nothing of.
+    pub fn join(&self) -> Result<Process> {
+        let address = std::fs::read_to_string(self.run.address())?;
+        let mut command = Command::new(program());
+        command.args(["node", "--threads", "1", "--join", address.trim(), "--credentials"]);
+        command.arg(self.run.credentials()).stdout(Stdio::null()).stderr(Stdio::null());
+        Ok(Process(command.spawn()?))
+    }
+
     /// Processes of the job: the launcher's children.
     pub fn children(&self) -> Result<Vec<(u32, String)>> {
         children_of(self.child.id())

@@ -1,9 +1,8 @@
 //! Contracts C1, C3 and C6 while nodes come and go: a fixed share of what `make chaos-scale` does in full.
 
 use anyhow::Result;
-use everstep_tests::{Place, Process, events, fingerprints, lives, metrics, program, signal, wait};
+use everstep_tests::{Place, events, fingerprints, lives, metrics, signal, wait};
 use rustix::process::Signal;
-use std::process::{Command, Stdio};
 use std::time::{Duration, Instant};
 
 /// From one node to three and back to one, with a kill on the way: every fingerprint, every sample.
@@ -63,18 +62,11 @@ fn a_node_without_a_job_ends_when_told() -> Result<()> {
     let place = Place::new()?;
     let training = place.start("run", &["train.steps=100000"])?;
     training.wait_for_step(5)?;
-    let address = std::fs::read_to_string(training.run.address())?;
-    let node = || -> Result<Process> {
-        let mut command = Command::new(program());
-        command.args(["node", "--threads", "1", "--join", address.trim(), "--credentials"]);
-        command.arg(training.run.credentials()).stdout(Stdio::null()).stderr(Stdio::null());
-        Ok(Process(command.spawn()?))
-    };
-    let mut member = node()?;
+    let mut member = training.join()?;
     wait("its share of a step", || Ok(metrics(&training.run)?.last().is_some_and(|l| l.nodes == 4)))?;
     signal(training.child.id(), Signal::KILL)?;
     wait("the end of the job", || Ok(training.nodes()?.is_empty()))?;
-    let mut stranger = node()?;
+    let mut stranger = training.join()?;
     // Both look for the supervisor, for a minute.
     std::thread::sleep(Duration::from_secs(1));
     assert!(member.0.try_wait()?.is_none() && stranger.0.try_wait()?.is_none());

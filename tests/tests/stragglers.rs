@@ -1,9 +1,8 @@
 //! A node that is slow: nothing of it fails, and every step waits for it.
 
 use anyhow::Result;
-use everstep_tests::{Place, Process, events, fingerprints, lives, metrics, program, signal, wait};
+use everstep_tests::{Place, events, fingerprints, lives, metrics, signal, wait};
 use rustix::process::Signal;
-use std::process::{Command, Stdio};
 use std::time::Duration;
 
 /// SP-2: it is named, and has less to do after that; the weights are the same bits.
@@ -15,11 +14,7 @@ fn a_slow_node_is_named_and_relieved() -> Result<()> {
     let set = [&set[..], &["optimizer.decay_steps=1000"]].concat();
     let training = place.start("run", &set)?;
     training.wait_for_step(5)?;
-    let address = std::fs::read_to_string(training.run.address())?;
-    let mut command = Command::new(program());
-    command.args(["node", "--threads", "1", "--join", address.trim(), "--credentials"]);
-    command.arg(training.run.credentials()).stdout(Stdio::null()).stderr(Stdio::null());
-    let third = Process(command.spawn()?);
+    let third = training.join()?;
     wait("its share of a step", || Ok(metrics(&training.run)?.last().is_some_and(|l| l.nodes == 3)))?;
     // It runs for a quarter of the time; it is never silent for long enough to be taken for dead.
     let pid = third.0.id();

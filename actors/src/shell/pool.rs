@@ -6,11 +6,10 @@
 //! Bound: an actor has one job at a time, or two when a commit overtakes a life that replays the step; a host
 //! has at most one for each micro-batch that a lane has in flight.
 
-use crate::compute::{Job, Outcome, run, words_of_panic};
+use crate::compute::{Job, Outcome, attempt};
 use crate::hang::At;
 use crate::rates::{KINDS, Rates, kind};
 use everstep_kernels::Backend;
-use std::panic::{AssertUnwindSafe, catch_unwind};
 use std::sync::atomic::{AtomicU64, Ordering};
 use std::sync::mpsc::{Receiver, SyncSender, TrySendError, sync_channel};
 use std::sync::{Arc, Mutex, PoisonError};
@@ -112,7 +111,7 @@ fn serve(
         let (began, kind) = (Instant::now(), kind(&job));
         costs.store(kind.map_or(0, |_| cost), Ordering::Relaxed);
         at.store(number, Ordering::Relaxed);
-        let result = catch_unwind(AssertUnwindSafe(|| run(job, backend)));
+        let result = attempt(job, backend);
         // What follows is no hang.
         at.store(0, Ordering::Relaxed);
         if let Some(pace) = pace {
@@ -123,6 +122,6 @@ fn serve(
             rates[kind][0].fetch_add(cost, Ordering::Relaxed);
             rates[kind][1].fetch_add(began.elapsed().as_micros() as u64, Ordering::Relaxed);
         }
-        reply(result.map_err(|panic| words_of_panic(&*panic)));
+        reply(result);
     }
 }

@@ -18,7 +18,7 @@ use everstep_checkpoint::{Log, Reader, Store, StoreError};
 use everstep_kernels::Tensor;
 use ractor::ActorRef;
 use std::fs::File;
-use std::io::Write;
+use std::io::Write as _;
 use std::path::PathBuf;
 use std::sync::Arc;
 use std::sync::mpsc::{SyncSender, sync_channel};
@@ -86,106 +86,102 @@ fn write_lines(mut files: Files, mut lines: mpsc::Receiver<Line>, to: &ActorRef<
 /// A store that fails is tried again after the first of these, then after twice as long, up to the second.
 const AGAIN: [Duration; 2] = [Duration::from_millis(200), Duration::from_secs(10)];
 
-/// Something to do with checkpoints.
+/// Something to write.
 #[derive(Debug)]
-pub(super) enum Checkpointing {
+pub(super) enum Write {
     Store { step: Step, shard: u32, parameters: Vec<ParameterState<Tensor>> },
     Publish(Step),
-    Load { step: Step, shard: u32, to: ActorId },
+}
+
+/// A shard's state to be read, and for whom.
+#[derive(Debug)]
+pub(super) struct Read {
+    pub(super) step: Step,
+    pub(super) shard: u32,
+    pub(super) to: ActorId,
 }
 
 /// Two threads: what cannot be written is in the way of nothing that is to be read.
 #[derive(Debug)]
 pub(super) struct Checkpoints {
-    writes: SyncSender<Checkpointing>,
-    reads: SyncSender<Checkpointing>,
+    writes: SyncSender<Write>,
+    reads: SyncSender<Read>,
 }
 
 impl Checkpoints {
-    pub(super) fn start(store: Store, layout: Arc<Layout>, to: &ActorRef<Msg>) -> std::io::Result<Self> {
-        let reader = StoreThread { reader: store.reader().clone(), store: None, layout: Arc::clone(&layout) };
-        let writer = StoreThread { reader: store.reader().clone(), store: Some(store), layout };
-        Ok(Self { writes: writer.start("checkpoints", to.clone())?, reads: reader.start("states", to.clone())? })
+    pub(super) fn start(mut store: Store, layout: Arc<Layout>, to: &ActorRef<Msg>) -> std::io::Result<Self> {
+        let (reader, of_reader) = (store.reader().clone(), Arc::clone(&layout));
+        // What is not there will not come.
+        let read = move |wish: &Read| read(&reader, &of_reader, wish);
+        let reads = serve("states", to.clone(), StoreError::is_out_of_reach, read)?;
+        let may_heal = |e: &StoreError| matches!(e, StoreError::File { .. } | StoreError::Catalogue { .. });
+        let write = move |wish: &Write| write(&mut store, &layout, wish);
+        Ok(Self { writes: serve("checkpoints", to.clone(), may_heal, write)?, reads })
     }
 
     /// Gives whether there is a thread that takes it.
-    pub(super) fn send(&self, wish: Checkpointing) -> bool {
-        let thread = if matches!(wish, Checkpointing::Load { .. }) { &self.reads } else { &self.writes };
-        thread.send(wish).is_ok()
+    pub(super) fn write(&self, wish: Write) -> bool {
+        self.writes.send(wish).is_ok()
+    }
+
+    /// The same.
+    pub(super) fn read(&self, wish: Read) -> bool {
+        self.reads.send(wish).is_ok()
     }
 }
 
-struct StoreThread {
-    reader: Reader,
-    /// Of the one that writes.
-    store: Option<Store>,
-    layout: Arc<Layout>,
-}
-
-impl StoreThread {
-    fn start(mut self, name: &str, to: ActorRef<Msg>) -> std::io::Result<SyncSender<Checkpointing>> {
-        let (sender, wishes) = sync_channel(QUEUE);
-        std::thread::Builder::new().name(name.to_owned()).spawn(move || {
-            while let Ok(wish) = wishes.recv() {
-                if self.serve_at_last(&wish, &to).is_none_or(|message| to.cast(message).is_err()) {
-                    return;
-                }
-            }
-        })?;
-        Ok(sender)
-    }
-
-    fn store(&mut self) -> &mut Store {
-        self.store.as_mut().expect("writes come to the thread that writes")
-    }
-
-    /// None: nobody waits for it any more.
-    fn serve_at_last(&mut self, wish: &Checkpointing, to: &ActorRef<Msg>) -> Option<Msg> {
+/// A thread for wishes, one after another; one that fails is tried again for as long as it may heal.
+fn serve<W: Send + 'static>(
+    name: &str,
+    to: ActorRef<Msg>,
+    may_heal: fn(&StoreError) -> bool,
+    mut serve: impl FnMut(&W) -> Result<Msg, StoreError> + Send + 'static,
+) -> std::io::Result<SyncSender<W>> {
+    let (sender, wishes) = sync_channel::<W>(QUEUE);
+    // None: nobody waits for it any more.
+    let mut at_last = move |wish: &W, to: &ActorRef<Msg>| {
         let mut again = AGAIN[0];
         loop {
-            let error = match self.serve(wish) {
+            match serve(wish) {
                 Ok(message) => return Some(message),
-                Err(error) => error,
-            };
-            let may_heal = match wish {
-                Checkpointing::Store { .. } | Checkpointing::Publish(_) => {
-                    matches!(error, StoreError::File { .. } | StoreError::Catalogue { .. })
-                }
-                // What is not there will not come.
-                Checkpointing::Load { .. } => matches!(error, StoreError::File { .. }) && !error.is_damage(),
-            };
-            if !may_heal {
-                return Some(Msg::DiskFailed(error.to_string()));
+                Err(error) if may_heal(&error) => to.cast(Msg::StoreFails(error.to_string())).ok()?,
+                Err(error) => return Some(Msg::DiskFailed(error.to_string())),
             }
-            to.cast(Msg::StoreFails(error.to_string())).ok()?;
             std::thread::sleep(again);
             again = (2 * again).min(AGAIN[1]);
         }
-    }
-
-    fn serve(&mut self, wish: &Checkpointing) -> Result<Msg, StoreError> {
-        match *wish {
-            Checkpointing::Store { step, shard, ref parameters } => {
-                let numbers = self.layout.of_shard(shard);
-                let name = |n: &u32| &self.layout.parameters[*n as usize].name;
-                let named = numbers.iter().zip(parameters).map(|(n, state)| stored(name(n), state));
-                let tensors: Vec<_> = named.collect();
-                self.store().put(step, &tensors)?;
-                Ok(Msg::Stored { step, shard })
-            }
-            Checkpointing::Publish(step) => {
-                self.store().publish(step)?;
-                Ok(Msg::Published(step))
-            }
-            Checkpointing::Load { step, shard, to } => {
-                let numbers = self.layout.of_shard(shard);
-                let name = |n: &u32| {
-                    let p = &self.layout.parameters[*n as usize];
-                    (p.name.to_string(), p.rows, p.columns)
-                };
-                let tensors = self.reader.read(step, &numbers.iter().map(name).collect::<Vec<_>>())?;
-                Ok(Msg::Loaded { step, to, parameters: tensors.into_iter().map(state_of).collect() })
+    };
+    std::thread::Builder::new().name(name.to_owned()).spawn(move || {
+        while let Ok(wish) = wishes.recv() {
+            if at_last(&wish, &to).is_none_or(|message| to.cast(message).is_err()) {
+                return;
             }
         }
+    })?;
+    Ok(sender)
+}
+
+fn write(store: &mut Store, layout: &Layout, wish: &Write) -> Result<Msg, StoreError> {
+    match *wish {
+        Write::Store { step, shard, ref parameters } => {
+            let numbers = layout.of_shard(shard);
+            let name = |n: &u32| &layout.parameters[*n as usize].name;
+            let named = numbers.iter().zip(parameters).map(|(n, state)| stored(name(n), state));
+            store.put(step, &named.collect::<Vec<_>>())?;
+            Ok(Msg::Stored { step, shard })
+        }
+        Write::Publish(step) => {
+            store.publish(step)?;
+            Ok(Msg::Published(step))
+        }
     }
+}
+
+fn read(reader: &Reader, layout: &Layout, &Read { step, shard, to }: &Read) -> Result<Msg, StoreError> {
+    let name = |n: &u32| {
+        let p = &layout.parameters[*n as usize];
+        (p.name.to_string(), p.rows, p.columns)
+    };
+    let tensors = reader.read(step, &layout.of_shard(shard).iter().map(name).collect::<Vec<_>>())?;
+    Ok(Msg::Loaded { step, to, parameters: tensors.into_iter().map(state_of).collect() })
 }

@@ -128,9 +128,8 @@ async fn restore_at_last(ready: &Ready, records: &[Record]) -> Result<Restored, 
         let restored =
             opened.map_err(AnyError::from).and_then(|store| restore(store, config, records.to_vec(), &run.metrics()));
         let Err(error) = restored else { return restored };
-        let may_heal = |e: &StoreError| matches!(e, StoreError::File { .. }) && !e.is_damage();
         let again = config.store.is_some() && !records.is_empty() && began.elapsed() < STORE_WAIT;
-        if !again || !error.downcast_ref::<StoreError>().is_some_and(may_heal) {
+        if !again || !error.downcast_ref::<StoreError>().is_some_and(StoreError::is_out_of_reach) {
             return Err(error);
         }
         tracing::warn!(%error, "the store of checkpoints is out of reach: it is tried again");

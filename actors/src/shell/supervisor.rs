@@ -6,7 +6,7 @@
 use super::replicated::Replicated;
 use super::restore::Restored;
 use super::run_folder::{MetricsLine, RunFolder, RunIdentity};
-use super::scribe::{Checkpointing, Checkpoints, Files, Line, start_scribe};
+use super::scribe::{Checkpoints, Files, Line, Read, Write, start_scribe};
 use super::watch::watch;
 use super::{machine, send, tell};
 use crate::config::Config;
@@ -287,10 +287,10 @@ impl State {
                 RootEffect::Report(report) => self.report(report),
                 RootEffect::Note(happening) => self.note(&happening),
                 RootEffect::Store { step, shard, parameters } => {
-                    self.checkpoint(Checkpointing::Store { step, shard, parameters });
+                    self.taken(self.store.write(Write::Store { step, shard, parameters }));
                 }
-                RootEffect::Publish(step) => self.checkpoint(Checkpointing::Publish(step)),
-                RootEffect::Load { step, shard, to } => self.checkpoint(Checkpointing::Load { step, shard, to }),
+                RootEffect::Publish(step) => self.taken(self.store.write(Write::Publish(step))),
+                RootEffect::Load { step, shard, to } => self.taken(self.store.read(Read { step, shard, to })),
                 RootEffect::Finish(result) => {
                     self.write(Line::End(result.clone()));
                     self.result = Some(result);
@@ -299,9 +299,9 @@ impl State {
         }
     }
 
-    fn checkpoint(&self, wish: Checkpointing) {
-        if !self.store.send(wish) {
-            self.cannot("the thread of checkpoints has ended".to_owned());
+    fn taken(&self, taken: bool) {
+        if !taken {
+            self.cannot("a thread of checkpoints has ended".to_owned());
         }
     }
 

@@ -4,7 +4,7 @@ use super::checks::{self, Broken};
 use super::network::{Life, Network};
 use super::process::{Cell, SimActor};
 use super::world::{HEARTBEAT, SimEvent, World};
-use crate::compute::{Job, run, words_of_panic};
+use crate::compute::{Job, attempt};
 use crate::control::Control;
 use crate::effect::{Effect, Event};
 use crate::ids::{ActorId, Address, NodeId, SUPERVISOR_NODE};
@@ -15,7 +15,6 @@ use crate::table::NodeInfo;
 use crate::wire::Unit;
 use everstep_kernels::CpuBackend;
 use std::collections::VecDeque;
-use std::panic::{AssertUnwindSafe, catch_unwind};
 use std::sync::Arc;
 
 impl World {
@@ -219,11 +218,11 @@ impl World {
             node.work += cost;
             checks::once(node.tally.begin(&job, me))?;
         }
-        let outcome = match catch_unwind(AssertUnwindSafe(|| run(job, &CpuBackend::FP32))) {
+        let outcome = match attempt(job, &CpuBackend::FP32) {
             Ok(outcome) => Box::new(outcome),
             // Lives that began with corrupt weights contradict those before them, until the corruption is told.
-            Err(panic) if self.flips > 0 => return self.fail_actor(life, me.actor, words_of_panic(&*panic)),
-            Err(panic) => return Err(("no panic", words_of_panic(&*panic))),
+            Err(words) if self.flips > 0 => return self.fail_actor(life, me.actor, words),
+            Err(words) => return Err(("no panic", words)),
         };
         let micros = 100 + self.draw(3000);
         self.after(micros, SimEvent::Computed(life, me.actor, cell, outcome));

@@ -1,7 +1,7 @@
 //! Who lives where: new lives for what failed, primaries for shards, the way back to a checkpoint.
 
 use super::copies::{self, Home};
-use super::placement::{How, Placement};
+use super::placement::{How, place_all};
 use super::timeline::Timeline;
 use super::{Happening, RESTART_WINDOW, RESTARTS_MAX, Supervisor, SupervisorEffect, count_within};
 use crate::ids::{ActorId, Address, Incarnation, NodeId, SUPERVISOR_NODE};
@@ -30,19 +30,9 @@ impl Supervisor {
         let present = self.table.entries.iter().filter(|(actor, e)| stays(actor, &e.node));
         let present: BTreeMap<ActorId, NodeId> = present.map(|(a, e)| (*a, e.node)).collect();
         let slow = if self.relieve { self.speeds.slow() } else { BTreeMap::new() };
-        let place = |present: &BTreeMap<ActorId, NodeId>, how: How| {
-            Placement::new(&self.costs, &working, (&self.table.nodes, &slow), how).place(present, &copies)
-        };
-        let mut wanted = place(&present, if level { How::Level } else { How::Stay });
-        self.no_room = self.without_room(&wanted);
-        if self.no_room.is_some() {
-            // What can live elsewhere may be in the way. Only state stays: it would have to be sent.
-            let state = present.into_iter().filter(|(actor, _)| matches!(actor, ActorId::Reducer { .. })).collect();
-            let packed = place(&state, How::Pack);
-            if self.without_room(&packed).is_none() {
-                (wanted, self.no_room) = (packed, None);
-            }
-        }
+        let (of_nodes, how) = ((&self.table.nodes, &slow), if level { How::Level } else { How::Stay });
+        let (wanted, no_room) = place_all(&self.costs, &working, of_nodes, how, (&present, &copies));
+        self.no_room = no_room;
         let mut moved = Vec::new();
         for (actor, node) in wanted {
             let life = self.table.entries.get(&actor).copied();
@@ -54,16 +44,6 @@ impl Supervisor {
             }
         }
         moved
-    }
-
-    /// How many actors that a step needs have no place, and the bytes that they need.
-    fn without_room(&self, places: &BTreeMap<ActorId, NodeId>) -> Option<(u64, u64)> {
-        let first = |shard: u32| ActorId::Reducer { shard, replica: 0 };
-        let copied = |shard: &u32| places.range(first(*shard)..first(*shard + 1)).next().is_some();
-        let shards = (0..self.spec.shards).filter(|shard| !copied(shard)).map(first);
-        let homeless = self.costs.workers().filter(|a| !places.contains_key(a)).chain(shards);
-        let (count, bytes) = homeless.fold((0, 0), |(count, bytes), a| (count + 1, bytes + self.costs.bytes(a)));
-        (count > 0).then_some((count, bytes))
     }
 
     /// Tells operators once what waits for room, and how much.

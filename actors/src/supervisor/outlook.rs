@@ -1,6 +1,6 @@
 //! What the nodes of a job hold, and which losses it gets over without waiting: the placement's answers before there is a job.
 
-use super::placement::{How, Placement};
+use super::placement::{How, has_copy, place_all};
 use crate::costs::Costs;
 use crate::ids::{ActorId, NodeId};
 use crate::spec::JobSpec;
@@ -18,10 +18,6 @@ pub struct Outlook {
     pub fullest: Option<u64>,
     /// Bytes among those of all nodes that outboxes keep until the commit.
     pub outboxes: u64,
-    /// Bytes that a node has for actors without a limit being met; 0: no limit.
-    pub memory: u64,
-    /// Nodes.
-    pub nodes: usize,
     /// So many of them, whichever, may be lost at one time, and the rest goes on at once with all state.
     pub losses: usize,
     /// Why not one more.
@@ -52,7 +48,7 @@ impl Outlook {
         let all: Vec<NodeId> = (1..=nodes as u64).map(NodeId).collect();
         let first = place(spec, &costs, &all, memory, &BTreeMap::new());
         let outboxes = costs.workers().map(|actor| costs.kept(actor)).sum();
-        let mut outlook = Self { fullest: None, outboxes, memory, nodes, losses: 0, limit: Limit::Room };
+        let mut outlook = Self { fullest: None, outboxes, losses: 0, limit: Limit::Room };
         let Some(first) = first else { return Some(outlook) };
         let bytes = |node: &NodeId| first.iter().filter(|(_, at)| *at == node).map(|(a, _)| costs.bytes(*a)).sum();
         outlook.fullest = all.iter().map(bytes).max();
@@ -86,8 +82,7 @@ fn after(
     }
     let present: BTreeMap<ActorId, NodeId> =
         first.iter().filter(|(_, node)| !gone.contains(node)).map(|(a, n)| (*a, *n)).collect();
-    let copied = |shard: u32| present.keys().any(|a| matches!(a, ActorId::Reducer { shard: s, .. } if *s == shard));
-    if !(0..spec.shards).all(copied) {
+    if !(0..spec.shards).all(|shard| has_copy(&present, shard)) {
         return Some(Limit::Copies);
     }
     place(spec, costs, &left, memory, &present).is_none().then_some(Limit::Room)
@@ -117,18 +112,9 @@ fn place(
         (0..=spec.mirrors.min(nodes.len() as u32 - 1)).map(move |replica| ActorId::Reducer { shard, replica })
     });
     let copies: Vec<ActorId> = copies.collect();
-    let state =
-        || present.iter().filter(|(a, _)| matches!(a, ActorId::Reducer { .. })).map(|(a, n)| (*a, *n)).collect();
-    let complete = |places: &BTreeMap<ActorId, NodeId>| {
-        let copied = |shard| places.keys().any(|a| matches!(a, ActorId::Reducer { shard: s, .. } if *s == shard));
-        costs.workers().all(|actor| places.contains_key(&actor)) && (0..spec.shards).all(copied)
-    };
     let how = if present.is_empty() { How::Level } else { How::Stay };
-    let attempt = |present: &BTreeMap<ActorId, NodeId>, how: How| {
-        Placement::new(costs, nodes, (&infos, &slow), how).place(present, &copies)
-    };
-    let places = attempt(present, how);
-    if complete(&places) { Some(places) } else { Some(attempt(&state(), How::Pack)).filter(complete) }
+    let (places, homeless) = place_all(costs, nodes, (&infos, &slow), how, (present, &copies));
+    homeless.is_none().then_some(places)
 }
 
 /// All subsets of so many nodes.

@@ -91,15 +91,13 @@ impl<'a> Placement<'a> {
             costs.workers().chain(copies.iter().copied()).filter(|a| !present.contains_key(a)).collect();
         let size = |a: &ActorId| if self.how == How::Pack { costs.bytes(*a) } else { costs.of(*a) };
         homeless.sort_by(|a, b| size(b).cmp(&size(a)).then(a.cmp(b)));
-        let has_copy = |places: &BTreeMap<ActorId, NodeId>, actor: ActorId| match actor {
-            ActorId::Reducer { shard, .. } => {
-                places.keys().any(|a| matches!(a, ActorId::Reducer { shard: s, .. } if *s == shard))
-            }
+        let is_further = |places: &BTreeMap<ActorId, NodeId>, actor: ActorId| match actor {
+            ActorId::Reducer { shard, .. } => has_copy(places, shard),
             _ => false,
         };
         for further in [false, true] {
             for actor in &homeless {
-                if places.contains_key(actor) || has_copy(&places, *actor) != further {
+                if places.contains_key(actor) || is_further(&places, *actor) != further {
                     continue;
                 }
                 if let Some(node) = self.best(*actor, &places) {
@@ -161,6 +159,45 @@ impl<'a> Placement<'a> {
             self.add(actor, lightest);
         }
     }
+}
+
+/// Whether a copy of a shard has a place.
+pub(super) fn has_copy(places: &BTreeMap<ActorId, NodeId>, shard: u32) -> bool {
+    let first = |shard: u32| ActorId::Reducer { shard, replica: 0 };
+    places.range(first(shard)..first(shard + 1)).next().is_some()
+}
+
+/// How many actors that a step needs have no place, and the bytes that they need.
+fn without_room(costs: &Costs, places: &BTreeMap<ActorId, NodeId>) -> Option<(u64, u64)> {
+    let shards = (0..costs.shards()).filter(|shard| !has_copy(places, *shard));
+    let shards = shards.map(|shard| ActorId::Reducer { shard, replica: 0 });
+    let homeless = costs.workers().filter(|a| !places.contains_key(a)).chain(shards);
+    let (count, bytes) = homeless.fold((0, 0), |(count, bytes), a| (count + 1, bytes + costs.bytes(a)));
+    (count > 0).then_some((count, bytes))
+}
+
+/// Places all as `how` says; packed, with nothing but state where it is, if there is no room else. Gives what has no place all
+/// the same, as [`without_room`] does.
+pub(super) fn place_all(
+    costs: &Costs,
+    nodes: &[NodeId],
+    of_nodes: (&BTreeMap<NodeId, NodeInfo>, &BTreeMap<NodeId, u64>),
+    how: How,
+    (present, copies): (&BTreeMap<ActorId, NodeId>, &[ActorId]),
+) -> (BTreeMap<ActorId, NodeId>, Option<(u64, u64)>) {
+    let place = |present: &BTreeMap<ActorId, NodeId>, how: How| {
+        let places = Placement::new(costs, nodes, of_nodes, how).place(present, copies);
+        let homeless = without_room(costs, &places);
+        (places, homeless)
+    };
+    let wanted = place(present, how);
+    if wanted.1.is_none() {
+        return wanted;
+    }
+    // What can live elsewhere may be in the way. Only state stays: it would have to be sent.
+    let is_state = |(actor, _): &(&ActorId, &NodeId)| matches!(actor, ActorId::Reducer { .. });
+    let packed = place(&present.iter().filter(is_state).map(|(a, n)| (*a, *n)).collect(), How::Pack);
+    if packed.1.is_none() { packed } else { wanted }
 }
 
 #[cfg(test)]

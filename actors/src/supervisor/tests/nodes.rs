@@ -174,13 +174,7 @@ fn the_last_node_waits_for_another() {
     apply_step(&mut job, 1);
     job.join(3);
     for node in 1..=3 {
-        job.on(SupervisorEvent::Heartbeat {
-            node: NodeId(node),
-            work: 0,
-            redone: 0,
-            rates: Rates::default(),
-            down: Vec::new(),
-        });
+        job.on(beat(node, &[]));
     }
     let mut gone = released(&commit_step(&mut job, 2));
     apply_step(&mut job, 2);
@@ -195,13 +189,7 @@ fn a_spare_takes_over() {
     job.supervisor.spares = 1;
     job.join(3);
     for node in 1..=3 {
-        job.on(SupervisorEvent::Heartbeat {
-            node: NodeId(node),
-            work: 0,
-            redone: 0,
-            rates: Rates::default(),
-            down: Vec::new(),
-        });
+        job.on(beat(node, &[]));
     }
     commit_step(&mut job, 1);
     apply_step(&mut job, 1);
