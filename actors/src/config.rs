@@ -314,6 +314,14 @@ mod tests {
         }
     }
 
+    /// A key in the place of a store would be kept in every run's folder.
+    #[test]
+    fn a_store_with_a_secret_is_refused_and_not_shown() {
+        let set = vec!["checkpoint.store=s3://key:hidden@bucket/jobs".to_owned()];
+        let error = Config::parse(GOOD, "run.toml", &set).unwrap_err().to_string();
+        assert!(error.contains("AWS_SECRET_ACCESS_KEY") && !error.contains("hidden"), "{error}");
+    }
+
     #[test]
     fn overrides_are_checked_like_the_file() {
         let set = |o: &str| Config::parse(GOOD, "run.toml", &[o.to_owned()]);

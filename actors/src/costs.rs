@@ -174,9 +174,11 @@ impl Costs {
         for (group, shard) in spec.shard_of_groups() {
             let (elements, senders) = (elements(&spec.model, group), spec.senders_of(group).len() as u64);
             let of_shard = &mut shards[shard as usize];
-            // An update costs about as much as a few passes of one row. The next state is made beside the present one.
+            // An update costs about as much as a few passes of one row. Beside the state there are what senders gave and their
+            // sum, then the sum and the next state.
+            let parts = spec.parts().len() as u64;
             of_shard.0 += 8 * elements;
-            of_shard.1 += WORD * elements * (2 * spec.parts().len() as u64 + senders + 1);
+            of_shard.1 += WORD * elements * (parts + 1 + senders.max(parts));
         }
         Self { workers, shards }
     }

@@ -231,9 +231,10 @@ impl ReducerCore {
         }
         let next = state.step + 1;
         if self.reduced.is_none() {
-            let Some(ledger) = self.ledgers.get(&next).filter(|l| l.balanced()) else { return Vec::new() };
+            let Some(ledger) = self.ledgers.get_mut(&next).filter(|l| l.balanced()) else { return Vec::new() };
             self.computing = true;
             let reduce = Reduce::new(next, ledger, &self.spec, &self.layout, &self.groups);
+            ledger.spend();
             return vec![Effect::Compute { job: Job::Reduce(reduce), cost: self.size() * u64::from(self.spec.lanes) }];
         }
         let Some(commit) = self.commits.get(&next).copied() else { return Vec::new() };

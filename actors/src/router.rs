@@ -1,7 +1,7 @@
 //! The pure half of a node: the fence, the way of each message, and which actors live here.
 //!
-//! - RO-1: a message reaches an actor only if both ends' lives are the table's (contract C4). Messages
-//!   between survivors pass in every epoch.
+//! - RO-1: a message reaches an actor only if both ends' lives are the table's (contract C4), and the node of its sender lives.
+//!   Messages between survivors pass in every epoch.
 //! - RO-2: a message from a life that this node has not heard of yet is held until the table names it.
 //! - RO-3: messages that one actor sends at once to actors of one node travel as one bundle; rows for
 //!   experts of one layer reach their host as one batch.
@@ -151,8 +151,12 @@ impl Router {
         match (compare(&envelope.from), compare(&envelope.to)) {
             (Some(Ordering::Less), _) | (_, Some(Ordering::Less)) => Verdict::Refuse,
             (Some(Ordering::Equal), Some(Ordering::Equal)) => {
-                // The same life may have been moved only by a new one, so it is here.
-                if self.table.node_of(envelope.to.actor) == self.node { Verdict::Pass } else { Verdict::Refuse }
+                // The same life may have been moved only by a new one, so it is here. Whoever's node is dead may have no new
+                // life yet.
+                let lives = |node| node == SUPERVISOR_NODE || self.table.nodes.contains_key(&node);
+                let here = self.table.node_of(envelope.to.actor) == self.node;
+                let lives = self.table.node_of(envelope.from.actor).is_some_and(lives);
+                if here && lives { Verdict::Pass } else { Verdict::Refuse }
             }
             (None | Some(Ordering::Equal | Ordering::Greater), None | Some(Ordering::Equal | Ordering::Greater)) => {
                 Verdict::Hold
@@ -252,6 +256,16 @@ mod tests {
         router.on_table(Arc::new(replace(&second, OTHER)));
         assert_eq!(delivered(&router.arrive(vec![hidden(2, 1)])), 0);
         assert_eq!(router.refused(), 2);
+    }
+
+    /// RO-1: an actor whose node is dead may have no other place yet: nothing of it is heard all the same.
+    #[test]
+    fn the_dead_are_not_heard() {
+        let mut table = table(&materials());
+        table.entries.get_mut(&STAGE).unwrap().node = NodeId(2);
+        assert_eq!(delivered(&router(&table).arrive(vec![hidden(1, 1)])), 1);
+        table.nodes.remove(&NodeId(2));
+        assert_eq!(delivered(&router(&table).arrive(vec![hidden(1, 1)])), 0);
     }
 
     /// RO-2: a life that is not announced yet is held, and let through when it is.

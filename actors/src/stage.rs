@@ -64,7 +64,8 @@ pub(crate) struct StageCore {
     phase: Phase,
     program: Vec<Operation>,
     next: usize,
-    inbox: BTreeMap<(Step, Input), Tensor>,
+    /// What came; of what was used only that it came (ST-2).
+    inbox: BTreeMap<(Step, Input), Option<Tensor>>,
     /// Weights that came, by the step they are the result of.
     weights: BTreeMap<Step, BTreeMap<Group, Vec<Tensor>>>,
     outbox: Outbox,
@@ -136,7 +137,7 @@ impl StageCore {
             | Body::SnapshotKept { .. } => return Vec::new(),
         };
         if turn.step >= self.step && turn.lane == self.lane {
-            self.inbox.entry((turn.step, input)).or_insert(rows);
+            self.inbox.entry((turn.step, input)).or_insert(Some(rows));
         }
         self.advance()
     }
@@ -188,9 +189,8 @@ impl StageCore {
             Phase::Idle(model) => self.next_operation(model),
             Phase::Experts { model, micro_batch, pass, layer } => {
                 let experts = 0..self.spec.model.experts as u32;
-                let keys = experts.map(|expert| (self.step, Input::Answer { micro_batch, pass, layer, expert }));
-                let rows: Option<Vec<Tensor>> = keys.map(|key| self.inbox.get(&key).cloned()).collect();
-                match rows {
+                let answers = experts.map(|expert| Input::Answer { micro_batch, pass, layer, expert });
+                match self.take(&answers.collect::<Vec<_>>()) {
                     Some(rows) => {
                         let cost = self.costs.part(pass, Some(layer));
                         self.compute(
@@ -236,25 +236,28 @@ impl StageCore {
         self.compute(model, micro_batch, ready, cost)
     }
 
-    fn forward(&self, micro_batch: u32) -> Option<StageOperation> {
+    /// Inputs of the step, if all have come. They are used up.
+    fn take(&mut self, inputs: &[Input]) -> Option<Vec<Tensor>> {
+        let came = |input: &Input| self.inbox.get(&(self.step, *input)).is_some_and(Option::is_some);
+        let all = inputs.iter().all(came);
+        all.then(|| inputs.iter().filter_map(|input| self.inbox.get_mut(&(self.step, *input))?.take()).collect())
+    }
+
+    fn forward(&mut self, micro_batch: u32) -> Option<StageOperation> {
         let needs_text = self.stage == 0 || self.is_last();
         let text = needs_text.then(|| self.corpus.micro_batch(&self.spec, self.step, self.lane, micro_batch));
         let (tokens, targets) = text.unwrap_or_default();
         let input = if self.stage == 0 {
             StageInput::Tokens(tokens)
         } else {
-            StageInput::Hidden(self.inbox.get(&(self.step, Input::Hidden(micro_batch)))?.clone())
+            StageInput::Hidden(self.take(&[Input::Hidden(micro_batch)])?.pop()?)
         };
         let targets = self.is_last().then_some(targets);
         Some(StageOperation::Forward { micro_batch, input, targets })
     }
 
-    fn backward(&self, micro_batch: u32) -> Option<StageOperation> {
-        let gradient = if self.is_last() {
-            None
-        } else {
-            Some(self.inbox.get(&(self.step, Input::Gradient(micro_batch)))?.clone())
-        };
+    fn backward(&mut self, micro_batch: u32) -> Option<StageOperation> {
+        let gradient = if self.is_last() { None } else { Some(self.take(&[Input::Gradient(micro_batch)])?.pop()?) };
         Some(StageOperation::BackwardInput { micro_batch, gradient })
     }
 

@@ -108,6 +108,8 @@ pub struct Supervisor {
     checkpoint: Step,
     next_node: u64,
     restarts: BTreeMap<ActorId, VecDeque<Duration>>,
+    /// Actors that failed again and again and got another node for it.
+    moved_away: BTreeSet<ActorId>,
     /// Effects that wait for the sync of the record before them.
     held: VecDeque<Vec<SupervisorEffect>>,
     /// Work of each node, that which was redone, and how much of both has been reported.
@@ -122,8 +124,10 @@ pub struct Supervisor {
     uneven: bool,
     /// Actors that a step needs and that have no room on any node, and the bytes that they need.
     no_room: Option<(u64, u64)>,
-    /// What operators were last told of that.
-    told_room: Option<(u64, u64)>,
+    /// What operators were last told that the job waits for.
+    told_wait: Option<String>,
+    /// When this life began.
+    began: Duration,
     /// When copies of a shard differed, lately.
     corruptions: VecDeque<Duration>,
     /// Of the next step, once it could be committed.
@@ -169,6 +173,7 @@ impl Supervisor {
             checkpoint,
             next_node: 1,
             restarts: BTreeMap::new(),
+            moved_away: BTreeSet::new(),
             held: VecDeque::new(),
             work: BTreeMap::new(),
             reported,
@@ -176,7 +181,8 @@ impl Supervisor {
             admitted: BTreeSet::new(),
             uneven: !log.is_empty(),
             no_room: None,
-            told_room: None,
+            told_wait: None,
+            began: now,
             corruptions: VecDeque::new(),
             audit: None,
             finished: false,
@@ -250,7 +256,13 @@ impl Supervisor {
                 self.next_node = *next_node;
             }
             Record::Commit(commit) => self.last = Some(*commit),
+            Record::Doubt(after) => self.doubt(*after),
         }
+    }
+
+    /// What was reported of steps after this one stands for nothing: they are reported again as they are done again.
+    fn doubt(&mut self, after: Step) {
+        self.reported.retain(|step, _| *step <= after);
     }
 
     /// The shortest log that says the same.
@@ -261,7 +273,8 @@ impl Supervisor {
             |r: &Record| matches!(r, Record::Epoch { table, .. } if table.primaries.iter().all(Option::is_none));
         let since = log.iter().rposition(went_back).map_or(0, |at| at + 1);
         let commit = log[since..].iter().rev().find(|r| matches!(r, Record::Commit(_)));
-        epoch.into_iter().chain(commit).cloned().collect()
+        let doubt = log.iter().rev().find(|r| matches!(r, Record::Doubt(_)));
+        epoch.into_iter().chain(commit).chain(doubt).cloned().collect()
     }
 
     /// Takes an event and gives what is to be done.
@@ -301,7 +314,7 @@ impl Supervisor {
         };
         // A report may complete a step, and so may the death of the copy that it waited for.
         effects.extend(self.decide());
-        effects.extend(self.tell_room());
+        effects.extend(self.tell_wait());
         effects
     }
 
@@ -443,7 +456,7 @@ impl Supervisor {
     /// Which copies the next commit waits for, for operators.
     pub fn describe(&self) -> String {
         let waits: String =
-            self.waits_for_room().into_iter().chain(self.links.describe()).map(|why| format!("; {why}")).collect();
+            self.waits().into_iter().chain(self.links.describe()).map(|why| format!("; {why}")).collect();
         format!(
             "epoch {}, {} nodes, step {} committed, checkpoint of step {}; {}{waits}",
             self.table.epoch,

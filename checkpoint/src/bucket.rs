@@ -11,7 +11,7 @@ use std::io;
 use std::time::Duration;
 use tokio::runtime::{Builder, Runtime};
 
-/// Objects that are written at one time: so many are copied.
+/// Objects that are written or removed at one time: so many are copied.
 const AT_ONCE: usize = 8;
 /// A request is given up after so long: a chunk over a slow line takes its time, and training does not wait.
 const REQUEST: Duration = Duration::from_secs(300);
@@ -105,6 +105,15 @@ impl Bucket {
 
     pub(crate) fn remove(&self, name: &str) -> io::Result<()> {
         self.wait(self.store.delete(&self.key(name))).map_err(io::Error::from)
+    }
+
+    /// Removes objects. An error comes with the name that it is about.
+    pub(crate) fn remove_all(&self, names: impl Iterator<Item = String> + Send) -> Result<(), (String, io::Error)> {
+        let remove = async |name: String| {
+            self.store.delete(&self.key(&name)).await.map_err(|error| (name, io::Error::from(error)))
+        };
+        let removals = futures_util::stream::iter(names).map(remove).buffer_unordered(AT_ONCE);
+        self.wait(removals.try_collect::<Vec<()>>()).map(|_| ())
     }
 
     /// A copy, then the end of the old one: a crash between them leaves both.

@@ -6,6 +6,7 @@
 
 use crate::error::StoreError;
 use crate::place::Place;
+use std::collections::BTreeMap;
 use std::fmt;
 
 /// Words of 32 bits of a chunk. A part's last chunk may be shorter.
@@ -50,14 +51,19 @@ impl Chunks {
         self.place.make(FOLDER)
     }
 
-    /// Stores the bytes of words in chunks, those that are not there, and gives their names.
-    pub(crate) fn put(&self, words: &[f32]) -> Result<Vec<[u8; 32]>, StoreError> {
-        let parts = words.chunks(CHUNK_WORDS).map(bytemuck::cast_slice);
-        let hashed: Vec<(ChunkHash, &[u8])> = parts.map(|bytes| (ChunkHash::of(bytes), bytes)).collect();
+    /// Stores the bytes of several parts in chunks, those that are not there, and gives the names of each part's.
+    pub(crate) fn put(&self, parts: &[&[f32]]) -> Result<Vec<Vec<[u8; 32]>>, StoreError> {
+        let hashed = |words: &[f32]| -> Vec<ChunkHash> {
+            words.chunks(CHUNK_WORDS).map(|chunk| ChunkHash::of(bytemuck::cast_slice(chunk))).collect()
+        };
+        let hashes: Vec<Vec<ChunkHash>> = parts.iter().map(|words| hashed(words)).collect();
+        let chunks = parts.iter().flat_map(|words| words.chunks(CHUNK_WORDS)).map(bytemuck::cast_slice);
+        // The same content may come more than once.
+        let unique: BTreeMap<ChunkHash, &[u8]> = hashes.iter().flatten().copied().zip(chunks).collect();
         let named: Vec<(String, &[u8])> =
-            hashed.iter().map(|(hash, bytes)| (name(&hash.to_string()), *bytes)).collect();
+            unique.into_iter().map(|(hash, bytes)| (name(&hash.to_string()), bytes)).collect();
         self.place.put_new(&named)?;
-        Ok(hashed.into_iter().map(|(hash, _)| hash.0).collect())
+        Ok(hashes.into_iter().map(|part| part.into_iter().map(|hash| hash.0).collect()).collect())
     }
 
     /// Reads a chunk and verifies it.
@@ -77,9 +83,9 @@ impl Chunks {
         self.place.remove(&name(hash))
     }
 
-    /// Removes chunks that `keep` does not name, and what interrupted writes left behind.
-    pub(crate) fn sweep(&self, keep: impl Fn(&str) -> bool) -> Result<(), StoreError> {
+    /// Removes chunks that `keep` does not name, and what interrupted writes left behind. It is asked just before.
+    pub(crate) fn sweep(&self, keep: impl Fn(&str) -> bool + Send + Sync) -> Result<(), StoreError> {
         let all = self.place.names(FOLDER)?;
-        all.iter().filter(|hash| !keep(hash)).try_for_each(|hash| self.remove(hash))
+        self.place.remove_all(all.iter().filter(|hash| !keep(hash)).map(|hash| name(hash)))
     }
 }

@@ -8,6 +8,7 @@ mod error;
 mod log;
 mod manifest;
 mod mapped;
+mod parallel;
 mod place;
 mod store;
 

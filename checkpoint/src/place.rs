@@ -9,6 +9,9 @@ use std::path::{Path, PathBuf};
 use std::sync::Arc;
 use std::{fs, io};
 
+/// Bytes of a disk that checkpoints leave free, or a sixteenth of a small one.
+const RESERVE: u64 = 64 << 20;
+
 /// See the module. Names within it are `FOLDER/NAME`.
 #[derive(Debug, Clone)]
 pub struct Place(Kind);
@@ -35,6 +38,14 @@ pub fn write_whole(path: &Path, bytes: &[u8]) -> Result<(), StoreError> {
         let _ = fs::remove_file(&scratch);
     }
     done.map_err(at(path))
+}
+
+/// Refuses a file that would fill a disk to the last: what a job cannot go on without may be on it too.
+fn leave_room(path: &Path, bytes: usize) -> Result<(), StoreError> {
+    let folder = path.parent().expect("files of a store lie in a folder");
+    let disk = rustix::fs::statvfs(folder).map_err(|errno| at(path)(errno.into()))?;
+    let (free, all) = (disk.f_bavail * disk.f_frsize, disk.f_blocks * disk.f_frsize);
+    if free >= bytes as u64 + RESERVE.min(all / 16) { Ok(()) } else { Err(at(path)(rustix::io::Errno::NOSPC.into())) }
 }
 
 impl Place {
@@ -78,7 +89,7 @@ impl Place {
             Kind::Folder(_) => all.iter().try_for_each(|(name, bytes)| {
                 let path = self.path(name);
                 let there = fs::metadata(&path).is_ok_and(|m| m.len() == bytes.len() as u64);
-                if there { Ok(()) } else { write_whole(&path, bytes) }
+                if there { Ok(()) } else { leave_room(&path, bytes.len()).and_then(|()| write_whole(&path, bytes)) }
             }),
             Kind::Bucket(bucket) => bucket.put_new(all).map_err(|(name, error)| at(&self.path(&name))(error)),
         }
@@ -112,6 +123,14 @@ impl Place {
             Kind::Bucket(bucket) => bucket.remove(name),
         };
         removed.map_err(at(&self.path(name)))
+    }
+
+    /// Removes things that are there. Each name is asked for just before.
+    pub(crate) fn remove_all(&self, mut names: impl Iterator<Item = String> + Send) -> Result<(), StoreError> {
+        match &self.0 {
+            Kind::Folder(_) => names.try_for_each(|name| self.remove(&name)),
+            Kind::Bucket(bucket) => bucket.remove_all(names).map_err(|(name, error)| at(&self.path(&name))(error)),
+        }
     }
 
     /// Gives something another name.

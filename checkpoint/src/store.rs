@@ -11,10 +11,12 @@
 //!   question and the change is not seen.
 
 use crate::catalogue::Catalogue;
-use crate::chunk::{ChunkHash, Chunks};
+use crate::chunk::{CHUNK_WORDS, ChunkHash, Chunks};
 use crate::error::StoreError;
 use crate::manifest::{Element, Manifest, PartEntry, TensorEntry};
+use crate::parallel::at_once;
 use crate::place::Place;
+use rayon::prelude::*;
 use std::collections::{BTreeMap, BTreeSet};
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
@@ -104,7 +106,7 @@ impl Reader {
             let parts = (0..parts.max(1)).map(part).collect::<Result<_, _>>()?;
             Ok(StoredTensor { name: name.clone(), rows: *rows, columns: *columns, parts })
         };
-        names.iter().map(tensor).collect()
+        at_once(|| names.par_iter().map(tensor).collect())
     }
 
     /// What a tensor of a checkpoint should not be.
@@ -136,15 +138,20 @@ impl Reader {
         };
         let PartEntry { element, chunks } = entry.parts.get(part).ok_or_else(no_part)?;
         let expected = element.words(rows * columns);
-        let mut words = Vec::with_capacity(expected);
-        for hash in chunks {
-            words.extend(bytemuck::pod_collect_to_vec::<u8, f32>(&self.chunks.get(ChunkHash(*hash))?));
+        if chunks.len() != expected.div_ceil(CHUNK_WORDS) {
+            return Err(wrong(format!("has {} chunks, expected those of {expected} words", chunks.len())));
         }
-        if words.len() == expected {
-            Ok(StoredPart { element: *element, words: Arc::new(words) })
-        } else {
-            Err(wrong(format!("has {} words, expected {expected}", words.len())))
-        }
+        let mut words = vec![0.0; expected];
+        let read = |(out, hash): (&mut [f32], &[u8; 32])| {
+            let (bytes, out) = (self.chunks.get(ChunkHash(*hash))?, bytemuck::cast_slice_mut::<f32, u8>(out));
+            if bytes.len() != out.len() {
+                return Err(wrong(format!("has a chunk of {} bytes, expected {}", bytes.len(), out.len())));
+            }
+            out.copy_from_slice(&bytes);
+            Ok(())
+        };
+        at_once(|| words.par_chunks_mut(CHUNK_WORDS).zip(chunks).try_for_each(read))?;
+        Ok(StoredPart { element: *element, words: Arc::new(words) })
     }
 
     /// Reads one part of one tensor, whose elements are f32.
@@ -164,11 +171,14 @@ impl Reader {
         Err(self.wrong(manifest, name, reason))
     }
 
-    /// Reads every chunk of a checkpoint.
-    pub fn verify(&self, step: u64) -> Result<(), StoreError> {
+    /// Reads every chunk of a checkpoint, and gives what is wrong with those that are damaged.
+    fn damaged(&self, step: u64) -> Result<Vec<StoreError>, StoreError> {
         let manifest = self.manifest(step)?;
         let unique: BTreeSet<&[u8; 32]> = manifest.chunks().collect();
-        unique.into_iter().try_for_each(|hash| self.chunks.get(ChunkHash(*hash)).map(|_| ()))
+        let wrong = |hash: &[u8; 32]| self.chunks.get(ChunkHash(*hash)).err();
+        let wrong: Vec<StoreError> = at_once(|| unique.into_par_iter().filter_map(wrong).collect());
+        let (damaged, other): (Vec<_>, Vec<_>) = wrong.into_iter().partition(StoreError::is_damage);
+        other.into_iter().next().map_or(Ok(damaged), Err)
     }
 }
 
@@ -223,12 +233,11 @@ impl Store {
 
     /// Writes and syncs the chunks of some tensors of the checkpoint of `step`, which is being made.
     pub fn put(&mut self, step: u64, tensors: &[StoredTensor]) -> Result<(), StoreError> {
-        let chunks = &self.reader.chunks;
-        let store = |part: &StoredPart| -> Result<PartEntry, StoreError> {
-            Ok(PartEntry { element: part.element, chunks: chunks.put(&part.words)? })
-        };
+        let parts: Vec<&[f32]> = tensors.iter().flat_map(|t| &t.parts).map(|part| &part.words[..]).collect();
+        let mut stored = self.reader.chunks.put(&parts)?.into_iter();
         for t in tensors {
-            let parts = t.parts.iter().map(store).collect::<Result<_, _>>()?;
+            let of_part = |(part, chunks): (&StoredPart, _)| PartEntry { element: part.element, chunks };
+            let parts = t.parts.iter().zip(&mut stored).map(of_part).collect();
             let entry = TensorEntry { name: t.name.clone(), rows: t.rows as u64, columns: t.columns as u64, parts };
             self.pending.entry(step).or_default().insert(t.name.clone(), entry);
         }
@@ -280,20 +289,25 @@ impl Store {
     }
 
     /// The newest checkpoint of which every chunk is good, and what is wrong with newer ones. These are
-    /// put aside: a damaged chunk is removed, so that it is written again when its content comes again,
+    /// put aside: damaged chunks are removed, so that they are written again when their content comes again,
     /// and its manifest is renamed to `STEP.refused`. What merely could not be read now is an error.
     pub fn newest_good(&self) -> Result<(Option<u64>, Vec<StoreError>), StoreError> {
         let mut wrong = Vec::new();
         for step in self.reader.steps()?.into_iter().rev() {
-            let Err(error) = self.reader.verify(step) else { return Ok((Some(step), wrong)) };
-            if !error.is_damage() {
-                return Err(error);
-            }
+            let found = match self.reader.damaged(step) {
+                Ok(found) if found.is_empty() => return Ok((Some(step), wrong)),
+                Ok(found) => found,
+                Err(error) if error.is_damage() => vec![error],
+                Err(error) => return Err(error),
+            };
             self.turn()?;
-            if let StoreError::Damaged { expected, .. } = &error {
-                self.reader.chunks.remove(expected)?;
+            for error in &found {
+                if let StoreError::Damaged { expected, .. } = error {
+                    self.reader.chunks.remove(expected)?;
+                }
             }
-            wrong.push(error);
+            // One for each checkpoint says enough.
+            wrong.extend(found.into_iter().next());
         }
         Ok((None, wrong))
     }

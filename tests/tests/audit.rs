@@ -1,6 +1,6 @@
 //! Audits in a real job: a stage that computes wrongly is found before its step is committed, and its node is named.
 
-use anyhow::{Context, Result};
+use anyhow::{Context, Result, ensure};
 use everstep_tests::{Place, events};
 
 /// AU-1, AU-2, AU-3, C1: with every actor audited in every step, whatever is wrong is found at once. A life that is told to
@@ -25,5 +25,24 @@ fn a_stage_that_computes_wrongly_is_found_and_named() -> Result<()> {
     assert!(audited.iter().all(|e| e["nodes"][0] != e["nodes"][1]));
     // Undisturbed on one node there is nobody to compare with.
     assert!(events(&place.run("audit/undisturbed"), "audited")?.is_empty());
+    Ok(())
+}
+
+/// AU-4: audited in some steps only, a wrong stage may have been wrong in steps before: all since the checkpoint come out as they
+/// should, and are reported again.
+#[test]
+fn steps_between_audits_are_done_again() -> Result<()> {
+    let place = Place::new()?;
+    let plan = "seed = 5\nkills = 1\nevery_ms = 1500\ntargets = [\"wrong\"]\n";
+    // Far more steps are left than it takes to be audited in one of 20.
+    let set = ["train.steps=300", "checkpoint.every=300", "job.nodes=4", "recovery.audit=20", "run.folder=audit"];
+    let said = place.with_plan(&["chaos", "plan.toml", "tiny.toml"], plan, &set)?;
+    ensure!(said.contains("300 steps, 1 kills: every fingerprint equals"), "{said}");
+    let run = place.run("audit/chaos");
+    assert_eq!(events(&run, "corrupted")?.len(), 1);
+    // As they were written, the wrong ones too, if it was not audited at once.
+    let lines = std::fs::read_to_string(run.metrics())?.lines().count();
+    let back = events(&run, "rolled_back")?[0]["to_step"].as_u64();
+    assert!(lines >= 300 && back == Some(0), "{lines} lines, back to {back:?}");
     Ok(())
 }

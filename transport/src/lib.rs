@@ -19,5 +19,5 @@ pub use credentials::{Credentials, CredentialsError};
 pub use hub::{Hub, HubEvent, SEND_QUEUE};
 pub use link::Link;
 pub use message::{Assembler, FRAGMENT_MAX, Fragment, HEADER_MAX, Message, MessageError};
-pub use quic::{Peer, QuicError};
+pub use quic::{LINK_BYTES, Peer, QuicError};
 pub use session::{Frame, Lane, Resume, Session, SessionEffect, SessionError};

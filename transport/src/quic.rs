@@ -24,6 +24,10 @@ use tokio::sync::mpsc;
 /// Both ends must speak the same: that of sessions, or that of calls.
 const PROTOCOL: &[u8] = b"everstep/1";
 const CALLS: &[u8] = b"everstep-calls/1";
+/// Bytes that a stream of a link may hold at its receiver.
+const STREAM_WINDOW: u32 = 16 << 20;
+/// Bytes that a link holds at most beside the messages at its ends: of its two streams one carries tensors.
+pub const LINK_BYTES: u64 = STREAM_WINDOW as u64;
 /// A connection without a sign of life for so long is broken.
 const IDLE: Duration = Duration::from_millis(500);
 const KEEP_ALIVE: Duration = Duration::from_millis(100);
@@ -75,7 +79,7 @@ fn transport() -> Arc<TransportConfig> {
     let mut config = TransportConfig::default();
     let idle = IdleTimeout::try_from(IDLE).expect("half a second is a valid time-out");
     config.max_idle_timeout(Some(idle)).keep_alive_interval(Some(KEEP_ALIVE));
-    config.stream_receive_window(VarInt::from_u32(16 << 20)).receive_window(VarInt::from_u32(64 << 20));
+    config.stream_receive_window(VarInt::from_u32(STREAM_WINDOW)).receive_window(VarInt::from_u32(64 << 20));
     config.send_window(64 << 20).max_concurrent_bidi_streams(VarInt::from_u32(4));
     Arc::new(config)
 }

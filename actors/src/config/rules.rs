@@ -21,7 +21,7 @@ pub(super) fn check(raw: &Raw, text: &str, origin: &str, overrides: &[String]) -
     let Some((_, key, value, reason)) = rules.into_iter().find(|(holds, ..)| !holds) else { return Ok(()) };
     let set = overrides.iter().rev().find(|o| o.split('=').next().is_some_and(|k| k.trim() == key));
     match set {
-        Some(text) => Err(ConfigError::Override { text: text.clone(), reason }),
+        Some(_) => Err(ConfigError::Override { text: format!("{key}={value}"), reason }),
         None => {
             let (origin, key, line) = (origin.to_owned(), key.to_owned(), line_of(text, key));
             Err(ConfigError::Value { origin, line, key, value, reason })
@@ -91,7 +91,11 @@ fn choice_rules(raw: &Raw) -> Vec<Rule> {
     rules.push((keep >= 2, "checkpoint.keep", keep.to_string(), why.into()));
     if let Some(store) = &raw.checkpoint.store {
         let known = store.strip_prefix("s3://").is_some_and(|rest| !rest.is_empty() && !rest.starts_with('/'));
-        rules.push((known, "checkpoint.store", store.clone(), "expected s3://BUCKET or s3://BUCKET/PREFIX".into()));
+        let secret = store.contains('@');
+        // A secret is neither shown nor kept in a run's folder.
+        let shown = if secret { "s3://…@…".to_owned() } else { store.clone() };
+        let why = "expected s3://BUCKET or s3://BUCKET/PREFIX; keys come from the environment (AWS_ACCESS_KEY_ID, AWS_SECRET_ACCESS_KEY)";
+        rules.push((known && !secret, "checkpoint.store", shown, why.into()));
     }
     let known = super::precision(&t.precision).is_some();
     rules.push((known, "train.precision", t.precision.clone(), "expected fp32, bf16 or fp8".into()));

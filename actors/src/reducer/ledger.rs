@@ -69,6 +69,13 @@ impl Ledger {
         self.missing() == 0
     }
 
+    /// The sums were taken to be added, and are not wanted again: who has contributed stays known.
+    pub fn spend(&mut self) {
+        let receipts = self.expected.values_mut().flat_map(BTreeMap::values_mut).flatten();
+        receipts.for_each(|receipt| receipt.gradients = Vec::new());
+        self.arrivals.clear();
+    }
+
     /// A group's receipts in order of sender.
     pub fn receipts(&self, group: Group) -> Vec<(ActorId, Receipt)> {
         match self.plant {

@@ -21,8 +21,10 @@ use std::sync::Arc;
 use std::time::Duration;
 use tokio::sync::{mpsc, watch};
 
-/// Without a supervisor for so long, a node ends.
-pub(super) const SUPERVISOR_WAIT: Duration = Duration::from_secs(60);
+/// Without a supervisor for so long, a node ends: another life of it may have a large checkpoint to verify first.
+pub(super) const SUPERVISOR_WAIT: Duration = Duration::from_secs(300);
+/// After so long people are told that it is looked for.
+const TELL: Duration = Duration::from_secs(5);
 const REDIAL: Duration = Duration::from_millis(50);
 /// Bytes of a source that are taken over the wire; a greater one must be at the supervisor's path here too.
 const TOKENS_MAX: u64 = 16 << 30;
@@ -187,9 +189,14 @@ pub async fn find(hub: &Hub, addresses: &[SocketAddr], wait: Duration) -> Result
 }
 
 async fn find_at(hub: Hub, address: SocketAddr, deadline: tokio::time::Instant) -> Result<Peer, QuicError> {
+    let mut tell_at = tokio::time::Instant::now() + TELL;
     loop {
         match hub.dial(address).await {
-            Err(QuicError::Unreachable { .. }) if tokio::time::Instant::now() < deadline => {
+            Err(error @ QuicError::Unreachable { .. }) if tokio::time::Instant::now() < deadline => {
+                if tokio::time::Instant::now() >= tell_at {
+                    tell_at = deadline;
+                    tracing::warn!(%address, %error, seconds = SUPERVISOR_WAIT.as_secs(), "no supervisor yet: it is looked for");
+                }
                 tokio::time::sleep(REDIAL).await;
             }
             result => return result,

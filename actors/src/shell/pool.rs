@@ -30,7 +30,8 @@ struct Task {
 /// See the module. The threads end with the last handle.
 #[derive(Debug, Clone)]
 pub(super) struct Pool {
-    queue: SyncSender<Task>,
+    /// Its places are there from the beginning: small ones.
+    queue: SyncSender<Box<Task>>,
     work: Arc<AtomicU64>,
     redone: Arc<AtomicU64>,
     /// As in [`Rates`].
@@ -48,7 +49,7 @@ impl std::fmt::Debug for Task {
 impl Pool {
     /// `pace`: multiply-adds a second of each thread.
     pub(super) fn new(threads: usize, backend: &Arc<dyn Backend>, pace: Option<f64>) -> std::io::Result<Self> {
-        let (queue, tasks) = sync_channel::<Task>(QUEUE);
+        let (queue, tasks) = sync_channel::<Box<Task>>(QUEUE);
         let tasks = Arc::new(Mutex::new(tasks));
         let work = Arc::new(AtomicU64::new(0));
         let at: Arc<Vec<[AtomicU64; 2]>> = Arc::new((0..threads.max(1)).map(|_| Default::default()).collect());
@@ -91,7 +92,7 @@ impl Pool {
 
     /// Runs a job; `reply` is called on the job's thread.
     pub(super) fn submit(&self, job: Job, cost: u64, reply: impl FnOnce(Result<Outcome, String>) + Send + 'static) {
-        let task = Task { job, cost, reply: Box::new(reply) };
+        let task = Box::new(Task { job, cost, reply: Box::new(reply) });
         if let Err(TrySendError::Full(task) | TrySendError::Disconnected(task)) = self.queue.try_send(task) {
             (task.reply)(Err("there is no room for its job".to_owned()));
         }
@@ -99,7 +100,7 @@ impl Pool {
 }
 
 fn serve(
-    tasks: &Mutex<Receiver<Task>>,
+    tasks: &Mutex<Receiver<Box<Task>>>,
     backend: &dyn Backend,
     (work, rates): (&AtomicU64, &[[AtomicU64; 2]; KINDS]),
     [at, costs]: &[AtomicU64; 2],
@@ -107,7 +108,8 @@ fn serve(
 ) {
     for number in 1.. {
         let next = tasks.lock().unwrap_or_else(PoisonError::into_inner).recv();
-        let Ok(Task { job, cost, reply }) = next else { return };
+        let Ok(task) = next else { return };
+        let Task { job, cost, reply } = *task;
         let (began, kind) = (Instant::now(), kind(&job));
         costs.store(kind.map_or(0, |_| cost), Ordering::Relaxed);
         at.store(number, Ordering::Relaxed);

@@ -50,10 +50,12 @@ pub(super) fn restore_log(run: &RunFolder) -> Result<(Vec<Record>, Files), AnyEr
             OpenOptions::new().create(true).append(true).open(&path).map_err(|e| format!("{}: {e}", path.display()))?;
         Ok((path, file))
     };
-    let metrics = open(run.metrics())?;
-    // A line that was torn is written again.
+    let (metrics, events) = (open(run.metrics())?, open(run.events())?);
+    // A line of metrics that was torn is written again; one of events must not run into the next.
     metrics.1.set_len(MetricsLine::read_all(&run.metrics())?.1 as u64)?;
-    Ok((records, Files { log, metrics, events: open(run.events())? }))
+    let written = std::fs::read(run.events())?;
+    events.1.set_len(written.iter().rposition(|byte| *byte == b'\n').map_or(0, |at| at as u64 + 1))?;
+    Ok((records, Files { log, metrics, events }))
 }
 
 /// The rest, once the control log is known. `metrics` has the lines of the steps so far.

@@ -211,7 +211,8 @@ impl MetricsLine {
     }
 
     /// Reads metrics.jsonl; a missing file has no lines. A torn last line (the process died while it
-    /// was written) is left out; gives how many bytes are whole too.
+    /// was written) is left out; gives how many bytes are whole too. A step that is reported again, for a node had computed
+    /// wrongly, takes the place of what was reported from it on.
     pub fn read_all(path: &Path) -> std::io::Result<(Vec<Self>, usize)> {
         let text = match std::fs::read_to_string(path) {
             Ok(text) => text,
@@ -225,7 +226,12 @@ impl MetricsLine {
                 std::io::Error::new(std::io::ErrorKind::InvalidData, words)
             })
         };
-        let lines = text[..whole].lines().enumerate().map(parse).collect::<Result<_, _>>()?;
+        let mut lines: Vec<Self> = Vec::new();
+        for line in text[..whole].lines().enumerate().map(parse) {
+            let line: Self = line?;
+            lines.truncate(lines.partition_point(|before| before.step < line.step));
+            lines.push(line);
+        }
         Ok((lines, whole))
     }
 }

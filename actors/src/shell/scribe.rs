@@ -113,10 +113,10 @@ impl Checkpoints {
         let (reader, of_reader) = (store.reader().clone(), Arc::clone(&layout));
         // What is not there will not come.
         let read = move |wish: &Read| read(&reader, &of_reader, wish);
-        let reads = serve("states", to.clone(), StoreError::is_out_of_reach, read)?;
+        let reads = serve("states", to.clone(), StoreError::is_out_of_reach, Msg::StateDamaged, read)?;
         let may_heal = |e: &StoreError| matches!(e, StoreError::File { .. } | StoreError::Catalogue { .. });
         let write = move |wish: &Write| write(&mut store, &layout, wish);
-        Ok(Self { writes: serve("checkpoints", to.clone(), may_heal, write)?, reads })
+        Ok(Self { writes: serve("checkpoints", to.clone(), may_heal, Msg::DiskFailed, write)?, reads })
     }
 
     /// Gives whether there is a thread that takes it.
@@ -130,11 +130,12 @@ impl Checkpoints {
     }
 }
 
-/// A thread for wishes, one after another; one that fails is tried again for as long as it may heal.
+/// A thread for wishes, one after another; one that fails is tried again for as long as it may heal, then `fails`.
 fn serve<W: Send + 'static>(
     name: &str,
     to: ActorRef<Msg>,
     may_heal: fn(&StoreError) -> bool,
+    fails: fn(String) -> Msg,
     mut serve: impl FnMut(&W) -> Result<Msg, StoreError> + Send + 'static,
 ) -> std::io::Result<SyncSender<W>> {
     let (sender, wishes) = sync_channel::<W>(QUEUE);
@@ -145,7 +146,7 @@ fn serve<W: Send + 'static>(
             match serve(wish) {
                 Ok(message) => return Some(message),
                 Err(error) if may_heal(&error) => to.cast(Msg::StoreFails(error.to_string())).ok()?,
-                Err(error) => return Some(Msg::DiskFailed(error.to_string())),
+                Err(error) => return Some(fails(error.to_string())),
             }
             std::thread::sleep(again);
             again = (2 * again).min(AGAIN[1]);

@@ -1,5 +1,6 @@
 //! How a process becomes the supervisor of a run: at once if it is the only one; of several, when it leads.
 
+use super::join::SUPERVISOR_WAIT;
 use super::replicated::{Lease, Replicated, Seat};
 use super::restore::{Restored, restore, restore_log};
 use super::run_folder::{RunFolder, RunIdentity, open_tokens};
@@ -115,8 +116,8 @@ async fn alone(ready: Ready, open: impl FnOnce() -> Opened) -> Result<Supervisor
     end
 }
 
-/// An object store that is out of reach is waited for so long: less than those wait who started the supervisor.
-const STORE_WAIT: Duration = Duration::from_secs(20);
+/// An object store that is out of reach is waited for so long: less than nodes wait for their supervisor.
+const STORE_WAIT: Duration = SUPERVISOR_WAIT.saturating_sub(Duration::from_secs(20));
 
 /// Restores, and tries again for a while if the job has begun and its object store is out of reach: a supervisor's new life
 /// need not end it.

@@ -66,6 +66,8 @@ pub(super) enum Msg {
     Loaded { step: Step, to: ActorId, parameters: Vec<ParameterState<Tensor>> },
     /// From either thread: the disk said no.
     DiskFailed(String),
+    /// From the store's thread: a state that is wanted cannot be read any more.
+    StateDamaged(String),
     /// From the store's thread: the store said no, and is tried again.
     StoreFails(String),
     /// From a watch over a process of this machine.
@@ -197,6 +199,12 @@ impl Actor for SupervisorProcess {
                     state.dismiss(&why);
                 }
                 state.cannot(why);
+            }
+            Msg::StateDamaged(why) => {
+                // The next life puts its checkpoint aside, and the job goes back to the one before.
+                tracing::error!(why, "the newest checkpoint is damaged");
+                let end = if state.among { SupervisorEnd::Deposed(why) } else { SupervisorEnd::Panicked };
+                let _ = state.end.try_send(end);
             }
             Msg::StoreFails(why) => state.store_fails(why),
             Msg::ProcessEnded(peer) => state.on_end_of(peer, "its process ended".to_owned()),

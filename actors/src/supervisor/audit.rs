@@ -10,8 +10,10 @@
 //!   to the newest checkpoint: others may have worked with what it made. The verdict supposes that all three had the same
 //!   inputs: if a primary's weights changed in memory after it handed them out, or a sender was made again in this step
 //!   and makes other bits now, the way back is right and the node that is named may not be.
+//! - AU-4: steps since that checkpoint that were committed without an audit may be wrong: they are done again, and reported
+//!   again with what comes of them. What the node made before the checkpoint is not looked at again.
 
-use super::{Happening, Supervisor, SupervisorEffect};
+use super::{Happening, Record, Supervisor, SupervisorEffect};
 use crate::ids::{ActorId, Address, NodeId, Step};
 use crate::message::Body;
 use crate::table::Entry;
@@ -86,7 +88,8 @@ impl Supervisor {
             let (actor, nodes) = (from.actor.to_string(), [first_node.0, second_node.0]);
             return vec![SupervisorEffect::Note(Happening::Audited { step, actor, nodes })];
         }
-        let elsewhere = (made.len() < 3).then(|| self.elsewhere(from.actor, &made)).flatten();
+        let nodes: Vec<NodeId> = made.iter().map(|(node, _)| *node).collect();
+        let elsewhere = (made.len() < 3).then(|| self.elsewhere(from.actor, &nodes)).flatten();
         match elsewhere {
             Some(node) => self.make_again(from.actor, step, node),
             // There is nobody to compare with.
@@ -112,10 +115,10 @@ impl Supervisor {
         }
     }
 
-    /// The node with the least to do that has not made it yet and has room.
-    fn elsewhere(&self, actor: ActorId, made: &[(NodeId, u128)]) -> Option<NodeId> {
+    /// The node with the least to do that is none of these and has room.
+    pub(super) fn elsewhere(&self, actor: ActorId, but: &[NodeId]) -> Option<NodeId> {
         let load = |node: NodeId| -> u64 { self.table.actors_of(node).map(|a| self.costs.of(a.actor)).sum() };
-        let others = self.working().into_iter().filter(|node| made.iter().all(|(n, _)| n != node));
+        let others = self.working().into_iter().filter(|node| !but.contains(node));
         others.filter(|node| self.costs.bytes(actor) <= self.room(*node)).min_by_key(|node| (load(*node), *node))
     }
 
@@ -148,6 +151,10 @@ impl Supervisor {
         if let Some(node) = wrong {
             effects.extend(self.dead(&[(node, why.clone(), Duration::ZERO)]));
         }
+        // AU-4.
+        let after = self.checkpoint;
+        self.doubt(after);
+        effects.extend(self.log(Record::Doubt(after), Vec::new()));
         effects.extend(self.corrupt(why, false));
         effects
     }

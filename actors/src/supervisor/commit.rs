@@ -82,6 +82,20 @@ pub(crate) enum CommitError {
         /// What the copy found.
         found: Corruption,
     },
+    /// A copy knows of a commit that the control log does not.
+    #[error(
+        "copy {replica} of shard {shard} has the state after step {step}, the control log ends with step {committed}"
+    )]
+    Ahead {
+        /// The shard.
+        shard: u32,
+        /// The copy.
+        replica: u32,
+        /// Its step.
+        step: Step,
+        /// The newest step of the log.
+        committed: Step,
+    },
     /// A sample is missing or was counted twice.
     #[error("shard {shard} counted {got} samples in step {step}, expected {expected}")]
     Unbalanced {
@@ -193,8 +207,11 @@ impl CommitCore {
 
     /// A copy has the state after `step`.
     pub(crate) fn applied(&mut self, shard: u32, replica: u32, step: Step, sums: Sums) -> Result<(), CommitError> {
-        if step != self.committed {
-            // One step behind: the commit is on its way to it.
+        if step > self.committed {
+            return Err(CommitError::Ahead { shard, replica, step, committed: self.committed });
+        }
+        if step < self.committed {
+            // The commit is on its way to it.
             return Ok(());
         }
         self.unheard.remove(&(shard, replica));

@@ -9,6 +9,9 @@ use crate::table::{Domain, Entry, Table};
 use std::collections::{BTreeMap, BTreeSet};
 use std::time::Duration;
 
+/// After so long without the nodes that a job begins with, operators are told.
+const NODES_WAIT: Duration = Duration::from_secs(5);
+
 impl Supervisor {
     /// Places what has no place. With `level`, evens out what may be moved too (at first there is nothing else).
     /// Gives the actors that were moved.
@@ -46,17 +49,25 @@ impl Supervisor {
         moved
     }
 
-    /// Tells operators once what waits for room, and how much.
-    pub(super) fn tell_room(&mut self) -> Option<SupervisorEffect> {
-        if std::mem::replace(&mut self.told_room, self.no_room) == self.no_room {
+    /// Tells operators once what the job waits for.
+    pub(super) fn tell_wait(&mut self) -> Option<SupervisorEffect> {
+        let why = self.waits();
+        if self.told_wait == why {
             return None;
         }
-        let why = self.waits_for_room()?;
-        Some(SupervisorEffect::Note(Happening::Waiting { why }))
+        self.told_wait.clone_from(&why);
+        Some(SupervisorEffect::Note(Happening::Waiting { why: why? }))
     }
 
-    /// What waits for room, for people.
-    pub(super) fn waits_for_room(&self) -> Option<String> {
+    /// What the job waits for, for people: room, or nodes that have not come for a while.
+    pub(super) fn waits(&self) -> Option<String> {
+        let begins = self.table.entries.len() > 2 || self.now.saturating_sub(self.began) < NODES_WAIT;
+        let (come, wanted) = (self.admitted.len(), self.nodes_wanted);
+        let nodes = || (!begins).then(|| format!("{come} of {wanted} nodes have come: the job begins when all have"));
+        self.waits_for_room().or_else(nodes)
+    }
+
+    fn waits_for_room(&self) -> Option<String> {
         let (count, bytes) = self.no_room?;
         let mib = |bytes: u64| bytes.div_ceil(1 << 20);
         let limits: Vec<String> =
@@ -240,18 +251,23 @@ impl Supervisor {
     }
 
     pub(super) fn actor_failed(&mut self, address: Address, reason: String) -> Vec<SupervisorEffect> {
-        if self.table.address(address.actor) != Some(address) {
+        let lives = self.table.node_of(address.actor).is_some_and(|node| self.table.nodes.contains_key(&node));
+        if self.table.address(address.actor) != Some(address) || !lives {
             return Vec::new();
         }
         let times = count_within(self.restarts.entry(address.actor).or_default(), self.now, RESTART_WINDOW);
+        let mut node = self.table.entries[&address.actor].node;
         if times > RESTARTS_MAX {
             let (actor, window) = (address.actor, RESTART_WINDOW.as_secs());
-            let why = format!("{actor} failed {times} times within {window} s; last: {reason}");
-            return self.finish(Err(why));
+            let Some(other) = self.last_resort(address.actor, node) else {
+                let why = format!("{actor} failed {times} times within {window} s; last: {reason}");
+                return self.finish(Err(why));
+            };
+            node = other;
         }
         self.failed(format!("{}: {reason}", address.actor), Duration::ZERO);
         if let Some(entry) = self.table.entries.get_mut(&address.actor) {
-            entry.incarnation = entry.incarnation.next();
+            *entry = Entry { node, incarnation: entry.incarnation.next() };
         }
         self.commit.out_of_sync(address.actor);
         let mut effects = self.settle(Vec::new());
@@ -262,6 +278,17 @@ impl Supervisor {
             epoch: self.table.epoch,
         }));
         effects
+    }
+
+    /// Another node for an actor that fails again and again where it is: that may be for its node. Once for each actor; state
+    /// stays where its copies are.
+    fn last_resort(&mut self, actor: ActorId, node: NodeId) -> Option<NodeId> {
+        let is_state = matches!(actor, ActorId::Reducer { .. });
+        let other = self.elsewhere(actor, &[node]).filter(|_| !is_state)?;
+        self.moved_away.insert(actor).then(|| {
+            self.restarts.remove(&actor);
+            other
+        })
     }
 
     /// A failure is noticed.

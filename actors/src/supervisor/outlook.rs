@@ -5,17 +5,22 @@ use crate::costs::Costs;
 use crate::ids::{ActorId, NodeId};
 use crate::spec::JobSpec;
 use crate::table::NodeInfo;
+use everstep_transport::LINK_BYTES;
 use std::collections::{BTreeMap, BTreeSet};
 
-/// Stages and experts of a job that is looked at, and cases that are tried.
-const ACTORS_MAX: usize = 1000;
+/// Of a node's process without actors.
+const PROGRAM_BYTES: u64 = 24 << 20;
+/// Cases that are tried, and with more stages and experts than that none.
 const CASES_MAX: usize = 500;
+const ACTORS_MAX: usize = 1000;
 
 /// See the module.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct Outlook {
     /// Bytes that the actors of the fullest node hold at most, as planned; none: there is not room for all.
     pub fullest: Option<u64>,
+    /// Bytes that its process needs beside them at most: the program, and what links to all others hold.
+    pub process: u64,
     /// Bytes among those of all nodes that outboxes keep until the commit.
     pub outboxes: u64,
     /// So many of them, whichever, may be lost at one time, and the rest goes on at once with all state.
@@ -38,22 +43,23 @@ pub enum Limit {
 }
 
 impl Outlook {
-    /// Of a job on so many nodes, each with so much memory (0: no limit), each a domain of its own. None: it has too many
-    /// actors for all cases to be tried.
-    pub fn new(spec: &JobSpec, nodes: usize, memory: u64) -> Option<Self> {
-        if spec.workers().len() > ACTORS_MAX {
-            return None;
-        }
+    /// Of a job on so many nodes, each with so much memory (0: no limit), each a domain of its own.
+    pub fn new(spec: &JobSpec, nodes: usize, memory: u64) -> Self {
         let costs = Costs::new(spec);
         let all: Vec<NodeId> = (1..=nodes as u64).map(NodeId).collect();
         let first = place(spec, &costs, &all, memory, &BTreeMap::new());
         let outboxes = costs.workers().map(|actor| costs.kept(actor)).sum();
-        let mut outlook = Self { fullest: None, outboxes, losses: 0, limit: Limit::Room };
-        let Some(first) = first else { return Some(outlook) };
-        let bytes = |node: &NodeId| first.iter().filter(|(_, at)| *at == node).map(|(a, _)| costs.bytes(*a)).sum();
-        outlook.fullest = all.iter().map(bytes).max();
+        // To each other node one, and one to the supervisor.
+        let process = PROGRAM_BYTES + nodes as u64 * LINK_BYTES;
+        let mut outlook = Self { fullest: None, process, outboxes, losses: 0, limit: Limit::Room };
+        let Some(first) = first else { return outlook };
+        let mut bytes: BTreeMap<NodeId, u64> = BTreeMap::new();
+        for (actor, node) in &first {
+            *bytes.entry(*node).or_default() += costs.bytes(*actor);
+        }
+        outlook.fullest = bytes.into_values().max();
         for lost in 1..=nodes {
-            if subsets(&all, lost).nth(CASES_MAX).is_some() {
+            if first.len() > ACTORS_MAX || subsets(&all, lost).nth(CASES_MAX).is_some() {
                 outlook.limit = Limit::Cases;
                 break;
             }
@@ -64,7 +70,7 @@ impl Outlook {
             }
             outlook.losses = lost;
         }
-        Some(outlook)
+        outlook
     }
 }
 
@@ -139,14 +145,14 @@ mod tests {
     fn copies_room_and_nodes_end_it() {
         let spec = |mirrors| JobSpec { mirrors, ..(*materials().spec).clone() };
         let of = |mirrors, nodes, memory| {
-            let outlook = Outlook::new(&spec(mirrors), nodes, memory).expect("it is small");
+            let outlook = Outlook::new(&spec(mirrors), nodes, memory);
             (outlook.losses, outlook.limit, outlook.fullest.is_some())
         };
         assert_eq!(of(0, 4, 0), (0, Limit::Copies, true));
         assert_eq!(of(1, 4, 0), (1, Limit::Copies, true));
         assert_eq!(of(2, 4, 0), (2, Limit::Copies, true));
         assert_eq!(of(2, 3, 0), (2, Limit::Nodes, true));
-        let fullest = Outlook::new(&spec(1), 2, 0).and_then(|outlook| outlook.fullest).expect("no limit");
+        let fullest = Outlook::new(&spec(1), 2, 0).fullest.expect("no limit");
         assert_eq!(of(1, 2, fullest), (0, Limit::Room, true));
         assert_eq!(of(1, 2, fullest / 4), (0, Limit::Room, false));
     }

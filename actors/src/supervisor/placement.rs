@@ -24,55 +24,76 @@ pub(crate) enum How {
     Pack,
 }
 
+/// A node that may get actors, and what it has so far.
+#[derive(Debug)]
+struct Candidate<'a> {
+    node: NodeId,
+    info: Option<&'a NodeInfo>,
+    /// Of the others' time that it takes.
+    percent: u64,
+    load: u64,
+    bytes: u64,
+}
+
+impl Candidate<'_> {
+    /// What it takes for so much work, in work of the others.
+    fn time_for(&self, work: u64) -> u64 {
+        work.saturating_mul(self.percent) / 100
+    }
+
+    /// What it takes for all that it has.
+    fn time(&self) -> u64 {
+        self.time_for(self.load)
+    }
+
+    /// Bytes that it has left.
+    fn room(&self) -> u64 {
+        self.info.map_or(u64::MAX, |info| info.room(self.bytes))
+    }
+
+    fn domain(&self) -> Option<&str> {
+        self.info.map(|info| &info.domain[..]).filter(|domain| !domain.is_empty())
+    }
+}
+
 /// See the module.
 #[derive(Debug)]
 pub(crate) struct Placement<'a> {
     costs: &'a Costs,
-    nodes: &'a [NodeId],
-    /// The nodes of the table.
-    infos: &'a BTreeMap<NodeId, NodeInfo>,
-    /// Percent of the others' time that slow nodes take.
-    slow: &'a BTreeMap<NodeId, u64>,
-    load: BTreeMap<NodeId, u64>,
-    bytes: BTreeMap<NodeId, u64>,
+    candidates: Vec<Candidate<'a>>,
+    /// Where each node is among them.
+    at: BTreeMap<NodeId, usize>,
     how: How,
 }
 
 impl<'a> Placement<'a> {
-    /// On these nodes; there is at least one.
+    /// On these nodes; there is at least one. `slow`: percent of the others' time that slow ones take.
     pub(crate) fn new(
         costs: &'a Costs,
-        nodes: &'a [NodeId],
-        (infos, slow): (&'a BTreeMap<NodeId, NodeInfo>, &'a BTreeMap<NodeId, u64>),
+        nodes: &[NodeId],
+        (infos, slow): (&'a BTreeMap<NodeId, NodeInfo>, &BTreeMap<NodeId, u64>),
         how: How,
     ) -> Self {
-        let none: BTreeMap<NodeId, u64> = nodes.iter().map(|n| (*n, 0)).collect();
-        Self { costs, nodes, infos, slow, load: none.clone(), bytes: none, how }
+        let candidate = |node: &NodeId| {
+            let percent = slow.get(node).copied().unwrap_or(100);
+            Candidate { node: *node, info: infos.get(node), percent, load: 0, bytes: 0 }
+        };
+        let at = nodes.iter().enumerate().map(|(at, node)| (*node, at)).collect();
+        Self { costs, candidates: nodes.iter().map(candidate).collect(), at, how }
     }
 
-    fn add(&mut self, actor: ActorId, node: NodeId) {
-        *self.load.entry(node).or_default() += self.costs.of(actor);
-        *self.bytes.entry(node).or_default() += self.costs.bytes(actor);
+    fn add(&mut self, actor: ActorId, at: usize) {
+        self.candidates[at].load += self.costs.of(actor);
+        self.candidates[at].bytes += self.costs.bytes(actor);
     }
 
-    /// What a node takes for so much work, in work of the others.
-    fn time(&self, node: NodeId, work: u64) -> u64 {
-        work.saturating_mul(self.slow.get(&node).copied().unwrap_or(100)) / 100
+    fn remove(&mut self, actor: ActorId, at: usize) {
+        self.candidates[at].load -= self.costs.of(actor);
+        self.candidates[at].bytes -= self.costs.bytes(actor);
     }
 
-    /// What it takes for all that it has.
-    fn time_of(&self, node: NodeId) -> u64 {
-        self.time(node, self.load[&node])
-    }
-
-    /// Bytes that a node has left.
-    fn room(&self, node: NodeId) -> u64 {
-        let used = self.bytes.get(&node).copied().unwrap_or(0);
-        self.infos.get(&node).map_or(u64::MAX, |info| info.room(used))
-    }
-
-    fn fits(&self, actor: ActorId, node: NodeId) -> bool {
-        self.costs.bytes(actor) <= self.room(node)
+    fn fits(&self, actor: ActorId, at: usize) -> bool {
+        self.costs.bytes(actor) <= self.candidates[at].room()
     }
 
     /// Places stages, experts and these copies of shards; what is `present` has a place and keeps it, unless evening out
@@ -84,7 +105,9 @@ impl<'a> Placement<'a> {
     ) -> BTreeMap<ActorId, NodeId> {
         let mut places = present.clone();
         for (actor, node) in present {
-            self.add(*actor, *node);
+            if let Some(at) = self.at.get(node).copied() {
+                self.add(*actor, at);
+            }
         }
         let costs = self.costs;
         let mut homeless: Vec<ActorId> =
@@ -100,9 +123,9 @@ impl<'a> Placement<'a> {
                 if places.contains_key(actor) || is_further(&places, *actor) != further {
                     continue;
                 }
-                if let Some(node) = self.best(*actor, &places) {
-                    places.insert(*actor, node);
-                    self.add(*actor, node);
+                if let Some(at) = self.best(*actor, &places) {
+                    places.insert(*actor, self.candidates[at].node);
+                    self.add(*actor, at);
                 }
             }
         }
@@ -113,58 +136,59 @@ impl<'a> Placement<'a> {
     }
 
     /// The node that is best for the actor: the lightest that may have it, or the one with the least room that it fits in.
-    fn best(&self, actor: ActorId, places: &BTreeMap<ActorId, NodeId>) -> Option<NodeId> {
-        let taken: Vec<NodeId> = match actor {
-            ActorId::Reducer { shard, .. } => places
-                .iter()
-                .filter(|(a, _)| matches!(a, ActorId::Reducer { shard: s, .. } if *s == shard))
-                .map(|(_, node)| *node)
-                .collect(),
+    fn best(&self, actor: ActorId, places: &BTreeMap<ActorId, NodeId>) -> Option<usize> {
+        let taken: Vec<usize> = match actor {
+            ActorId::Reducer { shard, .. } => {
+                copies(places, shard).filter_map(|node| self.at.get(node).copied()).collect()
+            }
             _ => Vec::new(),
         };
-        let domain = |node: &NodeId| self.infos.get(node).map(|info| &info.domain).filter(|d| !d.is_empty());
-        let shared = |node: &NodeId| domain(node).is_some_and(|d| taken.iter().any(|t| domain(t) == Some(d)));
-        let may = |node: &&NodeId| !taken.contains(node) && self.fits(actor, **node);
-        self.nodes
-            .iter()
-            .filter(may)
-            .min_by_key(|n| (shared(n), if self.how == How::Pack { self.room(**n) } else { self.time_of(**n) }))
-            .copied()
+        let shared =
+            |c: &Candidate| c.domain().is_some_and(|d| taken.iter().any(|at| self.candidates[*at].domain() == Some(d)));
+        let may = |(at, _): &(usize, &Candidate)| !taken.contains(at) && self.fits(actor, *at);
+        let key = |c: &Candidate| (shared(c), if self.how == How::Pack { c.room() } else { c.time() });
+        self.candidates.iter().enumerate().filter(may).min_by_key(|(_, c)| key(c)).map(|(at, _)| at)
     }
 
     /// Moves stages and experts (never state) from the heaviest node to the lightest while that helps.
     fn level(&mut self, places: &mut BTreeMap<ActorId, NodeId>) {
         let costs = self.costs;
-        let mut actors: Vec<ActorId> = costs.workers().collect();
-        actors.sort_by(|a, b| costs.of(*b).cmp(&costs.of(*a)).then(a.cmp(b)));
-        for _ in 0..actors.len() {
-            let heaviest = *self.nodes.iter().max_by_key(|n| (self.time_of(**n), Reverse(**n))).expect("a node");
-            let lightest = *self.nodes.iter().min_by_key(|n| (self.time_of(**n), **n)).expect("a node");
-            let most = self.time_of(heaviest);
-            // What the two would take, the longer of them first.
-            let after = |a: &ActorId| {
-                let without = self.time(heaviest, self.load[&heaviest] - costs.of(*a));
-                let with = self.time(lightest, self.load[&lightest] + costs.of(*a));
-                (without.max(with), without.min(with))
+        let mut on: Vec<Vec<ActorId>> = vec![Vec::new(); self.candidates.len()];
+        for actor in costs.workers().filter(|actor| costs.of(*actor) > 0) {
+            if let Some(at) = places.get(&actor).and_then(|node| self.at.get(node)) {
+                on[*at].push(actor);
+            }
+        }
+        for _ in 0..costs.workers().count() {
+            let all = || self.candidates.iter().enumerate();
+            let (heaviest, heavy) = all().max_by_key(|(_, h)| (h.time(), Reverse(h.node))).expect("a node");
+            let (lightest, light) = all().min_by_key(|(_, h)| (h.time(), h.node)).expect("a node");
+            // What the two would take, the longer of them first; of equals the largest moves.
+            let after = |actor: ActorId| {
+                let cost = costs.of(actor);
+                let (without, with) = (heavy.time_for(heavy.load - cost), light.time_for(light.load + cost));
+                (without.max(with), without.min(with), Reverse(cost), actor)
             };
-            let movable = |a: &&ActorId| {
-                let here = costs.of(**a) > 0 && places.get(a) == Some(&heaviest);
-                here && after(a).0 < most && self.fits(**a, lightest)
-            };
-            let Some(actor) = actors.iter().filter(movable).min_by_key(|a| after(a)) else { return };
-            let actor = *actor;
-            places.insert(actor, lightest);
-            *self.load.entry(heaviest).or_default() -= costs.of(actor);
-            *self.bytes.entry(heaviest).or_default() -= costs.bytes(actor);
+            let movable = |actor: &ActorId| after(*actor).0 < heavy.time() && self.fits(*actor, lightest);
+            let Some(actor) = on[heaviest].iter().copied().filter(movable).min_by_key(|a| after(*a)) else { return };
+            places.insert(actor, light.node);
+            on[heaviest].retain(|a| *a != actor);
+            on[lightest].push(actor);
+            self.remove(actor, heaviest);
             self.add(actor, lightest);
         }
     }
 }
 
+/// Nodes of the copies of a shard.
+fn copies(places: &BTreeMap<ActorId, NodeId>, shard: u32) -> impl Iterator<Item = &NodeId> {
+    let first = |shard: u32| ActorId::Reducer { shard, replica: 0 };
+    places.range(first(shard)..first(shard + 1)).map(|(_, node)| node)
+}
+
 /// Whether a copy of a shard has a place.
 pub(super) fn has_copy(places: &BTreeMap<ActorId, NodeId>, shard: u32) -> bool {
-    let first = |shard: u32| ActorId::Reducer { shard, replica: 0 };
-    places.range(first(shard)..first(shard + 1)).next().is_some()
+    copies(places, shard).next().is_some()
 }
 
 /// How many actors that a step needs have no place, and the bytes that they need.

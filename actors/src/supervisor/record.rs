@@ -1,5 +1,6 @@
 //! What the control log holds. Records are read by the next life of the supervisor.
 
+use crate::ids::Step;
 use crate::message::Commit;
 use crate::table::Table;
 use serde::{Deserialize, Serialize};
@@ -33,4 +34,6 @@ pub enum Record {
     },
     /// A step is committed.
     Commit(CommitRecord),
+    /// A node computed wrongly, perhaps for a while: fingerprints of steps after this one, which are done again, may be others.
+    Doubt(Step),
 }

@@ -308,18 +308,51 @@ fn a_lost_shard_sends_the_job_back() {
     }
 }
 
-/// Restart intensity: an actor that fails again and again ends the job with its words.
+/// Restart intensity: an actor that fails again and again gets another node, which may be why; if it fails there too, the job
+/// ends with its words.
 #[test]
-fn an_actor_that_fails_for_ever_ends_the_job() {
+fn an_actor_that_fails_everywhere_ends_the_job() {
     let mut job = started();
     let stage = ActorId::Stage { lane: 0, stage: 0 };
-    for life in 1..=RESTARTS_MAX as u32 + 1 {
+    let (first, most) = (job.supervisor.table().node_of(stage), RESTARTS_MAX as u32);
+    for life in 1..=2 * most + 2 {
         let failed = SupervisorEvent::ActorFailed { address: address(stage, life), reason: "boom".to_owned() };
         let effects = job.on(failed);
         let why = failure(&effects);
-        assert_eq!(why.is_some(), life > RESTARTS_MAX as u32);
+        assert_eq!(job.supervisor.table().node_of(stage) == first, life <= most, "life {life}");
+        assert_eq!(why.is_some(), life == 2 * most + 2, "life {life}");
         assert!(why.is_none_or(|w| w.contains("stage.0.0 failed 6 times") && w.contains("boom")));
     }
+}
+
+/// A copy whose node is dead, and for which there is no other node, has failed already.
+#[test]
+fn the_homeless_fail_no_more() {
+    let mut job = started();
+    job.on(SupervisorEvent::Lost { node: NodeId(2), why: "test".to_owned() });
+    let before = job.supervisor.table().clone();
+    let lost: Vec<ActorId> = before.entries.iter().filter(|(_, e)| e.node == NodeId(2)).map(|(a, _)| *a).collect();
+    assert!(!lost.is_empty());
+    for actor in lost {
+        let address = before.address(actor).unwrap();
+        assert!(job.on(SupervisorEvent::ActorFailed { address, reason: "late".to_owned() }).is_empty());
+    }
+    assert_eq!(*job.supervisor.table(), before);
+}
+
+/// A copy knows more than the log: the log has lost a record, and the job goes back instead of waiting for ever.
+#[test]
+fn a_log_that_lost_its_end_is_noticed() {
+    let mut job = started();
+    let before = job.supervisor.table().clone();
+    let (copy, _) = before.entries.iter().find(|(a, _)| matches!(a, ActorId::Reducer { .. })).unwrap();
+    let from = before.address(*copy).unwrap();
+    let effects = job.on(SupervisorEvent::Message { from, body: Body::Applied { step: 7, sums: Vec::new() } });
+    let told = effects.iter().find_map(|e| match e {
+        SupervisorEffect::Note(Happening::RolledBack { why, .. }) => Some(why.clone()),
+        _ => None,
+    });
+    assert!(told.is_some_and(|why| why.contains("after step 7, the control log ends with step 0")));
 }
 
 /// A recovery is told once, when the first commit after it is on disk; a job that began is none.

@@ -36,6 +36,28 @@ fn save(store: &mut Store, step: u64, seed: f32) {
     store.publish(step).unwrap();
 }
 
+/// All that is damaged is written again when its content comes again, not the first alone.
+#[test]
+fn all_damaged_chunks_are_put_aside() {
+    let folder = tempfile::tempdir().unwrap();
+    let mut store = open(&folder, 3).unwrap();
+    save(&mut store, 1, 1.0);
+    save(&mut store, 2, 2.0);
+    let manifest = store.reader().manifest(2).unwrap();
+    let weights = manifest.tensors.iter().map(|t| t.parts[0].chunks[0]);
+    for hash in weights {
+        let path = folder.path().join("chunks").join(ChunkHash(hash).to_string());
+        let mut bytes = fs::read(&path).unwrap();
+        bytes[3] ^= 1;
+        fs::write(path, bytes).unwrap();
+    }
+    let (good, wrong) = store.newest_good().unwrap();
+    assert_eq!((good, wrong.len()), (Some(1), 1));
+    store.refuse_after(1).unwrap();
+    save(&mut store, 2, 2.0);
+    assert_eq!(store.newest_good().unwrap().0, Some(2));
+}
+
 #[test]
 fn a_checkpoint_that_is_being_made_keeps_its_chunks_when_an_older_one_is_published() {
     let folder = tempfile::tempdir().unwrap();

@@ -1,16 +1,16 @@
 //! `everstep eval`: the loss on held-out text, and while a job trains, at every so many of its steps.
 
 use crate::data;
+use crate::tail::Tail;
 use crate::weights::{Weights, Which};
 use anyhow::{Context, Result, ensure};
-use everstep_actors::{RunFolder, Tokens};
-use everstep_checkpoint::Reader;
+use everstep_actors::{Config, RunFolder, Tokens};
 use everstep_kernels::{Backend, Decoder, mean_loss};
+use rayon::prelude::*;
 use serde::{Deserialize, Serialize};
+use std::collections::BTreeSet;
 use std::path::PathBuf;
 use std::process::{Child, Command, Stdio};
-use std::sync::atomic::{AtomicUsize, Ordering};
-use std::sync::{Mutex, PoisonError};
 
 /// What is said of a step.
 #[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
@@ -43,28 +43,14 @@ pub(crate) fn of_step(run: &RunFolder, which: Which, paths: &[PathBuf], sequence
 /// Mean losses of `n` of `all` sequences, evenly over the text: one thread's order is no other's.
 fn losses(weights: &Weights, tokens: &Tokens, n: usize, all: usize) -> Result<Vec<f64>> {
     let (length, b) = (weights.config.spec.model.sequence, weights.backend());
-    let (next, done) = (AtomicUsize::new(0), Mutex::new(vec![None; n]));
-    let work = || -> Result<()> {
-        loop {
-            let at = next.fetch_add(1, Ordering::Relaxed);
-            if at >= n {
-                return Ok(());
-            }
-            let from = at * all / n * length;
-            let window = tokens.read(from..from + length + 1);
-            let mut decoder = Decoder::new(weights.model(), &weights.map);
-            let logits = decoder.feed(&b, &window[..length])?;
-            let loss = mean_loss(&b.read(&logits)?, &window[1..]);
-            done.lock().unwrap_or_else(PoisonError::into_inner)[at] = Some(loss);
-        }
+    let of_sequence = |at: usize| -> Result<f64> {
+        let from = at * all / n * length;
+        let window = tokens.read(from..from + length + 1);
+        let mut decoder = Decoder::new(weights.model(), &weights.map);
+        let logits = decoder.feed(&b, &window[..length])?;
+        Ok(mean_loss(&b.read(&logits)?, &window[1..]))
     };
-    let threads = std::thread::available_parallelism().map_or(1, usize::from).min(n);
-    std::thread::scope(|scope| {
-        let handles: Vec<_> = (0..threads).map(|_| scope.spawn(work)).collect();
-        handles.into_iter().try_for_each(|h| h.join().unwrap_or_else(|p| std::panic::resume_unwind(p)))
-    })?;
-    let done = done.into_inner().unwrap_or_else(PoisonError::into_inner);
-    done.into_iter().collect::<Option<_>>().context("every sequence has a loss")
+    (0..n).into_par_iter().map(of_sequence).collect()
 }
 
 /// Evaluations of a run so far.
@@ -83,18 +69,39 @@ pub(crate) fn newest(run: &RunFolder) -> u64 {
 #[derive(Debug)]
 pub(crate) struct Evaluator {
     run: RunFolder,
-    reader: Reader,
     every: Option<u64>,
+    events: Tail,
+    /// Steps of the checkpoints that are kept, so far as events tell: the store itself may be far away.
+    stored: BTreeSet<u64>,
+    keep: usize,
     child: Option<Child>,
     /// The newest step that was given to a process.
     begun: u64,
 }
 
 impl Evaluator {
-    pub(crate) fn new(run: &RunFolder) -> Result<Self> {
-        let (config, reader) = crate::fingerprint::open(run)?;
-        let every = config.data.eval.map(|e| e.every);
-        Ok(Self { run: run.clone(), reader, every, child: None, begun: newest(run) })
+    pub(crate) fn new(run: &RunFolder, config: &Config) -> Self {
+        Self {
+            run: run.clone(),
+            every: config.data.eval.as_ref().map(|e| e.every),
+            events: Tail::new(run.events()),
+            stored: BTreeSet::new(),
+            keep: config.keep,
+            child: None,
+            begun: newest(run),
+        }
+    }
+
+    fn listen(&mut self) -> Result<()> {
+        for line in self.events.lines()?.iter().filter(|line| line.contains("\"checkpoint_stored\"")) {
+            // A line that a crash tore is nobody's.
+            let event = serde_json::from_str::<serde_json::Value>(line).unwrap_or_default();
+            self.stored.extend(event["step"].as_u64());
+        }
+        while self.stored.len() > self.keep {
+            self.stored.pop_first();
+        }
+        Ok(())
     }
 
     /// Starts an evaluation if one is due and none runs. Gives whether there is nothing more to do.
@@ -105,12 +112,14 @@ impl Evaluator {
             if !status.success() {
                 let log = self.run.logs().join("eval.log");
                 eprintln!("the evaluation of step {} failed: see {}", self.begun, log.display());
+                // If the checkpoint was put aside, another one of its step comes.
+                self.stored.remove(&self.begun);
+                self.begun = newest(&self.run);
             }
             self.child = None;
         }
-        // Before the first checkpoint there is no folder of them.
-        let steps = self.reader.steps().unwrap_or_default();
-        let due = steps.into_iter().find(|s| *s > self.begun && s.is_multiple_of(every));
+        self.listen()?;
+        let due = self.stored.iter().copied().find(|s| *s > self.begun && s.is_multiple_of(every));
         let Some(step) = due else { return Ok(true) };
         self.begun = step;
         let log = std::fs::File::options().create(true).append(true).open(self.run.logs().join("eval.log"))?;

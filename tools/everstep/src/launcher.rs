@@ -6,6 +6,7 @@
 use crate::data::Data;
 use crate::eval::Evaluator;
 use crate::progress::Progress;
+use crate::signals::Signals;
 use crate::{STATUS_FAILED, STATUS_LEFT};
 use anyhow::{Context, Result, bail};
 use everstep_actors::{Config, RunFolder, RunIdentity, milliseconds};
@@ -21,8 +22,10 @@ use std::time::{Duration, Instant};
 const LOOK: Duration = Duration::from_millis(20);
 /// How often checkpoints are looked for that are to be evaluated.
 const EVALUATE: Duration = Duration::from_millis(500);
-/// The supervisor must listen by then.
+/// A supervisor that does not listen for so long is told of: it may have a large checkpoint to verify.
 const START: Duration = Duration::from_secs(30);
+/// Restarts of supervisors within [`RESTART_WINDOW`] before any of them leads, after which it is given up.
+const STARTS_MAX: usize = 6;
 /// Restarts of one process within [`RESTART_WINDOW`] after which the job is given up.
 const RESTARTS_MAX: usize = 20;
 const RESTART_WINDOW: Duration = Duration::from_secs(30);
@@ -95,6 +98,11 @@ pub(crate) fn whole_folder(path: &Path, fill: impl FnOnce(&Path) -> Result<()>) 
 fn fill(run: &RunFolder, config: &Config, data: &Data) -> Result<String> {
     fs::create_dir_all(run.logs())?;
     fs::write(run.config(), &config.text)?;
+    for number in (1..=config.supervisors).filter(|_| config.supervisors > 1) {
+        // A supervisor whose log is not there has forgotten how it voted, and takes no part.
+        fs::create_dir_all(run.seat(number))?;
+        fs::File::create_new(run.seat(number).join("log"))?;
+    }
     let mut random = [0u8; 16];
     std::io::Read::read_exact(&mut fs::File::open("/dev/urandom")?, &mut random)?;
     let job: String = random.iter().map(|b| format!("{b:02x}")).collect();
@@ -125,9 +133,15 @@ struct Slot {
     name: String,
     child: Child,
     restarts: Vec<Instant>,
+    /// Of a supervisor: its last words before it was started again.
+    words: String,
 }
 
 impl Slot {
+    fn new(name: String, child: Child) -> Self {
+        Self { name, child, restarts: Vec::new(), words: String::new() }
+    }
+
     fn kill(&mut self) {
         // A process that has ended already needs no kill.
         let _ = self.child.kill();
@@ -169,7 +183,7 @@ pub(crate) struct Launcher {
 impl Launcher {
     /// Starts the processes of a run folder.
     pub(crate) fn start(run: RunFolder, nodes: usize, show: bool) -> Result<Self> {
-        let signals = Signals::new()?;
+        let mut signals = Signals::new()?;
         let text =
             fs::read_to_string(run.config()).with_context(|| format!("cannot read {}", run.config().display()))?;
         let config = Config::parse(&text, &run.config().display().to_string(), &[])?;
@@ -181,9 +195,9 @@ impl Launcher {
         let mut supervisors = Vec::new();
         for number in 1..=config.supervisors {
             let child = spawn_supervisor(&run, &listen, number, nodes)?;
-            supervisors.push(Slot { child, name: supervisor_name(number), restarts: Vec::new() });
+            supervisors.push(Slot::new(supervisor_name(number), child));
         }
-        let address = match wait_for_address(&run, &listen, nodes, &mut supervisors) {
+        let address = match wait_for_address(&run, &listen, nodes, (&mut supervisors[..], &mut signals)) {
             Ok(address) => address,
             Err(error) => {
                 supervisors.iter_mut().for_each(Slot::kill);
@@ -192,7 +206,7 @@ impl Launcher {
         };
         let mut launcher = Self {
             progress: Progress::new(&run, &config, show)?,
-            evaluator: Evaluator::new(&run)?,
+            evaluator: Evaluator::new(&run, &config),
             run,
             address,
             supervisors,
@@ -213,7 +227,7 @@ impl Launcher {
         let name = format!("node-{}", self.started);
         self.started += 1;
         let child = self.spawn_node(&name)?;
-        self.nodes.push(Slot { name, child, restarts: Vec::new() });
+        self.nodes.push(Slot::new(name, child));
         Ok(())
     }
 
@@ -237,7 +251,9 @@ impl Launcher {
             let steps = self.progress.look()?;
             if looked.elapsed() > EVALUATE {
                 looked = Instant::now();
-                self.evaluator.look()?;
+                if let Err(error) = self.evaluator.look() {
+                    eprintln!("evaluation: {error:#}");
+                }
             }
             let mut targets = Targets {
                 supervisors: self.supervisors.iter().map(|s| s.child.id()).collect(),
@@ -395,17 +411,31 @@ fn spawn_supervisor(run: &RunFolder, listen: &str, number: u64, nodes: usize) ->
     Ok(command.spawn()?)
 }
 
-fn wait_for_address(run: &RunFolder, listen: &str, nodes: usize, supervisors: &mut [Slot]) -> Result<String> {
-    let deadline = Instant::now() + START;
+fn wait_for_address(
+    run: &RunFolder,
+    listen: &str,
+    nodes: usize,
+    (supervisors, signals): (&mut [Slot], &mut Signals),
+) -> Result<String> {
+    let mut told = Instant::now();
     loop {
+        if let Some(signal) = signals.received() {
+            End::Interrupted(signal).finished()?;
+        }
         if let Ok(address) = fs::read_to_string(run.address()) {
             return Ok(address);
         }
         if let Some(end) = look_at_supervisors(run, listen, nodes, supervisors)? {
             end.finished()?;
         }
-        if Instant::now() > deadline {
-            bail!("the supervisor does not listen after {} s: see {}", START.as_secs(), run.logs().display());
+        let again = supervisors.iter().map(|slot| slot.restarts.len()).sum::<usize>();
+        if again > STARTS_MAX {
+            let words = supervisors.iter().map(|slot| &slot.words[..]).find(|words| !words.is_empty());
+            bail!("no supervisor begins; one of them said: {}", words.unwrap_or_default());
+        }
+        if told.elapsed() > START {
+            told = Instant::now();
+            eprintln!("the supervisor does not listen yet: it may verify a checkpoint: see {}", run.logs().display());
         }
         std::thread::sleep(LOOK);
     }
@@ -421,6 +451,7 @@ fn look_at_supervisors(run: &RunFolder, listen: &str, nodes: usize, supervisors:
         if status.code() == Some(i32::from(STATUS_FAILED)) || !may_restart(slot) {
             return Ok(Some(End::Failed(last_words(run, &slot.name, &mut slot.child, status))));
         }
+        slot.words = last_words(run, &slot.name, &mut slot.child, status);
         slot.child = spawn_supervisor(run, listen, number, nodes)?;
     }
     Ok(None)
@@ -444,40 +475,5 @@ pub(crate) fn kill(pid: u32, signal: Signal) {
     if let Some(pid) = i32::try_from(pid).ok().and_then(Pid::from_raw) {
         // It may have ended by itself.
         let _ = kill_process(pid, signal);
-    }
-}
-
-/// Signals that end the launcher, as they come.
-#[derive(Debug)]
-struct Signals {
-    runtime: tokio::runtime::Runtime,
-    interrupt: tokio::signal::unix::Signal,
-    terminate: tokio::signal::unix::Signal,
-    hang_up: tokio::signal::unix::Signal,
-}
-
-impl Signals {
-    fn new() -> Result<Self> {
-        use tokio::signal::unix::{SignalKind, signal};
-        let runtime = tokio::runtime::Builder::new_current_thread().enable_all().build()?;
-        let guard = runtime.enter();
-        let interrupt = signal(SignalKind::interrupt())?;
-        let terminate = signal(SignalKind::terminate())?;
-        let hang_up = signal(SignalKind::hangup())?;
-        drop(guard);
-        Ok(Self { runtime, interrupt, terminate, hang_up })
-    }
-
-    /// The number of a signal that has come.
-    fn received(&mut self) -> Option<u8> {
-        self.runtime.block_on(async {
-            tokio::select! {
-                biased;
-                _ = self.interrupt.recv() => Some(2),
-                _ = self.terminate.recv() => Some(15),
-                _ = self.hang_up.recv() => Some(1),
-                () = tokio::time::sleep(Duration::from_millis(1)) => None,
-            }
-        })
     }
 }

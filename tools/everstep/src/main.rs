@@ -15,7 +15,9 @@ mod plan;
 mod progress;
 mod recoveries;
 mod report;
+mod signals;
 mod simulate;
+mod tail;
 mod tensorboard;
 mod weights;
 
@@ -37,7 +39,8 @@ static ALLOCATOR: mimalloc::MiMalloc = mimalloc::MiMalloc;
 
 /// Exit status of a supervisor or node that ended for a reason that a restart would not change.
 const STATUS_FAILED: u8 = 3;
-
+/// Characters of a process's last words.
+const WORDS_MAX: usize = 8192;
 /// Exit status of a launcher's node that left on purpose: it is not started again.
 const STATUS_LEFT: u8 = 4;
 
@@ -201,11 +204,18 @@ fn main() -> ExitCode {
             // The log may lie on a full disk: the launcher is told by another way too.
             let _ = writeln!(std::io::stderr(), "error: {error:#}");
             if child {
-                let _ = writeln!(std::io::stdout(), "{error:#}");
+                tell_launcher(&format!("{error:#}"));
             }
             ExitCode::from(STATUS_FAILED)
         }
     }
+}
+
+/// Last words by a pipe, which is read when this process has ended: more than it holds would never leave.
+fn tell_launcher(words: &str) {
+    let words: String = words.chars().take(WORDS_MAX).collect();
+    // Whoever started it may not listen.
+    let _ = writeln!(std::io::stdout(), "{words}");
 }
 
 fn run(command: Command) -> Result<ExitCode> {
@@ -384,6 +394,7 @@ fn be_supervisor(run: RunFolder, options: &SupervisorOptions) -> Result<ExitCode
         Ok(SupervisorEnd::Panicked) => Ok(ExitCode::FAILURE),
         Ok(SupervisorEnd::Deposed(why)) => {
             eprintln!("this supervisor does not lead any more: {why}");
+            tell_launcher(&why);
             Ok(ExitCode::FAILURE)
         }
         Err(error) => bail!("{error}"),

@@ -99,12 +99,11 @@ fn summary(config: &Config, json: bool, out: &mut impl Write) -> Result<()> {
         ("shard_bytes", state / u64::from(spec.shards), "bytes of a shard of them"),
         ("checkpoint_bytes", state, "bytes of a checkpoint"),
     ];
-    if let Some(outlook) = outlook {
-        let of_node = |bytes| ("node_bytes", bytes, "bytes of all that lives on the fullest node, at most");
-        lines.push(("outbox_bytes", outlook.outboxes, "bytes that all outboxes keep until the commit, at most"));
-        lines.extend(outlook.fullest.map(of_node));
-        lines.push(("losses", outlook.losses as u64, losses(&outlook)));
-    }
+    let of_node = |bytes| ("node_bytes", bytes, "bytes of all that lives on the fullest node, at most");
+    lines.push(("outbox_bytes", outlook.outboxes, "bytes that all outboxes keep until the commit, at most"));
+    lines.extend(outlook.fullest.map(of_node));
+    lines.push(("process_bytes", outlook.process, "bytes of its process beside them, at most"));
+    lines.push(("losses", outlook.losses as u64, losses(&outlook)));
     for (key, value, words) in lines {
         if json {
             writeln!(out, "{}", json!({ "key": key, "value": value }))?;

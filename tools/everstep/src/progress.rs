@@ -2,39 +2,17 @@
 
 use crate::eval::{self, Evaluation};
 use crate::launcher::End;
+use crate::tail::Tail;
 use crate::tensorboard::Events;
 use anyhow::Result;
 use everstep_actors::{Config, MetricsLine, RunFolder};
 use indicatif::{ProgressBar, ProgressDrawTarget, ProgressStyle};
-use std::fs::File;
-use std::io::{IsTerminal, Read, Seek, SeekFrom};
+use std::io::IsTerminal;
 use std::path::PathBuf;
 use std::time::Instant;
 
 /// Lines that a run shows where there is no terminal.
 const LINES: u64 = 16;
-
-/// Follows a file of JSON lines.
-#[derive(Debug)]
-struct Tail {
-    path: PathBuf,
-    at: u64,
-    rest: String,
-}
-
-impl Tail {
-    fn lines(&mut self) -> Result<Vec<String>> {
-        let Ok(mut file) = File::open(&self.path) else { return Ok(Vec::new()) };
-        file.seek(SeekFrom::Start(self.at))?;
-        let mut bytes = Vec::new();
-        file.read_to_end(&mut bytes)?;
-        self.at += bytes.len() as u64;
-        self.rest.push_str(&String::from_utf8_lossy(&bytes));
-        let Some(end) = self.rest.rfind('\n') else { return Ok(Vec::new()) };
-        let whole: String = self.rest.drain(..=end).collect();
-        Ok(whole.lines().map(str::to_owned).collect())
-    }
-}
 
 /// See the module.
 #[derive(Debug)]
@@ -62,11 +40,10 @@ impl Progress {
         let bar = ProgressBar::with_draw_target(Some(config.spec.steps), target);
         bar.set_style(ProgressStyle::with_template("{bar:30} {pos}/{len}  {msg}  eta {eta}")?);
         let last = MetricsLine::read_all(&run.metrics())?.0.last().map_or(0, |l| l.step);
-        let tail = |path| Tail { path, at: 0, rest: String::new() };
         Ok(Self {
-            metrics: tail(run.metrics()),
-            events: tail(run.events()),
-            evaluations: tail(run.evals()),
+            metrics: Tail::new(run.metrics()),
+            events: Tail::new(run.events()),
+            evaluations: Tail::new(run.evals()),
             board: None,
             board_folder: run.0.join("tensorboard"),
             known: (last, eval::newest(run)),
@@ -88,7 +65,7 @@ impl Progress {
         self.recoveries += self.events.lines()?.iter().filter(|l| l.contains("\"recovered\"")).count() as u64;
         for line in self.metrics.lines()? {
             let Ok(line) = serde_json::from_str::<MetricsLine>(&line) else { continue };
-            self.show(&line)?;
+            self.show(&line);
             self.done = line.step;
             self.bar.set_position(line.step);
             let text = format!(
@@ -104,11 +81,18 @@ impl Progress {
         Ok(self.done)
     }
 
-    /// Adds a step, and evaluations that came meanwhile, to TensorBoard's file, which begins with it.
-    fn show(&mut self, line: &MetricsLine) -> Result<()> {
+    /// Adds a step, and evaluations that came meanwhile, to TensorBoard's file, which begins with it. A job does not end for it.
+    fn show(&mut self, line: &MetricsLine) {
         if line.step <= self.known.0 {
-            return Ok(());
+            return;
         }
+        if let Err(error) = self.add(line) {
+            eprintln!("{}: {error:#}: no more steps are added", self.board_folder.display());
+            (self.board, self.known.0) = (None, u64::MAX);
+        }
+    }
+
+    fn add(&mut self, line: &MetricsLine) -> Result<()> {
         if self.board.is_none() {
             self.board = Some(Events::begin(&self.board_folder, line.time)?);
         }

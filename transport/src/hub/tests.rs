@@ -2,6 +2,7 @@
 
 use super::*;
 use std::sync::Arc;
+use std::sync::atomic::{AtomicU64, Ordering};
 
 fn hub(folder: &std::path::Path, me: Peer) -> (Hub, mpsc::Receiver<HubEvent>) {
     let credentials = Credentials::load(folder).unwrap();
@@ -57,6 +58,62 @@ async fn a_session_survives_its_links() {
         assert_eq!(message.header, n.to_le_bytes());
         assert_eq!(*message.regions[0], vec![n as f32; 100_000]);
     }
+}
+
+/// Passes datagrams between whoever sends some here and `to`, and flips a bit in one of so many. Counts those.
+async fn garbler(to: SocketAddr, one_of: u64) -> (SocketAddr, Arc<AtomicU64>) {
+    let near = tokio::net::UdpSocket::bind("127.0.0.1:0").await.unwrap();
+    let far = tokio::net::UdpSocket::bind("127.0.0.1:0").await.unwrap();
+    let (address, garbled) = (near.local_addr().unwrap(), Arc::new(AtomicU64::new(0)));
+    let count = Arc::clone(&garbled);
+    tokio::spawn(async move {
+        let (mut there, mut back, mut client) = ([0; 1 << 16], [0; 1 << 16], None);
+        for n in 1.. {
+            let flip = |bytes: &mut [u8]| {
+                if n % one_of == 0 {
+                    bytes[n as usize % bytes.len()] ^= 1 << (n % 8);
+                    count.fetch_add(1, Ordering::Relaxed);
+                }
+            };
+            // A datagram that cannot be passed on is lost, as datagrams are.
+            let _ = tokio::select! {
+                got = near.recv_from(&mut there) => {
+                    let (length, from) = got.unwrap();
+                    client = Some(from);
+                    flip(&mut there[..length]);
+                    far.send_to(&there[..length], to).await
+                }
+                got = far.recv_from(&mut back) => {
+                    let (length, _) = got.unwrap();
+                    flip(&mut back[..length]);
+                    near.send_to(&back[..length], client.unwrap()).await
+                }
+            };
+        }
+    });
+    (address, garbled)
+}
+
+/// HU-1: a flipped bit on the wire is a lost datagram, never another message.
+#[tokio::test(flavor = "multi_thread")]
+async fn bits_that_flip_on_the_wire_change_nothing() {
+    let folder = tempfile::tempdir().unwrap();
+    Credentials::create(folder.path()).unwrap();
+    let (a, mut a_events) = hub(folder.path(), 1);
+    let (b, mut b_events) = hub(folder.path(), 2);
+    tokio::spawn(async move { while a_events.recv().await.is_some() {} });
+    let (address, garbled) = garbler(b.address().unwrap(), 20).await;
+    a.keep(2, address);
+    for n in 0..100u32 {
+        let region = Arc::new((0..50_000).map(|i| (n * 50_000 + i) as f32).collect::<Vec<f32>>());
+        a.send(2, Lane::Bulk, Message { header: n.to_le_bytes().to_vec(), regions: vec![region] });
+    }
+    for n in 0..100u32 {
+        let message = next_message(&mut b_events).await;
+        assert_eq!(message.header, n.to_le_bytes());
+        assert!(message.regions[0].iter().enumerate().all(|(i, x)| *x == (n * 50_000 + i as u32) as f32));
+    }
+    assert!(garbled.load(Ordering::Relaxed) > 100);
 }
 
 /// HU-1: a session that one side has closed is not taken up again as if nothing had been said.

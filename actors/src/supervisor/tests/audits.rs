@@ -112,6 +112,22 @@ fn without_a_majority_nobody_is_given_up() {
     }
 }
 
+/// AU-4: what was reported of steps since the checkpoint is forgotten, by later lives too.
+#[test]
+fn steps_that_were_not_audited_may_come_out_otherwise() {
+    let mut job = audited(3);
+    job.supervisor.reported.insert(1, "made without an audit".to_owned());
+    let actor = asked(&job.everybody(prepared(1, 4)))[0];
+    [1, 2, 2].into_iter().for_each(|digest| drop(answer(&mut job, actor, digest)));
+    assert!(!job.supervisor.reported.contains_key(&1));
+    for log in [job.log.clone(), Supervisor::compacted(&job.log)] {
+        let reported = [(1, "made without an audit".to_owned())].into();
+        let nodes = Nodes { wanted: 2, spares: 0, relieve: false };
+        let (next, _) = Supervisor::new(materials().spec, nodes, &log, 0, reported, Duration::ZERO, None);
+        assert!(next.reported.is_empty());
+    }
+}
+
 /// A new supervisor knows nothing of audits under way: it asks again before it commits.
 #[test]
 fn a_new_supervisor_asks_again() {

@@ -1,6 +1,6 @@
 //! `everstep bench steady`: what protection costs a job in which nothing fails. The same job is trained in turns without
 //! mirrors and checkpoints, with a mirror of every shard, and with a checkpoint every ten steps. Beside it what the nodes'
-//! processes needed at most, and what was planned for their actors.
+//! processes needed at most, and what was planned for them.
 
 use super::median;
 use crate::data::Data;
@@ -38,7 +38,8 @@ pub(super) fn run(config: &Path, set: &[String]) -> Result<()> {
             let [peak, planned] = &mut bytes[n];
             let look = |targets: &mut Targets| *peak = targets.nodes.iter().map(|p| peak_of(*p)).fold(*peak, u64::max);
             Launcher::start(run.clone(), config.nodes, false)?.wait(look)?.finished()?;
-            *planned = Outlook::new(&config.spec, config.nodes, 0).and_then(|outlook| outlook.fullest).unwrap_or(0);
+            let outlook = Outlook::new(&config.spec, config.nodes, 0);
+            *planned = outlook.fullest.map_or(0, |bytes| bytes + outlook.process);
             let lines = MetricsLine::read_all(&run.metrics())?.0;
             if lines.len() < 2 * WARM {
                 bail!("{} steps are too few: give the job at least {}", lines.len(), 2 * WARM);
