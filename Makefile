@@ -95,11 +95,10 @@ chaos-scale: build
 	$(PROGRAM) chaos configs/chaos/scale.toml configs/tiny.toml --set run.folder=runs/scale-$(NOW) --set job.nodes=1 \
 		--set train.steps=4000 --set checkpoint.every=500
 
-## Many seeds of the simulated job, then each planted bug.
+## Many seeds of the simulated job, then each planted bug, in a program that holds them.
 simulate: build
 	$(PROGRAM) simulate --seeds 0..100000
-	for bug in fence-skipped contribution-twice acknowledged-before-synced arrival-order-sum computed-twice lost-at-reconnect; do \
-		$(PROGRAM) simulate --seeds 0..1000 --plant $$bug || exit 1; done
+	cargo run --release --features plant --target-dir target/plant -- simulate --seeds 0..2000 --plant all
 
 ## The CUDA backend against the CPU's, on a machine with a GPU.
 gpu-check: setup

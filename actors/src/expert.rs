@@ -15,7 +15,7 @@ use crate::effect::{Core, Effect, Event};
 use crate::ids::{ActorId, Address, Step};
 use crate::message::{Body, Envelope, Local, Pass, Turn, Work, WorkItem, WorkResult};
 use crate::outbox::Outbox;
-use crate::plant::Bug;
+use crate::plant::{Bug, planted};
 use crate::spec::{JobSpec, Layout};
 use crate::table::Table;
 use everstep_kernels::{ExpertHeld, ExpertSaved, ExpertWeights, Group, ParameterMap, Tensor};
@@ -62,12 +62,11 @@ pub(crate) struct ExpertCore {
     load: u64,
     outbox: Outbox,
     audit: Question,
-    plant: Option<Bug>,
 }
 
 impl ExpertCore {
     /// A new life of an expert.
-    pub(crate) fn new(spec: Arc<JobSpec>, layout: Arc<Layout>, address: Address, plant: Option<Bug>) -> Self {
+    pub(crate) fn new(spec: Arc<JobSpec>, layout: Arc<Layout>, address: Address) -> Self {
         let ActorId::Expert { layer, expert } = address.actor else { unreachable!("an expert's address names one") };
         let group = layout.number_of[&Group::Expert { layer, expert }];
         Self {
@@ -88,7 +87,6 @@ impl ExpertCore {
             load: 0,
             outbox: Outbox::default(),
             audit: Question::default(),
-            plant,
         }
     }
 
@@ -119,7 +117,7 @@ impl ExpertCore {
             (true, Pass::Backward, Some(Rows::Saved(saved))) => {
                 Work::Backward { saved: saved.clone(), dy: rows.clone() }
             }
-            (true, Pass::Forward, Some(Rows::Saved(_))) if self.plant == Some(Bug::ComputedTwice) => {
+            (true, Pass::Forward, Some(Rows::Saved(_))) if planted(Bug::ComputedTwice) => {
                 Work::Forward { x: rows.clone() }
             }
             (true, Pass::Forward, Some(_))
@@ -127,7 +125,7 @@ impl ExpertCore {
             (false, _, _) | (true, Pass::Backward, None | Some(Rows::Going)) => {
                 let same =
                     |e: &Envelope| matches!(&e.body, Body::Rows { turn: t, pass: p, .. } if (*t, *p) == (turn, pass));
-                if !self.early.iter().any(same) {
+                if !self.early.iter().any(same) && !planted(Bug::EarlyRowsForgotten) {
                     self.early.push(envelope);
                 }
                 return None;
@@ -269,7 +267,9 @@ impl Core for ExpertCore {
             }
             Event::Computed(Outcome::Digest { step, digest }) => audit::tell(step, digest),
             // The host that asks for another life's answer has not heard yet that it is over.
-            Event::Local { local: Local::Arrived(envelope), .. } if envelope.to == self.address => {
+            Event::Local { local: Local::Arrived(envelope), .. }
+                if envelope.to == self.address || planted(Bug::RowsOfAnotherLife) =>
+            {
                 vec![self.arrived(envelope)]
             }
             Event::Local { local: Local::Done { expert, turn, result }, .. } if expert == self.address => {
@@ -305,7 +305,7 @@ mod tests {
 
     fn expert(materials: &Materials) -> ExpertCore {
         let me = address(ME, 1);
-        let mut core = ExpertCore::new(Arc::clone(&materials.spec), Arc::clone(&materials.layout), me, None);
+        let mut core = ExpertCore::new(Arc::clone(&materials.spec), Arc::clone(&materials.layout), me);
         drive(&mut core, Event::Table(Arc::new(table(materials))));
         drive(&mut core, weights(materials, Group::Expert { layer: 1, expert: 0 }));
         core

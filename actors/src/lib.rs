@@ -57,7 +57,8 @@ pub use shell::{
 pub use spec::{JobSpec, Layout, OptimizerSpec};
 pub use stored::{state_of, stored};
 pub use supervisor::{
-    CommitRecord, Happening, Limit, Outlook, Phases, Record, Report, Supervisor, SupervisorEffect, SupervisorEvent,
+    CommitRecord, Happening, Limit, Nodes, Outlook, Phases, Record, Report, Supervisor, SupervisorEffect,
+    SupervisorEvent,
 };
 pub use table::{Entry, NodeInfo, Table};
 pub use tokens::{SourceInfo, Tokens, token_width};

@@ -188,6 +188,53 @@ pub enum Body<T> {
 }
 
 impl<T> Body<T> {
+    /// For people: every kind.
+    pub(crate) const KINDS: [&'static str; 18] = [
+        "hidden",
+        "gradient",
+        "rows",
+        "answer",
+        "sums",
+        "weights",
+        "fetch",
+        "state",
+        "prepared",
+        "applied",
+        "stateless",
+        "corrupt",
+        "ready",
+        "audit",
+        "audited",
+        "commit",
+        "snapshot",
+        "snapshot kept",
+    ];
+
+    /// Its kind.
+    pub(crate) fn kind(&self) -> &'static str {
+        let at = match self {
+            Self::Hidden { .. } => 0,
+            Self::Gradient { .. } => 1,
+            Self::Rows { .. } => 2,
+            Self::Answer { .. } => 3,
+            Self::Sums { .. } => 4,
+            Self::Weights { .. } => 5,
+            Self::Fetch { .. } => 6,
+            Self::State { .. } => 7,
+            Self::Prepared { .. } => 8,
+            Self::Applied { .. } => 9,
+            Self::Stateless => 10,
+            Self::Corrupt(_) => 11,
+            Self::Ready => 12,
+            Self::Audit { .. } => 13,
+            Self::Audited { .. } => 14,
+            Self::Commit(_) => 15,
+            Self::Snapshot { .. } => 16,
+            Self::SnapshotKept { .. } => 17,
+        };
+        Self::KINDS[at]
+    }
+
     /// Whether it carries tensors, if perhaps empty ones.
     pub fn carries_tensors(&self) -> bool {
         match self {

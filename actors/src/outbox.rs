@@ -8,6 +8,7 @@
 use crate::effect::Effect;
 use crate::ids::{ActorId, Step};
 use crate::message::Body;
+use crate::plant::{Bug, planted};
 use crate::table::Table;
 use everstep_kernels::Tensor;
 use std::collections::BTreeMap;
@@ -38,15 +39,21 @@ impl Outbox {
 
     /// Keeps a message that somebody else sends in the actor's name.
     pub(crate) fn keep(&mut self, step: Step, to: ActorId, body: Body<Tensor>) {
-        self.kept.entry(to).or_default().push((step, body));
+        if !planted(Bug::OutboxForgottenEarly) {
+            self.kept.entry(to).or_default().push((step, body));
+        }
     }
 
     /// Sends again what receivers with a new life have not got.
     pub(crate) fn resend(&self, before: &Table, now: &Table) -> Vec<Effect> {
-        let copies = self.shards.iter().flat_map(|(shard, kept)| now.replicas(*shard).map(move |to| (to, kept)));
+        let served = self.shards.iter().filter(|_| !planted(Bug::NewCopyNotServed));
+        let copies = served.flat_map(|(shard, kept)| now.replicas(*shard).map(move |to| (to, kept)));
         let all = self.kept.iter().map(|(to, kept)| (*to, kept)).chain(copies);
         let replaced = all.filter(|(to, _)| now.replaced(before, *to));
-        replaced.flat_map(|(to, kept)| kept.iter().map(move |(_, body)| Effect::send(to, body.clone()))).collect()
+        let again = |kept: &'_ Kept| kept.len() - usize::from(planted(Bug::OutboxEntryForgotten));
+        replaced
+            .flat_map(|(to, kept)| kept[..again(kept)].iter().map(move |(_, body)| Effect::send(to, body.clone())))
+            .collect()
     }
 
     /// Forgets messages of committed steps.

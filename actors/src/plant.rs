@@ -1,52 +1,125 @@
-//! Bugs that the simulator can plant in the cores, to prove that it would find them.
-//! Nothing but the simulator ever plants one.
+//! Bugs that the simulator plants in the cores, to prove that it would find them.
+//!
+//! Only test builds and those with the feature `plant` hold them: in any other [`planted`] is a constant. A bug is planted in
+//! one thread, that of the simulated world.
 
 use std::fmt;
 use std::str::FromStr;
 
-/// A bug.
-#[derive(Debug, Clone, Copy, PartialEq, Eq)]
-pub enum Bug {
-    /// Messages of and to replaced actors are taken.
-    FenceSkipped,
-    /// A second copy of a sum is counted.
-    ContributionTwice,
-    /// A commit is announced before its record is synced.
-    AcknowledgedBeforeSynced,
-    /// Lanes are added in the order in which they came.
-    ArrivalOrderSum,
-    /// An expert computes rows again that it has computed.
-    ComputedTwice,
-    /// A session forgets what was not acknowledged when its link breaks.
-    LostAtReconnect,
+macro_rules! bugs {
+    ($($(#[$doc:meta])+ $bug:ident = $name:literal,)+) => {
+        /// A bug.
+        #[derive(Debug, Clone, Copy, PartialEq, Eq)]
+        pub enum Bug { $($(#[$doc])+ $bug,)+ }
+
+        impl Bug {
+            /// All of them, with their names.
+            pub const ALL: &[(Self, &str)] = &[$((Self::$bug, $name),)+];
+        }
+    };
 }
 
-impl Bug {
-    /// All of them.
-    pub const ALL: [Self; 6] = [
-        Self::FenceSkipped,
-        Self::ContributionTwice,
-        Self::AcknowledgedBeforeSynced,
-        Self::ArrivalOrderSum,
-        Self::ComputedTwice,
-        Self::LostAtReconnect,
-    ];
+bugs! {
+    /// Messages of and to replaced actors are taken.
+    FenceSkipped = "fence-skipped",
+    /// A message of a life that is not announced yet is refused, not held.
+    EarlyMessageRefused = "early-message-refused",
+    /// An older table takes the place of a newer one.
+    OldTableTaken = "old-table-taken",
+    /// A new life of a receiver gets all that was kept for it but the last.
+    OutboxEntryForgotten = "outbox-entry-forgotten",
+    /// What was sent to an actor is not kept until the commit.
+    OutboxForgottenEarly = "outbox-forgotten-early",
+    /// A new copy of a shard does not get what the others got.
+    NewCopyNotServed = "new-copy-not-served",
+    /// An expert computes rows again that it has computed.
+    ComputedTwice = "computed-twice",
+    /// An expert takes rows that were on their way to an earlier life.
+    RowsOfAnotherLife = "rows-of-another-life",
+    /// An expert forgets rows that come before its weights.
+    EarlyRowsForgotten = "early-rows-forgotten",
+    /// A stage begins its step again when its weights come again.
+    BegunAgain = "begun-again",
+    /// A second copy of a sum is counted.
+    ContributionTwice = "contribution-twice",
+    /// Lanes are added in the order in which they came.
+    ArrivalOrderSum = "arrival-order-sum",
+    /// A state is given to a new life without another look at it.
+    LateStateUnchecked = "late-state-unchecked",
+    /// Copies of a shard are not compared before a commit.
+    SumsNotCompared = "sums-not-compared",
+    /// States of copies are not compared after a commit.
+    StatesNotCompared = "states-not-compared",
+    /// A commit is announced before its record is synced.
+    AcknowledgedBeforeSynced = "acknowledged-before-synced",
+    /// A new supervisor overlooks the last commit of its log.
+    LastCommitOverlooked = "last-commit-overlooked",
+    /// A failed actor gets no new life.
+    FailureOverlooked = "failure-overlooked",
+    /// A silent node is not given up.
+    SilenceOverlooked = "silence-overlooked",
+    /// A copy that has no state may become the primary.
+    StatelessElected = "stateless-elected",
+    /// Actors keep their lives when the job goes back to a checkpoint.
+    LivesKeptGoingBack = "lives-kept-going-back",
+    /// A node is let go while actors live on it.
+    ReleasedWithActors = "released-with-actors",
+    /// A checkpoint is published when one shard of it is stored.
+    PublishedIncomplete = "published-incomplete",
+    /// A checkpoint is published before its copies were compared.
+    PublishedUnverified = "published-unverified",
+    /// A session forgets what was not acknowledged when its link breaks.
+    LostAtReconnect = "lost-at-reconnect",
+}
 
-    fn name(self) -> &'static str {
-        match self {
-            Self::FenceSkipped => "fence-skipped",
-            Self::ContributionTwice => "contribution-twice",
-            Self::AcknowledgedBeforeSynced => "acknowledged-before-synced",
-            Self::ArrivalOrderSum => "arrival-order-sum",
-            Self::ComputedTwice => "computed-twice",
-            Self::LostAtReconnect => "lost-at-reconnect",
+#[cfg(any(test, feature = "plant"))]
+mod thread {
+    use super::Bug;
+    use std::cell::Cell;
+
+    thread_local! {
+        static PLANTED: Cell<Option<Bug>> = const { Cell::new(None) };
+    }
+
+    /// Whether it is planted in this thread.
+    pub(crate) fn planted(bug: Bug) -> bool {
+        PLANTED.get() == Some(bug)
+    }
+
+    /// Runs something with a bug planted, or with none.
+    pub(crate) fn with<R>(bug: Option<Bug>, run: impl FnOnce() -> R) -> R {
+        struct Before(Option<Bug>);
+        impl Drop for Before {
+            fn drop(&mut self) {
+                PLANTED.set(self.0);
+            }
         }
+        let _before = Before(PLANTED.replace(bug));
+        run()
     }
 }
 
+#[cfg(not(any(test, feature = "plant")))]
+mod thread {
+    use super::Bug;
+
+    /// No bug is.
+    pub(crate) const fn planted(_: Bug) -> bool {
+        false
+    }
+
+    /// Runs something; there is no bug to plant.
+    pub(crate) fn with<R>(_: Option<Bug>, run: impl FnOnce() -> R) -> R {
+        run()
+    }
+}
+
+pub(crate) use thread::{planted, with};
+
 impl fmt::Display for Bug {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        f.write_str(self.name())
+        let named = Self::ALL.iter().find(|(bug, _)| bug == self);
+        f.write_str(named.map_or("", |(_, name)| name))
     }
 }
 
@@ -54,8 +127,9 @@ impl FromStr for Bug {
     type Err = String;
 
     fn from_str(text: &str) -> Result<Self, String> {
-        Self::ALL.into_iter().find(|b| b.name() == text).ok_or_else(|| {
-            let names: Vec<&str> = Self::ALL.iter().map(|b| b.name()).collect();
+        let named = Self::ALL.iter().find(|(_, name)| *name == text);
+        named.map(|(bug, _)| *bug).ok_or_else(|| {
+            let names: Vec<&str> = Self::ALL.iter().map(|(_, name)| *name).collect();
             format!("no bug is called '{text}'; there are {}", names.join(", "))
         })
     }

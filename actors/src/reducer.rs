@@ -25,7 +25,7 @@ use crate::compute::{Job, Outcome};
 use crate::effect::{Core, Effect, Event};
 use crate::ids::{ActorId, Address, Step};
 use crate::message::{Body, Commit, Corruption, ParameterState};
-use crate::plant::Bug;
+use crate::plant::{Bug, planted};
 use crate::spec::{JobSpec, Layout};
 use crate::table::Table;
 use arithmetic::fits;
@@ -71,12 +71,11 @@ pub(crate) struct ReducerCore {
     snapshot_again: bool,
     /// It changed by itself: nothing is done any more.
     corrupt: Option<Corruption>,
-    plant: Option<Bug>,
 }
 
 impl ReducerCore {
     /// A new life of a copy.
-    pub(crate) fn new(spec: Arc<JobSpec>, layout: Arc<Layout>, shard: u32, replica: u32, plant: Option<Bug>) -> Self {
+    pub(crate) fn new(spec: Arc<JobSpec>, layout: Arc<Layout>, shard: u32, replica: u32) -> Self {
         let numbers = layout.of_shard(shard);
         let groups = layout.groups[shard as usize].clone();
         Self {
@@ -101,7 +100,6 @@ impl ReducerCore {
             late: BTreeSet::new(),
             snapshot_again: false,
             corrupt: None,
-            plant,
         }
     }
 
@@ -206,8 +204,7 @@ impl ReducerCore {
             self.refused = Some((from.actor, group));
             return Vec::new();
         }
-        let ledger =
-            self.ledgers.entry(step).or_insert_with(|| Ledger::new(&self.spec, step, &self.groups, self.plant));
+        let ledger = self.ledgers.entry(step).or_insert_with(|| Ledger::new(&self.spec, step, &self.groups));
         ledger.credit(from.actor, group, receipt);
         if self.ledgers.len() > LEDGERS_MAX {
             self.ledgers.pop_first();
@@ -226,6 +223,9 @@ impl ReducerCore {
         }
         let Some(state) = &self.state else { return Vec::new() };
         if std::mem::take(&mut self.unsure) {
+            if planted(Bug::LateStateUnchecked) {
+                return self.on_checked(Ok(()));
+            }
             self.computing = true;
             return vec![Effect::Compute { job: Job::Check(state.clone()), cost: self.size() }];
         }

@@ -5,7 +5,6 @@ use crate::effect::Event;
 use crate::ids::{ActorId, Address, NodeId, SUPERVISOR_NODE, Step};
 use crate::keeper::{KeeperCore, KeeperEffect, KeeperEvent};
 use crate::message::{Body, Envelope, ParameterState};
-use crate::plant::Bug;
 use crate::router::{Action, Router};
 use crate::supervisor::{Happening, Record, Report, Supervisor, SupervisorEffect, SupervisorEvent};
 use everstep_kernels::Tensor;
@@ -76,9 +75,8 @@ impl Root {
         supervisor: Supervisor,
         first: Vec<SupervisorEffect>,
         keeper: KeeperCore,
-        plant: Option<Bug>,
     ) -> (Self, Vec<RootEffect>) {
-        let mut router = Router::new(plant);
+        let mut router = Router::new();
         router.welcome(SUPERVISOR_NODE);
         let mut root = Self { supervisor, keeper, router };
         let effects = root.supervised(Duration::ZERO, first);

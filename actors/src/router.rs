@@ -11,7 +11,7 @@
 use crate::effect::Event;
 use crate::ids::{ActorId, Address, NodeId, SUPERVISOR_NODE};
 use crate::message::{Body, Envelope, Local};
-use crate::plant::Bug;
+use crate::plant::{Bug, planted};
 use crate::table::Table;
 use everstep_kernels::Tensor;
 use std::cmp::Ordering;
@@ -54,13 +54,12 @@ pub(crate) struct Router {
     refused: u64,
     /// Lives that failed and are not replaced yet, with their last words.
     failed: BTreeMap<Address, String>,
-    plant: Option<Bug>,
 }
 
 impl Router {
     /// The router of a process that has not heard of any epoch.
-    pub(crate) fn new(plant: Option<Bug>) -> Self {
-        Self { node: None, table: Arc::default(), early: Vec::new(), refused: 0, failed: BTreeMap::new(), plant }
+    pub(crate) fn new() -> Self {
+        Self { node: None, table: Arc::default(), early: Vec::new(), refused: 0, failed: BTreeMap::new() }
     }
 
     /// The supervisor has given this process its number.
@@ -115,7 +114,7 @@ impl Router {
 
     /// A new epoch. Older ones are ignored.
     pub(crate) fn on_table(&mut self, table: Arc<Table>) -> Vec<Action> {
-        if table.epoch <= self.table.epoch {
+        if table.epoch <= self.table.epoch && !planted(Bug::OldTableTaken) {
             return Vec::new();
         }
         let before = std::mem::replace(&mut self.table, Arc::clone(&table));
@@ -141,7 +140,7 @@ impl Router {
     }
 
     fn verdict(&self, envelope: &Envelope) -> Verdict {
-        if self.plant == Some(Bug::FenceSkipped) {
+        if planted(Bug::FenceSkipped) {
             return Verdict::Pass;
         }
         if self.table.is_retired(envelope.from.actor) || self.table.is_retired(envelope.to.actor) {
@@ -171,7 +170,9 @@ impl Router {
         for envelope in bundle {
             match self.verdict(&envelope) {
                 Verdict::Refuse => self.refused += 1,
-                Verdict::Hold if self.early.len() < EARLY_MAX => self.early.push(envelope),
+                Verdict::Hold if self.early.len() < EARLY_MAX && !planted(Bug::EarlyMessageRefused) => {
+                    self.early.push(envelope)
+                }
                 Verdict::Hold => self.refused += 1,
                 Verdict::Pass => match (envelope.to.actor, &envelope.body) {
                     (ActorId::Expert { layer, .. }, Body::Rows { .. }) => {
@@ -233,7 +234,7 @@ mod tests {
     }
 
     fn router(table: &Table) -> Router {
-        let mut router = Router::new(None);
+        let mut router = Router::new();
         router.welcome(NodeId(1));
         router.on_table(Arc::new(table.clone()));
         router
@@ -313,7 +314,7 @@ mod tests {
     #[test]
     fn actors_are_spawned_once_for_each_life() {
         let first = table(&materials());
-        let mut router = Router::new(None);
+        let mut router = Router::new();
         router.welcome(NodeId(1));
         let spawned = |actions: &[Action]| -> Vec<Address> {
             actions.iter().filter_map(|a| if let Action::Spawn(address) = a { Some(*address) } else { None }).collect()

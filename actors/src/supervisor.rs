@@ -41,7 +41,7 @@ use timeline::Timeline;
 use crate::costs::Costs;
 use crate::ids::{ActorId, Incarnation, NodeId, SUPERVISOR_NODE, Step};
 use crate::message::Body;
-use crate::plant::Bug;
+use crate::plant::{Bug, planted};
 use crate::spec::{JobSpec, Layout};
 use crate::table::{Entry, NodeInfo, Table};
 use std::collections::{BTreeMap, BTreeSet, VecDeque};
@@ -139,7 +139,6 @@ pub struct Supervisor {
     released: BTreeSet<NodeId>,
     /// The time of the event that is handled.
     now: Duration,
-    plant: Option<Bug>,
 }
 
 impl Supervisor {
@@ -152,7 +151,6 @@ impl Supervisor {
         checkpoint: Step,
         reported: BTreeMap<Step, String>,
         now: Duration,
-        plant: Option<Bug>,
     ) -> (Self, Vec<SupervisorEffect>) {
         let layout = Layout::new(&spec);
         let mut s = Self {
@@ -189,7 +187,6 @@ impl Supervisor {
             fenced: BTreeSet::new(),
             released: BTreeSet::new(),
             now,
-            plant,
             spec,
         };
         for record in log {
@@ -255,6 +252,7 @@ impl Supervisor {
                 self.table = table.clone();
                 self.next_node = *next_node;
             }
+            Record::Commit(_) if planted(Bug::LastCommitOverlooked) => {}
             Record::Commit(commit) => self.last = Some(*commit),
             Record::Doubt(after) => self.doubt(*after),
         }
@@ -306,7 +304,8 @@ impl Supervisor {
                     format!("silent for {} ms, {} are allowed it", s.silence.as_millis(), s.allowed.as_millis())
                 };
                 let silent: Vec<_> = self.membership.expired(now).iter().map(|s| (s.node, why(s), s.silence)).collect();
-                let mut effects = if silent.is_empty() { Vec::new() } else { self.dead(&silent) };
+                let none = silent.is_empty() || planted(Bug::SilenceOverlooked);
+                let mut effects = if none { Vec::new() } else { self.dead(&silent) };
                 effects.extend(self.cut());
                 effects.extend(self.compare_speeds());
                 effects
@@ -321,7 +320,7 @@ impl Supervisor {
     /// Logs a record; `then` follows its sync.
     fn log(&mut self, record: Record, then: Vec<SupervisorEffect>) -> Vec<SupervisorEffect> {
         let mut effects = vec![SupervisorEffect::Append(record)];
-        if self.plant == Some(Bug::AcknowledgedBeforeSynced) {
+        if planted(Bug::AcknowledgedBeforeSynced) {
             effects.extend(then);
             self.held.push_back(Vec::new());
         } else {

@@ -25,7 +25,7 @@ pub(crate) fn of(spec: JobSpec) -> Materials {
     let bytes: Vec<u8> = (0..200u32).map(|i| (i * i % 7) as u8).collect();
     let corpus = Corpus::new(vec![Tokens::new(Arc::new(bytes), 1)], &spec).unwrap();
     let spec = Arc::new(spec);
-    Materials { layout: Layout::new(&spec), spec, corpus, plant: None }
+    Materials { layout: Layout::new(&spec), spec, corpus }
 }
 
 pub(crate) fn address(actor: ActorId, incarnation: u32) -> Address {

@@ -5,7 +5,6 @@ use crate::effect::Core;
 use crate::expert::ExpertCore;
 use crate::host::HostCore;
 use crate::ids::{ActorId, Address};
-use crate::plant::Bug;
 use crate::reducer::ReducerCore;
 use crate::spec::{JobSpec, Layout};
 use crate::stage::StageCore;
@@ -20,8 +19,6 @@ pub(crate) struct Materials {
     pub layout: Arc<Layout>,
     /// Its text.
     pub corpus: Corpus,
-    /// A bug of the simulator's.
-    pub plant: Option<Bug>,
 }
 
 impl Materials {
@@ -32,11 +29,9 @@ impl Materials {
             ActorId::Stage { lane, stage } => {
                 Some(Box::new(StageCore::new(spec, layout, self.corpus.clone(), lane, stage)))
             }
-            ActorId::Expert { .. } => Some(Box::new(ExpertCore::new(spec, layout, address, self.plant))),
+            ActorId::Expert { .. } => Some(Box::new(ExpertCore::new(spec, layout, address))),
             ActorId::Host { .. } => Some(Box::new(HostCore::new(spec))),
-            ActorId::Reducer { shard, replica } => {
-                Some(Box::new(ReducerCore::new(spec, layout, shard, replica, self.plant)))
-            }
+            ActorId::Reducer { shard, replica } => Some(Box::new(ReducerCore::new(spec, layout, shard, replica))),
             ActorId::Supervisor | ActorId::Keeper => None,
         }
     }

@@ -5,7 +5,7 @@
 //!   of the step once.
 
 use crate::ids::{ActorId, Step};
-use crate::plant::Bug;
+use crate::plant::{Bug, planted};
 use crate::spec::JobSpec;
 use everstep_kernels::{Group, Tensor};
 use std::collections::BTreeMap;
@@ -33,15 +33,14 @@ pub struct Ledger {
     expected: BTreeMap<Group, BTreeMap<ActorId, Option<Receipt>>>,
     /// In order of arrival, for the planted bugs.
     arrivals: BTreeMap<Group, Vec<(ActorId, Receipt)>>,
-    plant: Option<Bug>,
 }
 
 impl Ledger {
     /// An empty ledger of a shard's groups.
-    pub fn new(spec: &JobSpec, step: Step, groups: &[Group], plant: Option<Bug>) -> Self {
+    pub fn new(spec: &JobSpec, step: Step, groups: &[Group]) -> Self {
         let senders = |g: &Group| spec.senders_of(*g).into_iter().map(|s| (s, None)).collect();
         let expected = groups.iter().map(|g| (*g, senders(g))).collect();
-        Self { micro_batches: spec.micro_batches.at(step), expected, arrivals: BTreeMap::new(), plant }
+        Self { micro_batches: spec.micro_batches.at(step), expected, arrivals: BTreeMap::new() }
     }
 
     /// Counts a sum. Foreign senders, incomplete sums and second copies are not counted.
@@ -50,10 +49,10 @@ impl Ledger {
             return;
         }
         let Some(place) = self.expected.get_mut(&group).and_then(|of| of.get_mut(&sender)) else { return };
-        if place.is_some() && self.plant != Some(Bug::ContributionTwice) {
+        if place.is_some() && !planted(Bug::ContributionTwice) {
             return;
         }
-        if self.plant.is_some() {
+        if planted(Bug::ContributionTwice) || planted(Bug::ArrivalOrderSum) {
             self.arrivals.entry(group).or_default().push((sender, receipt.clone()));
         }
         *place = Some(receipt);
@@ -78,15 +77,13 @@ impl Ledger {
 
     /// A group's receipts in order of sender.
     pub fn receipts(&self, group: Group) -> Vec<(ActorId, Receipt)> {
-        match self.plant {
-            Some(Bug::ArrivalOrderSum) => return self.arrivals[&group].clone(),
-            Some(Bug::ContributionTwice) => {
-                let mut all = self.arrivals[&group].clone();
-                all.sort_by_key(|(sender, _)| *sender);
-                return all;
-            }
-            Some(Bug::FenceSkipped | Bug::ComputedTwice | Bug::AcknowledgedBeforeSynced | Bug::LostAtReconnect)
-            | None => {}
+        if planted(Bug::ArrivalOrderSum) {
+            return self.arrivals[&group].clone();
+        }
+        if planted(Bug::ContributionTwice) {
+            let mut all = self.arrivals[&group].clone();
+            all.sort_by_key(|(sender, _)| *sender);
+            return all;
         }
         self.expected[&group].iter().filter_map(|(sender, r)| Some((*sender, r.clone()?))).collect()
     }

@@ -6,7 +6,7 @@ use crate::worker::Materials;
 use everstep_kernels::Bf16;
 
 fn reducer(materials: &Materials, replica: u32) -> ReducerCore {
-    ReducerCore::new(Arc::clone(&materials.spec), Arc::clone(&materials.layout), 0, replica, None)
+    ReducerCore::new(Arc::clone(&materials.spec), Arc::clone(&materials.layout), 0, replica)
 }
 
 /// A primary with the initial state of shard 0.
@@ -312,7 +312,7 @@ fn sums_of_other_shapes_are_not_counted() {
 fn an_incomplete_sum_is_not_counted() {
     let materials = materials();
     let groups = &materials.layout.groups[0];
-    let mut ledger = Ledger::new(&materials.spec, 1, groups, None);
+    let mut ledger = Ledger::new(&materials.spec, 1, groups);
     let missing = ledger.missing();
     let sender = materials.spec.senders_of(groups[0])[0];
     let receipt = |micro_batches| Receipt {

@@ -220,7 +220,7 @@ async fn receive_job(
         if let Some((spec, sources)) = &job {
             if tokens.len() == sources.len() {
                 let corpus = Corpus::new(tokens, spec)?;
-                let materials = Materials { layout: Layout::new(spec), spec: Arc::clone(spec), corpus, plant: None };
+                let materials = Materials { layout: Layout::new(spec), spec: Arc::clone(spec), corpus };
                 return Ok(Some((materials, pace)));
             }
             let (source, from) = (tokens.len() as u32, coming.as_ref().map_or(0, |c| c.length));

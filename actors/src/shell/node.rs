@@ -88,7 +88,7 @@ impl Actor for Node {
         let Args { hub, supervisor, join, materials, pool, end } = args;
         let pulse = Pulse::start(hub.clone(), supervisor, pool.clone())?;
         Ok(State {
-            router: Router::new(materials.plant),
+            router: Router::new(),
             hub,
             supervisor,
             join,

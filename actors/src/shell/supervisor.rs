@@ -140,8 +140,8 @@ impl Actor for SupervisorProcess {
         let keeper = KeeperCore::new(Arc::clone(&spec), Arc::clone(&layout), checkpoint);
         let nodes = Nodes { wanted: config.nodes, spares: config.spares, relieve: config.relieve };
         let (supervisor, first) =
-            Supervisor::new(spec, nodes, &restored.records, checkpoint, restored.reported, Duration::ZERO, None);
-        let (root, effects) = Root::new(supervisor, first, keeper, None);
+            Supervisor::new(spec, nodes, &restored.records, checkpoint, restored.reported, Duration::ZERO);
+        let (root, effects) = Root::new(supervisor, first, keeper);
         let mut state = State {
             root,
             config,

@@ -2,8 +2,9 @@
 
 use super::checks::Broken;
 use super::network::Life;
+use super::plan::Fault;
 use super::process::{SimNode, SimRoot};
-use super::world::{Fault, ForRoot, SimEvent, TICK, World};
+use super::world::{ForRoot, SimEvent, TICK, World};
 use crate::control::Control;
 use crate::effect::Event;
 use crate::ids::{ActorId, Address, Step};
@@ -27,9 +28,10 @@ impl World {
         self.note(format!("slot {slot} starts as life {life}"));
         self.nodes[slot] = Some(SimNode {
             life,
-            router: Router::new(self.materials.plant),
+            router: Router::new(),
             actors: BTreeMap::new(),
             paused: 0,
+            slow: (1, 0),
             work: 0,
             tally: Tally::default(),
             supervisor: None,
@@ -43,9 +45,8 @@ impl World {
         let reported = self.fingerprints.iter().enumerate().map(|(i, f)| (i as Step + 1, f.clone())).collect();
         let now = Duration::from_micros(self.now);
         let spec = Arc::clone(&self.materials.spec);
-        let plant = self.materials.plant;
         let nodes = Nodes { wanted: self.slots - self.spares, spares: self.spares, relieve: false };
-        let (supervisor, first) = Supervisor::new(spec, nodes, &self.disk, self.published, reported, now, plant);
+        let (supervisor, first) = Supervisor::new(spec, nodes, &self.disk, self.published, reported, now);
         self.note(format!("the supervisor starts as life {life} with step {} committed", supervisor.committed()));
         if supervisor.committed() < self.announced {
             let what =
@@ -54,7 +55,7 @@ impl World {
         }
         let (spec, layout) = (Arc::clone(&self.materials.spec), Arc::clone(&self.materials.layout));
         let keeper = KeeperCore::new(spec, layout, self.published);
-        let (root, effects) = Root::new(supervisor, first, keeper, plant);
+        let (root, effects) = Root::new(supervisor, first, keeper);
         self.root = Some(SimRoot { life, root, lives: BTreeMap::new(), joining: BTreeMap::new() });
         self.after_root(TICK, ForRoot::Tick);
         self.perform_root(effects)
@@ -83,7 +84,7 @@ impl World {
     }
 
     pub(super) fn fault(&mut self, fault: Fault) -> Result<(), Broken> {
-        self.faults += 1;
+        self.coverage.fault(fault);
         self.note(format!("fault: {fault:?}"));
         match fault {
             Fault::Kill { slot, seen } => self.kill_node(slot, seen),
@@ -104,6 +105,13 @@ impl World {
                     self.after(micros, SimEvent::Resume(life));
                 }
             }
+            Fault::Slow { slot, times, micros } => {
+                let until = self.now + micros;
+                if let Some(node) = &mut self.nodes[slot] {
+                    node.slow = (times, until);
+                }
+            }
+            Fault::StoreFails { micros } => self.store_fails = self.now + micros,
             Fault::BreakLinks { slot } => {
                 if let Some(life) = self.nodes[slot].as_ref().map(|n| n.life) {
                     self.break_links(life);

@@ -3,15 +3,14 @@
 use super::checks::{self, Broken};
 use super::network::{Flight, Life, Link, Network};
 use super::world::{SimEvent, World};
-use crate::plant::Bug;
+use crate::plant::{Bug, planted};
 use crate::root::RootEvent;
 use crate::wire::Unit;
 use everstep_transport::{Frame, Session, SessionEffect};
 
 impl World {
     pub(super) fn session(&mut self, owner: Life, peer: Life) -> &mut Session<Unit> {
-        let forgetful = self.materials.plant == Some(Bug::LostAtReconnect);
-        let new = || if forgetful { Session::forgetful() } else { Session::new() };
+        let new = || if planted(Bug::LostAtReconnect) { Session::forgetful() } else { Session::new() };
         self.network.sessions.entry((owner, peer)).or_insert_with(new)
     }
 
@@ -105,7 +104,9 @@ impl World {
     pub(super) fn arrive(&mut self, flight: Flight) -> Result<(), Broken> {
         let pair = Network::pair(flight.from, flight.to);
         let present = self.network.links.get(&pair).is_some_and(|l| l.up && l.number == flight.link);
-        if !present || !self.alive(flight.to) {
+        let ended = !self.alive(flight.to);
+        if !present || ended {
+            self.coverage.lose(&flight.frame, ended);
             return Ok(());
         }
         let effects =

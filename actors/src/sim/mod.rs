@@ -7,30 +7,36 @@
 //! the job must finish.
 
 mod checks;
+mod coverage;
+mod draws;
 mod faults;
 mod links;
 mod network;
 mod nodes;
+mod plan;
 mod process;
 mod root;
 mod world;
 
 use crate::pieces::Pieces;
-use crate::plant::Bug;
+use crate::plant::{self, Bug};
 use crate::spec::{JobSpec, OptimizerSpec};
 use crate::supervisor::Nodes;
 use everstep_kernels::{ModelConfig, Precision};
+use plan::FAULTS_MAX;
 use std::fmt;
 use std::sync::OnceLock;
-use world::{Faults, World};
+use world::World;
+
+pub use coverage::Coverage;
 
 /// What a seed showed.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct Summary {
     /// BLAKE3 of the whole log of events, in hexadecimal: equal for equal seeds.
     pub log: String,
-    /// Faults that happened.
-    pub faults: usize,
+    /// Faults that happened, and messages that they met.
+    pub coverage: Coverage,
     /// Events that were simulated.
     pub events: u64,
     /// Simulated milliseconds.
@@ -44,6 +50,8 @@ pub struct Summary {
 pub struct Violation {
     /// The seed that shows it.
     pub seed: u64,
+    /// Which of the seed's faults happened, if not all.
+    pub only: Option<Vec<usize>>,
     /// Which contract, or "progress".
     pub contract: &'static str,
     /// What happened.
@@ -58,7 +66,10 @@ impl fmt::Display for Violation {
         for line in &self.trail {
             writeln!(f, "  {line}")?;
         }
-        write!(f, "replay: everstep simulate --seeds {}..{}", self.seed, self.seed + 1)
+        write!(f, "replay: everstep simulate --seeds {}..{}", self.seed, self.seed + 1)?;
+        let Some(only) = &self.only else { return Ok(()) };
+        let only: Vec<String> = only.iter().map(ToString::to_string).collect();
+        write!(f, " --only {}", only.join(","))
     }
 }
 
@@ -134,23 +145,41 @@ pub(crate) fn spec(shape: usize) -> JobSpec {
 fn reference(shape: usize) -> &'static [String] {
     static RUNS: [OnceLock<Vec<String>>; SHAPES.len()] = [const { OnceLock::new() }; SHAPES.len()];
     RUNS[shape].get_or_init(|| {
-        let mut world =
-            World::new(0, spec(shape), Nodes { wanted: 1, spares: 0, relieve: false }, Faults::None, None, None);
-        world.run().unwrap_or_else(|v| panic!("the undisturbed run failed: {v}"));
-        world.fingerprints()
+        let nodes = Nodes { wanted: 1, spares: 0, relieve: false };
+        plant::with(None, || {
+            let mut world = World::new(0, spec(shape), nodes, Vec::new(), None);
+            world.run().unwrap_or_else(|v| panic!("the undisturbed run failed: {v}"));
+            world.fingerprints()
+        })
     })
 }
 
-/// Runs one seed, with a planted bug if asked.
-pub fn simulate(seed: u64, plant: Option<Bug>) -> Result<Summary, Violation> {
+/// Runs one seed, with a planted bug if asked, and with all of its faults or only these.
+pub fn simulate(seed: u64, plant: Option<Bug>, only: Option<&[usize]>) -> Result<Summary, Violation> {
     let shape = (seed % SHAPES.len() as u64) as usize;
     let wanted = 2 + (seed / 4 % 3) as usize;
     let nodes = Nodes { wanted, spares: usize::from((seed / 12).is_multiple_of(4)), relieve: false };
     let mut spec = spec(shape);
     spec.mirrors = [1, 1, 0, 2][(seed / 48 % 4) as usize];
     spec.audit = [0, 9, 0, 1][(seed / 7 % 4) as usize];
-    let mut world = World::new(seed, spec, nodes, Faults::Random, plant, Some(reference(shape)));
-    world.run()
+    let all = plan::plan(seed, nodes.wanted + nodes.spares).into_iter().enumerate();
+    let faults = all.filter(|(n, _)| only.is_none_or(|only| only.contains(n))).map(|(_, fault)| fault).collect();
+    let run = || World::new(seed, spec, nodes, faults, Some(reference(shape))).run();
+    plant::with(plant, run).map_err(|violation| Violation { only: only.map(<[usize]>::to_vec), ..violation })
+}
+
+/// The same violation with as few of its faults as can be: each is left out that is not needed for it.
+pub fn shrink(violation: Violation, plant: Option<Bug>) -> Violation {
+    let mut smallest = violation;
+    let mut kept = smallest.only.clone().unwrap_or_else(|| (0..FAULTS_MAX).collect());
+    for fault in kept.clone() {
+        let fewer: Vec<usize> = kept.iter().copied().filter(|n| *n != fault).collect();
+        match simulate(smallest.seed, plant, Some(&fewer)) {
+            Err(found) if found.contract == smallest.contract => (smallest, kept) = (found, fewer),
+            Err(_) | Ok(_) => {}
+        }
+    }
+    smallest
 }
 
 #[cfg(test)]
@@ -160,16 +189,16 @@ mod tests {
     #[test]
     fn the_same_seed_gives_the_same_log() {
         for seed in 0..8 {
-            assert_eq!(simulate(seed, None), simulate(seed, None));
+            assert_eq!(simulate(seed, None, None), simulate(seed, None, None));
         }
-        assert_ne!(simulate(1, None).unwrap().log, simulate(5, None).unwrap().log);
+        assert_ne!(simulate(1, None, None).unwrap().log, simulate(5, None, None).unwrap().log);
     }
 
     #[test]
     fn a_thousand_seeds_break_no_contract() {
         let n = std::env::var("N").map_or(1000, |n| n.parse().unwrap());
         for seed in 0..n {
-            if let Err(violation) = simulate(seed, None) {
+            if let Err(violation) = simulate(seed, None, None) {
                 panic!("{violation}");
             }
         }
@@ -177,10 +206,10 @@ mod tests {
 
     #[test]
     fn every_planted_bug_is_found_within_a_thousand_seeds() {
-        for bug in Bug::ALL {
-            let found = (0..1000).find_map(|seed| simulate(seed, Some(bug)).err());
-            let found = found.unwrap_or_else(|| panic!("{bug} was not found"));
-            println!("{bug}: seed {}: {} broken: {}", found.seed, found.contract, found.what);
+        for (bug, name) in Bug::ALL {
+            let found = (0..1000).find_map(|seed| simulate(seed, Some(*bug), None).err());
+            let found = found.unwrap_or_else(|| panic!("{name} was not found"));
+            println!("{name}: seed {}: {} broken: {}", found.seed, found.contract, found.what);
         }
     }
 }

@@ -224,7 +224,9 @@ impl World {
             Err(words) if self.flips > 0 => return self.fail_actor(life, me.actor, words),
             Err(words) => return Err(("no panic", words)),
         };
-        let micros = 100 + self.draw(3000);
+        let now = self.now;
+        let times = self.node_of_life(life).map(|n| n.slow).filter(|slow| slow.1 > now).map_or(1, |slow| slow.0);
+        let micros = times * (100 + self.draw(3000));
         self.after(micros, SimEvent::Computed(life, me.actor, cell, outcome));
         Ok(())
     }

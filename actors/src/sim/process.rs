@@ -29,6 +29,8 @@ pub(super) struct SimNode {
     pub(super) actors: BTreeMap<ActorId, SimActor>,
     /// Stopped until then.
     pub(super) paused: u64,
+    /// Jobs take so many times as long until then.
+    pub(super) slow: (u64, u64),
     pub(super) work: u64,
     pub(super) tally: Tally,
     /// It was told to end.

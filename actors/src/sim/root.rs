@@ -127,21 +127,26 @@ impl World {
                     self.note(format!("{happening:?}"));
                 }
                 RootEffect::Store { step, shard, parameters } => {
-                    let delay = 1000 + self.draw(20_000);
+                    let delay = self.until_store() + 1000 + self.draw(20_000);
                     self.after_root(delay, ForRoot::Stored(step, shard, parameters));
                 }
                 RootEffect::Publish(step) => {
-                    let delay = 500 + self.draw(5000);
+                    let delay = self.until_store() + 500 + self.draw(5000);
                     self.after_root(delay, ForRoot::Published(step));
                 }
                 RootEffect::Load { step, shard, to } => {
-                    let delay = 500 + self.draw(10_000);
+                    let delay = self.until_store() + 500 + self.draw(10_000);
                     self.after_root(delay, ForRoot::Loaded(step, shard, to));
                 }
                 RootEffect::Finish(result) => self.finished = Some(result),
             }
         }
         Ok(())
+    }
+
+    /// Until the store works: what it fails to do is tried again.
+    fn until_store(&self) -> u64 {
+        self.store_fails.saturating_sub(self.now)
     }
 
     /// C2 at the moment when a commit leaves the supervisor.

@@ -1,7 +1,10 @@
 //! The simulated world: a queue of events in order of time, and what each does.
 
 use super::checks::Broken;
+use super::coverage::Coverage;
+use super::draws::Draws;
 use super::network::{Flight, Life, Network};
+use super::plan::Fault;
 use super::process::{Cell, SimNode, SimRoot};
 use super::{Summary, Violation};
 use crate::compute::{Outcome, words_of_panic};
@@ -9,7 +12,6 @@ use crate::data::Corpus;
 use crate::effect::Event;
 use crate::ids::{ActorId, NodeId, Step};
 use crate::message::ParameterState;
-use crate::plant::Bug;
 use crate::root::RootEvent;
 use crate::spec::{JobSpec, Layout};
 use crate::supervisor::{Nodes, Record, SupervisorEvent};
@@ -24,63 +26,9 @@ use std::sync::Arc;
 
 /// Microseconds after which a job that has not finished is stuck. Faults end long before.
 const HORIZON: u64 = 60_000_000;
-/// Faults happen until then.
-const FAULTS_UNTIL: u64 = 2_500_000;
 pub(super) const HEARTBEAT: u64 = 50_000;
 pub(super) const TICK: u64 = 50_000;
 const TRAIL: usize = 60;
-
-/// Which faults a world has.
-#[derive(Debug, Clone, Copy, PartialEq, Eq)]
-pub(super) enum Faults {
-    None,
-    Random,
-}
-
-/// What can go wrong.
-#[derive(Debug, Clone, Copy)]
-pub(super) enum Fault {
-    /// A node's process is killed; whether the supervisor is told at once.
-    Kill {
-        slot: usize,
-        seen: bool,
-    },
-    /// Two at once.
-    KillTwo {
-        first: usize,
-        second: usize,
-    },
-    KillSupervisor,
-    KillAll,
-    /// A node stops for so long.
-    Pause {
-        slot: usize,
-        micros: u64,
-    },
-    /// All links of a node break; they come back.
-    BreakLinks {
-        slot: usize,
-    },
-    /// A node is told to end.
-    Leave {
-        slot: usize,
-    },
-    /// The link of two nodes is cut for so long: dialling is of no use.
-    Cut {
-        slot: usize,
-        other: usize,
-        micros: u64,
-    },
-    /// An actor of a node panics.
-    Panic {
-        slot: usize,
-        choice: u32,
-    },
-    /// A bit of a reducer's state flips.
-    Flip {
-        choice: u32,
-    },
-}
 
 #[derive(Debug)]
 pub(super) enum SimEvent {
@@ -110,8 +58,7 @@ pub(super) enum ForRoot {
 /// See the module.
 pub(super) struct World {
     pub(super) seed: u64,
-    pub(super) random: Philox,
-    pub(super) drawn: u64,
+    draws: Draws,
     pub(super) now: u64,
     pub(super) order: u64,
     pub(super) queue: BinaryHeap<Reverse<(u64, u64)>>,
@@ -134,7 +81,9 @@ pub(super) struct World {
     pub(super) reference: Option<&'static [String]>,
     pub(super) fingerprints: Vec<String>,
     pub(super) announced: Step,
-    pub(super) faults: usize,
+    pub(super) coverage: Coverage,
+    /// The store of checkpoints fails until then.
+    pub(super) store_fails: u64,
     pub(super) rollbacks: usize,
     /// Bits that flipped.
     pub(super) flips: usize,
@@ -151,8 +100,7 @@ impl World {
         seed: u64,
         spec: JobSpec,
         nodes: Nodes,
-        faults: Faults,
-        plant: Option<Bug>,
+        faults: Vec<(u64, Fault)>,
         reference: Option<&'static [String]>,
     ) -> Self {
         let text = Philox::new(4, 77, 0);
@@ -160,12 +108,11 @@ impl World {
             (0..400u64).map(|i| (text.words(i)[0] % 4 + if i % 3 == 0 { 0 } else { 4 }) as u8).collect();
         let corpus = Corpus::new(vec![Tokens::new(Arc::new(bytes), 1)], &spec).expect("the text is long enough");
         let spec = Arc::new(spec);
-        let materials = Materials { layout: Layout::new(&spec), spec, corpus, plant };
+        let materials = Materials { layout: Layout::new(&spec), spec, corpus };
         let slots = nodes.wanted + nodes.spares;
         let mut world = Self {
             seed,
-            random: Philox::new(seed, 78, 0),
-            drawn: 0,
+            draws: Draws::new(seed, 78),
             now: 0,
             order: 0,
             queue: BinaryHeap::new(),
@@ -185,7 +132,8 @@ impl World {
             reference,
             fingerprints: Vec::new(),
             announced: 0,
-            faults: 0,
+            coverage: Coverage::default(),
+            store_fails: 0,
             rollbacks: 0,
             flips: 0,
             finished: None,
@@ -198,41 +146,14 @@ impl World {
         for slot in 0..slots {
             world.after(1000 + slot as u64, SimEvent::Start(slot));
         }
-        if faults == Faults::Random {
-            world.plan_faults();
+        for (at, fault) in faults {
+            world.after(at, SimEvent::Fault(fault));
         }
         world
     }
 
     pub(super) fn draw(&mut self, below: u64) -> u64 {
-        self.drawn += 1;
-        let words = self.random.words(self.drawn);
-        (u64::from(words[0]) << 32 | u64::from(words[1])) % below
-    }
-
-    pub(super) fn plan_faults(&mut self) {
-        for _ in 0..1 + self.draw(5) {
-            let at = self.draw(FAULTS_UNTIL / 10) * 10u64.pow(self.draw(2) as u32);
-            let slot = self.draw(self.slots as u64) as usize;
-            let fault = match self.draw(25) {
-                0..=2 => Fault::Kill { slot, seen: true },
-                3 => Fault::Kill { slot, seen: false },
-                4 => Fault::KillTwo { first: slot, second: self.draw(self.slots as u64) as usize },
-                5..=6 => Fault::KillSupervisor,
-                7 => Fault::KillAll,
-                8 => Fault::Pause { slot, micros: 10_000 + self.draw(4_000_000) },
-                9..=12 => Fault::BreakLinks { slot },
-                13..=15 => Fault::Leave { slot },
-                16..=18 => Fault::Cut {
-                    slot,
-                    other: self.draw(self.slots as u64) as usize,
-                    micros: 10_000 + self.draw(3_000_000),
-                },
-                19..=21 => Fault::Flip { choice: self.draw(1 << 20) as u32 },
-                _ => Fault::Panic { slot, choice: self.draw(1 << 20) as u32 },
-            };
-            self.after(at, SimEvent::Fault(fault));
-        }
+        self.draws.below(below)
     }
 
     pub(super) fn after(&mut self, micros: u64, event: SimEvent) {
@@ -250,7 +171,13 @@ impl World {
     }
 
     pub(super) fn violation(&self, broken: Broken) -> Violation {
-        Violation { seed: self.seed, contract: broken.0, what: broken.1, trail: self.trail.iter().cloned().collect() }
+        Violation {
+            seed: self.seed,
+            only: None,
+            contract: broken.0,
+            what: broken.1,
+            trail: self.trail.iter().cloned().collect(),
+        }
     }
 
     /// Runs until the job is over. A panic of a core or a kernel is a violation too.
@@ -295,7 +222,7 @@ impl World {
         }
         Ok(Summary {
             log: self.hasher.finalize().to_hex().to_string(),
-            faults: self.faults,
+            coverage: self.coverage.clone(),
             events: self.count,
             milliseconds: self.now / 1000,
             rollbacks: self.rollbacks,

@@ -118,8 +118,9 @@ impl Supervisor {
     /// The node with the least to do that is none of these and has room.
     pub(super) fn elsewhere(&self, actor: ActorId, but: &[NodeId]) -> Option<NodeId> {
         let load = |node: NodeId| -> u64 { self.table.actors_of(node).map(|a| self.costs.of(a.actor)).sum() };
+        let rooms = self.rooms();
         let others = self.working().into_iter().filter(|node| !but.contains(node));
-        others.filter(|node| self.costs.bytes(actor) <= self.room(*node)).min_by_key(|node| (load(*node), *node))
+        others.filter(|node| self.costs.bytes(actor) <= rooms[node]).min_by_key(|node| (load(*node), *node))
     }
 
     fn make_again(&mut self, actor: ActorId, step: Step, node: NodeId) -> Vec<SupervisorEffect> {

@@ -7,6 +7,7 @@
 use super::copies::Home;
 use super::{Happening, Supervisor, SupervisorEffect, remember};
 use crate::ids::NodeId;
+use crate::plant::{Bug, planted};
 use crate::table::Entry;
 use std::collections::BTreeSet;
 
@@ -17,18 +18,21 @@ impl Supervisor {
         let stays = |node: &NodeId| !self.table.leaving.contains(node);
         let mut staying: Vec<NodeId> = self.admitted.iter().copied().filter(stays).collect();
         // Those that have actors count before those that wait for some.
-        staying.sort_by_key(|node| (self.is_empty(*node), *node));
+        let busy: BTreeSet<NodeId> = self.table.entries.values().map(|entry| entry.node).collect();
+        staying.sort_by_key(|node| (!busy.contains(node), *node));
         if staying.is_empty() {
             return self.admitted.iter().copied().collect();
         }
-        // A node that does not reach one before it waits until it does.
-        let mut linked: Vec<NodeId> = Vec::new();
-        for node in staying {
-            if linked.iter().all(|older| !self.links.is_cut(self.now, *older, node)) {
-                linked.push(node);
+        if !self.links.are_quiet() {
+            // A node that does not reach one before it waits until it does.
+            let mut linked: Vec<NodeId> = Vec::new();
+            for node in staying {
+                if linked.iter().all(|older| !self.links.is_cut(self.now, *older, node)) {
+                    linked.push(node);
+                }
             }
+            staying = linked;
         }
-        let mut staying = linked;
         staying.truncate(self.nodes_wanted.max(staying.len().saturating_sub(self.spares)));
         staying
     }
@@ -84,7 +88,8 @@ impl Supervisor {
 
     /// Takes nodes that are to leave and are empty out of the table. Gives their dismissals, which follow the table's sync.
     pub(super) fn depart(&mut self) -> Vec<SupervisorEffect> {
-        let empty: BTreeSet<NodeId> = self.table.leaving.iter().copied().filter(|n| self.is_empty(*n)).collect();
+        let empty = |node: &NodeId| self.is_empty(*node) || planted(Bug::ReleasedWithActors);
+        let empty: BTreeSet<NodeId> = self.table.leaving.iter().copied().filter(empty).collect();
         let mut effects = Vec::new();
         for node in empty {
             if self.table.nodes.len() == 1 {

@@ -5,7 +5,8 @@ use super::placement::{How, place_all};
 use super::timeline::Timeline;
 use super::{Happening, RESTART_WINDOW, RESTARTS_MAX, Supervisor, SupervisorEffect, count_within};
 use crate::ids::{ActorId, Address, Incarnation, NodeId, SUPERVISOR_NODE};
-use crate::table::{Domain, Entry, Table};
+use crate::plant::{Bug, planted};
+use crate::table::{Domain, Entry, NodeInfo, Table};
 use std::collections::{BTreeMap, BTreeSet};
 use std::time::Duration;
 
@@ -115,16 +116,21 @@ impl Supervisor {
         homes.into_iter().map(|(replica, home, _)| (replica, home)).collect()
     }
 
-    /// Bytes that a node has left.
-    pub(super) fn room(&self, node: NodeId) -> u64 {
-        let used = self.table.actors_of(node).map(|a| self.costs.bytes(a.actor)).sum();
-        self.table.nodes.get(&node).map_or(u64::MAX, |info| info.room(used))
+    /// Bytes that each node has left.
+    pub(super) fn rooms(&self) -> BTreeMap<NodeId, u64> {
+        let mut used: BTreeMap<NodeId, u64> = BTreeMap::new();
+        for (actor, entry) in &self.table.entries {
+            *used.entry(entry.node).or_default() += self.costs.bytes(*actor);
+        }
+        let room = |(node, info): (&NodeId, &NodeInfo)| (*node, info.room(used.get(node).copied().unwrap_or(0)));
+        self.table.nodes.iter().map(room).collect()
     }
 
     /// Domains of nodes that work, beside those that are taken, with room for a copy of a shard.
     fn free_domains(&self, shard: u32, working: &[NodeId], taken: &BTreeSet<Domain<'_>>) -> usize {
         let bytes = self.costs.bytes(ActorId::Reducer { shard, replica: 0 });
-        let roomy = working.iter().filter(|node| bytes <= self.room(**node));
+        let rooms = self.rooms();
+        let roomy = working.iter().filter(|node| bytes <= rooms[node]);
         let domains: BTreeSet<Domain<'_>> = roomy.map(|node| self.table.domain_of(*node)).collect();
         domains.difference(taken).count()
     }
@@ -216,7 +222,12 @@ impl Supervisor {
             if present.is_some_and(in_sync) {
                 continue;
             }
-            let heir = self.commit.copies(shard).next();
+            let placed = || self.table.replicas(shard).next();
+            let stateless = placed().and_then(|actor| match actor {
+                ActorId::Reducer { replica, .. } if planted(Bug::StatelessElected) => Some(replica),
+                _ => None,
+            });
+            let heir = stateless.or_else(|| self.commit.copies(shard).next());
             if present.is_some() && heir.is_none() && !self.commit.unheard(shard) {
                 return Some(self.roll_back(format!("shard {shard} lost all its copies")));
             }
@@ -235,7 +246,7 @@ impl Supervisor {
         self.table.base = to_step;
         self.table.primaries.fill(None);
         for (actor, entry) in &mut self.table.entries {
-            if !matches!(actor, ActorId::Supervisor | ActorId::Keeper) {
+            if !matches!(actor, ActorId::Supervisor | ActorId::Keeper) && !planted(Bug::LivesKeptGoingBack) {
                 entry.incarnation = entry.incarnation.next();
             }
         }
@@ -252,7 +263,8 @@ impl Supervisor {
 
     pub(super) fn actor_failed(&mut self, address: Address, reason: String) -> Vec<SupervisorEffect> {
         let lives = self.table.node_of(address.actor).is_some_and(|node| self.table.nodes.contains_key(&node));
-        if self.table.address(address.actor) != Some(address) || !lives {
+        let present = self.table.address(address.actor) == Some(address) && lives;
+        if !present || planted(Bug::FailureOverlooked) {
             return Vec::new();
         }
         let times = count_within(self.restarts.entry(address.actor).or_default(), self.now, RESTART_WINDOW);

@@ -26,7 +26,6 @@ impl Job {
             0,
             BTreeMap::new(),
             Duration::ZERO,
-            None,
         );
         let mut job = Self { supervisor, log, asked: Vec::new(), now: NOW };
         job.take(first);

@@ -24,7 +24,7 @@ mod weights;
 use anyhow::{Context, Result, bail};
 use clap::{Parser, Subcommand};
 use everstep_actors::{
-    ActorId, AdminRequest, Bug, Config, NodeEnd, NodeId, NodeOptions, RunFolder, Seat, SupervisorEnd, SupervisorOptions,
+    ActorId, AdminRequest, Config, NodeEnd, NodeId, NodeOptions, RunFolder, Seat, SupervisorEnd, SupervisorOptions,
 };
 use launcher::{End, Launcher};
 use std::backtrace::{Backtrace, BacktraceStatus};
@@ -144,17 +144,7 @@ enum Command {
         set: Vec<String>,
     },
     /// Run the job's protocols under simulated time, network, disk and crashes.
-    Simulate {
-        /// `A..B`: seeds from A to B - 1.
-        #[arg(long)]
-        seeds: String,
-        /// Plant a bug that a seed must find.
-        #[arg(long)]
-        plant: Option<Bug>,
-        /// One JSON object per line.
-        #[arg(long)]
-        json: bool,
-    },
+    Simulate(simulate::Options),
     /// The fingerprint of a stored step, computed from its chunks.
     Fingerprint {
         /// The run folder.
@@ -276,7 +266,7 @@ fn run(command: Command) -> Result<ExitCode> {
             Ok(ExitCode::SUCCESS)
         }
         Command::Chaos { plan, config, set } => chaos::run(&plan, &config, &set),
-        Command::Simulate { seeds, plant, json } => simulate::run(&seeds, plant, json),
+        Command::Simulate(options) => simulate::run(&options),
         Command::Fingerprint { run, step } => {
             println!("{}", fingerprint::of_step(&RunFolder(run), step)?);
             Ok(ExitCode::SUCCESS)

@@ -123,7 +123,7 @@ fn steps_that_were_not_audited_may_come_out_otherwise() {
     for log in [job.log.clone(), Supervisor::compacted(&job.log)] {
         let reported = [(1, "made without an audit".to_owned())].into();
         let nodes = Nodes { wanted: 2, spares: 0, relieve: false };
-        let (next, _) = Supervisor::new(materials().spec, nodes, &log, 0, reported, Duration::ZERO, None);
+        let (next, _) = Supervisor::new(materials().spec, nodes, &log, 0, reported, Duration::ZERO);
         assert!(next.reported.is_empty());
     }
 }

@@ -1,5 +1,6 @@
 //! `everstep bench`: figures as JSON lines, each with what bounds it, all measured in this run.
 
+mod control;
 mod cubins;
 mod gpu;
 mod recovery;
@@ -57,6 +58,15 @@ pub(crate) enum What {
         #[arg(long = "set", value_name = "KEY=VALUE")]
         set: Vec<String>,
     },
+    /// What the death of a node costs the supervisor of the largest job, without numbers and without a wire.
+    Control {
+        /// The configuration.
+        #[arg(long, default_value = "configs/deepseek-v3.toml")]
+        config: PathBuf,
+        /// Override a key of the configuration.
+        #[arg(long = "set", value_name = "KEY=VALUE")]
+        set: Vec<String>,
+    },
     #[command(flatten)]
     Gpu(gpu::What),
 }
@@ -66,6 +76,7 @@ pub(crate) fn run(what: Option<What>) -> Result<ExitCode> {
     match what {
         Some(What::Recovery { plan, config, set }) => recovery::run(&plan, &config, &set)?,
         Some(What::Steady { config, set }) => steady::run(&config, &set)?,
+        Some(What::Control { config, set }) => control::run(&config, &set)?,
         Some(What::Gpu(what)) => gpu::run(what)?,
         None => products()?,
     }
