@@ -52,6 +52,9 @@ __device__ __forceinline__ void wait_until(u32 start, u32 cycles) {
     while (clock32() - start < cycles) asm volatile("nanosleep.u32 40;");
 }
 
+// A launch that may begin before the one before it is done waits for that here.
+__device__ __forceinline__ void wait_for_last() { asm volatile("griddepcontrol.wait;" ::: "memory"); }
+
 // ---- copy engine ------------------------------------------------------------------------------------------------
 
 __device__ __forceinline__ void load_box(u32 dst, const TensorMap& map, int x, int y, u32 bar) {
@@ -66,10 +69,6 @@ __device__ __forceinline__ void load_bytes(u32 dst, const void* src, u32 bytes, 
 // How the L2 cache keeps what is read once: it goes first, so that it drives out nothing that others wrote or will read.
 __device__ __forceinline__ u64 read_once() {
     u64 policy; asm("createpolicy.fractional.L2::evict_first.b64 %0, 1.0;" : "=l"(policy)); return policy;
-}
-__device__ __forceinline__ void load_bytes(u32 dst, const void* src, u32 bytes, u32 bar, u64 policy) {
-    asm volatile("cp.async.bulk.shared::cluster.global.mbarrier::complete_tx::bytes.L2::cache_hint [%0], [%1], %2, [%3], %4;"
-                 :: "r"(dst), "l"(src), "r"(bytes), "r"(bar), "l"(policy) : "memory");
 }
 // Into both CTAs of a pair, each at the same address and with its own barrier.
 __device__ __forceinline__ void load_box_both(u32 dst, const TensorMap& map, int x, int y, u32 bar) {

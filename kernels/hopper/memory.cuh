@@ -34,9 +34,17 @@ __device__ __forceinline__ uint4 load16(const void* p) {
     asm("ld.global.nc.L1::no_allocate.v4.b32 {%0, %1, %2, %3}, [%4];" : "=r"(v.x), "=r"(v.y), "=r"(v.z), "=r"(v.w) : "l"(p));
     return v;
 }
+// The same with how L2 keeps it.
+__device__ __forceinline__ uint4 load16(const void* p, u64 policy) {
+    uint4 v;
+    asm volatile("ld.global.nc.L1::no_allocate.L2::cache_hint.v4.b32 {%0, %1, %2, %3}, [%4], %5;"
+                 : "=r"(v.x), "=r"(v.y), "=r"(v.z), "=r"(v.w) : "l"(p), "l"(policy));
+    return v;
+}
 __device__ __forceinline__ Eight eight(uint4 v) { return {{v.x, v.y, v.z, v.w}}; }
 // Rows that are not there count as zeros: their lanes take part in shuffles.
 __device__ __forceinline__ Eight load8(const u16* p, bool there) { return eight(there ? load16(p) : uint4{0, 0, 0, 0}); }
+__device__ __forceinline__ Eight load8(const u16* p, bool there, u64 policy) { return eight(there ? load16(p, policy) : uint4{0, 0, 0, 0}); }
 __device__ __forceinline__ void store8(u16* p, const Eight& v) { *(uint4*)p = {v.pair[0], v.pair[1], v.pair[2], v.pair[3]}; }
 template <class F> __device__ __forceinline__ Eight make8(F f) {
     Eight v;

@@ -3,11 +3,11 @@
 //   y:      as x, or null
 //   codes, scales, stride, power: as in quantise.cu; null where no E4M3 is wanted
 //   backward: dx = r * (dy * w - (x * r) * mean of (dy * w) * (x * r)), rounded to BF16
+//   roots:  [rows], FP32: r; forward writes it, or it is null
 //   weight:   dw = the sum over rows of dy * (x * r), FP32; sums: [strips][columns], FP32, what lies between its two kernels
-// Any number of rows; columns a multiple of 128, of weight up to 8,192. A CTA takes 4 rows (backward: 2); more CTAs do
-// nothing. Weight: a CTA takes a strip of `each` rows, and there is one at least.
-// Shared memory: for each row, and backward also each row of dy, 2 * columns + PAD bytes; weight: as much for each row of x
-// and of dy of its 2^depth stages, which are 4 to 16.
+// Any number of rows; columns a multiple of 128. A CTA takes 4 rows (backward: 2); more CTAs do nothing. Weight: a CTA takes a
+// strip of 128 rows and 256 columns, and there is one strip at least.
+// Shared memory, but for weight: for each row, and backward also each row of dy, 2 * columns + PAD bytes.
 //
 // A row's sum has the order of the reference: 16 partial sums, of every sixteenth element ascending, then a binary tree.
 // That is a chain of columns / 16 additions, so a row waits for it in shared memory while other CTAs' rows are read and
@@ -98,7 +98,7 @@ __device__ __forceinline__ void bring(u32 to, const u16* from, int row, int coun
 }
 
 extern "C" __global__ void __launch_bounds__(FORWARD)
-rms_norm(const u16* __restrict__ x, const float* __restrict__ w, u16* y, u8* codes, float* scales,
+rms_norm(const u16* __restrict__ x, const float* __restrict__ w, u16* y, u8* codes, float* scales, float* roots,
          int rows, int columns, int stride, int power, float eps) {
     extern __shared__ __align__(16) char memory[];
     __shared__ u64 arrived;
@@ -113,7 +113,10 @@ rms_norm(const u16* __restrict__ x, const float* __restrict__ w, u16* y, u8* cod
     if (summed < ROWS) {
         // The sum of a row that is not there is made of what lies there, and not used.
         const float root = inverse_root<FORWARD_AHEAD>(in + summed * pitch, columns, eps);
-        if (threadIdx.x % CHAINS == 0) r[summed] = root;
+        if (threadIdx.x % CHAINS == 0) {
+            r[summed] = root;
+            if (roots && (int)summed < count) roots[row + summed] = root;
+        }
     }
     __syncthreads();
     float root[ROWS];
@@ -218,103 +221,65 @@ rms_norm_backward(const u16* __restrict__ x, const float* __restrict__ w, const 
 
 // ---- the gradient of the weights --------------------------------------------------------------------------------
 
-// Every term and every r is the reference's; the sum has another order, which depends on the number of rows alone: within a
-// strip the rows ascend, then come the strips of each of RUNS runs, then the runs. Each warp does one thing, so that rows come
-// and the chains of the next rows are added while the terms of this one are made.
-constexpr int RUNS = WARPS;
-constexpr int ROOT_WARPS = 2, ROOTS = 2;      // warps that sum squares, and rows of each at a time
-constexpr int WEIGHT = THREADS + (ROOT_WARPS + 1) * 32; // threads: those that add, those that sum squares, and a warp that loads
-constexpr int CHUNKS = 4;                     // of 8 columns, of a thread that adds
-constexpr int MOST_STAGES = 16;
+// Every term is the reference's, of the r that the forward function kept; the sum has another order, which depends on the number of
+// rows alone: chains of CHAIN rows ascend, then come the chains of a strip, the strips of each of RUNS runs, and the runs. A warp
+// adds a chain of 256 columns, so that there are many of them and each reads its rows at once; what is read goes first from L2.
+constexpr int CHAIN = 16, STRIP = WARPS * CHAIN, WIDTH = THREADS;
+constexpr int AT_ONCE = 8;                    // rows that a thread has on their way
+constexpr int RUNS = WARPS, FETCHED = 16;     // strips of a run that are on their way
 
-extern "C" __global__ void __launch_bounds__(WEIGHT, 2)
-rms_norm_weight(const u16* __restrict__ x, const u16* __restrict__ dy, float* __restrict__ sums,
-                int rows, int columns, int each, int depth, float eps) {
-    extern __shared__ __align__(16) char memory[];
-    __shared__ u64 barriers[3][MOST_STAGES];
-    __shared__ float r[MOST_STAGES];
-    const u32 full = shared_address(barriers[0]), rooted = shared_address(barriers[1]), empty = shared_address(barriers[2]);
-    const int stages = 1 << depth, pitch = columns * 2 + PAD, warp = threadIdx.x / 32;
-    const int first = blockIdx.x * each, count = min(each, rows - first);
-    // A row's stage, whether that was used an odd number of times before, and where it lies.
-    const auto stage = [&](int i) { return (u32)(i & (stages - 1)); };
-    const auto phase = [&](int i) { return (u32)(i >> depth & 1); };
-    const auto at = [&](int i) { return shared_address(memory) + stage(i) * 2 * pitch; };
-    if (threadIdx.x == 0) {
-        for (int i = 0; i < stages; i++) {
-            barrier_init(full + 8 * i, 1);
-            barrier_init(rooted + 8 * i, 1);
-            barrier_init(empty + 8 * i, THREADS);
+extern "C" __global__ void __launch_bounds__(THREADS, 2)
+rms_norm_weight(const u16* __restrict__ x, const u16* __restrict__ dy, const float* __restrict__ roots, float* __restrict__ sums,
+                int rows, int columns) {
+    __shared__ float4 chains[WARPS][WIDTH / 4];
+    const int lane = threadIdx.x % 32, warp = threadIdx.x / 32, parts = (columns + WIDTH - 1) / WIDTH;
+    const int strip = blockIdx.x / parts, left = blockIdx.x % parts * WIDTH, first = strip * STRIP + warp * CHAIN;
+    const int column = min(left + lane * 8, columns - 8); // beyond the last it is added for nothing
+    const u64 once = read_once();
+    const float own = first + lane % CHAIN < rows ? __ldg(roots + first + lane % CHAIN) : 0;
+    float sum[8] = {};
+#pragma unroll 1
+    for (int from = 0; from < CHAIN; from += AT_ONCE) {
+        Eight a[AT_ONCE], d[AT_ONCE];
+#pragma unroll
+        for (int i = 0; i < AT_ONCE; i++) {
+            const size_t at = (size_t)(first + from + i) * columns + column;
+            const bool there = first + from + i < rows;
+            a[i] = load8(x + at, there, once);
+            d[i] = load8(dy + at, there, once);
         }
-        barriers_visible();
+#pragma unroll
+        for (int i = 0; i < AT_ONCE; i++) {
+            const float root = __shfl_sync(~0u, own, from + i);
+#pragma unroll
+            for (int j = 0; j < 8; j++) sum[j] = __fadd_rn(sum[j], __fmul_rn(d[i][j], __fmul_rn(a[i][j], root)));
+        }
     }
+    chains[warp][lane * 2] = {sum[0], sum[1], sum[2], sum[3]};
+    chains[warp][lane * 2 + 1] = {sum[4], sum[5], sum[6], sum[7]};
     __syncthreads();
-    if (warp == WARPS + ROOT_WARPS) {
-        if (threadIdx.x % 32) return;
-        const u64 once = read_once();
-#pragma unroll 1
-        for (int i = 0; i < count; i++) {
-            const size_t from = (size_t)(first + i) * columns;
-            const u32 bar = full + 8 * stage(i);
-            barrier_wait(empty + 8 * stage(i), phase(i) ^ 1);
-            barrier_expect(bar, columns * 4);
-            load_bytes(at(i), x + from, columns * 2, bar, once);
-            load_bytes(at(i) + pitch, dy + from, columns * 2, bar, once);
-        }
-        return;
-    }
-    if (warp >= WARPS) {
-#pragma unroll 1
-        for (int i = (warp - WARPS) * ROOTS; i < count; i += ROOT_WARPS * ROOTS) {
-            // Both halves wait for both rows, so that they stay together. The last row of an odd number is summed by both.
-            const int last = min(i + 1, count - 1), mine = threadIdx.x / CHAINS % ROOTS ? last : i;
-            barrier_wait(full + 8 * stage(i), phase(i));
-            barrier_wait(full + 8 * stage(last), phase(last));
-            const float root = inverse_root<BACK_AHEAD>(at(mine), columns, eps);
-            if (threadIdx.x % CHAINS == 0 && mine == i + (int)(threadIdx.x / CHAINS % ROOTS)) {
-                r[stage(mine)] = root;
-                barrier_arrive(rooted + 8 * stage(mine));
-            }
-        }
-        return;
-    }
-    float sum[CHUNKS][8] = {};
-#pragma unroll 1
-    for (int i = 0; i < count; i++) {
-        const u32 of_x = at(i) + threadIdx.x * 16;
-        barrier_wait(full + 8 * stage(i), phase(i));
-        barrier_wait(rooted + 8 * stage(i), phase(i));
-        const float root = r[stage(i)];
+    if (left + (int)threadIdx.x >= columns) return;
+    float total = 0;
 #pragma unroll
-        for (int c = 0; c < CHUNKS; c++)
-            if ((c * THREADS + threadIdx.x) * 8 < columns) {
-                const Eight a = load_eight(of_x + c * (THREADS * 16)), d = load_eight(of_x + pitch + c * (THREADS * 16));
-#pragma unroll
-                for (int j = 0; j < 8; j++) sum[c][j] = __fadd_rn(sum[c][j], __fmul_rn(d[j], __fmul_rn(a[j], root)));
-            }
-        // Each lane gives the stage back for its own reads. One for all, after __syncwarp, is a race to racecheck.
-        barrier_arrive(empty + 8 * stage(i));
-    }
-#pragma unroll
-    for (int c = 0; c < CHUNKS; c++)
-        if ((c * THREADS + threadIdx.x) * 8 < columns) {
-            float4* const to = (float4*)(sums + (size_t)blockIdx.x * columns + (c * THREADS + threadIdx.x) * 8);
-            to[0] = {sum[c][0], sum[c][1], sum[c][2], sum[c][3]};
-            to[1] = {sum[c][4], sum[c][5], sum[c][6], sum[c][7]};
-        }
+    for (int i = 0; i < WARPS; i++) total = __fadd_rn(total, ((const float*)chains[i])[threadIdx.x]);
+    sums[(size_t)strip * columns + left + threadIdx.x] = total;
 }
 
-// A launch of its own: strips that the last CTAs of the first launch added took two to four times as long
-// (docs/measurements/hopper-memory.md).
-// A CTA takes 32 columns, a warp a run of strips: one chain over all strips would wait for memory longer than the rows do.
+// A CTA takes 32 columns, a warp a run of strips. It is launched early, and its CTAs wait for the strips.
 extern "C" __global__ void __launch_bounds__(THREADS)
 rms_norm_weight_sum(const float* __restrict__ sums, float* __restrict__ dw, int strips, int columns) {
     __shared__ float runs[RUNS][32];
     const int lane = threadIdx.x % 32, warp = threadIdx.x / 32, column = blockIdx.x * 32 + lane;
     const int run = (strips + RUNS - 1) / RUNS, end = min(strips, (warp + 1) * run);
     float sum = 0;
-#pragma unroll 32
-    for (int i = warp * run; i < end; i++) sum = __fadd_rn(sum, __ldg(sums + (size_t)i * columns + column));
+    wait_for_last();
+    for (int from = warp * run; from < end; from += FETCHED) {
+        float v[FETCHED];
+#pragma unroll
+        for (int i = 0; i < FETCHED; i++) v[i] = from + i < end ? __ldcg(sums + (size_t)(from + i) * columns + column) : 0;
+#pragma unroll
+        for (int i = 0; i < FETCHED; i++) sum = __fadd_rn(sum, v[i]); // which is never -0, so that 0 changes nothing
+    }
     runs[warp][lane] = sum;
     __syncthreads();
     if (warp) return;

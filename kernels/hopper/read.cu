@@ -15,8 +15,7 @@ read_bytes(const uint4* __restrict__ from, u32* to, u32 pieces) {
 #pragma unroll
     for (int i = 0; i < PIECES; i++) {
         const u32 at = min(first + i * THREADS, pieces - 1);
-        asm volatile("ld.global.nc.L1::no_allocate.L2::cache_hint.v4.b32 {%0, %1, %2, %3}, [%4], %5;"
-                     : "=r"(v[i].x), "=r"(v[i].y), "=r"(v[i].z), "=r"(v[i].w) : "l"(from + at), "l"(once));
+        v[i] = load16(from + at, once);
     }
     u32 sum = 0;
 #pragma unroll

@@ -20,14 +20,6 @@ use std::sync::Arc;
 /// A device's failure, seen at a synchronisation.
 #[derive(Debug, Clone, thiserror::Error, PartialEq, Eq)]
 pub enum BackendError {
-    /// The operation exists in the trait but not yet on this device.
-    #[error("operation {operation} is not available on {device}")]
-    Unsupported {
-        /// Its name.
-        operation: &'static str,
-        /// The device class.
-        device: String,
-    },
     /// The device or its driver failed.
     #[error("{device}: {reason}")]
     Device {

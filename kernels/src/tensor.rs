@@ -29,14 +29,30 @@ enum Data {
     Device(Arc<dyn DeviceBuffer>),
 }
 
+/// What a GPU's backend keeps of a matrix: made once, whoever asks.
+#[cfg(feature = "cuda")]
+pub(crate) type Place = OnceLock<Arc<dyn DeviceBuffer>>;
+
+/// On the GPU of the backend that asked first.
+#[cfg(feature = "cuda")]
+#[derive(Debug, Default)]
+pub(crate) struct OnDevice {
+    /// In FP32 and in BF16.
+    pub(crate) elements: [Place; 2],
+    /// In FP8 as in [`Forms`]: a weight in both of its orders; the others by scaling.
+    pub(crate) blocks: Place,
+    pub(crate) along_rows: [Place; 2],
+    pub(crate) along_columns: [Place; 2],
+    pub(crate) again: [Place; 2],
+}
+
 /// Forms of a matrix that products have asked for: made once, whoever asks.
 #[derive(Debug, Default)]
 pub(crate) struct Forms {
     /// In one piece, if it is stacked.
     whole: OnceLock<Tensor>,
-    /// On the GPU of the backend that asked for it, in FP32 and in BF16.
     #[cfg(feature = "cuda")]
-    pub(crate) on_device: [OnceLock<Arc<dyn DeviceBuffer>>; 2],
+    pub(crate) on_device: OnDevice,
     /// In BF16, with whole blocks of columns.
     pub(crate) rounded: OnceLock<Matrix>,
     /// As the columns of a product with its rows, and with its columns: in BF16, and in FP8 with scales.

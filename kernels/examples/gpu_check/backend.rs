@@ -1,30 +1,27 @@
-//! The backend's operations, and a model made of them, beside the CPU's: in FP32 the same bits; in BF16 too, but for products.
+//! The backend's operations beside the CPU's: in FP32 the same bits; in BF16 and FP8 too, but for products.
 
-use crate::{norm_difference, product_most, random, report, unlike, wanted};
+use crate::{fp8, model, norm_difference, product_most, random, report, same, wanted};
 use everstep_kernels::{
-    AttentionShape, Backend, BackendError, CpuBackend, CudaBackend, Decoder, Dispatch, ExpertWeights, GateShape,
-    ModelConfig, ParameterMap, Precision, Progress, Role, RopeShape, Scales, StageInput, StageModel, Tensor, Update,
-    Yarn, expert_backward_input, expert_backward_weight, expert_forward,
+    AttentionShape, Backend, BackendError, CpuBackend, CudaBackend, Dispatch, GateShape, Precision, Role, RopeShape,
+    Tensor, Yarn,
 };
-use std::collections::BTreeMap;
-use std::sync::Arc;
 
-type Results = Vec<(String, Tensor)>;
+pub(crate) type Results = Vec<(String, Tensor)>;
 
 /// A GPU and the CPU in one precision.
 #[derive(Clone, Copy)]
-struct Both<'a> {
+pub(crate) struct Both<'a> {
     gpu: &'a CudaBackend,
     cpu: &'a CpuBackend,
-    low: bool,
+    pub(crate) precision: Precision,
 }
 
 impl Both<'_> {
-    /// Runs the same on both, and compares what it gives: bits, or numbers where a tolerance is named for BF16.
-    fn compare(
+    /// Runs the same on both, and compares what it gives: bits, or numbers where a tolerance is named for low precision.
+    pub(crate) fn compare(
         self,
         what: &str,
-        tolerance: impl Fn(&str, usize) -> f64,
+        tolerance: impl Fn(Precision, &str, usize) -> f64,
         run: impl Fn(&dyn Backend) -> Result<Results, BackendError>,
     ) -> Result<bool, BackendError> {
         let mut good = true;
@@ -32,9 +29,9 @@ impl Both<'_> {
             let (got, shape) = (self.gpu.read(&got)?, (want.rows(), want.columns()));
             let want = self.cpu.read(&want)?;
             assert_eq!(got.len(), want.len(), "{what}, {name}");
-            let most = if self.low { tolerance(&name, got.len()) } else { 0.0 };
-            let (precision, unit) =
-                (if self.low { "BF16" } else { "FP32" }, if most == 0.0 { ": other bits" } else { "" });
+            let precision = self.precision;
+            let most = if precision.is_low() { tolerance(precision, &name, got.len()) } else { 0.0 };
+            let unit = if most == 0.0 { ": other bits" } else { "" };
             let difference = if most == 0.0 {
                 got.iter().zip(want.iter()).filter(|(a, b)| a.to_bits() != b.to_bits()).count() as f64
             } else {
@@ -46,11 +43,12 @@ impl Both<'_> {
     }
 }
 
-/// Products in BF16 are those of the CPU in other orders: a rounded result in some hundred is another neighbour, and FP32 sums
-/// differ in their last bits.
-fn products(name: &str, results: usize) -> f64 {
+/// Products in BF16 and FP8 are those of the CPU in other orders: a rounded result in some hundred is another neighbour, and FP32
+/// sums differ in their last bits.
+fn products(precision: Precision, name: &str, results: usize) -> f64 {
     match name {
-        "linear_backward_weight" => GRADIENT,
+        name if name.starts_with("linear_backward_weight") && precision == Precision::Fp8 => fp8::GRADIENT,
+        name if name.starts_with("linear_backward_weight") => GRADIENT,
         name if name.contains("linear") => product_most(results),
         _ => 0.0,
     }
@@ -61,26 +59,41 @@ const GRADIENT: f64 = 1e-4;
 
 /// Shares and gradients of scores are rounded to BF16 before they are multiplied, each in its own order, or not at all; the shared
 /// keys' gradient adds heads that cuDNN has rounded.
-fn scores(name: &str, _: usize) -> f64 {
+fn scores(_: Precision, name: &str, _: usize) -> f64 {
     if name.starts_with("rope") || name == "attention_cached" { 0.0 } else { 1e-2 }
 }
 
-/// Some thousand roundings to BF16 on the way, one after another; and gradients that are small beside their terms.
-fn models(name: &str, _: usize) -> f64 {
-    if name == "losses" { 1e-3 } else { 5e-2 }
-}
-
-fn named<const N: usize>(list: [(&str, Tensor); N]) -> Results {
+pub(crate) fn named<const N: usize>(list: [(&str, Tensor); N]) -> Results {
     list.map(|(name, tensor)| (name.to_owned(), tensor)).into()
 }
 
 /// A weight: in host memory.
-fn weight(rows: usize, columns: usize, name: u32) -> Tensor {
+pub(crate) fn weight(rows: usize, columns: usize, name: u32) -> Tensor {
     Tensor::host(rows, columns, random(rows, columns, name))
 }
 
-fn matrix(b: &dyn Backend, rows: usize, columns: usize, name: u32) -> Tensor {
+pub(crate) fn matrix(b: &dyn Backend, rows: usize, columns: usize, name: u32) -> Tensor {
     b.upload(rows, columns, random(rows, columns, name))
+}
+
+/// Products of each role, whose operands are scaled in FP8 as the role says; and the operations of E4M3 alone.
+fn roles(b: &dyn Backend, t: usize, d: usize, out: usize) -> Result<Results, BackendError> {
+    let (x, dy, w) = (matrix(b, t, d, 160), matrix(b, t, out, 161), weight(out, d, 162));
+    let mut all = Results::new();
+    for role in [Role::Output, Role::ExpertIn, Role::ExpertOut, Role::Head, Role::Gate] {
+        let (y, dx, dw) =
+            (b.linear(&x, &w, role), b.linear_backward_input(&dy, &w, role), b.linear_backward_weight(&dy, &x, role));
+        if role == Role::Gate {
+            // They are FP32 in every precision.
+            all.extend(named([("gate's logits", y), ("gate's input gradient", dx), ("gate's weight gradient", dw)]));
+            continue;
+        }
+        for (name, made) in [("linear", y), ("linear_backward_input", dx), ("linear_backward_weight", dw)] {
+            all.push((format!("{name} of {role:?}"), made));
+        }
+    }
+    all.push(("dequantise of quantise".to_owned(), b.dequantise(&b.quantise(&x))));
+    Ok(all)
 }
 
 /// What is done to rows of `d` columns, and products to and from `out` columns.
@@ -221,157 +234,35 @@ fn logarithms(b: &dyn Backend) -> Result<Results, BackendError> {
     Ok(all)
 }
 
-/// Rows of a batch, and the same rows in smaller ones: no bit differs, in any precision.
-fn alone(gpu: &CudaBackend, precision: Precision, d: usize, out: usize) -> Result<bool, BackendError> {
-    let (t, role) = (300, Role::Projection);
-    let (x, dy) = (matrix(gpu, t, d, 120), matrix(gpu, t, out, 121));
-    let (w, other, norm) = (weight(out, d, 122), weight(out, d, 123), weight(1, d, 124));
-    let operations = |from: usize, rows: usize| {
-        let (x, dy) = (gpu.rows(&x, from, rows), gpu.rows(&dy, from, rows));
-        // Two groups, of which the first ends where the first hundred rows do.
-        let first = 100usize.saturating_sub(from).min(rows);
-        let (counts, w) = (gpu.upload_indices(vec![first as u32, (rows - first) as u32]), [w.clone(), other.clone()]);
-        named([
-            ("linear", gpu.linear(&x, &w[0], role)),
-            ("linear of a gate", gpu.linear(&x, &w[0], Role::Gate)),
-            ("linear_backward_input", gpu.linear_backward_input(&dy, &w[0], role)),
-            ("grouped_linear", gpu.grouped_linear(&x, &counts, &w, role)),
-            ("grouped_linear_backward_input", gpu.grouped_linear_backward_input(&dy, &counts, &w, role)),
-            ("rms_norm", gpu.rms_norm(&x, &norm, 1e-6)),
-            ("rms_norm_backward_input", gpu.rms_norm_backward_input(&x, &norm, &x, 1e-6)),
-            ("swiglu", gpu.swiglu(&x, &x)),
-        ])
-    };
-    let (whole, mut good) = (operations(0, t), true);
-    for (from, rows) in [(0, 1), (7, 129), (99, 2), (171, 129), (299, 1)] {
-        for ((name, all), (_, part)) in whole.iter().zip(operations(from, rows)) {
-            let (want, got) = (gpu.read(&gpu.rows(all, from, rows))?, gpu.read(&part)?);
-            let what = format!("{precision} rows of a batch and alone, {name}: other bits");
-            good &= report(&what, (from, rows, d, out), unlike(&got, &want), 0.0);
-        }
-    }
-    Ok(good)
-}
-
-/// The same of sequences.
-fn sequences_alone(gpu: &CudaBackend, precision: Precision, s: &AttentionShape) -> Result<bool, BackendError> {
-    let t = 3 * s.sequence;
-    let widths = [s.heads * (s.nope + s.rope), s.heads * (s.nope + s.value), s.rope, s.heads * s.value];
-    let mut name = 130;
-    let operands = widths.map(|columns| {
-        name += 1;
-        matrix(gpu, t, columns, name)
-    });
-    let run = |from: usize, rows: usize| {
-        let [q, kv, k_rope, d_o] = operands.each_ref().map(|x| gpu.rows(x, from, rows));
-        let state = gpu.attention(q, kv, k_rope, s);
-        let (dq, dkv, dk_rope) = gpu.attention_backward(&state, &d_o, s);
-        named([("result", state.o), ("dq", dq), ("dkv", dkv), ("dk_rope", dk_rope)])
-    };
-    let (whole, mut good) = (run(0, t), true);
-    for ((name, all), (_, part)) in whole.iter().zip(run(s.sequence, s.sequence)) {
-        let (want, got) = (gpu.read(&gpu.rows(all, s.sequence, s.sequence))?, gpu.read(&part)?);
-        let what = format!("{precision} a sequence of a batch and alone, {name}: other bits");
-        good &= report(&what, (s.nope + s.rope, s.value, s.sequence), unlike(&got, &want), 0.0);
-    }
-    Ok(good)
-}
-
-fn config(large: bool) -> ModelConfig {
-    let of = |small: usize, big: usize| if large { big } else { small };
-    ModelConfig {
-        vocabulary: of(11, 1000),
-        hidden: of(8, 256),
-        layers: 3,
-        dense_layers: 1,
-        dense_inner: of(12, 520),
-        heads: of(2, 4),
-        query_rank: Some(of(5, 96)),
-        kv_rank: of(4, 64),
-        nope: of(4, 32),
-        rope: of(2, 16),
-        value: of(3, 32),
-        experts: of(4, 16),
-        shared_experts: 1,
-        expert_inner: of(6, 64),
-        top_k: of(2, 4),
-        groups: of(2, 4),
-        groups_kept: of(1, 2),
-        routed_scale: 2.5,
-        sequence: of(5, 128),
-        rope_theta: 10_000.0,
-        yarn: None,
-        mtp: 1,
-        initial_std: if large { 0.05 } else { 0.3 },
-    }
-}
-
-fn parameters(c: &ModelConfig) -> ParameterMap {
-    let value = |(i, p): (usize, everstep_kernels::Parameter)| {
-        let values = match p.update {
-            Update::Decayed => p.initial(5, c.initial_std),
-            Update::Plain => random(1, p.len(), i as u32).iter().map(|x| 1.0 + 0.2 * x).collect(),
-            Update::Balance => random(1, p.len(), i as u32).iter().map(|x| 0.1 * x).collect(),
-        };
-        (p.name, Tensor::from_vec(p.rows, p.columns, values))
-    };
-    c.parameters().into_iter().enumerate().map(value).collect()
-}
-
-/// Two micro-batches through a whole model and back: losses and all gradients. Then logits by the cache.
-fn model(b: &dyn Backend, c: &ModelConfig, map: &ParameterMap) -> Result<Results, BackendError> {
-    let scales = Scales { loss: 0.01, mtp: 0.003, balance: 0.002 };
-    let mut stage = StageModel::new(Arc::new(c.clone()), 0..c.layers, map, scales);
-    let experts = |layer: u32| (0..c.experts as u32).map(move |e| ExpertWeights::new(map, layer, e));
-    let (mut saved, mut results) = (BTreeMap::new(), Results::new());
-    for m in 0..2u32 {
-        let tokens: Vec<u32> = (0..2 * c.sequence as u32).map(|n| (n * n + m) % c.vocabulary as u32).collect();
-        let targets = tokens[1..].iter().copied().chain([7]).collect();
-        let mut progress = stage.forward(b, m, StageInput::Tokens(tokens), Some(targets));
-        while let Progress::Experts { layer, rows } = progress {
-            let made = expert_forward(b, experts(layer).zip(rows).collect());
-            let (y, keep): (Vec<_>, Vec<_>) = made.into_iter().unzip();
-            saved.insert(layer, keep);
-            progress = stage.resume_forward(b, m, y);
-        }
-        let mut progress = stage.backward_input(b, m, None);
-        while let Progress::Experts { layer, rows } = progress {
-            let items = saved.remove(&layer).expect("they were saved").into_iter().zip(rows);
-            let made = expert_backward_input(b, experts(layer).zip(items).collect());
-            let (dx, held): (Vec<_>, Vec<_>) = made.into_iter().unzip();
-            for (weights, held) in experts(layer).zip(held) {
-                let made = expert_backward_weight(b, &weights, &[held]);
-                results.extend(made.into_iter().map(|(name, gradient)| (format!("{name} of {m}"), gradient)));
-            }
-            progress = stage.resume_backward(b, m, dx);
-        }
-        stage.weight(b, m);
-    }
-    let sums = stage.take_sums();
-    results.extend(sums.gradients.into_iter().map(|(name, gradient)| (name.to_string(), gradient)));
-    let losses = sums.losses.iter().flat_map(|loss| [*loss as f32, (*loss - f64::from(*loss as f32)) as f32]);
-    results.push(("losses".to_owned(), Tensor::from_vec(2, 2, losses.collect())));
-    let mut decoder = Decoder::new(Arc::new(c.clone()), map);
-    for tokens in [&[1u32, 4, 10][..], &[0], &[3]] {
-        results.push((format!("logits after {}", decoder.positions()), decoder.feed(b, tokens)?));
-    }
-    Ok(results)
-}
-
-/// Shapes that fill tiles and that do not, without rows too; then models, of which the larger fills some tiles.
+/// Shapes that fill tiles and that do not, without rows too; then the same rows in other batches, and models.
 pub(crate) fn all(gpu: &CudaBackend, precision: Precision) -> Result<bool, BackendError> {
-    let (cpu, low, mut good) = (CpuBackend::new(precision), precision == Precision::Bf16, true);
-    let both = Both { gpu, cpu: &cpu, low };
-    for (t, d, out) in
-        [(0, 24, 16), (1, 7, 5), (5, 24, 16), (77, 37, 70), (300, 40, 72), (1000, 520, 264), (130, 2100, 33)]
-    {
+    let cpu = CpuBackend::new(precision);
+    let both = Both { gpu, cpu: &cpu, precision };
+    let mut good = operations(both)?;
+    if !precision.is_low() {
+        good &= both.compare("sums of nothing", |_, _, _| 0.0, faint)?;
+        good &= both.compare("logarithms", |_, _, _| 0.0, logarithms)?;
+    }
+    Ok(good & same::all(gpu, precision)? & model::all(both)?)
+}
+
+/// Each operation.
+fn operations(both: Both<'_>) -> Result<bool, BackendError> {
+    let mut good = true;
+    for (t, d, out) in [
+        (0, 24, 16),
+        (1, 7, 5),
+        (5, 24, 16),
+        (77, 37, 70),
+        (300, 40, 72),
+        (1000, 520, 264),
+        (130, 2100, 33),
+        (257, 384, 128),
+    ] {
         if wanted(t * d) {
             good &= both.compare("rows", products, |b| rows(b, t, d, out))?;
+            good &= both.compare("roles", products, |b| roles(b, t, d, out))?;
         }
-    }
-    if !low {
-        good &= both.compare("sums of nothing", |_, _| 0.0, faint)?;
-        good &= both.compare("logarithms", |_, _| 0.0, logarithms)?;
     }
     for (sequences, heads, nope, rope, value, sequence) in [
         (0, 2, 3, 2, 4, 5),
@@ -390,25 +281,6 @@ pub(crate) fn all(gpu: &CudaBackend, precision: Precision) -> Result<bool, Backe
     {
         let s = GateShape { experts, top_k, groups, groups_kept, routed_scale: 2.5, sequence: 32 };
         good &= both.compare("routed", products, |b| routed(b, t, d, &s))?;
-    }
-    for (d, out) in [(40, 72), (37, 70), (1024, 520)] {
-        good &= alone(gpu, precision, d, out)?;
-    }
-    for (nope, rope, value, sequence) in [(128, 64, 128, 96), (64, 64, 128, 96), (32, 32, 64, 96), (5, 2, 3, 33)] {
-        let s = AttentionShape { heads: 2, nope, rope, value, sequence, scale: 0.1 };
-        good &= sequences_alone(gpu, precision, &s)?;
-    }
-    // The sums of the small one are too short for what is rounded to BF16 to be small beside them.
-    let models_of = if low { &[true][..] } else { &[false, true] };
-    for large in models_of {
-        let mut c = config(*large);
-        if low {
-            // Every expert is chosen: what is rounded otherwise may be chosen otherwise.
-            (c.top_k, c.groups_kept) = (c.experts, c.groups);
-        }
-        let map = parameters(&c);
-        let what = if *large { "a larger model" } else { "a model" };
-        good &= both.compare(what, models, |b| model(b, &c, &map))?;
     }
     Ok(good)
 }

@@ -25,17 +25,16 @@ fn handles(b: &CudaBackend) -> Result<Vec<Tensor>, BackendError> {
     let tokens = b.upload_indices(vec![0; 1 << 20]);
     let (experts, weights) =
         b.gate(&Tensor::host(64, 8, random(64, 8, 151)), &Tensor::from_vec(1, 8, vec![0.0; 8]), &shape);
-    let product = b.linear_backward_weight(
-        &x,
-        &b.linear(&x, &Tensor::from_vec(64, SIDE, vec![0.1; 64 * SIDE]), Role::Head),
-        Role::Head,
-    );
+    // In FP8 handles keep the codes of operands.
+    let (other, role) = (Tensor::from_vec(64, SIDE, vec![0.1; 64 * SIDE]), Role::Projection);
+    let product = b.linear_backward_weight(&x, &b.linear(&x, &other, role), role);
     let all = vec![
         b.add(&x, &x),
         b.rows(&x, 1, 2),
         b.embedding(&tokens, &weight),
         x,
         weight,
+        other,
         tokens,
         experts,
         weights,
@@ -143,7 +142,7 @@ fn refused(b: &CudaBackend) -> Result<bool, BackendError> {
         ))
 }
 
-/// In both precisions; `b` is in FP32.
+/// In all precisions; `b` is in FP32.
 pub(crate) fn all(b: &CudaBackend) -> Result<bool, BackendError> {
-    Ok(refused(b)? & given_back(Precision::Fp32)? & given_back(Precision::Bf16)?)
+    Ok(refused(b)? & given_back(Precision::Fp32)? & given_back(Precision::Bf16)? & given_back(Precision::Fp8)?)
 }

@@ -9,11 +9,13 @@ use cudarc::driver::sys::{
     CUtensorMapL2promotion, CUtensorMapSwizzle, cuTensorMapEncodeTiled,
 };
 use cudarc::driver::{
-    CudaContext, CudaFunction, CudaModule, CudaStream, DeviceRepr, DriverError, LaunchConfig, ValidAsZeroBits, sys,
+    CudaContext, CudaFunction, CudaModule, CudaStream, CudaView, DeviceRepr, DeviceSlice, DriverError, LaunchConfig,
+    ValidAsZeroBits, sys,
 };
 use cudarc::nvrtc::Ptx;
 use std::collections::BTreeMap;
 use std::collections::btree_map::Entry;
+use std::ffi::c_void;
 use std::fmt::{Debug, Display};
 use std::mem::MaybeUninit;
 use std::sync::{Arc, Mutex, PoisonError};
@@ -192,6 +194,17 @@ impl Gpu {
         }
         Ok(memory)
     }
+
+    /// A copy of all parts, one after another.
+    pub(super) fn joined<T: DeviceRepr>(&self, parts: &[CudaView<'_, T>]) -> Result<Memory<T>, BackendError> {
+        let (mut all, mut at) = (self.room::<T>(parts.iter().map(DeviceSlice::len).sum())?, 0);
+        for part in parts.iter().filter(|part| !part.is_empty()) {
+            let mut to = all.slice_mut(at..at + part.len());
+            self.stream.memcpy_dtod(part, &mut to).map_err(|e| self.error(told(e)))?;
+            at += part.len();
+        }
+        Ok(all)
+    }
 }
 
 /// Launches a function with its arguments, in its order, whose lengths the caller has asserted.
@@ -218,6 +231,56 @@ macro_rules! run {
     (@with $launch:ident, $go:expr;) => { $go };
 }
 pub(super) use run;
+
+/// An argument of [`Gpu::launch_early`].
+pub(super) fn pointer<T: DeviceRepr>(argument: &T) -> *mut c_void {
+    std::ptr::from_ref(argument).cast_mut().cast()
+}
+
+impl Gpu {
+    /// Launches a function that may begin while the launch before it ends: its blocks take places that are free, and wait themselves.
+    ///
+    /// # Safety
+    ///
+    /// The arguments are the function's, and it touches nothing of the launch before it without waiting for that.
+    pub(super) unsafe fn launch_early<const N: usize>(
+        &self,
+        function: &CudaFunction,
+        config: LaunchConfig,
+        mut arguments: [*mut c_void; N],
+    ) -> Result<(), BackendError> {
+        self.bind()?;
+        let mut early = sys::CUlaunchAttribute {
+            id: sys::CUlaunchAttributeID::CU_LAUNCH_ATTRIBUTE_PROGRAMMATIC_STREAM_SERIALIZATION,
+            pad: [0; 4],
+            value: sys::CUlaunchAttributeValue { programmaticStreamSerializationAllowed: 1 },
+        };
+        let ((x, y, z), (across, down, deep)) = (config.grid_dim, config.block_dim);
+        let config = sys::CUlaunchConfig {
+            gridDimX: x,
+            gridDimY: y,
+            gridDimZ: z,
+            blockDimX: across,
+            blockDimY: down,
+            blockDimZ: deep,
+            sharedMemBytes: config.shared_mem_bytes,
+            hStream: self.stream.cu_stream(),
+            attrs: &raw mut early,
+            numAttrs: 1,
+        };
+        // SAFETY: all that is pointed to outlives the call, which copies it; the rest is the caller's promise.
+        unsafe {
+            sys::cuLaunchKernelEx(
+                &raw const config,
+                function.cu_function(),
+                arguments.as_mut_ptr(),
+                std::ptr::null_mut(),
+            )
+        }
+        .result()
+        .map_err(|e| self.error(told(e)))
+    }
+}
 
 /// A launch of `grid` blocks in one dimension.
 pub(super) fn launch_of(grid: u32, threads: u32, shared: u32) -> LaunchConfig {

@@ -5,7 +5,7 @@ use super::failure::told;
 use super::memory::Memory;
 use super::sources::READ;
 use crate::backend::BackendError;
-use cudarc::driver::{DeviceRepr, PushKernelArg, sys as driver};
+use cudarc::driver::{DevicePtr, DeviceRepr, PushKernelArg, sys as driver};
 
 /// Bytes that push everything else out of the second-level cache (50 MB).
 const FLUSH: usize = 256 << 20;
@@ -21,7 +21,7 @@ impl Gpu {
     }
 
     /// A copy in host memory, when all before is done.
-    pub fn download<T: DeviceRepr>(&self, data: &Memory<T>) -> Result<Vec<T>, BackendError> {
+    pub fn download<T: DeviceRepr>(&self, data: &impl DevicePtr<T>) -> Result<Vec<T>, BackendError> {
         self.stream.clone_dtoh(data).map_err(|e| self.error(told(e)))
     }
 

@@ -1,7 +1,7 @@
 //! The GPU, through the driver, NVRTC, cuBLASLt and cuDNN; nothing of them is needed to build it.
 //!
-//! [`CudaBackend`] has the model's operations in FP32, with the CPU's bits, and in BF16. The products in FP8 and what is done to rows
-//! at the speed of memory stand beside it as functions of [`Gpu`]: they are no operations of the backend yet.
+//! [`CudaBackend`] has the model's operations in FP32, with the CPU's bits, in BF16 and in FP8. The fast kernels that it is made of are
+//! functions of [`Gpu`]; of those for rows it takes the ones that quantise.
 
 mod attention;
 mod backend;

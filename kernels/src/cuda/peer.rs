@@ -60,7 +60,7 @@ impl<'a> CublasPeer<'a> {
         let (stream, shape) = (&self.gpu.stream, [x.rows, w.rows, x.columns]);
         let product = self.scaled(shape, x, w, scaling).map_err(|e| self.say(shape, e))?;
         assert_eq!(y.len(), x.rows * w.rows, "a result of {} x {}", x.rows, w.rows);
-        let operands = [w.codes.device_ptr(stream).0, x.codes.device_ptr(stream).0];
+        let operands = [w.addresses(self.gpu)[0], x.codes.device_ptr(stream).0];
         self.time(times, shape, &product, operands, y)
     }
 
@@ -133,7 +133,7 @@ impl<'a> CublasPeer<'a> {
         let (stream, product) = (&self.gpu.stream, Product::new(Way::Forward, shape, kinds.0, kinds.1)?);
         let [of_weight, of_rows] = match scaling {
             Scaling::Whole => [self.one.device_ptr(stream).0; 2],
-            Scaling::Blocks => [w.scales.device_ptr(stream).0, x.scales.device_ptr(stream).0],
+            Scaling::Blocks => [w.addresses(self.gpu)[1], x.scales.device_ptr(stream).0],
         };
         product.set(Attribute::CUBLASLT_MATMUL_DESC_A_SCALE_POINTER, of_weight)?;
         product.set(Attribute::CUBLASLT_MATMUL_DESC_B_SCALE_POINTER, of_rows)?;

@@ -8,7 +8,8 @@ use super::sources::{
     DENSE_128X176, DENSE_256X128, DENSE_256X128_SHORT, DENSE_256X128_SHORTEST, GROUPED, GROUPED_PAIRS, Source, WGRAD,
 };
 use crate::backend::BackendError;
-use cudarc::driver::{DevicePtr, DevicePtrMut, PushKernelArg};
+use cudarc::driver::{CudaView, DevicePtr, DevicePtrMut, PushKernelArg};
+use std::sync::Arc;
 
 /// Elements under one scale, along a row.
 pub(super) const TILE: usize = 128;
@@ -47,6 +48,10 @@ impl Codes {
         [self.rows, self.columns, Self::stride(self.rows)].map(|n| n as i32)
     }
 
+    fn address(&self) -> u64 {
+        self.codes.device_ptr(self.codes.stream()).0
+    }
+
     /// Distance of two tiles' scales.
     pub fn stride(rows: usize) -> usize {
         rows.next_multiple_of(4)
@@ -59,13 +64,15 @@ impl Codes {
 }
 
 /// `w_GOI` in E4M3 on the device, with a scale for each block of 128 x 128, stored `[G][O/128][I/128]`.
-#[derive(Debug)]
+#[derive(Debug, Clone)]
 pub struct Blocks {
     pub(super) groups: usize,
     pub(super) rows: usize,
     pub(super) columns: usize,
-    pub(super) codes: Memory<u8>,
-    pub(super) scales: Memory<f32>,
+    codes: Arc<Memory<u8>>,
+    scales: Arc<Memory<f32>>,
+    /// The first matrix of those in memory.
+    first: usize,
 }
 
 impl Blocks {
@@ -73,9 +80,56 @@ impl Blocks {
     /// by group, row and column of blocks. Panics if there are not as many as that.
     pub fn new(groups: usize, rows: usize, columns: usize, codes: Memory<u8>, scales: Memory<f32>) -> Self {
         assert!(rows.is_multiple_of(8) && columns.is_multiple_of(TILE), "weights of {rows} x {columns}");
-        let expected = (groups * rows * columns, groups * rows.div_ceil(TILE) * (columns / TILE));
-        assert_eq!((codes.len(), scales.len()), expected, "{groups} weights of {rows} x {columns}");
-        Self { groups, rows, columns, codes, scales }
+        let all = Self { groups, rows, columns, codes: Arc::new(codes), scales: Arc::new(scales), first: 0 };
+        let expected = (groups * rows * columns, groups * all.scales_each());
+        assert_eq!((all.codes.len(), all.scales.len()), expected, "{groups} weights of {rows} x {columns}");
+        all
+    }
+
+    /// Scales of a matrix.
+    fn scales_each(&self) -> usize {
+        self.rows.div_ceil(TILE) * (self.columns / TILE)
+    }
+
+    /// Codes and scales of all.
+    pub fn views(&self) -> (CudaView<'_, u8>, CudaView<'_, f32>) {
+        let ends = (self.first, self.first + self.groups);
+        let at = |each: usize| ends.0 * each..ends.1 * each;
+        (self.codes.slice(at(self.rows * self.columns)), self.scales.slice(at(self.scales_each())))
+    }
+
+    /// Where they lie: codes, and scales.
+    pub(super) fn addresses(&self, gpu: &Gpu) -> [u64; 2] {
+        let (codes, scales) = self.views();
+        [codes.device_ptr(&gpu.stream).0, scales.device_ptr(&gpu.stream).0]
+    }
+
+    pub(super) fn ordinal(&self) -> usize {
+        self.codes.ordinal()
+    }
+
+    /// One of them, in the same memory.
+    pub(super) fn one(&self, group: usize) -> Self {
+        assert!(group < self.groups, "weight {group} of {}", self.groups);
+        Self { groups: 1, first: self.first + group, ..self.clone() }
+    }
+
+    /// Those of all, one after another: the same memory if they lie so already. There is one at least, and all have one shape.
+    pub(super) fn stacked(gpu: &Gpu, all: &[&Self]) -> Result<Self, BackendError> {
+        let (first, groups) = (all[0], all.iter().map(|w| w.groups).sum());
+        assert!(all.iter().all(|w| [w.rows, w.columns] == [first.rows, first.columns]), "weights of one shape");
+        let mut end = first.first;
+        let follows = all.iter().all(|w| {
+            let next = Arc::ptr_eq(&w.codes, &first.codes) && w.first == end;
+            end += w.groups;
+            next
+        });
+        if follows {
+            return Ok(Self { groups, ..first.clone() });
+        }
+        let codes = gpu.joined(&all.iter().map(|w| w.views().0).collect::<Vec<_>>())?;
+        let scales = gpu.joined(&all.iter().map(|w| w.views().1).collect::<Vec<_>>())?;
+        Ok(Self::new(groups, first.rows, first.columns, codes, scales))
     }
 }
 
@@ -199,8 +253,9 @@ impl Gpu {
             return Ok(());
         }
         let half = if tile.shares_rows { 2 } else { 1 };
-        let map_x = self.bytes(&x.codes, m, k, tile.rows / half)?;
-        let map_w = self.bytes(&w.codes, n * w.groups, k, tile.columns)?;
+        let [codes_w, scales_w] = w.addresses(self);
+        let map_x = self.bytes(x.address(), m, k, tile.rows / half)?;
+        let map_w = self.bytes(codes_w, n * w.groups, k, tile.columns)?;
         let map_s = self.scales(x, if tile.grouped { 132 } else { tile.rows })?;
         let function = self.function(source, "fp8_gemm", tile.shared() as u32)?;
         let map_y = {
@@ -212,11 +267,11 @@ impl Gpu {
         };
         let (groups, m, n, k) = (w.groups as i32, m as i32, n as i32, k as i32);
         let mut launch = self.stream.launch_builder(&function);
-        launch.arg(&map_x).arg(&map_w).arg(&map_y).arg(&map_s).arg(y).arg(&w.scales);
+        launch.arg(&map_x).arg(&map_w).arg(&map_y).arg(&map_s).arg(y).arg(&scales_w);
         match offsets {
             Some(offsets) => launch.arg(offsets),
             // A dense product reads none.
-            None => launch.arg(&w.scales),
+            None => launch.arg(&scales_w),
         };
         launch.arg(&groups).arg(&m).arg(&n).arg(&k);
         let config = launch_of(self.processors, 128 * (tile.math as u32 + 1), tile.shared() as u32);
@@ -246,8 +301,8 @@ impl Gpu {
         let (math, columns, stages) = (value("MATH"), value("BN"), value("STAGES"));
         let rows = 64 * math;
         let shared = stages * ((rows + columns) * (TILE + 4) + 16) + rows * columns * 4 + 48;
-        let map_a = self.bytes(&dy.codes, m, tokens, rows)?;
-        let map_b = self.bytes(&x.codes, n, tokens, columns)?;
+        let map_a = self.bytes(dy.address(), m, tokens, rows)?;
+        let map_b = self.bytes(x.address(), n, tokens, columns)?;
         let (map_sa, map_sb) = (self.scales(dy, rows)?, self.scales(x, columns)?);
         let function = self.function(&WGRAD, "fp8_wgrad", shared as u32)?;
         let map_d = {
@@ -267,10 +322,8 @@ impl Gpu {
         Ok(())
     }
 
-    /// Boxes of `rows` x 128 codes.
-    fn bytes(&self, codes: &Memory<u8>, height: usize, width: usize, rows: usize) -> Result<TensorMap, BackendError> {
-        assert_eq!(codes.len(), height * width, "codes of a {height} x {width} matrix");
-        let (address, _held) = codes.device_ptr(&self.stream);
+    /// Boxes of `rows` x 128 codes of a matrix.
+    fn bytes(&self, address: u64, height: usize, width: usize, rows: usize) -> Result<TensorMap, BackendError> {
         let (dimensions, strides, size) = ([width, height], [width], [TILE, rows]);
         let kind = Kind::Byte;
         self.tensor_map(

@@ -1,14 +1,18 @@
 //! What is done to rows at the speed of memory: quantise, norms, SwiGLU, dispatch, combine, and the turn of tokens into
 //! columns. Layouts and roundings are told in the files of `hopper/`.
 
-use super::device::{Gpu, run};
+use super::device::{Gpu, launch_of, pointer, run};
 use super::memory::Memory;
-use super::products::{Codes, Groups, TILE};
-use super::sources::{NORM, PERMUTE, QUANTISE, SWIGLU, TURN};
+use super::products::{Blocks, Codes, Groups, TILE};
+use super::sources::{BLOCKS, NORM, PERMUTE, QUANTISE, SWIGLU, TURN};
 use crate::backend::BackendError;
+use cudarc::driver::DevicePtr;
+use std::borrow::Borrow;
 
 /// Warps of a block, except in norms.
 const WARPS: usize = 8;
+/// Rows of a strip, as the gradient of a norm's weights has them.
+const STRIP: usize = 128;
 
 /// Blocks for warps that take `rows` rows of a tile each.
 fn by_tiles(rows: usize, columns: usize, each: usize) -> usize {
@@ -48,23 +52,24 @@ impl Places {
 }
 
 impl Gpu {
-    /// Memory for codes and scales.
+    /// Room for codes and scales.
     pub fn codes(&self, rows: usize, columns: usize) -> Result<Codes, BackendError> {
-        let (codes, scales) = (self.zeros(rows * columns)?, self.zeros(Codes::scale_count(rows, columns))?);
+        let (codes, scales) = (self.room(rows * columns)?, self.room(Codes::scale_count(rows, columns))?);
         Ok(Codes::new(rows, columns, codes, scales))
     }
 
     /// `x_RC` to E4M3; scales are powers of two if `power`.
-    pub fn quantise_rows(&self, x: &Memory<u16>, out: &mut Codes, power: bool) -> Result<(), BackendError> {
+    pub fn quantise_rows(&self, x: &impl DevicePtr<u16>, out: &mut Codes, power: bool) -> Result<(), BackendError> {
         assert_eq!(x.len(), out.rows * out.columns, "elements of a matrix");
         let (rows, columns) = (out.rows, out.columns);
         let ([r, c, stride], power) = (out.sizes(), i32::from(power));
+        let x = x.device_ptr(&self.stream).0;
         run!(
             self,
             QUANTISE,
             "quantise_rows",
             (by_tiles(rows, columns, 8), 256, 0),
-            x,
+            &x,
             &mut out.codes,
             &mut out.scales,
             &r,
@@ -74,29 +79,55 @@ impl Gpu {
         )
     }
 
-    /// RMSNorm of `x_RC` with weights `w_C` to BF16 and to E4M3.
+    /// Weights `w_OI` of one shape to E4M3 in blocks, in both orders that products read: `[O][I]`, and `[I][O]`. Rows and columns
+    /// beyond the last, up to what products take, are zeros.
+    pub fn quantise_blocks<W: Borrow<Memory<f32>>>(
+        &self,
+        weights: impl ExactSizeIterator<Item = Result<W, BackendError>>,
+        [rows, columns]: [usize; 2],
+    ) -> Result<[Blocks; 2], BackendError> {
+        let (count, tiles) = (weights.len(), rows.div_ceil(TILE) * columns.div_ceil(TILE));
+        let blocks = |rows: usize, columns: usize| {
+            let (rows, columns) = (rows.next_multiple_of(8), columns.next_multiple_of(TILE));
+            let (codes, scales) = (self.room(count * rows * columns)?, self.room(count * tiles)?);
+            Ok::<_, BackendError>(Blocks::new(count, rows, columns, codes, scales))
+        };
+        let both = [blocks(rows, columns)?, blocks(columns, rows)?];
+        let (r, c) = (rows as i32, columns as i32);
+        for (at, w) in weights.enumerate() {
+            let (w, shape) = (w?, (tiles, 256, 0));
+            let (w, [of, turned]) = (w.borrow(), both.each_ref().map(|all| all.one(at).addresses(self)));
+            assert_eq!(w.len(), rows * columns, "elements of a weight");
+            run!(self, BLOCKS, "quantise_blocks", shape, w, &of[0], &of[1], &turned[0], &turned[1], &r, &c)?;
+        }
+        Ok(both)
+    }
+
+    /// RMSNorm of `x_RC` with weights `w_C` to BF16 and to E4M3, and the factor of each row.
     pub fn rms_norm_quantised(
         &self,
-        x: &Memory<u16>,
-        w: &Memory<f32>,
-        y: &mut Memory<u16>,
-        out: &mut Codes,
+        x: &impl DevicePtr<u16>,
+        w: &impl DevicePtr<f32>,
+        (y, out, roots): (&mut Memory<u16>, &mut Codes, &mut Memory<f32>),
         eps: f32,
     ) -> Result<(), BackendError> {
-        assert_eq!((x.len(), w.len(), y.len()), (out.rows * out.columns, out.columns, x.len()), "elements of a norm");
         let (rows, columns) = (out.rows, out.columns);
+        let lengths = (x.len(), w.len(), y.len(), roots.len());
+        assert_eq!(lengths, (rows * columns, columns, rows * columns, rows), "elements of a norm");
         let ([r, c, stride], power) = (out.sizes(), 0);
+        let (x, w) = (x.device_ptr(&self.stream).0, w.device_ptr(&self.stream).0);
         let shared = 4 * (2 * columns + 32);
         run!(
             self,
             NORM,
             "rms_norm",
             (rows.div_ceil(4), 512, shared),
-            x,
-            w,
+            &x,
+            &w,
             y,
             &mut out.codes,
             &mut out.scales,
+            roots,
             &r,
             &c,
             &stride,
@@ -105,72 +136,91 @@ impl Gpu {
         )
     }
 
-    /// How the gradient of a norm's weights splits so many rows: strips, at least one, and the rows of each but the last. It
-    /// depends on their number alone, so that every card adds in the same order. 256 strips keep two of them on each
-    /// multiprocessor, while what is written between is small.
-    pub fn strips(rows: usize) -> (usize, usize) {
-        let each = rows.div_ceil(256).next_multiple_of(2).max(8);
-        (rows.div_ceil(each).max(1), each)
+    /// Strips in which the gradient of a norm's weights adds so many rows, at least one. It depends on their number alone, so that
+    /// every card adds in the same order.
+    pub fn strips(rows: usize) -> usize {
+        rows.div_ceil(STRIP).max(1)
     }
 
-    /// Gradient of the weights of an RMSNorm: `x_RC, dy_RC -> dw_C`. `sums` is room for a row of each of [`Self::strips`].
+    /// Gradient of the weights of an RMSNorm: `x_RC, dy_RC, roots_R -> dw_C`, with the factors that [`Self::rms_norm_quantised`]
+    /// gave. `sums` is room for a row of each of [`Self::strips`].
     pub fn rms_norm_weight_gradient(
         &self,
         x: &Memory<u16>,
         dy: &Memory<u16>,
+        roots: &Memory<f32>,
         sums: &mut Memory<f32>,
         dw: &mut Memory<f32>,
-        eps: f32,
     ) -> Result<(), BackendError> {
-        let columns = dw.len();
-        let fits = columns.is_multiple_of(TILE) && (TILE..=8192).contains(&columns);
-        assert!(fits, "{columns} columns in tiles of {TILE}, at most 8192");
-        let rows = x.len() / columns;
-        let (strips, each) = Self::strips(rows);
-        let lengths = (x.len(), dy.len(), sums.len());
-        assert_eq!(lengths, (rows * columns, rows * columns, strips * columns), "elements of a norm and its strips");
-        self.sum_strips(x, dy, sums, [rows, columns, strips, each], eps)?;
-        let (count, c) = (strips as i32, columns as i32);
-        run!(self, NORM, "rms_norm_weight_sum", (columns / 32, 256, 0), &*sums, dw, &count, &c)
-    }
-
-    /// The sum of each strip, of which the caller has asserted the lengths.
-    fn sum_strips(
-        &self,
-        x: &Memory<u16>,
-        dy: &Memory<u16>,
-        sums: &mut Memory<f32>,
-        [rows, columns, strips, each]: [usize; 4],
-        eps: f32,
-    ) -> Result<(), BackendError> {
-        // As many stages as two blocks of a multiprocessor have room for, which each need some 1.5 kB besides.
-        let stage = 2 * (2 * columns + 32);
-        let depth = [4i32, 3].into_iter().find(|depth| stage << depth <= 115_200).unwrap_or(2);
-        let (r, c, each) = (rows as i32, columns as i32, each as i32);
-        run!(self, NORM, "rms_norm_weight", (strips, 352, stage << depth), x, dy, sums, &r, &c, &each, &depth, &eps)
+        let (rows, columns) = (roots.len(), dw.len());
+        assert!(columns.is_multiple_of(TILE) && columns > 0, "{columns} columns in tiles of {TILE}");
+        let (n, strips) = (rows * columns, Self::strips(rows));
+        assert_eq!((x.len(), dy.len(), sums.len()), (n, n, strips * columns), "elements of a norm and its strips");
+        let (shape, r, c) = ((strips * columns.div_ceil(256), 256, 0), rows as i32, columns as i32);
+        run!(self, NORM, "rms_norm_weight", shape, x, dy, roots, &mut *sums, &r, &c)?;
+        let (from, to, count) = (sums.device_ptr(&self.stream).0, dw.device_ptr(&self.stream).0, strips as i32);
+        let function = self.function(&NORM, "rms_norm_weight_sum", 0)?;
+        let arguments = [pointer(&from), pointer(&to), pointer(&count), pointer(&c)];
+        // SAFETY: the arguments are the kernel's, as long as was asserted; it waits for the strips before it reads them.
+        unsafe { self.launch_early(&function, launch_of(columns as u32 / 32, 256, 0), arguments) }
     }
 
     /// SwiGLU of `gate_RC` and `up_RC` to BF16 and to E4M3.
     pub fn swiglu_quantised(
         &self,
-        gate: &Memory<u16>,
-        up: &Memory<u16>,
+        gate: &impl DevicePtr<u16>,
+        up: &impl DevicePtr<u16>,
         h: &mut Memory<u16>,
         out: &mut Codes,
     ) -> Result<(), BackendError> {
         assert_eq!([gate.len(), up.len(), h.len()], [out.rows * out.columns; 3], "elements of a SwiGLU");
         let (rows, columns) = (out.rows, out.columns);
         let ([r, c, stride], power) = (out.sizes(), 0);
+        let (gate, up) = (gate.device_ptr(&self.stream).0, up.device_ptr(&self.stream).0);
         run!(
             self,
             SWIGLU,
             "swiglu",
             (by_tiles(rows, columns, 4), 256, 0),
-            gate,
-            up,
+            &gate,
+            &up,
             h,
             &mut out.codes,
             &mut out.scales,
+            &r,
+            &c,
+            &stride,
+            &power
+        )
+    }
+
+    /// Gradients of [`Self::swiglu_quantised`] to BF16 and to E4M3: of `gate_RC`, and of `up_RC`.
+    pub fn swiglu_backward_quantised(
+        &self,
+        [gate, up, dh]: [&impl DevicePtr<u16>; 3],
+        [dgate, dup]: [&mut Memory<u16>; 2],
+        [of_gate, of_up]: [&mut Codes; 2],
+    ) -> Result<(), BackendError> {
+        let (rows, columns) = (of_gate.rows, of_gate.columns);
+        assert_eq!([of_up.rows, of_up.columns], [rows, columns], "codes of two gradients");
+        let lengths = [gate.len(), up.len(), dh.len(), dgate.len(), dup.len()];
+        assert_eq!(lengths, [rows * columns; 5], "elements of a SwiGLU's gradients");
+        let ([r, c, stride], power) = (of_gate.sizes(), 0);
+        let [gate, up, dh] = [gate, up, dh].map(|x| x.device_ptr(&self.stream).0);
+        run!(
+            self,
+            SWIGLU,
+            "swiglu_backward",
+            (by_tiles(rows, columns, 4), 256, 0),
+            &gate,
+            &up,
+            &dh,
+            dgate,
+            dup,
+            &mut of_gate.codes,
+            &mut of_gate.scales,
+            &mut of_up.codes,
+            &mut of_up.scales,
             &r,
             &c,
             &stride,
@@ -267,15 +317,22 @@ impl Gpu {
     }
 
     /// `x_TC` by groups of tokens to `[C][T]` in E4M3, each group filled up to whole blocks of 128 with zeros.
-    pub fn turn(&self, x: &Memory<u16>, groups: &Groups, out: &mut Codes, power: bool) -> Result<(), BackendError> {
+    pub fn turn(
+        &self,
+        x: &impl DevicePtr<u16>,
+        groups: &Groups,
+        out: &mut Codes,
+        power: bool,
+    ) -> Result<(), BackendError> {
         let ((count, columns, width), power) = (turned(groups, x.len(), out), i32::from(power));
+        let x = x.device_ptr(&self.stream).0;
         let blocks = out.columns / TILE * (out.rows / 64);
         run!(
             self,
             TURN,
             "turn_bf16",
             (blocks, 256, 0),
-            x,
+            &x,
             &groups.offsets,
             &groups.blocks,
             &count,

@@ -95,6 +95,7 @@ pub(super) const WGRAD: Source = Source {
     contracts: true,
 };
 pub(super) const QUANTISE: Source = file!("quantise", true);
+pub(super) const BLOCKS: Source = file!("blocks", true);
 pub(super) const NORM: Source = file!("norm", true);
 pub(super) const SWIGLU: Source = file!("swiglu", true);
 pub(super) const PERMUTE: Source = file!("permute", true);
@@ -118,7 +119,7 @@ const fn both(high: &'static str, low: &'static str, text: &'static str) -> [Sou
 }
 
 /// Every file, in every variant that is used.
-pub static SOURCES: [Source; 21] = [
+pub static SOURCES: [Source; 22] = [
     DENSE_256X128,
     DENSE_256X128_SHORT,
     DENSE_256X128_SHORTEST,
@@ -127,6 +128,7 @@ pub static SOURCES: [Source; 21] = [
     GROUPED_PAIRS,
     WGRAD,
     QUANTISE,
+    BLOCKS,
     NORM,
     SWIGLU,
     PERMUTE,

@@ -34,7 +34,7 @@ class Ops:
         return self.go("swiglu_backward", up(up(r, 4)*(c//128), 8), g, u, d, dg, du, gc, gs, uc, us, r, c, gs.stride(0) if gc is not None else 0, power)
     def norm(self, x, w, y, codes, scales, power, eps):
         r, c = x.shape
-        return self.go("rms_norm", up(r, 4), x, w, y, codes, scales, r, c, scales.stride(0) if codes is not None else 0, power, eps, threads=512, shared=4*(2*c + 32))
+        return self.go("rms_norm", up(r, 4), x, w, y, codes, scales, None, r, c, scales.stride(0) if codes is not None else 0, power, eps, threads=512, shared=4*(2*c + 32))
     def norm_backward(self, x, w, dy, dx, eps):
         r, c = x.shape
         return self.go("rms_norm_backward", up(r, 2), x, w, dy, dx, r, c, eps, shared=4*(2*c + 32))

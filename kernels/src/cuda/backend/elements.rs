@@ -76,7 +76,7 @@ impl CudaBackend {
     /// Columns of `x`, from one on so many.
     pub(super) fn columns(&self, x: &Tensor, from: usize, count: usize) -> Result<Elements, BackendError> {
         let y = self.room(x.rows(), count)?;
-        self.copy_columns(x, [from, count], &y, [0, count])?;
+        self.copy_columns(&self.activation(x)?, [x.columns(), from, count], &y, [count, 0])?;
         Ok(y)
     }
 
@@ -84,40 +84,30 @@ impl CudaBackend {
         assert_eq!(a.rows(), b.rows(), "rows that are joined");
         let width = a.columns() + b.columns();
         let y = self.room(a.rows(), width)?;
-        self.copy_columns(a, [0, a.columns()], &y, [0, width])?;
-        self.copy_columns(b, [0, b.columns()], &y, [a.columns(), width])?;
+        self.copy_columns(&self.activation(a)?, [a.columns(), 0, a.columns()], &y, [width, 0])?;
+        self.copy_columns(&self.activation(b)?, [b.columns(), 0, b.columns()], &y, [width, a.columns()])?;
         Ok(y)
     }
 
-    /// So many columns of `x`, from one on, to those of a matrix of some width, from one on.
-    fn copy_columns(
+    /// Of rows that are `width` long, so many columns from one on; to those of `y`, whose rows have a length of their own, from one
+    /// on.
+    pub(super) fn copy_columns(
         &self,
-        x: &Tensor,
-        [from, count]: [usize; 2],
+        x: &Elements,
+        [width, from, count]: [usize; 3],
         y: &Elements,
-        [to, width]: [usize; 2],
+        [y_width, to]: [usize; 2],
     ) -> Result<(), BackendError> {
-        let fits = from + count <= x.columns() && to + count <= width && y.len() == x.rows() * width;
-        assert!(fits, "columns {from} to {} of {x:?}", from + count);
         if count == 0 {
             return Ok(());
         }
-        let (of_x, rows, shape) = (self.activation(x)?, x.rows() as u64, by_element(x.rows() * count));
-        let [count, x_row, from, y_row, to] = [count, x.columns(), from, width, to].map(|n| n as i32);
-        run!(
-            self.gpu,
-            *self.kernels(),
-            "copy_columns",
-            shape,
-            &of_x.address(),
-            &y.address(),
-            &rows,
-            &count,
-            &x_row,
-            &from,
-            &y_row,
-            &to
-        )
+        let rows = x.len() / width;
+        let fits = from + count <= width && to + count <= y_width && y.len() == rows * y_width;
+        assert!(fits && x.is_low() == y.is_low(), "columns {from} to {} of {width}", from + count);
+        let (kernels, shape, rows) = (&ELEMENTS[usize::from(x.is_low())], by_element(rows * count), rows as u64);
+        let [count, width, from, y_width, to] = [count, width, from, y_width, to].map(|n| n as i32);
+        let (x, y) = (&x.address(), &y.address());
+        run!(self.gpu, *kernels, "copy_columns", shape, x, y, &rows, &count, &width, &from, &y_width, &to)
     }
 
     /// Rows of a table of weights by their tokens.

@@ -1,6 +1,7 @@
 //! The model's operations on a GPU. In FP32 they have the CPU's bits: the same terms in the same order, rounded alike. In BF16 all
 //! but products and attention have: products of two BF16 operands are cuBLASLt's (`dense.rs`), or
-//! add in the CPU's FP32 order; attention of the usual widths is cuDNN's.
+//! add in the CPU's FP32 order; attention of the usual widths is cuDNN's. In FP8 operands of the blocks' products have the CPU's
+//! codes and scales, and the tensor cores add them (`scaled.rs`); norms and SwiGLU make theirs at once. All else is as in BF16.
 //!
 //! An operation enqueues its kernels on one stream and gives a handle. What cannot run gives a handle without data, and an error
 //! that sticks: the next read reports the first one. Weights come as matrices in host memory; each is copied to the GPU once, and
@@ -11,6 +12,7 @@ mod elements;
 mod heads;
 mod products;
 mod route;
+mod scaled;
 mod tensors;
 
 use super::attention::library;
@@ -32,7 +34,8 @@ use tensors::{Elements, Indices, Made};
 #[derive(Debug)]
 pub struct CudaBackend {
     gpu: Arc<Gpu>,
-    /// In BF16.
+    precision: Precision,
+    /// In BF16 and FP8.
     dense: Option<Dense>,
     angles: Angles,
     planned: Planned,
@@ -41,7 +44,7 @@ pub struct CudaBackend {
     failed: Mutex<Option<BackendError>>,
 }
 
-/// What decides how products in BF16 add: libraries choose by the card, and they and the compiler by their versions.
+/// What decides how products in low precision add: libraries choose by the card, and they and the compiler by their versions.
 struct Chosen {
     card: String,
     /// NVRTC's version.
@@ -58,42 +61,36 @@ fn class(architecture: &str, precision: Precision, chosen: Option<Chosen>) -> St
 }
 
 impl CudaBackend {
-    /// The backend of one GPU in FP32 or BF16; machine code of kernels is kept in `cubins`.
+    /// The backend of one GPU; machine code of kernels is kept in `cubins`.
     pub fn new(ordinal: usize, precision: Precision, cubins: Box<dyn Cubins>) -> Result<Self, BackendError> {
         let gpu = Arc::new(Gpu::new(ordinal, cubins)?);
         let (dense, class) = match precision {
             Precision::Fp32 => (None, class(&gpu.architecture(), precision, None)),
-            Precision::Bf16 => {
+            Precision::Bf16 | Precision::Fp8 => {
                 let cudnn = library().map_err(|e| gpu.error(e))?;
                 let (dense, compiler) = (Dense::new(&gpu)?, compiler().map_err(|e| gpu.error(e))?);
                 let (card, cublas, compiler) = (gpu.card()?, dense.library(), compiler.to_string());
                 let class = class(&gpu.architecture(), precision, Some(Chosen { card, compiler, cublas, cudnn }));
                 (Some(dense), class)
             }
-            Precision::Fp8 => return Err(gpu.error("training in fp8 is not there yet: fp32 and bf16 are")),
         };
         let (angles, planned) = (Angles::default(), Planned::default());
-        Ok(Self { gpu, dense, angles, planned, class, failed: Mutex::default() })
+        Ok(Self { gpu, precision, dense, angles, planned, class, failed: Mutex::default() })
     }
 
-    /// Its GPU, for the kernels that are not operations yet.
+    /// Its GPU.
     pub fn gpu(&self) -> &Arc<Gpu> {
         &self.gpu
     }
 
     /// Whether activations are BF16.
     fn low(&self) -> bool {
-        self.dense.is_some()
+        self.precision.is_low()
     }
 
     /// Records the first error; later reads report it.
     fn fail(&self, error: BackendError) {
         self.failed.lock().unwrap_or_else(PoisonError::into_inner).get_or_insert(error);
-    }
-
-    fn unsupported(&self, operation: &'static str, rows: usize, columns: usize) -> Tensor {
-        let error = BackendError::Unsupported { operation, device: self.class().0 };
-        self.one(rows, columns, Err(error))
     }
 
     /// The matrices of an operation, or its error for later.
@@ -162,22 +159,22 @@ impl Backend for CudaBackend {
         self.one(dy.columns(), x.columns(), self.product_weight(dy, x, role))
     }
 
-    fn grouped_linear(&self, x: &Tensor, counts: &Tensor, w: &[Tensor], _: Role) -> Tensor {
+    fn grouped_linear(&self, x: &Tensor, counts: &Tensor, w: &[Tensor], role: Role) -> Tensor {
         let out = w.first().map_or(0, Tensor::rows);
-        self.one(x.rows(), out, self.grouped(x, counts, w, [out, x.columns()], false))
+        self.one(x.rows(), out, self.grouped(x, counts, (w, role), [out, x.columns()], false))
     }
 
-    fn grouped_linear_backward_input(&self, dy: &Tensor, counts: &Tensor, w: &[Tensor], _: Role) -> Tensor {
+    fn grouped_linear_backward_input(&self, dy: &Tensor, counts: &Tensor, w: &[Tensor], role: Role) -> Tensor {
         let input = w.first().map_or(0, Tensor::columns);
-        self.one(dy.rows(), input, self.grouped(dy, counts, w, [input, dy.columns()], true))
+        self.one(dy.rows(), input, self.grouped(dy, counts, (w, role), [input, dy.columns()], true))
     }
 
     fn quantise(&self, x: &Tensor) -> Tensor {
-        self.unsupported("quantise", x.rows(), x.columns())
+        self.to_codes(x).unwrap_or_else(|error| self.like(x, Err(error)))
     }
 
     fn dequantise(&self, x: &Tensor) -> Tensor {
-        self.unsupported("dequantise", x.rows(), x.columns())
+        self.like(x, self.of_codes(x))
     }
 
     fn add(&self, a: &Tensor, b: &Tensor) -> Tensor {
@@ -199,6 +196,10 @@ impl Backend for CudaBackend {
     }
 
     fn stack(&self, parts: &[Tensor]) -> Tensor {
+        if let [only] = parts {
+            // With what it keeps.
+            return only.clone();
+        }
         let rows = parts.iter().map(Tensor::rows).sum();
         self.one(rows, parts[0].columns(), self.stacked(parts))
     }
@@ -218,6 +219,10 @@ impl Backend for CudaBackend {
     }
 
     fn rms_norm(&self, x: &Tensor, w: &Tensor, eps: f32) -> Tensor {
+        if self.quantises_norm(x.columns()) {
+            let [y] = self.with_codes(x, self.norm_quantised(x, w, eps));
+            return y;
+        }
         self.like(x, self.norm(x, w, eps))
     }
 
@@ -261,10 +266,17 @@ impl Backend for CudaBackend {
     }
 
     fn swiglu(&self, gate: &Tensor, up: &Tensor) -> Tensor {
+        if self.quantises(gate.columns()) {
+            let [h] = self.with_codes(gate, self.gated_quantised(gate, up));
+            return h;
+        }
         self.like(gate, self.gated(gate, up))
     }
 
     fn swiglu_backward(&self, gate: &Tensor, up: &Tensor, dh: &Tensor) -> [Tensor; 3] {
+        if self.quantises(gate.columns()) {
+            return self.with_codes(gate, self.gated_gradients_quantised(gate, up, dh));
+        }
         self.all([[gate.rows(), gate.columns()]; 3], self.gated_gradients(gate, up, dh))
     }
 
@@ -320,7 +332,7 @@ mod tests {
     use super::*;
 
     #[test]
-    fn whatever_may_change_bits_in_bf16_is_in_the_class() {
+    fn whatever_may_change_bits_in_low_precision_is_in_the_class() {
         let chosen = |card: &str, compiler: &str, cublas, cudnn| {
             let (card, compiler) = (card.to_owned(), compiler.to_owned());
             class("sm_90", Precision::Bf16, Some(Chosen { card, compiler, cublas, cudnn }))

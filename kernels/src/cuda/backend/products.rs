@@ -1,5 +1,5 @@
 //! Products. In BF16 by cuBLASLt (`dense.rs`); those of the gate, and all in FP32, by the gate's kernels (`hopper/gate.cu`). Both take
-//! weights in eights; others, and parts of matrices, go through a plain one in FP32 (`hopper/product.cu`).
+//! weights in eights; others, and parts of matrices, go through a plain one in FP32 (`hopper/product.cu`). In FP8: `scaled.rs`.
 
 use super::CudaBackend;
 use super::tensors::Elements;
@@ -97,6 +97,9 @@ impl CudaBackend {
     pub(super) fn product(&self, x: &Tensor, w: &Tensor, role: Role) -> Result<Elements, BackendError> {
         let ([t, i, o], rounds) = ([x.rows(), x.columns(), w.rows()], self.rounds(role));
         assert_eq!(i, w.columns(), "columns of a product");
+        if let Some([scaling, _]) = self.scalings(role) {
+            return self.scaled(x, scaling, w, false);
+        }
         let (of_x, of_w) = (self.activation(x)?, self.elements(w, rounds)?);
         let y = self.room_in(t * o, rounds)?;
         if !in_eights([o, i], [&of_x, &of_w]) {
@@ -121,6 +124,9 @@ impl CudaBackend {
     pub(super) fn product_input(&self, dy: &Tensor, w: &Tensor, role: Role) -> Result<Elements, BackendError> {
         let ([t, o, i], rounds) = ([dy.rows(), w.rows(), w.columns()], self.rounds(role));
         assert_eq!(o, dy.columns(), "columns of a gradient");
+        if let Some([_, scaling]) = self.scalings(role) {
+            return self.scaled(dy, scaling, w, true);
+        }
         let (of_dy, of_w) = (self.elements(dy, rounds)?, self.elements(w, rounds)?);
         if !in_eights([o, i], [&of_dy, &of_w]) {
             let (of_dy, of_w) = (self.in_form(&of_dy, false)?, self.in_form(&of_w, false)?);
@@ -146,6 +152,9 @@ impl CudaBackend {
     pub(super) fn product_weight(&self, dy: &Tensor, x: &Tensor, role: Role) -> Result<Elements, BackendError> {
         let ([t, o, i], rounds) = ([dy.rows(), dy.columns(), x.columns()], self.rounds(role));
         assert_eq!(t, x.rows(), "rows of a weight's gradient");
+        if let Some(scalings) = self.scalings(role) {
+            return self.scaled_weight(dy, x, scalings);
+        }
         let (of_dy, of_x) = (self.elements(dy, rounds)?, self.activation(x)?);
         if !in_eights([o, i], [&of_dy, &of_x]) {
             let (of_dy, of_x) = (self.in_form(&of_dy, false)?, self.in_form(&of_x, false)?);
@@ -197,21 +206,21 @@ impl CudaBackend {
         &self,
         x: &Tensor,
         counts: &Tensor,
-        w: &[Tensor],
+        (w, role): (&[Tensor], Role),
         [n, k]: [usize; 2],
         inputs: bool,
     ) -> Result<Elements, BackendError> {
         let weight = if inputs { (k, n) } else { (n, k) };
         assert!(w.iter().all(|w| (w.rows(), w.columns()) == weight), "weights of one shape: {w:?}");
         assert_eq!(counts.columns(), w.len(), "a weight of every group");
+        if let Some(scalings) = self.scalings(role) {
+            return self.scaled_grouped(x, scalings[usize::from(inputs)], counts, (w, inputs), n);
+        }
         let (of_x, low) = (self.activation(x)?, self.low());
         let weights = w.iter().map(|w| self.elements(w, low)).collect::<Result<Vec<_>, _>>()?;
         let eights = weights.iter().all(|w| in_eights([n, k], [&of_x, w]));
         if let (true, Some(dense)) = (eights, &self.dense) {
-            let counts = match self.indices(counts)? {
-                indices if indices.host.is_some() => indices.host.expect("it is there"),
-                indices => self.gpu.download(&*indices.data)?.into(),
-            };
+            let counts = self.numbers(counts)?;
             // Rows that no group has are zeros.
             let (y, mut from) = (Elements::bf16(self.gpu.zeros(x.rows() * n)?), 0);
             for (count, w) in counts.iter().map(|n| *n as usize).zip(&weights) {

@@ -6,9 +6,10 @@ use crate::backend::BackendError;
 use crate::cuda::device::{Gpu, run};
 use crate::cuda::failure::told;
 use crate::cuda::memory::Memory;
+use crate::cuda::products::{Blocks, Codes};
 use crate::cuda::sources::PRODUCT;
 use crate::math::{bf16_bits, bf16_value};
-use crate::tensor::{DeviceBuffer, Tensor};
+use crate::tensor::{DeviceBuffer, Place, Tensor};
 use cudarc::driver::{CudaView, DevicePtr};
 use std::any::Any;
 use std::sync::Arc;
@@ -49,7 +50,7 @@ impl Elements {
         self.count
     }
 
-    fn is_low(&self) -> bool {
+    pub(super) fn is_low(&self) -> bool {
         matches!(*self.memory, Held::Bf16(_))
     }
 
@@ -104,12 +105,30 @@ pub(super) struct Indices {
     pub(super) below: u64,
 }
 
+/// What is behind a handle, or kept with one.
 #[derive(Debug)]
-enum Buffer {
+pub(super) enum Buffer {
     Matrix(Elements),
     Indices(Indices),
+    /// In E4M3 with scales along its terms.
+    Codes(Codes),
+    /// A weight in E4M3, in both orders that products read.
+    Weight([Blocks; 2]),
     /// Of an operation that failed.
     Nothing,
+}
+
+impl Buffer {
+    /// The number of the GPU that has it.
+    fn ordinal(&self) -> Option<usize> {
+        Some(match self {
+            Self::Matrix(elements) => elements.ordinal(),
+            Self::Indices(indices) => indices.data.ordinal(),
+            Self::Codes(codes) => codes.codes().ordinal(),
+            Self::Weight([weight, _]) => weight.ordinal(),
+            Self::Nothing => return None,
+        })
+    }
 }
 
 impl DeviceBuffer for Buffer {
@@ -147,31 +166,48 @@ impl CudaBackend {
 
     /// Elements as they are: on this GPU, or, from host memory, as activations are stored.
     pub(super) fn stored(&self, x: &Tensor) -> Result<Elements, BackendError> {
-        match x.buffer().and_then(|b| b.as_any().downcast_ref()) {
+        match self.behind(x) {
             Some(Buffer::Matrix(elements)) => self.elements(x, elements.is_low()),
-            Some(Buffer::Indices(_) | Buffer::Nothing) | None => self.activation(x),
+            _ => self.activation(x),
         }
     }
 
     /// Elements on this GPU, in BF16 if `low`. Those of host memory are copied there once in each form.
     pub(super) fn elements(&self, x: &Tensor, low: bool) -> Result<Elements, BackendError> {
-        let kept = match x.buffer() {
-            Some(buffer) => buffer,
+        let found = match x.buffer() {
+            Some(_) => self.behind(x),
             None => {
-                let kept = &x.forms().on_device[usize::from(low)];
-                if kept.get().is_none() {
-                    // Of two threads that copy it at once one keeps its copy.
-                    let _ = kept.set(Arc::new(Buffer::Matrix(self.copied(&x.values(), low)?)));
-                }
-                kept.get().expect("it was set").as_ref()
+                let copy = || self.copied(&x.values(), low).map(Buffer::Matrix);
+                Some(self.kept(&x.forms().on_device.elements[usize::from(low)], copy)?)
             }
         };
-        match kept.as_any().downcast_ref() {
-            Some(Buffer::Matrix(elements)) if self.is_here(elements.ordinal()) => self.in_form(elements, low),
-            Some(Buffer::Matrix(_) | Buffer::Indices(_) | Buffer::Nothing) | None => {
-                Err(self.gpu.error(format!("{x:?} has no elements on this device")))
-            }
+        match found {
+            Some(Buffer::Matrix(elements)) => self.in_form(elements, low),
+            _ => Err(self.gpu.error(format!("{x:?} has no elements on this device"))),
         }
+    }
+
+    /// What is behind a handle, if it is on this GPU.
+    pub(super) fn behind<'a>(&self, x: &'a Tensor) -> Option<&'a Buffer> {
+        self.if_here(x.buffer()?)
+    }
+
+    fn if_here<'a>(&self, buffer: &'a dyn DeviceBuffer) -> Option<&'a Buffer> {
+        let buffer: &Buffer = buffer.as_any().downcast_ref()?;
+        (buffer.ordinal() == Some(self.gpu.stream.context().ordinal())).then_some(buffer)
+    }
+
+    /// What is kept in a place, made if there is nothing. Of two threads that make it at once one keeps its own.
+    pub(super) fn kept<'a>(
+        &self,
+        place: &'a Place,
+        make: impl FnOnce() -> Result<Buffer, BackendError>,
+    ) -> Result<&'a Buffer, BackendError> {
+        if place.get().is_none() {
+            let _ = place.set(Arc::new(make()?));
+        }
+        let kept = place.get().expect("it was set");
+        self.if_here(kept.as_ref()).ok_or_else(|| self.gpu.error("what a handle keeps is on another device"))
     }
 
     /// Numbers of host memory, rounded to BF16 if `low`.
@@ -204,16 +240,19 @@ impl CudaBackend {
 
     /// A list of indices or counts on this GPU.
     pub(super) fn indices(&self, x: &Tensor) -> Result<Indices, BackendError> {
-        match x.buffer().and_then(|b| b.as_any().downcast_ref()) {
-            Some(Buffer::Indices(indices)) if self.is_here(indices.data.ordinal()) => Ok(indices.clone()),
-            Some(Buffer::Matrix(_) | Buffer::Indices(_) | Buffer::Nothing) | None => {
-                Err(self.gpu.error(format!("{x:?} has no indices on this device")))
-            }
+        match self.behind(x) {
+            Some(Buffer::Indices(indices)) => Ok(indices.clone()),
+            _ => Err(self.gpu.error(format!("{x:?} has no indices on this device"))),
         }
     }
 
-    fn is_here(&self, ordinal: usize) -> bool {
-        ordinal == self.gpu.stream.context().ordinal()
+    /// The numbers of a list, from where they came if that was host memory.
+    pub(super) fn numbers(&self, x: &Tensor) -> Result<Arc<Vec<u32>>, BackendError> {
+        let indices = self.indices(x)?;
+        match indices.host {
+            Some(host) => Ok(host),
+            None => self.gpu.download(&*indices.data).map(Arc::new),
+        }
     }
 
     /// Rows of all, one matrix after another: the same data if they lie so already.
@@ -232,25 +271,10 @@ impl CudaBackend {
         if follows {
             return Ok(Elements { count, ..first.clone() });
         }
-        if self.low() {
-            return Ok(Elements::bf16(self.gathered(&parts, count, Elements::words)?));
-        }
-        Ok(Elements::f32(self.gathered(&parts, count, Elements::floats)?))
-    }
-
-    /// Copies of all parts, one after another.
-    fn gathered<T: cudarc::driver::DeviceRepr>(
-        &self,
-        parts: &[Elements],
-        count: usize,
-        of: impl for<'a> Fn(&'a Elements) -> CudaView<'a, T>,
-    ) -> Result<Memory<T>, BackendError> {
-        let (mut all, mut at) = (self.gpu.room::<T>(count)?, 0);
-        for part in parts.iter().filter(|part| part.count > 0) {
-            let mut to = all.slice_mut(at..at + part.count);
-            self.gpu.stream.memcpy_dtod(&of(part), &mut to).map_err(|e| self.gpu.error(told(e)))?;
-            at += part.count;
-        }
-        Ok(all)
+        Ok(if self.low() {
+            Elements::bf16(self.gpu.joined(&parts.iter().map(Elements::words).collect::<Vec<_>>())?)
+        } else {
+            Elements::f32(self.gpu.joined(&parts.iter().map(Elements::floats).collect::<Vec<_>>())?)
+        })
     }
 }

@@ -322,15 +322,16 @@ fn rows(gpu: &Gpu) -> Result<()> {
     norm_weights(gpu, [16384, 7168])
 }
 
-/// The gradient of a norm's weights: it only reads, so its limit is reading; the copy's rate stands beside it.
+/// The gradient of a norm's weights, of the factors that the norm kept: it only reads, so its limit is reading; the copy's rate
+/// stands beside it.
 fn norm_weights(gpu: &Gpu, shape: [usize; 2]) -> Result<()> {
     let [tokens, columns] = shape;
     let n = tokens * columns;
     let (x, dy) = (gpu.upload(&random_bf16(n, 6))?, gpu.upload(&random_bf16(n, 7))?);
-    let mut sums = gpu.upload(&vec![0f32; Gpu::strips(tokens).0 * columns])?;
-    let mut dw = gpu.upload(&vec![0f32; columns])?;
-    let bytes = 4 * n + 4 * columns;
-    let mut gradient = || gpu.rms_norm_weight_gradient(&x, &dy, &mut sums, &mut dw, 1e-6);
+    let (roots, mut dw) = (gpu.upload(&vec![1f32; tokens])?, gpu.upload(&vec![0f32; columns])?);
+    let mut sums = gpu.upload(&vec![0f32; Gpu::strips(tokens) * columns])?;
+    let bytes = 4 * n + 4 * (tokens + columns);
+    let mut gradient = || gpu.rms_norm_weight_gradient(&x, &dy, &roots, &mut sums, &mut dw);
     let mut ours = || Ok(gpu.seconds(REPETITIONS, &mut gradient)?);
     let (mut copy, mut read) = (|| Ok(1.0 / gpu.copy_rate(bytes / 2)?), || Ok(1.0 / gpu.read_rate(bytes)?));
     let times = in_turns(&mut [&mut ours, &mut copy, &mut read])?;
@@ -358,15 +359,30 @@ fn in_place(gpu: &Gpu, shape: [usize; 2]) -> Result<()> {
     let mut out = gpu.codes(tokens, columns)?;
     let time = best(|| Ok(gpu.seconds(REPETITIONS, || gpu.quantise_rows(&x, &mut out, false))?))?;
     line(gpu, "quantise", shape, 3 * n + scales, time)?;
-    let norm = |y: &mut _, out: &mut _| gpu.rms_norm_quantised(&x, &weight, y, out, 1e-6);
-    let time = best(|| Ok(gpu.seconds(REPETITIONS, || norm(&mut y, &mut out))?))?;
-    line(gpu, "RMSNorm and quantise", shape, 5 * n + scales, time)?;
+    let mut roots = gpu.upload(&vec![0f32; tokens])?;
+    let mut norm = || gpu.rms_norm_quantised(&x, &weight, (&mut y, &mut out, &mut roots), 1e-6);
+    let time = best(|| Ok(gpu.seconds(REPETITIONS, &mut norm)?))?;
+    line(gpu, "RMSNorm and quantise", shape, 5 * n + scales + 4 * tokens, time)?;
     let time = best(|| Ok(gpu.seconds(REPETITIONS, || gpu.swiglu_quantised(&x, &up, &mut y, &mut out))?))?;
     line(gpu, "SwiGLU and quantise", shape, 7 * n + scales, time)?;
+    let (dh, mut dup, mut of_dup) =
+        (gpu.upload(&random_bf16(n, 8))?, gpu.upload(&vec![0u16; n])?, gpu.codes(tokens, columns)?);
+    let mut gradients = || gpu.swiglu_backward_quantised([&x, &up, &dh], [&mut y, &mut dup], [&mut out, &mut of_dup]);
+    let time = best(|| Ok(gpu.seconds(REPETITIONS, &mut gradients)?))?;
+    line(gpu, "SwiGLU, gradients, and quantise", shape, 12 * n + 2 * scales, time)?;
+    weights(gpu, shape)?;
     let groups = Groups::new(gpu, &[tokens as u32 / 8; 8])?;
     let mut turned = gpu.codes(columns, tokens)?;
     let time = best(|| Ok(gpu.seconds(REPETITIONS, || gpu.turn(&x, &groups, &mut turned, false))?))?;
     line(gpu, "turn and quantise", shape, 3 * n + scales, time)
+}
+
+/// A weight to E4M3 in both orders.
+fn weights(gpu: &Gpu, shape: [usize; 2]) -> Result<()> {
+    let w = gpu.upload(&Philox::new(7, 54, 11).normals(shape[0] * shape[1], 1.0))?;
+    let quantise = || gpu.quantise_blocks([&w].into_iter().map(Ok), shape).map(drop);
+    let time = best(|| Ok(gpu.seconds(REPETITIONS, quantise)?))?;
+    line(gpu, "quantise a weight", shape, 6 * w.len() + 8 * (w.len() >> 14), time)
 }
 
 /// What moves rows to experts and back.
