@@ -2,6 +2,7 @@
 //! more than it may, or if there is no GPU. Speed is `everstep bench`. With `--small` it leaves out large shapes and repetitions,
 //! for compute-sanitizer; with names of parts all others.
 
+mod adamw;
 mod attention;
 mod backend;
 mod dense;
@@ -31,7 +32,7 @@ fn small() -> bool {
     *SMALL.get_or_init(|| std::env::args().any(|argument| argument == "--small"))
 }
 
-const PARTS: [&str; 8] = ["fp32", "bf16", "fp8", "products", "rows", "gate", "libraries", "memory"];
+const PARTS: [&str; 9] = ["adamw", "fp32", "bf16", "fp8", "products", "rows", "gate", "libraries", "memory"];
 
 /// The parts that are named.
 fn named() -> impl Iterator<Item = String> {
@@ -274,7 +275,8 @@ fn check() -> Result<bool, BackendError> {
             !part(name) || backend::all(&CudaBackend::new(0, precision, Box::new(NoCubins))?, precision)?,
         )
     };
-    let good = backend("fp32", Precision::Fp32)?
+    let good = (!part("adamw") || adamw::all(&gpu)?)
+        & backend("fp32", Precision::Fp32)?
         & backend("bf16", Precision::Bf16)?
         & backend("fp8", Precision::Fp8)?
         & (!part("products") || fp8::all(gpu.gpu())?)

@@ -111,6 +111,8 @@ pub(super) static ELEMENTS: [Source; 2] =
     both("elements FP32", "elements BF16", include_str!("../../hopper/elements.cu"));
 pub(super) static COMBINE: [Source; 2] = both("combine FP32", "combine BF16", include_str!("../../hopper/combine.cu"));
 
+pub(super) static ADAMW: [Source; 2] = both("adamw FP32", "adamw BF16", include_str!("../../hopper/adamw.cu"));
+
 const fn both(high: &'static str, low: &'static str, text: &'static str) -> [Source; 2] {
     [
         Source { name: high, text, defines: &[("LOW", 0)], contracts: false },
@@ -119,7 +121,7 @@ const fn both(high: &'static str, low: &'static str, text: &'static str) -> [Sou
 }
 
 /// Every file, in every variant that is used.
-pub static SOURCES: [Source; 22] = [
+pub static SOURCES: [Source; 24] = [
     DENSE_256X128,
     DENSE_256X128_SHORT,
     DENSE_256X128_SHORTEST,
@@ -142,6 +144,8 @@ pub static SOURCES: [Source; 22] = [
     ELEMENTS[1],
     COMBINE[0],
     COMBINE[1],
+    ADAMW[0],
+    ADAMW[1],
 ];
 
 /// The version of the compiler, which is there.

@@ -7,6 +7,7 @@
 //! that sticks: the next read reports the first one. Weights come as matrices in host memory; each is copied to the GPU once, and
 //! stays there as long as a handle to it lives.
 
+mod adamw;
 mod attention;
 mod elements;
 mod heads;
