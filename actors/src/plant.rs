@@ -24,8 +24,6 @@ bugs! {
     FenceSkipped = "fence-skipped",
     /// A message of a life that is not announced yet is refused, not held.
     EarlyMessageRefused = "early-message-refused",
-    /// An older table takes the place of a newer one.
-    OldTableTaken = "old-table-taken",
     /// A new life of a receiver gets all that was kept for it but the last.
     OutboxEntryForgotten = "outbox-entry-forgotten",
     /// What was sent to an actor is not kept until the commit.
@@ -34,8 +32,6 @@ bugs! {
     NewCopyNotServed = "new-copy-not-served",
     /// An expert computes rows again that it has computed.
     ComputedTwice = "computed-twice",
-    /// An expert takes rows that were on their way to an earlier life.
-    RowsOfAnotherLife = "rows-of-another-life",
     /// An expert forgets rows that come before its weights.
     EarlyRowsForgotten = "early-rows-forgotten",
     /// A stage begins its step again when its weights come again.
@@ -46,10 +42,6 @@ bugs! {
     ArrivalOrderSum = "arrival-order-sum",
     /// A state is given to a new life without another look at it.
     LateStateUnchecked = "late-state-unchecked",
-    /// Copies of a shard are not compared before a commit.
-    SumsNotCompared = "sums-not-compared",
-    /// States of copies are not compared after a commit.
-    StatesNotCompared = "states-not-compared",
     /// A commit is announced before its record is synced.
     AcknowledgedBeforeSynced = "acknowledged-before-synced",
     /// A new supervisor overlooks the last commit of its log.
@@ -66,8 +58,6 @@ bugs! {
     ReleasedWithActors = "released-with-actors",
     /// A checkpoint is published when one shard of it is stored.
     PublishedIncomplete = "published-incomplete",
-    /// A checkpoint is published before its copies were compared.
-    PublishedUnverified = "published-unverified",
     /// A session forgets what was not acknowledged when its link breaks.
     LostAtReconnect = "lost-at-reconnect",
 }
