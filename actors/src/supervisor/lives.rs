@@ -196,9 +196,10 @@ impl Supervisor {
     /// Whether a shard's primary has no state, and a copy is known that has. At the start of a job, and
     /// after a way back, all shards get their first primaries together.
     pub(super) fn can_elect(&self) -> bool {
+        let all_in_sync = self.table.primaries.contains(&None) && self.commit.all_in_sync();
         let unfit = |(shard, primary): (usize, &Option<u32>)| match primary {
             Some(replica) => !self.commit.in_sync(shard as u32, *replica) && self.commit.has_copy(shard as u32),
-            None => self.commit.all_in_sync(),
+            None => all_in_sync,
         };
         self.table.primaries.iter().enumerate().any(unfit)
     }
@@ -215,6 +216,7 @@ impl Supervisor {
 
     /// Gives each shard a primary that is in sync. A shard that lost all its copies sends the job back.
     pub(super) fn elect(&mut self) -> Option<Happening> {
+        let all_in_sync = self.commit.all_in_sync();
         for shard in 0..self.spec.shards {
             let at = shard as usize;
             let in_sync = |r: u32| self.commit.in_sync(shard, r);
@@ -232,7 +234,7 @@ impl Supervisor {
                 return Some(self.roll_back(format!("shard {shard} lost all its copies")));
             }
             // First primaries come together, so that "none" always means: nobody has trained on this state.
-            if heir.is_some() && (present.is_some() || self.commit.all_in_sync()) {
+            if heir.is_some() && (present.is_some() || all_in_sync) {
                 self.table.primaries[at] = heir;
             }
         }
