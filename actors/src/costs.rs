@@ -175,10 +175,11 @@ impl Costs {
             let (elements, senders) = (elements(&spec.model, group), spec.senders_of(group).len() as u64);
             let of_shard = &mut shards[shard as usize];
             // An update costs about as much as a few passes of one row. Beside the state there are what senders gave and their
-            // sum, then the sum and the next state.
+            // sum, then the sum and the next state; while a copy that is late makes it, what senders gave for the step after too.
             let parts = spec.parts().len() as u64;
+            let beside = if spec.mirrors > 0 { senders + parts } else { senders.max(parts) };
             of_shard.0 += 8 * elements;
-            of_shard.1 += WORD * elements * (parts + 1 + senders.max(parts));
+            of_shard.1 += WORD * elements * (parts + 1 + beside);
         }
         Self { workers, shards }
     }

@@ -139,6 +139,8 @@ impl KeeperCore {
                 }
                 self.publish(step).into_iter().collect()
             }
+            // The job went back while it was written: it is made again.
+            KeeperEvent::Published(step) if step > self.asked => Vec::new(),
             KeeperEvent::Published(step) => {
                 self.published = self.published.max(step);
                 self.storing.retain(|s, _| *s > step);

@@ -81,6 +81,15 @@ fn remember(nodes: &mut BTreeSet<NodeId>, node: NodeId) -> bool {
     new
 }
 
+/// The last doubt of a log, if what it is about may not have been done again. A commit comes after the report of the step
+/// before it, and the first step that is reported again takes the place of all reports since.
+fn unsettled(log: &[Record]) -> Option<&Record> {
+    let at = log.iter().rposition(|r| matches!(r, Record::Doubt(_)))?;
+    let Record::Doubt(after) = &log[at] else { return None };
+    let done = |r: &Record| matches!(r, Record::Commit(c) if c.commit.step > after + 1);
+    (!log[at..].iter().any(done)).then(|| &log[at])
+}
+
 /// Counts one more within a window of time.
 fn count_within(times: &mut VecDeque<Duration>, now: Duration, window: Duration) -> usize {
     times.retain(|at| now.saturating_sub(*at) < window);
@@ -192,6 +201,9 @@ impl Supervisor {
         for record in log {
             s.replay(record);
         }
+        if let Some(Record::Doubt(after)) = unsettled(log) {
+            s.doubt(*after);
+        }
         let life = s.table.entries.get(&ActorId::Supervisor).map_or(Incarnation(1), |e| e.incarnation.next());
         for actor in [ActorId::Supervisor, ActorId::Keeper] {
             s.table.entries.insert(actor, Entry { node: SUPERVISOR_NODE, incarnation: life });
@@ -254,7 +266,8 @@ impl Supervisor {
             }
             Record::Commit(_) if planted(Bug::LastCommitOverlooked) => {}
             Record::Commit(commit) => self.last = Some(*commit),
-            Record::Doubt(after) => self.doubt(*after),
+            // Settled by what follows, or not: see `unsettled`.
+            Record::Doubt(_) => {}
         }
     }
 
@@ -271,8 +284,7 @@ impl Supervisor {
             |r: &Record| matches!(r, Record::Epoch { table, .. } if table.primaries.iter().all(Option::is_none));
         let since = log.iter().rposition(went_back).map_or(0, |at| at + 1);
         let commit = log[since..].iter().rev().find(|r| matches!(r, Record::Commit(_)));
-        let doubt = log.iter().rev().find(|r| matches!(r, Record::Doubt(_)));
-        epoch.into_iter().chain(commit).chain(doubt).cloned().collect()
+        epoch.into_iter().chain(commit).chain(unsettled(log)).cloned().collect()
     }
 
     /// Takes an event and gives what is to be done.

@@ -45,7 +45,12 @@ fn leave_room(path: &Path, bytes: usize) -> Result<(), StoreError> {
     let folder = path.parent().expect("files of a store lie in a folder");
     let disk = rustix::fs::statvfs(folder).map_err(|errno| at(path)(errno.into()))?;
     let (free, all) = (disk.f_bavail * disk.f_frsize, disk.f_blocks * disk.f_frsize);
-    if free >= bytes as u64 + RESERVE.min(all / 16) { Ok(()) } else { Err(at(path)(rustix::io::Errno::NOSPC.into())) }
+    // Some file systems don't say.
+    if all == 0 || free >= bytes as u64 + RESERVE.min(all / 16) {
+        Ok(())
+    } else {
+        Err(at(path)(rustix::io::Errno::NOSPC.into()))
+    }
 }
 
 impl Place {

@@ -247,9 +247,13 @@ pub fn metrics(run: &RunFolder) -> Result<Vec<MetricsLine>> {
     Ok(MetricsLine::read_all(&run.metrics())?.0)
 }
 
-/// Fingerprints by step; fails if a step is missing or comes twice.
+/// Fingerprints by step; fails if a step is missing, or comes twice though no audit found anything.
 pub fn fingerprints(run: &RunFolder) -> Result<Vec<String>> {
     let lines = metrics(run)?;
+    let written = MetricsLine::written(&run.metrics())?;
+    if written != lines.len() && events(run, "corrupted")?.is_empty() {
+        bail!("{} has {written} lines of {} steps", run.metrics().display(), lines.len());
+    }
     for (n, line) in lines.iter().enumerate() {
         if line.step != n as u64 + 1 {
             bail!("line {} of {} is of step {}", n + 1, run.metrics().display(), line.step);

@@ -210,6 +210,11 @@ impl MetricsLine {
         }
     }
 
+    /// Lines that were written, those too whose steps were reported again.
+    pub fn written(path: &Path) -> std::io::Result<usize> {
+        Ok(std::fs::read_to_string(path)?.lines().count())
+    }
+
     /// Reads metrics.jsonl; a missing file has no lines. A torn last line (the process died while it
     /// was written) is left out; gives how many bytes are whole too. A step that is reported again, for a node had computed
     /// wrongly, takes the place of what was reported from it on.

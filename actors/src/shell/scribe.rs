@@ -113,10 +113,13 @@ impl Checkpoints {
         let (reader, of_reader) = (store.reader().clone(), Arc::clone(&layout));
         // What is not there will not come.
         let read = move |wish: &Read| read(&reader, &of_reader, wish);
-        let reads = serve("states", to.clone(), StoreError::is_out_of_reach, Msg::StateDamaged, read)?;
+        let reads = serve("states", to.clone(), StoreError::is_out_of_reach, unreadable, read)?;
         let may_heal = |e: &StoreError| matches!(e, StoreError::File { .. } | StoreError::Catalogue { .. });
         let write = move |wish: &Write| write(&mut store, &layout, wish);
-        Ok(Self { writes: serve("checkpoints", to.clone(), may_heal, Msg::DiskFailed, write)?, reads })
+        Ok(Self {
+            writes: serve("checkpoints", to.clone(), may_heal, |e| Msg::DiskFailed(e.to_string()), write)?,
+            reads,
+        })
     }
 
     /// Gives whether there is a thread that takes it.
@@ -135,7 +138,7 @@ fn serve<W: Send + 'static>(
     name: &str,
     to: ActorRef<Msg>,
     may_heal: fn(&StoreError) -> bool,
-    fails: fn(String) -> Msg,
+    fails: fn(&StoreError) -> Msg,
     mut serve: impl FnMut(&W) -> Result<Msg, StoreError> + Send + 'static,
 ) -> std::io::Result<SyncSender<W>> {
     let (sender, wishes) = sync_channel::<W>(QUEUE);
@@ -146,7 +149,7 @@ fn serve<W: Send + 'static>(
             match serve(wish) {
                 Ok(message) => return Some(message),
                 Err(error) if may_heal(&error) => to.cast(Msg::StoreFails(error.to_string())).ok()?,
-                Err(error) => return Some(fails(error.to_string())),
+                Err(error) => return Some(fails(&error)),
             }
             std::thread::sleep(again);
             again = (2 * again).min(AGAIN[1]);
@@ -160,6 +163,16 @@ fn serve<W: Send + 'static>(
         }
     })?;
     Ok(sender)
+}
+
+/// What is damaged the next life of the supervisor finds too, and puts aside; what merely is not what was expected it does not.
+fn unreadable(error: &StoreError) -> Msg {
+    match error {
+        StoreError::Damaged { .. } | StoreError::Invalid { .. } | StoreError::File { .. } => {
+            Msg::StateDamaged(error.to_string())
+        }
+        _ => Msg::DiskFailed(error.to_string()),
+    }
 }
 
 fn write(store: &mut Store, layout: &Layout, wish: &Write) -> Result<Msg, StoreError> {

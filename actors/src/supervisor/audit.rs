@@ -148,14 +148,15 @@ impl Supervisor {
         let verdict =
             wrong.map_or("which is right nobody can say".to_owned(), |node| format!("{node} computes wrongly"));
         let why = format!("what {actor} made in step {step} has hashes {}: {verdict}", said.join(", "));
-        let mut effects = Vec::new();
-        if let Some(node) = wrong {
-            effects.extend(self.dead(&[(node, why.clone(), Duration::ZERO)]));
-        }
-        // AU-4.
+        // AU-4. One epoch gives the node up and goes back: a crash keeps both or none.
         let after = self.checkpoint;
         self.doubt(after);
-        effects.extend(self.log(Record::Doubt(after), Vec::new()));
+        let mut effects = self.log(Record::Doubt(after), Vec::new());
+        if let Some(node) = wrong.filter(|node| self.forget(*node)) {
+            self.failed(format!("{node}: {why}"), Duration::ZERO);
+            let epoch = self.table.epoch + 1;
+            effects.push(SupervisorEffect::Note(Happening::NodeDead { node: node.0, why: why.clone(), epoch }));
+        }
         effects.extend(self.corrupt(why, false));
         effects
     }

@@ -10,7 +10,7 @@ use std::collections::{BTreeMap, BTreeSet};
 
 /// Of a node's process without actors.
 const PROGRAM_BYTES: u64 = 24 << 20;
-/// Cases that are tried, and with more stages and experts than that none.
+/// Cases that are tried, and with more actors than that none.
 const CASES_MAX: usize = 500;
 const ACTORS_MAX: usize = 1000;
 

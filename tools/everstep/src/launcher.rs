@@ -24,7 +24,7 @@ const LOOK: Duration = Duration::from_millis(20);
 const EVALUATE: Duration = Duration::from_millis(500);
 /// A supervisor that does not listen for so long is told of: it may have a large checkpoint to verify.
 const START: Duration = Duration::from_secs(30);
-/// Restarts of supervisors within [`RESTART_WINDOW`] before any of them leads, after which it is given up.
+/// Restarts of supervisors before any of them leads, after which it is given up.
 const STARTS_MAX: usize = 6;
 /// Restarts of one process within [`RESTART_WINDOW`] after which the job is given up.
 const RESTARTS_MAX: usize = 20;

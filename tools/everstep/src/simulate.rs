@@ -18,7 +18,7 @@ pub(crate) struct Options {
     #[arg(long)]
     seeds: String,
     /// Only these of each seed's faults, as a violation's replay names them.
-    #[arg(long, value_delimiter = ',')]
+    #[arg(long, num_args = 0.., value_delimiter = ',')]
     only: Option<Vec<usize>>,
     /// Plant a bug that a seed must find, or `all` one after another. Needs the feature `plant`.
     #[arg(long)]

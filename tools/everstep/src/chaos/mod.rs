@@ -55,6 +55,14 @@ impl Both {
     pub(crate) fn equal(&self) -> Result<Result<[Vec<MetricsLine>; 2], String>> {
         let got = MetricsLine::read_all(&self.disturbed.metrics())?.0;
         let want = MetricsLine::read_all(&self.undisturbed.metrics())?.0;
+        for (run, lines) in [(&self.disturbed, &got), (&self.undisturbed, &want)] {
+            let written = MetricsLine::written(&run.metrics())?;
+            // Only steps that an audit doubts are reported again.
+            let doubted = recoveries::events(run)?.iter().any(|event| event["event"] == "corrupted");
+            if written != lines.len() && !doubted {
+                return Ok(Err(format!("{}: {written} lines of {} steps", run.metrics().display(), lines.len())));
+            }
+        }
         let wrong = got.iter().zip(&want).find(|(a, b)| (a.step, &a.fingerprint) != (b.step, &b.fingerprint));
         if let Some((got, want)) = wrong {
             let (step, got, want) = (got.step, &got.fingerprint, &want.fingerprint);
