@@ -31,6 +31,7 @@ use audit::Audit;
 use commit::CommitCore;
 pub use events::{Happening, Report, SupervisorEffect, SupervisorEvent};
 use links::Links;
+use lives::Wait;
 use membership::{Membership, Silent};
 pub use outlook::{Limit, Outlook};
 pub use record::{CommitRecord, Record};
@@ -134,7 +135,7 @@ pub struct Supervisor {
     /// Actors that a step needs and that have no room on any node, and the bytes that they need.
     no_room: Option<(u64, u64)>,
     /// What operators were last told that the job waits for.
-    told_wait: Option<String>,
+    told_wait: Option<Wait>,
     /// When this life began.
     began: Duration,
     /// When copies of a shard differed, lately.
@@ -466,8 +467,13 @@ impl Supervisor {
 
     /// Which copies the next commit waits for, for operators.
     pub fn describe(&self) -> String {
-        let waits: String =
-            self.waits().into_iter().chain(self.links.describe()).map(|why| format!("; {why}")).collect();
+        let waits: String = self
+            .waits()
+            .map(|w| self.words_of(w))
+            .into_iter()
+            .chain(self.links.describe())
+            .map(|why| format!("; {why}"))
+            .collect();
         format!(
             "epoch {}, {} nodes, step {} committed, checkpoint of step {}; {}{waits}",
             self.table.epoch,

@@ -13,6 +13,15 @@ use std::time::Duration;
 /// After so long without the nodes that a job begins with, operators are told.
 const NODES_WAIT: Duration = Duration::from_secs(5);
 
+/// What a job waits for.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub(super) enum Wait {
+    /// Nodes have no room for these actors.
+    Room { actors: u64, bytes: u64 },
+    /// Only so many nodes have come.
+    Nodes { come: usize },
+}
+
 impl Supervisor {
     /// Places what has no place. With `level`, evens out what may be moved too (at first there is nothing else).
     /// Gives the actors that were moved.
@@ -50,34 +59,40 @@ impl Supervisor {
         moved
     }
 
-    /// Tells operators once what the job waits for.
+    /// Tells operators once what the job waits for. Words are made only then: this is looked at with every event.
     pub(super) fn tell_wait(&mut self) -> Option<SupervisorEffect> {
-        let why = self.waits();
-        if self.told_wait == why {
+        let wait = self.waits();
+        if std::mem::replace(&mut self.told_wait, wait) == wait {
             return None;
         }
-        self.told_wait.clone_from(&why);
-        Some(SupervisorEffect::Note(Happening::Waiting { why: why? }))
+        Some(SupervisorEffect::Note(Happening::Waiting { why: self.words_of(wait?) }))
     }
 
-    /// What the job waits for, for people: room, or nodes that have not come for a while.
-    pub(super) fn waits(&self) -> Option<String> {
+    /// What the job waits for: room, or nodes that have not come for a while.
+    pub(super) fn waits(&self) -> Option<Wait> {
         let begins = self.table.entries.len() > 2 || self.now.saturating_sub(self.began) < NODES_WAIT;
-        let (come, wanted) = (self.admitted.len(), self.nodes_wanted);
-        let nodes = || (!begins).then(|| format!("{come} of {wanted} nodes have come: the job begins when all have"));
-        self.waits_for_room().or_else(nodes)
+        let room = self.no_room.map(|(actors, bytes)| Wait::Room { actors, bytes });
+        room.or_else(|| (!begins).then_some(Wait::Nodes { come: self.admitted.len() }))
     }
 
-    fn waits_for_room(&self) -> Option<String> {
-        let (count, bytes) = self.no_room?;
+    /// The same for people.
+    pub(super) fn words_of(&self, wait: Wait) -> String {
         let mib = |bytes: u64| bytes.div_ceil(1 << 20);
-        let limits: Vec<String> =
-            self.table.nodes.iter().map(|(node, info)| format!("{node} {} MiB", mib(info.memory))).collect();
-        Some(format!(
-            "{count} actors need {} MiB for which no node has room (limits: {}): the job goes on when a node with room comes",
-            mib(bytes),
-            limits.join(", ")
-        ))
+        match wait {
+            Wait::Nodes { come } => {
+                format!("{come} of {} nodes have come: the job begins when all have", self.nodes_wanted)
+            }
+            Wait::Room { actors, bytes } => {
+                let limit = |(node, info): (&NodeId, &NodeInfo)| format!("{node} {} MiB", mib(info.memory));
+                let limits: Vec<String> = self.table.nodes.iter().map(limit).collect();
+                format!(
+                    "{actors} actors need {} MiB for which no node has room (limits: {}): the job goes on when a node with room \
+                     comes",
+                    mib(bytes),
+                    limits.join(", ")
+                )
+            }
+        }
     }
 
     /// Where the copies of a shard are.
