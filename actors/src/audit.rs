@@ -1,5 +1,7 @@
 //! An actor's work of a step as one number, so that two lives can be compared (DESIGN section 5).
 //!
+//! - AD-2: a message that its sender does not keep for a receiver's next life is kept here in a step in which the sender is
+//!   audited: what was made is compared, not what would be made again.
 //! - AD-1: the number depends on every bit of every message that the actor made in the step and on whom it is for, and not
 //!   on the order in which they were made.
 
@@ -8,22 +10,58 @@ use crate::effect::Effect;
 use crate::ids::{ActorId, Step};
 use crate::message::Body;
 use crate::outbox::Outbox;
-use everstep_kernels::{Tensor, Words};
+use crate::spec::JobSpec;
+use everstep_kernels::{Philox, Tensor, Words};
+use std::sync::Arc;
+
+const PURPOSE_AUDIT: u32 = 7;
+
+/// Whether an actor is audited in a step: one in `recovery.audit` is on the average.
+pub(crate) fn is_due(spec: &JobSpec, actor: ActorId, step: Step) -> bool {
+    let every = f64::from(spec.audit);
+    let random = || Philox::named(spec.seed, PURPOSE_AUDIT, &actor.to_string());
+    every > 0.0 && random().uniform(step) * every < 1.0
+}
 
 /// What the supervisor asks a life: what it made of a step.
-#[derive(Debug, Default)]
-pub(crate) struct Question(Option<Step>);
+#[derive(Debug)]
+pub(crate) struct Question {
+    spec: Arc<JobSpec>,
+    me: ActorId,
+    asked: Option<Step>,
+    /// Of steps in which it is audited (AD-2).
+    made: Vec<(Step, ActorId, Body<Tensor>)>,
+}
 
 impl Question {
+    /// To an actor.
+    pub(crate) fn new(spec: Arc<JobSpec>, me: ActorId) -> Self {
+        Self { spec, me, asked: None, made: Vec::new() }
+    }
+
     /// It asks; a later question takes the place of an earlier one.
     pub(crate) fn ask(&mut self, step: Step) {
-        self.0 = Some(step);
+        self.asked = Some(step);
+    }
+
+    /// A message is made that nobody else keeps.
+    pub(crate) fn keep(&mut self, step: Step, to: ActorId, body: &Body<Tensor>) {
+        if is_due(&self.spec, self.me, step) {
+            self.made.push((step, to, body.clone()));
+        }
+    }
+
+    /// Forgets messages of committed steps.
+    pub(crate) fn forget_until(&mut self, committed: Step) {
+        self.made.retain(|(step, ..)| *step > committed);
     }
 
     /// The job that makes the answer, if the step that is asked of is `made`, all of it. Once.
     pub(crate) fn answer(&mut self, made: Option<Step>, outbox: &Outbox) -> Option<Effect> {
-        let step = self.0.take_if(|asked| made == Some(*asked))?;
-        Some(Effect::Compute { job: Job::Digest { step, messages: outbox.of(step) }, cost: 0 })
+        let step = self.asked.take_if(|asked| made == Some(*asked))?;
+        let own = self.made.iter().filter(|(of, ..)| *of == step).map(|(_, to, body)| (*to, body.clone()));
+        let messages = outbox.of(step).into_iter().chain(own).collect();
+        Some(Effect::Compute { job: Job::Digest { step, messages }, cost: 0 })
     }
 }
 
@@ -63,6 +101,33 @@ pub(crate) fn wrong(tensor: &Tensor) -> Tensor {
 mod tests {
     use super::*;
     use crate::message::{Pass, Turn};
+    use crate::testing::bits;
+
+    /// AD-2: kept in steps with an audit, and until they are committed; asked of another step, nothing is told.
+    #[test]
+    fn what_an_audited_actor_made_is_kept() {
+        let spec = Arc::new(JobSpec { audit: 3, ..crate::sim::spec(0) });
+        let me = ActorId::Expert { layer: 1, expert: 0 };
+        let mut question = Question::new(Arc::clone(&spec), me);
+        let turn = |step| Turn { step, lane: 0, micro_batch: 0 };
+        let body =
+            |step| Body::Answer { turn: turn(step), pass: Pass::Forward, rows: Tensor::from_vec(1, 1, vec![1.0]) };
+        let to = ActorId::Stage { lane: 0, stage: 0 };
+        (1..=60).for_each(|step| question.keep(step, to, &body(step)));
+        let due: Vec<Step> = (1..=60).filter(|step| is_due(&spec, me, *step)).collect();
+        assert_eq!(question.made.iter().map(|(step, ..)| *step).collect::<Vec<_>>(), due);
+        assert!((10..=30).contains(&due.len()), "one in three: {due:?}");
+        question.ask(due[1]);
+        assert!(question.answer(Some(due[0]), &Outbox::default()).is_none());
+        let Some(Effect::Compute { job: Job::Digest { step, messages }, .. }) =
+            question.answer(Some(due[1]), &Outbox::default())
+        else {
+            panic!("an answer")
+        };
+        assert_eq!((step, bits(&messages)), (due[1], bits(&[(to, body(due[1]))])));
+        question.forget_until(due[1]);
+        assert_eq!(question.made.len(), due.len() - 2);
+    }
 
     /// AD-1.
     #[test]

@@ -5,8 +5,8 @@ use crate::message::{Body, Corruption, Pass, Turn, Work, WorkItem, WorkResult};
 use crate::reducer::{Applied, Apply, ParameterData, Reduce, Reduced, State, initial};
 use crate::spec::JobSpec;
 use everstep_kernels::{
-    Backend, ExpertHeld, ExpertWeights, Parameter, Progress, StageInput, StageModel, Tensor, expert_backward_input,
-    expert_backward_weight, expert_forward,
+    Backend, ExpertHeld, ExpertWeights, Parameter, Progress, RowsRecipe, StageInput, StageModel, Tensor,
+    expert_backward_input, expert_backward_weight, expert_forward,
 };
 use std::panic::{AssertUnwindSafe, catch_unwind};
 use std::sync::Arc;
@@ -55,6 +55,39 @@ pub enum StageOperation {
     },
 }
 
+/// Rows that an expert's new life has not got.
+#[derive(Debug, Clone)]
+pub struct RowsAgain {
+    /// The new life.
+    pub to: Address,
+    /// Whose rows.
+    pub turn: Turn,
+    /// Activations, or gradients of the expert's results.
+    pub pass: Pass,
+    /// How they are made.
+    pub recipe: RowsRecipe,
+}
+
+impl RowsAgain {
+    fn expert(&self) -> u32 {
+        let ActorId::Expert { expert, .. } = self.to.actor else { unreachable!("rows are an expert's") };
+        expert
+    }
+
+    /// Multiply-adds: one of each element, on the way back.
+    pub(crate) fn cost(&self) -> u64 {
+        match self.pass {
+            Pass::Forward => 0,
+            Pass::Backward => self.recipe.elements(self.expert()) as u64,
+        }
+    }
+
+    fn run(&self, b: &dyn Backend) -> (ActorId, Body<Tensor>) {
+        let rows = self.recipe.rows(b, self.expert());
+        (self.to.actor, Body::Rows { turn: self.turn, pass: self.pass, rows })
+    }
+}
+
 /// Something to compute.
 #[derive(Debug)]
 pub enum Job {
@@ -67,7 +100,9 @@ pub enum Job {
         /// What to do.
         operation: StageOperation,
     },
-    /// A host's batch.
+    /// Rows for experts, made again.
+    Rows(Vec<RowsAgain>),
+    /// A host's batch, all of it for the first time or all of it again.
     Experts(Vec<WorkItem>),
     /// An expert's weight gradient of one micro-batch.
     ExpertWeight {
@@ -125,6 +160,8 @@ pub enum Outcome {
         /// How far it came.
         progress: Progress,
     },
+    /// Rows for experts, made again.
+    Rows(Vec<(ActorId, Body<Tensor>)>),
     /// Of a host's batch.
     Experts(Vec<(Address, ActorId, Turn, WorkResult)>),
     /// Of a weight gradient.
@@ -156,6 +193,7 @@ pub fn run(job: Job, b: &dyn Backend) -> Outcome {
             let (pass, progress) = run_stage(&mut model, operation, b);
             Outcome::Stage { step, model, pass, progress }
         }
+        Job::Rows(rows) => Outcome::Rows(rows.iter().map(|rows| rows.run(b)).collect()),
         Job::Experts(items) => Outcome::Experts(run_experts(items, b)),
         Job::ExpertWeight { step, weights, parts, sums, .. } => {
             // In order of name, like the numbers of parameters.
@@ -216,7 +254,7 @@ fn run_experts(items: Vec<WorkItem>, b: &dyn Backend) -> Vec<(Address, ActorId, 
     let (mut forward, mut backward) = (Vec::new(), Vec::new());
     let (mut forward_of, mut backward_of) = (Vec::new(), Vec::new());
     for item in items {
-        let whose = (item.expert, item.stage, item.turn);
+        let whose = (item.expert, item.stage.actor, item.turn);
         match item.work {
             Work::Forward { x } => {
                 forward.push((item.weights, x));

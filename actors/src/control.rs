@@ -3,6 +3,7 @@
 use crate::ids::{ActorId, Address, NodeId};
 use crate::rates::Rates;
 use crate::table::{NodeInfo, Table};
+use crate::tally::Operations;
 use crate::tokens::SourceInfo;
 use serde::{Deserialize, Serialize};
 use std::sync::Arc;
@@ -48,9 +49,7 @@ pub enum Control {
         /// Which.
         node: NodeId,
         /// Multiply-adds since it joined.
-        work: u64,
-        /// Those among them that a life of an actor had done before in its step.
-        redone: u64,
+        operations: Operations,
         /// How long what was done took.
         rates: Rates,
         /// Nodes of the table to which it has no link.

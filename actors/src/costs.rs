@@ -1,7 +1,7 @@
 //! Planned multiply-adds and bytes: of what an actor does in a step, and of every part of a stage's operations.
 //!
 //! Bytes are the most that an actor holds at once: weights and their sums, activations of the micro-batches that are on
-//! their way, and what its outbox keeps until the commit.
+//! their way, and what its outbox keeps until the commit: copies of what it sent, and recipes of what it makes again.
 //!
 //! An operation of a stage stops wherever it needs experts; its parts are counted apart.
 //! - CS-1: the parts of a pass add up to the pass, wherever it stops.
@@ -100,42 +100,77 @@ impl StageCosts {
     }
 }
 
-/// Bytes of a stage, and those among them that its outbox keeps.
-fn stage_bytes(spec: &JobSpec, stage: u32) -> [u64; 2] {
+/// What an outbox keeps of a step until its commit.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Default)]
+pub(crate) struct Kept {
+    /// Bytes of copies: sums of gradients, and what goes from stage to stage.
+    pub(crate) copies: u64,
+    /// Bytes of which rows for experts are made again. Their answers are made of those rows, so nothing is kept of them.
+    pub(crate) recipes: u64,
+}
+
+/// Bytes of an actor at most, what its outbox keeps among them.
+#[derive(Debug, Clone, Copy, Default)]
+struct Bytes {
+    all: u64,
+    kept: Kept,
+}
+
+/// Of a stage.
+fn stage_bytes(spec: &JobSpec, stage: u32) -> Bytes {
     let m = &spec.model;
     let tokens = u64::from(spec.sequences) * m.sequence as u64;
     let micro_batches = u64::from(spec.micro_batches.at(spec.steps));
-    let parameters: u64 = spec.groups_of_stage(stage).into_iter().map(|g| elements(m, g)).sum();
+    let parameters = stage_elements(spec, stage);
     // Of a token in a layer: the residual stream and its norms, queries, keys, values, the result, and the inner rows.
     let attention = m.heads * (2 * (m.nope + m.rope) + 2 * m.value + m.nope) + m.query_rank.unwrap_or(0) + m.kv_rank;
-    let (mut saved, mut sent) = (0, 2 * m.hidden);
-    for layer in spec.layers_of(stage) {
+    let last = stage + 1 == spec.stages;
+    let (mut saved, mut recipes) = (0, 0);
+    for layer in spec.layers_of(stage).chain(m.layers..if last { m.blocks() } else { m.layers }) {
         let inner = if m.is_mixture(layer) { m.shared_experts * m.expert_inner } else { m.dense_inner };
         saved += 6 * m.hidden + attention + 3 * inner;
         if m.is_mixture(layer) {
             // Rows to experts and back, of both passes.
             saved += 2 * m.top_k * m.hidden;
-            sent += 2 * m.top_k * m.hidden;
+            // What they are copies of, in both passes, and 16 bytes for each choice: its weight and its place among the rows.
+            recipes += 2 * m.hidden + 16 / activation(spec) as usize * m.top_k;
         }
     }
-    let last = stage + 1 == spec.stages;
     let logits = if last { 2 * m.vocabulary } else { 0 };
     let in_flight = micro_batches.min(u64::from(spec.stages - stage));
-    let kept = parameters + tokens * micro_batches * sent as u64;
-    [parameters + tokens * in_flight * (saved + logits) as u64 + kept, kept].map(|words| WORD * words)
+    let sent = (usize::from(stage > 0) + usize::from(!last)) * m.hidden;
+    // They are stored as activations are.
+    let of_step = |of_token: usize| activation(spec) * tokens * micro_batches * of_token as u64;
+    let kept = Kept { copies: WORD * parameters + of_step(sent), recipes: of_step(recipes) };
+    let held = WORD * (parameters + tokens * in_flight * (saved + logits) as u64);
+    Bytes { all: held + kept.copies + kept.recipes, kept }
 }
 
-/// The same of an expert with an even load.
-fn expert_bytes(spec: &JobSpec, group: Group) -> [u64; 2] {
+/// Of an expert with an even load.
+fn expert_bytes(spec: &JobSpec, group: Group) -> Bytes {
     let m = &spec.model;
-    let rows = spec.targets_of_step(spec.steps) * m.top_k as u64 / m.experts as u64;
-    // Rows, gradients and answers of both passes stay until the commit, inner rows until the weight gradient.
-    let kept = elements(m, group) + rows * 2 * m.hidden as u64;
-    [elements(m, group) + rows * (2 * m.hidden + 3 * m.expert_inner) as u64 + kept, kept].map(|words| WORD * words)
+    let micro_batches = spec.micro_batches.at(spec.steps);
+    // Those that it takes, and one of each lane that waits.
+    let at_once = micro_batches.min(spec.window() + 1);
+    let tokens = spec.targets_of_step(spec.steps) / u64::from(micro_batches) * u64::from(at_once);
+    let rows = (tokens * m.top_k as u64).div_ceil(m.experts as u64);
+    let kept = Kept { copies: WORD * elements(m, group), recipes: 0 };
+    // Rows and inner rows stay until the weight gradient.
+    let held = WORD * (elements(m, group) + rows * (2 * m.hidden + 3 * m.expert_inner) as u64);
+    Bytes { all: held + kept.copies, kept }
 }
 
 /// Bytes of a word of f32: in low precision there is less.
 const WORD: u64 = 4;
+
+fn stage_elements(spec: &JobSpec, stage: u32) -> u64 {
+    spec.groups_of_stage(stage).into_iter().map(|g| elements(&spec.model, g)).sum()
+}
+
+/// Bytes of an element of an activation.
+fn activation(spec: &JobSpec) -> u64 {
+    if spec.precision.is_low() { 2 } else { WORD }
+}
 
 fn elements(model: &ModelConfig, group: Group) -> u64 {
     model.parameters_of(group).iter().map(|p| Parameter::len(p) as u64).sum()
@@ -144,10 +179,12 @@ fn elements(model: &ModelConfig, group: Group) -> u64 {
 /// Of a step, by actor: what a place costs.
 #[derive(Debug, Clone)]
 pub(crate) struct Costs {
-    /// Multiply-adds, bytes, and those among them that the outbox keeps.
-    workers: BTreeMap<ActorId, (u64, [u64; 2])>,
+    /// Multiply-adds and bytes.
+    workers: BTreeMap<ActorId, (u64, Bytes)>,
     /// Of each copy, by shard.
     shards: Vec<(u64, u64)>,
+    /// Bytes of the weights of each stage.
+    weights: Vec<u64>,
 }
 
 impl Costs {
@@ -166,7 +203,9 @@ impl Costs {
                     let group = Group::Expert { layer, expert };
                     (3 * share * of_token(&spec.model, group), expert_bytes(spec, group))
                 }
-                ActorId::Supervisor | ActorId::Keeper | ActorId::Reducer { .. } | ActorId::Host { .. } => (0, [0; 2]),
+                ActorId::Supervisor | ActorId::Keeper | ActorId::Reducer { .. } | ActorId::Host { .. } => {
+                    (0, Bytes::default())
+                }
             };
             workers.insert(actor, cost);
         }
@@ -181,13 +220,14 @@ impl Costs {
             of_shard.0 += 8 * elements;
             of_shard.1 += WORD * elements * (parts + 1 + beside);
         }
-        Self { workers, shards }
+        let weights = (0..spec.stages).map(|stage| WORD * stage_elements(spec, stage)).collect();
+        Self { workers, shards, weights }
     }
 
     fn both(&self, actor: ActorId) -> (u64, u64) {
         match actor {
             ActorId::Reducer { shard, .. } => self.shards[shard as usize],
-            other => self.workers.get(&other).map_or((0, 0), |(cost, [bytes, _])| (*cost, *bytes)),
+            other => self.workers.get(&other).map_or((0, 0), |(cost, bytes)| (*cost, bytes.all)),
         }
     }
 
@@ -196,14 +236,22 @@ impl Costs {
         self.both(actor).0
     }
 
-    /// Bytes of one actor.
+    /// Bytes of one actor, if it is alone.
     pub(crate) fn bytes(&self, actor: ActorId) -> u64 {
         self.both(actor).1
     }
 
-    /// Bytes among them that its outbox keeps until the commit.
-    pub(crate) fn kept(&self, actor: ActorId) -> u64 {
-        self.workers.get(&actor).map_or(0, |(_, [_, kept])| *kept)
+    /// Bytes among them that another lane of the same stage on the node holds too.
+    pub(crate) fn weights(&self, actor: ActorId) -> u64 {
+        match actor {
+            ActorId::Stage { stage, .. } => self.weights[stage as usize],
+            _ => 0,
+        }
+    }
+
+    /// What its outbox keeps.
+    pub(crate) fn kept(&self, actor: ActorId) -> Kept {
+        self.workers.get(&actor).map_or(Kept::default(), |(_, bytes)| bytes.kept)
     }
 
     /// Shards.

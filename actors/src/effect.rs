@@ -55,7 +55,8 @@ pub enum Effect {
         local: Local,
     },
     /// Run a job off the runtime's threads; its outcome comes as an event. A core has one at a time, and
-    /// one more when a commit overtakes the step that it replays: outcomes are told apart by step.
+    /// one more when a commit overtakes the step that it replays: outcomes are told apart by step. Rows that are made
+    /// again for an expert are beside that, and told apart by themselves.
     Compute {
         /// What to run.
         job: Job,

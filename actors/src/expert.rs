@@ -6,13 +6,16 @@
 //! - EX-2: weight gradients are made one micro-batch after another, ascending, over the rows of all
 //!   lanes in order of lane, and only then added.
 //! - EX-3: the sum leaves once every lane's rows of every micro-batch are in it.
+//! - EX-6: a lane is never more than [`JobSpec::window`] micro-batches before the slowest (contract C5): its rows wait.
+//! - EX-5: no answer is kept: rows that a stage's new life sends again are its request for one, and are computed again for it
+//!   if the answer went to an earlier life. Nothing of that goes into the sum.
 //! - EX-4: what was on its way to another life through the host is not taken: after a way back those rows may have been made
 //!   from a corrupt state, and the first rows that come count.
 
 use crate::audit::{self, Question};
 use crate::compute::{Job, Outcome};
 use crate::effect::{Core, Effect, Event};
-use crate::ids::{ActorId, Address, Step};
+use crate::ids::{ActorId, Address, Incarnation, Step};
 use crate::message::{Body, Envelope, Local, Pass, Turn, Work, WorkItem, WorkResult};
 use crate::outbox::Outbox;
 use crate::plant::{Bug, planted};
@@ -52,7 +55,11 @@ pub(crate) struct ExpertCore {
     weights: Option<ExpertWeights>,
     /// By (micro-batch, lane): the order of the weight gradients.
     rows: BTreeMap<(u32, u32), Rows>,
-    /// Messages for a step whose weights have not come, or for a pass whose forward is not done.
+    /// The newest life of the stage that asked for an answer, likewise and by pass.
+    asked: BTreeMap<(u32, u32, Pass), Incarnation>,
+    /// What a forward that was made again keeps for gradients that will come again.
+    again: BTreeMap<(u32, u32), ExpertSaved>,
+    /// Messages for a step whose weights have not come, for a pass whose forward is not done, or of a lane that is too fast.
     early: Vec<Envelope>,
     sums: Option<Vec<Tensor>>,
     /// The micro-batch whose weight gradient is next.
@@ -69,6 +76,7 @@ impl ExpertCore {
     pub(crate) fn new(spec: Arc<JobSpec>, layout: Arc<Layout>, address: Address) -> Self {
         let ActorId::Expert { layer, expert } = address.actor else { unreachable!("an expert's address names one") };
         let group = layout.number_of[&Group::Expert { layer, expert }];
+        let audit = Question::new(Arc::clone(&spec), address.actor);
         Self {
             spec,
             layout,
@@ -80,13 +88,15 @@ impl ExpertCore {
             step: 0,
             weights: None,
             rows: BTreeMap::new(),
+            asked: BTreeMap::new(),
+            again: BTreeMap::new(),
             early: Vec::new(),
             sums: None,
             turn: 0,
             computing: false,
             load: 0,
             outbox: Outbox::default(),
-            audit: Question::default(),
+            audit,
         }
     }
 
@@ -100,7 +110,7 @@ impl ExpertCore {
         Effect::Tell { to: self.host(), local }
     }
 
-    /// Work, if these rows can be computed now and have not been. Keeps them if they are early.
+    /// Work, if these rows can be computed now and have not been for the life that asks. Keeps them if they are early.
     fn admit(&mut self, envelope: Envelope) -> Option<WorkItem> {
         let Body::Rows { turn, pass, rows } = &envelope.body else { return None };
         let (turn, pass) = (*turn, *pass);
@@ -110,37 +120,59 @@ impl ExpertCore {
         {
             return None;
         }
-        let key = (turn.micro_batch, turn.lane);
-        let present = turn.step == self.step && self.weights.is_some();
-        let work = match (present, pass, self.rows.get(&key)) {
-            (true, Pass::Forward, None) => Work::Forward { x: rows.clone() },
-            (true, Pass::Backward, Some(Rows::Saved(saved))) => {
-                Work::Backward { saved: saved.clone(), dy: rows.clone() }
+        let Some(weights) = self.weights.clone().filter(|_| turn.step == self.step) else {
+            self.hold(envelope);
+            return None;
+        };
+        let (key, stage) = ((turn.micro_batch, turn.lane), envelope.from);
+        let asked = self.asked.entry((key.0, key.1, pass)).or_default();
+        let before = std::mem::replace(asked, stage.incarnation.max(*asked));
+        let newer = stage.incarnation > before && !planted(Bug::AnswerNotMadeAgain);
+        let (work, again) = match (pass, self.rows.get(&key)) {
+            (Pass::Forward, None) if turn.micro_batch >= self.turn + self.spec.window() => {
+                self.hold(envelope);
+                return None;
             }
-            (true, Pass::Forward, Some(Rows::Saved(_))) if planted(Bug::ComputedTwice) => {
-                Work::Forward { x: rows.clone() }
+            (Pass::Forward, None) => {
+                self.load += rows.rows() as u64;
+                self.rows.insert(key, Rows::Going);
+                (Work::Forward { x: rows.clone() }, false)
             }
-            (true, Pass::Forward, Some(_))
-            | (true, Pass::Backward, Some(Rows::Returning | Rows::Held(_) | Rows::Summed)) => return None,
-            (false, _, _) | (true, Pass::Backward, None | Some(Rows::Going)) => {
-                let same =
-                    |e: &Envelope| matches!(&e.body, Body::Rows { turn: t, pass: p, .. } if (*t, *p) == (turn, pass));
-                if !self.early.iter().any(same) && !planted(Bug::EarlyRowsForgotten) {
-                    self.early.push(envelope);
+            (Pass::Forward, Some(Rows::Saved(_))) if planted(Bug::ComputedTwice) => {
+                (Work::Forward { x: rows.clone() }, false)
+            }
+            // What is at the host goes to whoever lives when it comes from there (EX-5).
+            (Pass::Forward, Some(Rows::Going)) | (Pass::Backward, Some(Rows::Returning)) => return None,
+            (Pass::Forward, Some(_)) if newer => (Work::Forward { x: rows.clone() }, true),
+            (Pass::Backward, Some(Rows::Saved(saved))) => {
+                let saved = saved.clone();
+                self.rows.insert(key, Rows::Returning);
+                (Work::Backward { saved, dy: rows.clone() }, false)
+            }
+            (Pass::Backward, Some(Rows::Held(_) | Rows::Summed)) if newer => match self.again.remove(&key) {
+                Some(saved) => (Work::Backward { saved, dy: rows.clone() }, true),
+                None => {
+                    self.asked.insert((key.0, key.1, pass), before);
+                    self.hold(envelope);
+                    return None;
                 }
+            },
+            (Pass::Forward, Some(_)) | (Pass::Backward, Some(Rows::Held(_) | Rows::Summed)) => return None,
+            (Pass::Backward, None | Some(Rows::Going)) => {
+                self.hold(envelope);
                 return None;
             }
         };
-        let going = match pass {
-            Pass::Forward => {
-                self.load += rows.rows() as u64;
-                Rows::Going
-            }
-            Pass::Backward => Rows::Returning,
-        };
-        self.rows.insert(key, going);
-        let weights = self.weights.clone().expect("present weights");
-        Some(WorkItem { expert: self.address, stage: envelope.from.actor, turn, weights, work })
+        Some(WorkItem { expert: self.address, stage, turn, weights, work, again })
+    }
+
+    /// Keeps rows that are early, once.
+    fn hold(&mut self, envelope: Envelope) {
+        let Body::Rows { turn, pass, .. } = &envelope.body else { return };
+        let same = |e: &Envelope| matches!(&e.body, Body::Rows { turn: t, pass: p, .. } if (t, p) == (turn, pass));
+        if !self.early.iter().any(same) && !planted(Bug::EarlyRowsForgotten) {
+            self.early.push(envelope);
+        }
     }
 
     /// Gives early rows another chance.
@@ -151,19 +183,30 @@ impl ExpertCore {
         ready.into_iter().map(|item| Effect::Tell { to: host, local: Local::Ready(Box::new(item)) }).collect()
     }
 
-    /// The host computed rows and has sent them to their stage; they are kept for its next life.
+    /// The host computed rows and has sent them to their stage.
     fn done(&mut self, turn: Turn, result: WorkResult) -> Vec<Effect> {
         if turn.step != self.step {
             return Vec::new();
         }
-        let body = Body::Answer { turn, pass: result.pass(), rows: result.rows().clone() };
-        let stage = self.spec.stage_of_layer(self.layer);
-        self.outbox.keep(self.step, ActorId::Stage { lane: turn.lane, stage }, body);
-        let state = match result {
-            WorkResult::Forward { saved, .. } => Rows::Saved(saved),
-            WorkResult::Backward { held, .. } => Rows::Held(held),
-        };
-        self.rows.insert((turn.micro_batch, turn.lane), state);
+        let key = (turn.micro_batch, turn.lane);
+        match (&result, self.rows.get(&key)) {
+            (WorkResult::Forward { .. }, Some(Rows::Going)) | (WorkResult::Backward { .. }, Some(Rows::Returning)) => {
+                let stage = ActorId::Stage { lane: turn.lane, stage: self.spec.stage_of_layer(self.layer) };
+                let body = Body::Answer { turn, pass: result.pass(), rows: result.rows().clone() };
+                self.audit.keep(self.step, stage, &body);
+                let state = match result {
+                    WorkResult::Forward { saved, .. } => Rows::Saved(saved),
+                    WorkResult::Backward { held, .. } => Rows::Held(held),
+                };
+                self.rows.insert(key, state);
+            }
+            // What was saved first is there until gradients come.
+            (_, None | Some(Rows::Going | Rows::Saved(_))) => {}
+            (WorkResult::Forward { saved, .. }, Some(Rows::Returning | Rows::Held(_) | Rows::Summed)) => {
+                self.again.insert(key, saved.clone());
+            }
+            (WorkResult::Backward { .. }, Some(Rows::Held(_) | Rows::Summed)) => {}
+        }
         let mut effects = self.retry();
         effects.extend(self.advance());
         effects
@@ -208,7 +251,9 @@ impl ExpertCore {
         self.turn += 1;
         if self.turn < self.micro_batches() {
             self.sums = Some(sums);
-            return self.advance();
+            let mut effects = self.retry();
+            effects.extend(self.advance());
+            return effects;
         }
         let lanes = u64::from(self.spec.lanes);
         let body = Body::Sums {
@@ -243,10 +288,13 @@ impl ExpertCore {
         self.step = committed + 1;
         self.weights = Some(ExpertWeights::new(&map, self.layer, self.expert));
         self.rows.clear();
+        self.asked.clear();
+        self.again.clear();
         self.sums = None;
         self.turn = 0;
         self.load = 0;
         self.outbox.forget_until(committed);
+        self.audit.forget_until(committed);
         let ready = is_new.then(|| Effect::send(ActorId::Supervisor, Body::Ready));
         ready.into_iter().chain(self.retry()).collect()
     }
@@ -280,129 +328,17 @@ impl Core for ExpertCore {
 
     fn describe(&self) -> String {
         format!(
-            "step {}, {} rows, {} of {} micro-batches summed; {} early, {} kept",
+            "step {}, {} rows, {} of {} micro-batches summed; {} early, {} made again, {} kept",
             self.step,
             self.load,
             self.turn,
             self.micro_batches(),
             self.early.len(),
-            self.outbox.len()
+            self.again.len(),
+            self.outbox.len()[0]
         )
     }
 }
 
 #[cfg(test)]
-mod tests {
-    use super::*;
-    use crate::compute::run;
-    use crate::testing::{address, bits, drive, materials, table, weights};
-    use crate::worker::Materials;
-    use everstep_kernels::CpuBackend;
-
-    const ME: ActorId = ActorId::Expert { layer: 1, expert: 0 };
-
-    fn expert(materials: &Materials) -> ExpertCore {
-        let me = address(ME, 1);
-        let mut core = ExpertCore::new(Arc::clone(&materials.spec), Arc::clone(&materials.layout), me);
-        drive(&mut core, Event::Table(Arc::new(table(materials))));
-        drive(&mut core, weights(materials, Group::Expert { layer: 1, expert: 0 }));
-        core
-    }
-
-    fn rows(lane: u32, micro_batch: u32, pass: Pass) -> Event {
-        let n = 1 + lane as usize + micro_batch as usize;
-        let value = |i| (i as f32 + lane as f32) * 0.1;
-        let body = Body::Rows {
-            turn: Turn { step: 1, lane, micro_batch },
-            pass,
-            rows: Tensor::from_vec(n, 4, (0..4 * n).map(value).collect()),
-        };
-        let from = address(ActorId::Stage { lane, stage: 0 }, 1);
-        Event::Local {
-            from: ActorId::Host { layer: 1 },
-            local: Local::Arrived(Envelope { from, to: address(ME, 1), body }),
-        }
-    }
-
-    /// Does what a host does: runs the work that the expert gave out. Gives all that the expert sent.
-    fn through_host(core: &mut ExpertCore, event: Event) -> (usize, Vec<(ActorId, Body<Tensor>)>) {
-        let mut work = 0;
-        let mut sent = Vec::new();
-        let mut asked = drive(core, event);
-        loop {
-            sent.append(&mut asked.sent);
-            let ready =
-                asked.told.into_iter().find_map(|(_, l)| if let Local::Ready(item) = l { Some(item) } else { None });
-            let Some(item) = ready else { return (work, sent) };
-            work += 1;
-            let Outcome::Experts(done) = run(Job::Experts(vec![*item]), &CpuBackend::FP32) else { unreachable!() };
-            let (expert, _, turn, result) = done.into_iter().next().unwrap();
-            let local = Local::Done { expert, turn, result: Box::new(result) };
-            asked = drive(core, Event::Local { from: ActorId::Host { layer: 1 }, local });
-        }
-    }
-
-    /// EX-1: a second copy of rows is no work.
-    #[test]
-    fn rows_are_computed_once() {
-        let materials = materials();
-        let mut core = expert(&materials);
-        assert_eq!(through_host(&mut core, rows(0, 0, Pass::Forward)).0, 1);
-        assert_eq!(through_host(&mut core, rows(0, 0, Pass::Forward)).0, 0);
-        // Gradients before their forward pass wait for it.
-        assert_eq!(through_host(&mut core, rows(1, 0, Pass::Backward)).0, 0);
-        assert_eq!(through_host(&mut core, rows(1, 0, Pass::Forward)).0, 2);
-    }
-
-    /// EX-2, EX-3: whatever order rows come in, the sum is the same and leaves when all are in it.
-    #[test]
-    fn the_sum_does_not_depend_on_the_order_of_arrival() {
-        let materials = materials();
-        let sum = |order: &[(u32, u32)]| {
-            let mut core = expert(&materials);
-            let mut last = Vec::new();
-            for pass in [Pass::Forward, Pass::Backward] {
-                for (n, (lane, micro_batch)) in order.iter().enumerate() {
-                    let sent = through_host(&mut core, rows(*lane, *micro_batch, pass)).1;
-                    let complete = pass == Pass::Backward && n + 1 == order.len();
-                    assert_eq!(sent.len(), if complete { 2 } else { 0 }, "sums for both copies, at the end");
-                    last = bits(&sent);
-                }
-            }
-            last
-        };
-        let ascending = sum(&[(0, 0), (1, 0), (0, 1), (1, 1)]);
-        assert_eq!(ascending, sum(&[(1, 1), (0, 1), (1, 0), (0, 0)]));
-        assert_eq!(ascending, sum(&[(1, 0), (1, 1), (0, 0), (0, 1)]));
-        let Body::Sums { micro_batches, samples, .. } = &ascending[0].1 else { panic!("{ascending:?}") };
-        assert_eq!((*micro_batches, *samples), (2, 4));
-    }
-
-    /// EX-4: the host had them when the job went back.
-    #[test]
-    fn rows_for_another_life_are_not_taken() {
-        let materials = materials();
-        let mut core = expert(&materials);
-        let Event::Local { from, local: Local::Arrived(mut envelope) } = rows(0, 0, Pass::Forward) else {
-            unreachable!()
-        };
-        envelope.to = address(ME, 7);
-        let asked = drive(&mut core, Event::Local { from, local: Local::Arrived(envelope) });
-        assert!(asked.told.is_empty() && core.rows.is_empty() && core.early.is_empty());
-        assert_eq!(through_host(&mut core, rows(0, 0, Pass::Forward)).0, 1);
-    }
-
-    /// EX-4: a result of an earlier life's work is not this life's: what goes with it was refused.
-    #[test]
-    fn results_of_another_life_are_not_taken() {
-        let materials = materials();
-        let mut core = expert(&materials);
-        let asked = drive(&mut core, rows(0, 0, Pass::Forward));
-        let Some((_, Local::Ready(item))) = asked.told.into_iter().next() else { panic!("work") };
-        let Outcome::Experts(done) = run(Job::Experts(vec![*item]), &CpuBackend::FP32) else { unreachable!() };
-        let (_, _, turn, result) = done.into_iter().next().unwrap();
-        let local = Local::Done { expert: address(ME, 7), turn, result: Box::new(result) };
-        drive(&mut core, Event::Local { from: ActorId::Host { layer: 1 }, local });
-        assert_eq!(core.outbox.len(), 0);
-    }
-}
+mod tests;

@@ -3,7 +3,7 @@
 //! Holds nothing that a new life would miss: rows belong to experts, which keep them.
 //! - HO-1: messages that came together are computed together, once every expert among them has said
 //!   whether its rows need work: one batch for each micro-batch, so that lanes keep their threads busy and
-//!   rows that lie together stay together.
+//!   rows that lie together stay together. What is made again for a stage's new life is a batch of its own.
 //! - HO-2: an expert that dies before it answers is not waited for.
 
 use crate::compute::{Job, Outcome};
@@ -49,7 +49,7 @@ impl HostCore {
         }
         let mut batches: BTreeMap<_, Vec<WorkItem>> = BTreeMap::new();
         for item in self.ready.drain(..) {
-            batches.entry((item.stage, item.turn)).or_default().push(item);
+            batches.entry((item.stage, item.turn, item.again)).or_default().push(item);
         }
         self.computing += batches.len() as u64;
         self.batches += batches.len() as u64;
@@ -155,10 +155,11 @@ mod tests {
             .collect();
         let item = WorkItem {
             expert: address(expert(n), 1),
-            stage: ActorId::Stage { lane: 0, stage: 0 },
+            stage: address(ActorId::Stage { lane: 0, stage: 0 }, 1),
             turn: Turn { step: 1, lane: 0, micro_batch: 0 },
             weights: everstep_kernels::ExpertWeights::new(&map, 1, n),
             work: Work::Forward { x: Tensor::from_vec(1, 4, vec![1.0; 4]) },
+            again: false,
         };
         Event::Local { from: expert(n), local: Local::Ready(Box::new(item)) }
     }
@@ -181,7 +182,7 @@ mod tests {
         assert_eq!((asked.jobs, asked.sent.len(), asked.told.len()), (1, 2, 2));
     }
 
-    /// HO-1: rows of two micro-batches that came together are two batches.
+    /// HO-1: rows of two micro-batches that came together are two batches, and so are rows of two lives of a stage.
     #[test]
     fn micro_batches_are_computed_apart() {
         let materials = materials();
@@ -190,7 +191,7 @@ mod tests {
         drive(&mut core, ready(&materials, 0));
         let of_lane = |n: u32, lane: u32| {
             let Event::Local { from, local: Local::Ready(mut item) } = ready(&materials, n) else { unreachable!() };
-            (item.stage, item.turn.lane) = (ActorId::Stage { lane, stage: 0 }, lane);
+            (item.stage, item.turn.lane) = (address(ActorId::Stage { lane, stage: 0 }, 1), lane);
             Event::Local { from, local: Local::Ready(item) }
         };
         assert_eq!(drive(&mut core, of_lane(0, 1)).jobs, 0, "expert 1 has not spoken");

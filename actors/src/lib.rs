@@ -14,6 +14,7 @@ mod effect;
 mod expert;
 mod fingerprint;
 mod hang;
+mod holding;
 mod host;
 mod ids;
 mod keeper;
@@ -26,6 +27,7 @@ mod reducer;
 mod root;
 mod router;
 mod schedule;
+mod shared;
 mod shell;
 pub mod sim;
 mod spec;
@@ -40,7 +42,7 @@ mod tokens;
 mod wire;
 mod worker;
 
-pub use compute::{Job, Outcome, run};
+pub use compute::{Job, Outcome, RowsAgain, run};
 pub use config::{Config, ConfigError, DataConfig, EvalConfig, SourceConfig};
 pub use control::{AdminRequest, Control};
 pub use data::{Corpus, TooShort};
@@ -61,5 +63,6 @@ pub use supervisor::{
     SupervisorEvent,
 };
 pub use table::{Entry, NodeInfo, Table};
+pub use tally::Operations;
 pub use tokens::{SourceInfo, Tokens, token_width};
 pub use wire::{Unit, WireError};

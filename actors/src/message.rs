@@ -8,7 +8,7 @@
 //! `Body<T>` is generic in how a tensor is carried: a handle inside a process, a place in a list of
 //! regions on the wire.
 
-use crate::ids::{ActorId, Address, Step};
+use crate::ids::{Address, Step};
 use everstep_kernels::{ExpertHeld, ExpertSaved, ExpertWeights, Tensor};
 use serde::{Deserialize, Serialize};
 
@@ -60,7 +60,7 @@ pub struct Corruption {
 pub(crate) type ParameterState<T> = Vec<T>;
 
 /// A message between logical actors. Everything but `Fetch` and the reports to the supervisor is kept by
-/// its sender, or made again from its state, until the step is committed.
+/// its sender, or made again from what it has or is asked with, until the step is committed.
 #[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
 pub enum Body<T> {
     /// A stage to the next: activations of a micro-batch.
@@ -373,14 +373,16 @@ impl WorkResult {
 pub struct WorkItem {
     /// The life of the expert whose work it is.
     pub expert: Address,
-    /// The stage that waits for the rows.
-    pub stage: ActorId,
+    /// The life of the stage that asked; whichever lives gets the rows.
+    pub stage: Address,
     /// The micro-batch.
     pub turn: Turn,
     /// The expert's weights.
     pub weights: ExpertWeights,
     /// What to do.
     pub work: Work,
+    /// An earlier life of the stage had its answer: nothing but this one comes of it.
+    pub again: bool,
 }
 
 /// Between the actors of one node: handles, never bytes.

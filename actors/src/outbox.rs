@@ -1,16 +1,21 @@
-//! What an actor sent in the step that is not committed yet.
+//! What an actor sent in the step that is not committed yet, or how it makes that again.
 //!
-//! Promise: a receiver that gets a new life gets every kept message again (DESIGN section 5), and so does every new copy of
+//! Promise: a receiver that gets a new life gets every message again (DESIGN section 5), and so does every new copy of
 //! a shard.
+//! - OB-1: rows for experts are kept once for each token, not for each of its experts: an expert's are made again when it
+//!   gets a new life, and no other's.
+//! - Answers of experts are not kept at all: the rows that a stage's new life sends again make them (`expert.rs`).
+//!
 //! Bound: the messages of at most two steps, since a sender cannot start a step before the last but
 //! one is committed.
 
+use crate::compute::{Job, RowsAgain};
 use crate::effect::Effect;
 use crate::ids::{ActorId, Step};
-use crate::message::Body;
+use crate::message::{Body, Pass, Turn};
 use crate::plant::{Bug, planted};
 use crate::table::Table;
-use everstep_kernels::Tensor;
+use everstep_kernels::{RowsRecipe, Tensor};
 use std::collections::BTreeMap;
 
 type Kept = Vec<(Step, Body<Tensor>)>;
@@ -21,12 +26,16 @@ pub(crate) struct Outbox {
     kept: BTreeMap<ActorId, Kept>,
     /// For every copy of a shard, whichever there are.
     shards: BTreeMap<u32, Kept>,
+    /// Of rows for the experts of each layer.
+    recipes: BTreeMap<u32, Vec<(Turn, Pass, RowsRecipe)>>,
 }
 
 impl Outbox {
     /// Keeps a message of `step` and gives the effect that sends it.
     pub(crate) fn send(&mut self, step: Step, to: ActorId, body: Body<Tensor>) -> Effect {
-        self.keep(step, to, body.clone());
+        if !planted(Bug::OutboxForgottenEarly) {
+            self.kept.entry(to).or_default().push((step, body.clone()));
+        }
         Effect::send(to, body)
     }
 
@@ -37,23 +46,41 @@ impl Outbox {
         effects
     }
 
-    /// Keeps a message that somebody else sends in the actor's name.
-    pub(crate) fn keep(&mut self, step: Step, to: ActorId, body: Body<Tensor>) {
-        if !planted(Bug::OutboxForgottenEarly) {
-            self.kept.entry(to).or_default().push((step, body));
-        }
+    /// Keeps how the rows are made again that go to a layer's experts (OB-1).
+    pub(crate) fn keep_recipe(&mut self, layer: u32, turn: Turn, pass: Pass, recipe: RowsRecipe) {
+        self.recipes.entry(layer).or_default().push((turn, pass, recipe));
     }
 
-    /// Sends again what receivers with a new life have not got.
+    /// Sends again what receivers with a new life have not got, and makes again what was not kept.
     pub(crate) fn resend(&self, before: &Table, now: &Table) -> Vec<Effect> {
         let served = self.shards.iter().filter(|_| !planted(Bug::NewCopyNotServed));
         let copies = served.flat_map(|(shard, kept)| now.replicas(*shard).map(move |to| (to, kept)));
         let all = self.kept.iter().map(|(to, kept)| (*to, kept)).chain(copies);
         let replaced = all.filter(|(to, _)| now.replaced(before, *to));
         let again = |kept: &'_ Kept| kept.len() - usize::from(planted(Bug::OutboxEntryForgotten));
-        replaced
-            .flat_map(|(to, kept)| kept[..again(kept)].iter().map(move |(_, body)| Effect::send(to, body.clone())))
-            .collect()
+        let copies = replaced
+            .flat_map(|(to, kept)| kept[..again(kept)].iter().map(move |(_, body)| Effect::send(to, body.clone())));
+        copies.chain(self.make_again(before, now)).collect()
+    }
+
+    /// The job that makes rows again for experts with a new life.
+    fn make_again(&self, before: &Table, now: &Table) -> Option<Effect> {
+        let mut rows = Vec::new();
+        for (layer, recipes) in &self.recipes {
+            let replaced = now.experts(*layer).filter(|to| now.replaced(before, to.actor));
+            let last = usize::from(planted(Bug::RecipeForgotten));
+            rows.extend(replaced.flat_map(|to| {
+                let of = move |(turn, pass, recipe): &(Turn, Pass, RowsRecipe)| RowsAgain {
+                    to,
+                    turn: *turn,
+                    pass: *pass,
+                    recipe: recipe.clone(),
+                };
+                recipes[..recipes.len() - last].iter().map(of)
+            }));
+        }
+        let cost = rows.iter().map(RowsAgain::cost).sum();
+        (!rows.is_empty()).then_some(Effect::Compute { job: Job::Rows(rows), cost })
     }
 
     /// Forgets messages of committed steps.
@@ -64,9 +91,13 @@ impl Outbox {
         };
         self.kept.retain(|_, kept| forget(kept));
         self.shards.retain(|_, kept| forget(kept));
+        self.recipes.retain(|_, recipes| {
+            recipes.retain(|(turn, ..)| turn.step > committed);
+            !recipes.is_empty()
+        });
     }
 
-    /// Messages of a step, with whom they are for; those for every copy of a shard with its first one.
+    /// Copies of a step, with whom they are for; those for every copy of a shard with its first one.
     pub(crate) fn of(&self, step: Step) -> Vec<(ActorId, Body<Tensor>)> {
         let first = |shard: &u32| ActorId::Reducer { shard: *shard, replica: 0 };
         let shards = self.shards.iter().map(|(shard, kept)| (first(shard), kept));
@@ -77,8 +108,9 @@ impl Outbox {
         all.flat_map(of_step).collect()
     }
 
-    /// Messages kept.
-    pub(crate) fn len(&self) -> usize {
-        self.kept.values().chain(self.shards.values()).map(Vec::len).sum()
+    /// Copies and recipes.
+    pub(crate) fn len(&self) -> [usize; 2] {
+        let copies = self.kept.values().chain(self.shards.values()).map(Vec::len).sum();
+        [copies, self.recipes.values().map(Vec::len).sum()]
     }
 }

@@ -30,6 +30,10 @@ bugs! {
     OutboxForgottenEarly = "outbox-forgotten-early",
     /// A new copy of a shard does not get what the others got.
     NewCopyNotServed = "new-copy-not-served",
+    /// A new life of an expert does not get the last rows that were made for it.
+    RecipeForgotten = "recipe-forgotten",
+    /// An expert does not answer a stage's new life again.
+    AnswerNotMadeAgain = "answer-not-made-again",
     /// An expert computes rows again that it has computed.
     ComputedTwice = "computed-twice",
     /// An expert forgets rows that come before its weights.

@@ -38,7 +38,8 @@ pub(crate) fn kind(job: &Job) -> Option<usize> {
             StageOperation::Resume { pass, .. } => by_pass(*pass),
             StageOperation::WeightSoFar { .. } | StageOperation::Weight { .. } => 2,
         }),
-        Job::Experts(_)
+        Job::Rows(_)
+        | Job::Experts(_)
         | Job::ExpertWeight { .. }
         | Job::Initial { .. }
         | Job::Adopt { .. }

@@ -12,6 +12,7 @@ use crate::effect::Event;
 use crate::ids::{ActorId, Address, NodeId, SUPERVISOR_NODE};
 use crate::message::{Body, Envelope, Local};
 use crate::plant::{Bug, planted};
+use crate::shared::Shared;
 use crate::table::Table;
 use everstep_kernels::Tensor;
 use std::cmp::Ordering;
@@ -52,6 +53,7 @@ pub(crate) struct Router {
     table: Arc<Table>,
     early: Vec<Envelope>,
     refused: u64,
+    shared: Shared,
     /// Lives that failed and are not replaced yet, with their last words.
     failed: BTreeMap<Address, String>,
 }
@@ -59,7 +61,14 @@ pub(crate) struct Router {
 impl Router {
     /// The router of a process that has not heard of any epoch.
     pub(crate) fn new() -> Self {
-        Self { node: None, table: Arc::default(), early: Vec::new(), refused: 0, failed: BTreeMap::new() }
+        Self {
+            node: None,
+            table: Arc::default(),
+            early: Vec::new(),
+            refused: 0,
+            shared: Shared::default(),
+            failed: BTreeMap::new(),
+        }
     }
 
     /// The supervisor has given this process its number.
@@ -130,6 +139,7 @@ impl Router {
         actions.extend(new.iter().filter(|a| !old.contains(a)).map(|a| Action::Spawn(*a)));
         let inform = new_hosts.into_iter().chain(new.iter().map(|a| a.actor));
         actions.extend(inform.map(|actor| Action::Deliver(actor, Event::Table(Arc::clone(&table)))));
+        self.shared.keep(|of| new.iter().any(|a| matches!(a.actor, ActorId::Stage { stage, .. } if stage == of)));
         let gone: Vec<NodeId> = before.nodes.keys().filter(|n| !table.nodes.contains_key(n)).copied().collect();
         if !gone.is_empty() {
             actions.push(Action::Forget(gone));
@@ -180,6 +190,7 @@ impl Router {
                     }
                     (actor, _) => {
                         let Envelope { from, body, .. } = envelope;
+                        let body = self.shared.take(from, actor, body);
                         actions.push(Action::Deliver(actor, Event::Message { from, body }));
                     }
                 },

@@ -153,6 +153,12 @@ impl JobSpec {
         }
     }
 
+    /// Micro-batches whose rows an expert takes before the first of them is in its sum. A lane of one-forward-one-backward has
+    /// at most as many on their way as there are stages, so the slowest never waits for itself.
+    pub fn window(&self) -> u32 {
+        self.stages + 1
+    }
+
     /// Sequences of a lane in a step.
     pub fn sequences_of_lane(&self, step: Step) -> u64 {
         u64::from(self.micro_batches.at(step)) * u64::from(self.sequences)

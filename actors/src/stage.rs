@@ -80,6 +80,7 @@ impl StageCore {
     pub(crate) fn new(spec: Arc<JobSpec>, layout: Arc<Layout>, corpus: Corpus, lane: u32, stage: u32) -> Self {
         let groups = spec.groups_of_stage(stage);
         let costs = StageCosts::new(&spec, stage);
+        let audit = Question::new(Arc::clone(&spec), ActorId::Stage { lane, stage });
         Self {
             spec,
             layout,
@@ -97,7 +98,7 @@ impl StageCore {
             inbox: BTreeMap::new(),
             weights: BTreeMap::new(),
             outbox: Outbox::default(),
-            audit: Question::default(),
+            audit,
             wrong: false,
         }
     }
@@ -182,6 +183,7 @@ impl StageCore {
         let (layers, scales) = (self.spec.layers_of(self.stage), self.spec.scales(self.step));
         self.phase = Phase::Idle(Box::new(StageModel::new(config, layers, &map, scales)));
         self.outbox.forget_until(committed);
+        self.audit.forget_until(committed);
         self.inbox = self.inbox.split_off(&(self.step, Input::Hidden(0)));
     }
 
@@ -282,11 +284,14 @@ impl StageCore {
         let turn = self.turn(micro_batch);
         let mut effects = Vec::new();
         match if self.wrong { wrongly(progress) } else { progress } {
-            Progress::Experts { layer, rows } => {
+            Progress::Experts { layer, rows, recipe } => {
                 for (expert, rows) in rows.into_iter().enumerate() {
-                    let to = ActorId::Expert { layer, expert: expert as u32 };
-                    effects.push(self.outbox.send(self.step, to, Body::Rows { turn, pass, rows }));
+                    let (to, body) =
+                        (ActorId::Expert { layer, expert: expert as u32 }, Body::Rows { turn, pass, rows });
+                    self.audit.keep(self.step, to, &body);
+                    effects.push(Effect::send(to, body));
                 }
+                self.outbox.keep_recipe(layer, turn, pass, recipe);
                 if pass == Pass::Backward && self.weight_comes_next(micro_batch) {
                     let made = self.costs.weights_above(layer);
                     let cost = made - std::mem::replace(&mut self.made, made);
@@ -363,7 +368,9 @@ impl StageCore {
 /// What an operation gives in a unit that computes wrongly.
 fn wrongly(progress: Progress) -> Progress {
     match progress {
-        Progress::Experts { layer, rows } => Progress::Experts { layer, rows: rows.iter().map(audit::wrong).collect() },
+        Progress::Experts { layer, rows, recipe } => {
+            Progress::Experts { layer, rows: rows.iter().map(audit::wrong).collect(), recipe }
+        }
         Progress::Hidden(rows) => Progress::Hidden(audit::wrong(&rows)),
         Progress::Waits { .. } | Progress::Finished => progress,
     }
@@ -381,6 +388,7 @@ impl Core for StageCore {
             Event::Computed(Outcome::Stage { step, model, pass, progress }) => {
                 self.computed(step, model, pass, progress)
             }
+            Event::Computed(Outcome::Rows(rows)) => rows.into_iter().map(|(to, body)| Effect::send(to, body)).collect(),
             Event::Computed(Outcome::Digest { step, digest }) => audit::tell(step, digest),
             Event::Computed(_) | Event::Local { .. } => Vec::new(),
         }
@@ -400,13 +408,15 @@ impl Core for StageCore {
             Phase::Computing { micro_batch } => format!("computes micro-batch {micro_batch}"),
             Phase::Finished => "waits for the commit".to_owned(),
         };
+        let [kept, recipes] = self.outbox.len();
         format!(
-            "step {}, operation {} of {}: {doing}; {} messages in, {} kept",
+            "step {}, operation {} of {}: {doing}; {} messages in, {} kept, {} recipes",
             self.step,
             self.next,
             self.program.len(),
             self.inbox.len(),
-            self.outbox.len()
+            kept,
+            recipes
         )
     }
 }

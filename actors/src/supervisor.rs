@@ -9,7 +9,7 @@
 //! - SU-5: a shard without a copy in sync sends the whole job back to the newest checkpoint, with new
 //!   lives for all; a step done again must give the fingerprint that was reported.
 //! - SU-6: an actor whose node lives is moved only with a commit (nothing of a step is done again because a node came),
-//!   by an audit, or because it is in the way of one that has no room.
+//!   by an audit, because it fails again and again where it is, or because it is in the way of one that has no room.
 //! - SU-7: a node gets its first actors when a beat of it says that it reaches all that have had theirs.
 
 mod audit;
@@ -45,6 +45,7 @@ use crate::message::Body;
 use crate::plant::{Bug, planted};
 use crate::spec::{JobSpec, Layout};
 use crate::table::{Entry, NodeInfo, Table};
+use crate::tally::Operations;
 use std::collections::{BTreeMap, BTreeSet, VecDeque};
 use std::sync::Arc;
 use std::time::Duration;
@@ -118,12 +119,12 @@ pub struct Supervisor {
     checkpoint: Step,
     next_node: u64,
     restarts: BTreeMap<ActorId, VecDeque<Duration>>,
-    /// Actors that failed again and again and got another node for it.
-    moved_away: BTreeSet<ActorId>,
+    /// Actors that failed again and again and got another node for it: where that was, and when.
+    moved_away: BTreeMap<ActorId, (NodeId, Duration)>,
     /// Effects that wait for the sync of the record before them.
     held: VecDeque<Vec<SupervisorEffect>>,
-    /// Work of each node, that which was redone, and how much of both has been reported.
-    work: BTreeMap<NodeId, ([u64; 2], [u64; 2])>,
+    /// What each node has computed, and how much of it has been reported.
+    work: BTreeMap<NodeId, [Operations; 2]>,
     /// Fingerprints of steps that may be done again: they must match.
     reported: BTreeMap<Step, String>,
     /// Of failures after which no step has been committed yet.
@@ -181,7 +182,7 @@ impl Supervisor {
             checkpoint,
             next_node: 1,
             restarts: BTreeMap::new(),
-            moved_away: BTreeSet::new(),
+            moved_away: BTreeMap::new(),
             held: VecDeque::new(),
             work: BTreeMap::new(),
             reported,
@@ -297,11 +298,11 @@ impl Supervisor {
         let mut effects = match event {
             SupervisorEvent::Join(info) => self.join(info),
             SupervisorEvent::Return(node) => self.returned(node),
-            SupervisorEvent::Heartbeat { node, work, redone, rates, down } => {
+            SupervisorEvent::Heartbeat { node, operations, rates, down } => {
                 if self.table.nodes.contains_key(&node) {
                     self.speeds.beat(node, rates);
                 }
-                self.heartbeat(node, [work, redone], &down)
+                self.heartbeat(node, operations, &down)
             }
             SupervisorEvent::Lost { node, why } => self.dead(&[(node, why, Duration::ZERO)]),
             SupervisorEvent::Leave(node) => self.leave(node),
@@ -358,7 +359,7 @@ impl Supervisor {
         let node = NodeId(self.next_node);
         self.next_node += 1;
         self.membership.expect(self.now, node);
-        self.work.insert(node, ([0; 2], [0; 2]));
+        self.work.insert(node, Default::default());
         self.table.nodes.insert(node, info.clone());
         let note = Happening::NodeJoined { node: node.0, address: info.address.clone() };
         let mut effects = vec![SupervisorEffect::Note(note)];
@@ -434,13 +435,13 @@ impl Supervisor {
         effects
     }
 
-    fn heartbeat(&mut self, node: NodeId, work: [u64; 2], down: &[NodeId]) -> Vec<SupervisorEffect> {
+    fn heartbeat(&mut self, node: NodeId, done: Operations, down: &[NodeId]) -> Vec<SupervisorEffect> {
         if !self.table.nodes.contains_key(&node) {
             return self.fence(node);
         }
         self.membership.beat(self.now, node);
         // What a node had done before this life of the supervisor has been reported by an earlier one.
-        self.work.entry(node).or_insert((work, work)).0 = work;
+        self.work.entry(node).or_insert([done; 2])[0] = done;
         // It may not have heard yet that a node is gone.
         let down: Vec<NodeId> = down.iter().copied().filter(|other| self.table.nodes.contains_key(other)).collect();
         self.uneven |= self.links.beat(self.now, node, &down);

@@ -109,6 +109,12 @@ impl Table {
         self.entries.range(range).map(|(actor, _)| *actor)
     }
 
+    /// Experts of a layer that are placed, ascending.
+    pub fn experts(&self, layer: u32) -> impl Iterator<Item = Address> {
+        let range = ActorId::Expert { layer, expert: 0 }..=ActorId::Expert { layer, expert: u32::MAX };
+        self.entries.range(range).map(|(actor, e)| Address { actor: *actor, incarnation: e.incarnation })
+    }
+
     /// Actors of a node.
     pub fn actors_of(&self, node: NodeId) -> impl Iterator<Item = Address> {
         self.entries

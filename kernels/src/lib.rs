@@ -30,7 +30,7 @@ pub use layers::expert::{
     ExpertHeld, ExpertSaved, ExpertWeights, expert_backward_input, expert_backward_weight, expert_forward,
 };
 pub use layers::stage::{Progress, Scales, StageInput, StageModel, StageSums};
-pub use layers::{ParameterMap, Weight, second_use};
+pub use layers::{ParameterMap, RowsRecipe, Weight, second_use};
 pub use limits::{bf16_limit, multiply_add_limit, peer_linear};
 pub use math::{bf16_bits, bf16_value, cosine, power};
 pub use model::{Group, ModelConfig, Parameter, Update};

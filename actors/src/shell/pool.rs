@@ -3,12 +3,14 @@
 //! A thread that is paced takes at least the planned time for a job, so that several nodes on one machine behave like as
 //! many machines of that speed.
 //!
-//! Bound: an actor has one job at a time, or two when a commit overtakes a life that replays the step; a host
+//! Bound: an actor has one job at a time, or two when a commit overtakes a life that replays the step, and a stage one more for each
+//! epoch that gave experts new lives; a host
 //! has at most one for each micro-batch that a lane has in flight.
 
 use crate::compute::{Job, Outcome, attempt};
 use crate::hang::At;
 use crate::rates::{KINDS, Rates, kind};
+use crate::tally::{Operations, is_recipe};
 use everstep_kernels::Backend;
 use std::sync::atomic::{AtomicU64, Ordering};
 use std::sync::mpsc::{Receiver, SyncSender, TrySendError, sync_channel};
@@ -32,12 +34,19 @@ struct Task {
 pub(super) struct Pool {
     /// Its places are there from the beginning: small ones.
     queue: SyncSender<Box<Task>>,
-    work: Arc<AtomicU64>,
-    redone: Arc<AtomicU64>,
+    done: Arc<Done>,
     /// As in [`Rates`].
     rates: Arc<[[AtomicU64; 2]; KINDS]>,
     /// Of each thread: the number of the job that it is at, 0 for none, and its multiply-adds.
     at: Arc<Vec<[AtomicU64; 2]>>,
+}
+
+/// Multiply-adds, as in [`Operations`].
+#[derive(Debug, Default)]
+struct Done {
+    work: AtomicU64,
+    redone: AtomicU64,
+    recipes: AtomicU64,
 }
 
 impl std::fmt::Debug for Task {
@@ -51,22 +60,24 @@ impl Pool {
     pub(super) fn new(threads: usize, backend: &Arc<dyn Backend>, pace: Option<f64>) -> std::io::Result<Self> {
         let (queue, tasks) = sync_channel::<Box<Task>>(QUEUE);
         let tasks = Arc::new(Mutex::new(tasks));
-        let work = Arc::new(AtomicU64::new(0));
+        let done: Arc<Done> = Arc::default();
         let at: Arc<Vec<[AtomicU64; 2]>> = Arc::new((0..threads.max(1)).map(|_| Default::default()).collect());
         let rates: Arc<[[AtomicU64; 2]; KINDS]> = Arc::default();
         for n in 0..threads.max(1) {
-            let (tasks, backend, work) = (Arc::clone(&tasks), Arc::clone(backend), Arc::clone(&work));
+            let (tasks, backend, done) = (Arc::clone(&tasks), Arc::clone(backend), Arc::clone(&done));
             let (at, rates) = (Arc::clone(&at), Arc::clone(&rates));
             std::thread::Builder::new().name(format!("compute-{n}")).spawn(move || {
-                serve(&tasks, &*backend, (&work, &rates), &at[n], pace);
+                serve(&tasks, &*backend, (&done, &rates), &at[n], pace);
             })?;
         }
-        Ok(Self { queue, work, redone: Arc::default(), rates, at })
+        Ok(Self { queue, done, rates, at })
     }
 
     /// Multiply-adds done so far.
-    pub(super) fn work(&self) -> u64 {
-        self.work.load(Ordering::Relaxed)
+    pub(super) fn operations(&self) -> Operations {
+        let [work, redone, recipes] =
+            [&self.done.work, &self.done.redone, &self.done.recipes].map(|n| n.load(Ordering::Relaxed));
+        Operations { work, redone, recipes }
     }
 
     /// How long what was done took.
@@ -80,14 +91,9 @@ impl Pool {
         self.at.iter().map(|[job, cost]| At { job: job.load(Ordering::Relaxed), cost: cost.load(Ordering::Relaxed) })
     }
 
-    /// Multiply-adds among them that an actor's life had done before in its step.
-    pub(super) fn redone(&self) -> u64 {
-        self.redone.load(Ordering::Relaxed)
-    }
-
     /// A job that is submitted is done again.
     pub(super) fn again(&self, cost: u64) {
-        self.redone.fetch_add(cost, Ordering::Relaxed);
+        self.done.redone.fetch_add(cost, Ordering::Relaxed);
     }
 
     /// Runs a job; `reply` is called on the job's thread.
@@ -102,7 +108,7 @@ impl Pool {
 fn serve(
     tasks: &Mutex<Receiver<Box<Task>>>,
     backend: &dyn Backend,
-    (work, rates): (&AtomicU64, &[[AtomicU64; 2]; KINDS]),
+    (done, rates): (&Done, &[[AtomicU64; 2]; KINDS]),
     [at, costs]: &[AtomicU64; 2],
     pace: Option<f64>,
 ) {
@@ -110,7 +116,7 @@ fn serve(
         let next = tasks.lock().unwrap_or_else(PoisonError::into_inner).recv();
         let Ok(task) = next else { return };
         let Task { job, cost, reply } = *task;
-        let (began, kind) = (Instant::now(), kind(&job));
+        let (began, kind, recipe) = (Instant::now(), kind(&job), is_recipe(&job));
         costs.store(kind.map_or(0, |_| cost), Ordering::Relaxed);
         at.store(number, Ordering::Relaxed);
         let result = attempt(job, backend);
@@ -119,7 +125,8 @@ fn serve(
         if let Some(pace) = pace {
             std::thread::sleep(Duration::from_secs_f64(cost as f64 / pace).saturating_sub(began.elapsed()));
         }
-        work.fetch_add(cost, Ordering::Relaxed);
+        let counter = if recipe { &done.recipes } else { &done.work };
+        counter.fetch_add(cost, Ordering::Relaxed);
         if let Some(kind) = kind {
             rates[kind][0].fetch_add(cost, Ordering::Relaxed);
             rates[kind][1].fetch_add(began.elapsed().as_micros() as u64, Ordering::Relaxed);

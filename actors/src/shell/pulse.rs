@@ -78,8 +78,8 @@ fn beat(shared: &Weak<Shared>, hub: &Hub, pool: &Pool) {
         let node = shared.node.load(Ordering::Relaxed);
         if node > 0 {
             let down = shared.down.lock().unwrap_or_else(PoisonError::into_inner).iter().copied().collect();
-            let (work, redone, rates) = (pool.work(), pool.redone(), pool.rates());
-            let beat = Control::Heartbeat { node: NodeId(node), work, redone, rates, down };
+            let (operations, rates) = (pool.operations(), pool.rates());
+            let beat = Control::Heartbeat { node: NodeId(node), operations, rates, down };
             tell(hub, shared.supervisor.load(Ordering::Relaxed), beat);
         }
     }

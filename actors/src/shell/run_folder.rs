@@ -180,6 +180,9 @@ pub struct MetricsLine {
     /// Those among them that a surviving actor had done before: recoveries leave survivors their work.
     #[serde(default)]
     pub redone: u64,
+    /// Multiply-adds, counted apart, that made again what new lives lacked.
+    #[serde(default)]
+    pub recipes: u64,
     /// Root of the fingerprint.
     pub fingerprint: String,
 }
@@ -206,6 +209,7 @@ impl MetricsLine {
             samples: report.commit.samples,
             operations: report.operations.into_iter().map(|(node, n)| (node.0.to_string(), n)).collect(),
             redone: report.redone,
+            recipes: report.recipes,
             fingerprint: report.fingerprint,
         }
     }

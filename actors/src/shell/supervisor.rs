@@ -415,9 +415,9 @@ impl State {
                 self.peers.insert(node, peer);
                 self.supervise(SupervisorEvent::Return(node));
             }
-            Control::Heartbeat { node, work, redone, rates, down } => {
+            Control::Heartbeat { node, operations, rates, down } => {
                 self.peers.insert(node, peer);
-                self.supervise(SupervisorEvent::Heartbeat { node, work, redone, rates, down });
+                self.supervise(SupervisorEvent::Heartbeat { node, operations, rates, down });
             }
             Control::ActorFailed { address, reason } => {
                 self.supervise(SupervisorEvent::ActorFailed { address, reason });

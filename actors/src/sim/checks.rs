@@ -28,6 +28,12 @@ pub(super) fn durable(announced: Step, disk: &[Record]) -> Result<(), Broken> {
     if on_disk { Ok(()) } else { Err(("C2", format!("step {announced} was announced, but its record is not on disk"))) }
 }
 
+/// C2: a checkpoint is made known only once all of it is stored.
+pub(super) fn complete(step: Step, missing: Option<u32>) -> Result<(), Broken> {
+    let what = |shard| format!("the checkpoint of step {step} was published without shard {shard}");
+    missing.map_or(Ok(()), |shard| Err(("C2", what(shard))))
+}
+
 /// C3: steps are reported once each and in order. That every sample is in them once is checked before
 /// each commit by the commit core, whose refusal ends the job, which is a violation here.
 pub(super) fn in_order(report: &Report, before: Step) -> Result<(), Broken> {

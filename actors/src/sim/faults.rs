@@ -12,7 +12,7 @@ use crate::keeper::KeeperCore;
 use crate::root::Root;
 use crate::router::{Action, Router};
 use crate::supervisor::{Nodes, Supervisor};
-use crate::tally::Tally;
+use crate::tally::{Operations, Tally};
 use std::collections::BTreeMap;
 use std::sync::Arc;
 use std::time::Duration;
@@ -32,7 +32,7 @@ impl World {
             actors: BTreeMap::new(),
             paused: 0,
             slow: (1, 0),
-            work: 0,
+            operations: Operations::default(),
             tally: Tally::default(),
             supervisor: None,
             leaving: false,

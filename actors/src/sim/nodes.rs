@@ -12,6 +12,7 @@ use crate::message::Local;
 use crate::rates::Rates;
 use crate::router::Action;
 use crate::table::NodeInfo;
+use crate::tally::is_recipe;
 use crate::wire::Unit;
 use everstep_kernels::CpuBackend;
 use std::collections::VecDeque;
@@ -21,14 +22,14 @@ impl World {
     pub(super) fn heartbeat(&mut self, life: Life) -> Result<(), Broken> {
         let root = self.root.as_ref().map(|r| r.life);
         let Some(node) = self.node_of_life(life) else { return Ok(()) };
-        let (number, work) = (node.router.node(), node.work);
+        let (number, operations) = (node.router.node(), node.operations);
         let new_root = root.is_some() && node.supervisor != root;
         node.supervisor = root.or(node.supervisor);
         let control = match number {
             Some(node) if new_root => Control::Return { node },
             Some(node) => {
                 let (rates, down) = (Rates::default(), self.unreached(life));
-                Control::Heartbeat { node, work, redone: 0, rates, down }
+                Control::Heartbeat { node, operations, rates, down }
             }
             None if new_root => {
                 let info = NodeInfo {
@@ -215,8 +216,11 @@ impl World {
 
     fn compute(&mut self, life: Life, (me, cell): (Address, Cell), job: Job, cost: u64) -> Result<(), Broken> {
         if let Some(node) = self.node_of_life(life) {
-            node.work += cost;
+            let recipe = is_recipe(&job);
+            let counter = if recipe { &mut node.operations.recipes } else { &mut node.operations.work };
+            *counter += cost;
             checks::once(node.tally.begin(&job, me))?;
+            self.recipes += if recipe { cost } else { 0 };
         }
         let outcome = match attempt(job, &CpuBackend::FP32) {
             Ok(outcome) => Box::new(outcome),

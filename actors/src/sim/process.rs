@@ -5,7 +5,7 @@ use crate::effect::{Core, Event};
 use crate::ids::{ActorId, Incarnation, NodeId};
 use crate::root::Root;
 use crate::router::Router;
-use crate::tally::Tally;
+use crate::tally::{Operations, Tally};
 use std::collections::{BTreeMap, VecDeque};
 
 /// Which spawned actor, of all that a world spawns: what was meant for one never reaches the next of the same name.
@@ -31,7 +31,7 @@ pub(super) struct SimNode {
     pub(super) paused: u64,
     /// Jobs take so many times as long until then.
     pub(super) slow: (u64, u64),
-    pub(super) work: u64,
+    pub(super) operations: Operations,
     pub(super) tally: Tally,
     /// It was told to end.
     pub(super) leaving: bool,

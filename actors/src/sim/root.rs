@@ -57,9 +57,9 @@ impl World {
                 root.lives.insert(node, from);
                 SupervisorEvent::Return(node)
             }
-            Control::Heartbeat { node, work, redone, rates, down } => {
+            Control::Heartbeat { node, operations, rates, down } => {
                 root.lives.insert(node, from);
-                SupervisorEvent::Heartbeat { node, work, redone, rates, down }
+                SupervisorEvent::Heartbeat { node, operations, rates, down }
             }
             Control::Leave { node } => SupervisorEvent::Leave(node),
             Control::ActorFailed { address, reason } => SupervisorEvent::ActorFailed { address, reason },
@@ -131,6 +131,8 @@ impl World {
                     self.after_root(delay, ForRoot::Stored(step, shard, parameters));
                 }
                 RootEffect::Publish(step) => {
+                    let stored = |shard: &u32| self.chunks.contains_key(&(step, *shard));
+                    checks::complete(step, (0..self.materials.spec.shards).find(|shard| !stored(shard)))?;
                     let delay = self.until_store() + 500 + self.draw(5000);
                     self.after_root(delay, ForRoot::Published(step));
                 }

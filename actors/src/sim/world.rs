@@ -85,6 +85,7 @@ pub(super) struct World {
     /// The store of checkpoints fails until then.
     pub(super) store_fails: u64,
     pub(super) rollbacks: usize,
+    pub(super) recipes: u64,
     /// Bits that flipped.
     pub(super) flips: usize,
     pub(super) finished: Option<Result<(), String>>,
@@ -135,6 +136,7 @@ impl World {
             coverage: Coverage::default(),
             store_fails: 0,
             rollbacks: 0,
+            recipes: 0,
             flips: 0,
             finished: None,
             trail: VecDeque::new(),
@@ -226,6 +228,7 @@ impl World {
             events: self.count,
             milliseconds: self.now / 1000,
             rollbacks: self.rollbacks,
+            recipes: self.recipes,
         })
     }
 

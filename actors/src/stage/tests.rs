@@ -113,6 +113,10 @@ fn a_new_life_sends_the_same_messages_and_kept_ones_go_again() {
     let mine: Vec<_> = asked.sent.iter().filter(|(to, _)| *to == expert).cloned().collect();
     let again = drive(&mut core, Event::Table(Arc::new(replace(&table(&materials), expert))));
     assert_eq!(bits(&again.sent), bits(&mine));
+    // OB-1: a job makes them, and nothing for experts that live.
+    assert_eq!((again.jobs, mine.len()), (1, 1));
+    let sums = drive(&mut core, Event::Table(Arc::new(table(&materials))));
+    assert_eq!(bits(&sums.sent), bits(&mine), "yet another life");
 }
 
 /// ST-5: one job more for each wait of a backward function, and sums of everything at the end.

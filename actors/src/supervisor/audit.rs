@@ -14,14 +14,12 @@
 //!   again with what comes of them. What the node made before the checkpoint is not looked at again.
 
 use super::{Happening, Record, Supervisor, SupervisorEffect};
+use crate::audit::is_due;
 use crate::ids::{ActorId, Address, NodeId, Step};
 use crate::message::Body;
 use crate::table::Entry;
-use everstep_kernels::Philox;
 use std::collections::VecDeque;
 use std::time::Duration;
-
-const PURPOSE_AUDIT: u32 = 7;
 
 /// The audits of a step, one after another: whoever is made again meets all others as they were.
 #[derive(Debug)]
@@ -44,12 +42,7 @@ struct Subject {
 impl Supervisor {
     /// AU-1.
     fn due(&self, step: Step) -> VecDeque<ActorId> {
-        let every = f64::from(self.spec.audit);
-        let workers: Vec<ActorId> = self.costs.workers().collect();
-        let random = Philox::new(self.spec.seed, PURPOSE_AUDIT, 0);
-        let first = step * workers.len() as u64;
-        let due = |n: &usize| every > 0.0 && random.uniform(first + *n as u64) * every < 1.0;
-        (0..workers.len()).filter(due).map(|n| workers[n]).collect()
+        self.costs.workers().filter(|actor| is_due(&self.spec, *actor, step)).collect()
     }
 
     /// Whether audits are in the way of the next step's commit, which could be now (AU-2); and what begins them.

@@ -6,6 +6,7 @@ use crate::ids::{ActorId, Address, NodeId, Step};
 use crate::message::Body;
 use crate::rates::Rates;
 use crate::table::{NodeInfo, Table};
+use crate::tally::Operations;
 use everstep_kernels::Tensor;
 use serde::Serialize;
 use std::collections::BTreeMap;
@@ -23,9 +24,7 @@ pub enum SupervisorEvent {
         /// Which.
         node: NodeId,
         /// Multiply-adds since it joined.
-        work: u64,
-        /// Those among them that a life of an actor had done before in its step.
-        redone: u64,
+        operations: Operations,
         /// How long what was done took.
         rates: Rates,
         /// Nodes of the table to which it has no link.
@@ -100,6 +99,8 @@ pub struct Report {
     pub operations: BTreeMap<NodeId, u64>,
     /// Work since then that a life of an actor had done before in its step.
     pub redone: u64,
+    /// Multiply-adds since then, not among the work, that made again what new lives lacked.
+    pub recipes: u64,
 }
 
 /// A line of events.jsonl, without its time.

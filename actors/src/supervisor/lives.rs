@@ -1,9 +1,10 @@
 //! Who lives where: new lives for what failed, primaries for shards, the way back to a checkpoint.
 
 use super::copies::{self, Home};
-use super::placement::{How, place_all};
+use super::placement::{About, How, place_all};
 use super::timeline::Timeline;
 use super::{Happening, RESTART_WINDOW, RESTARTS_MAX, Supervisor, SupervisorEffect, count_within};
+use crate::holding::Holding;
 use crate::ids::{ActorId, Address, Incarnation, NodeId, SUPERVISOR_NODE};
 use crate::plant::{Bug, planted};
 use crate::table::{Domain, Entry, NodeInfo, Table};
@@ -12,6 +13,9 @@ use std::time::Duration;
 
 /// After so long without the nodes that a job begins with, operators are told.
 const NODES_WAIT: Duration = Duration::from_secs(5);
+
+/// So long an actor stays away from a node on which it failed again and again.
+const AWAY: Duration = Duration::from_secs(600);
 
 /// What a job waits for.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -43,8 +47,11 @@ impl Supervisor {
         let present = self.table.entries.iter().filter(|(actor, e)| stays(actor, &e.node));
         let present: BTreeMap<ActorId, NodeId> = present.map(|(a, e)| (*a, e.node)).collect();
         let slow = if self.relieve { self.speeds.slow() } else { BTreeMap::new() };
-        let (of_nodes, how) = ((&self.table.nodes, &slow), if level { How::Level } else { How::Stay });
-        let (wanted, no_room) = place_all(&self.costs, &working, of_nodes, how, (&present, &copies));
+        self.moved_away.retain(|_, (_, at)| self.now.saturating_sub(*at) < AWAY);
+        let away = self.moved_away.iter().map(|(actor, (node, _))| (*actor, *node)).collect();
+        let about = About { infos: &self.table.nodes, slow: &slow, away: &away };
+        let how = if level { How::Level } else { How::Stay };
+        let (wanted, no_room) = place_all(&self.costs, &working, about, how, (&present, &copies));
         self.no_room = no_room;
         let mut moved = Vec::new();
         for (actor, node) in wanted {
@@ -133,11 +140,11 @@ impl Supervisor {
 
     /// Bytes that each node has left.
     pub(super) fn rooms(&self) -> BTreeMap<NodeId, u64> {
-        let mut used: BTreeMap<NodeId, u64> = BTreeMap::new();
+        let mut held: BTreeMap<NodeId, Holding> = BTreeMap::new();
         for (actor, entry) in &self.table.entries {
-            *used.entry(entry.node).or_default() += self.costs.bytes(*actor);
+            held.entry(entry.node).or_default().add(&self.costs, *actor);
         }
-        let room = |(node, info): (&NodeId, &NodeInfo)| (*node, info.room(used.get(node).copied().unwrap_or(0)));
+        let room = |(node, info): (&NodeId, &NodeInfo)| (*node, info.room(held.get(node).map_or(0, |held| held.bytes)));
         self.table.nodes.iter().map(room).collect()
     }
 
@@ -309,15 +316,17 @@ impl Supervisor {
         effects
     }
 
-    /// Another node for an actor that fails again and again where it is: that may be for its node. Once for each actor; state
-    /// stays where its copies are.
+    /// Another node for an actor that fails again and again where it is: that may be for its node. Once for each actor within
+    /// [`AWAY`]; state stays where its copies are.
     fn last_resort(&mut self, actor: ActorId, node: NodeId) -> Option<NodeId> {
         let is_state = matches!(actor, ActorId::Reducer { .. });
         let other = self.elsewhere(actor, &[node]).filter(|_| !is_state)?;
-        self.moved_away.insert(actor).then(|| {
-            self.restarts.remove(&actor);
-            other
-        })
+        if self.moved_away.get(&actor).is_some_and(|(_, at)| self.now.saturating_sub(*at) < AWAY) {
+            return None;
+        }
+        self.moved_away.insert(actor, (node, self.now));
+        self.restarts.remove(&actor);
+        Some(other)
     }
 
     /// A failure is noticed.

@@ -1,7 +1,8 @@
 //! What the nodes of a job hold, and which losses it gets over without waiting: the placement's answers before there is a job.
 
-use super::placement::{How, has_copy, place_all};
+use super::placement::{About, How, has_copy, place_all};
 use crate::costs::Costs;
+use crate::holding::Holding;
 use crate::ids::{ActorId, NodeId};
 use crate::spec::JobSpec;
 use crate::table::NodeInfo;
@@ -21,8 +22,9 @@ pub struct Outlook {
     pub fullest: Option<u64>,
     /// Bytes that its process needs beside them at most: the program, and what links to all others hold.
     pub process: u64,
-    /// Bytes among those of all nodes that outboxes keep until the commit.
-    pub outboxes: u64,
+    /// Bytes among those of all nodes that outboxes keep until the commit: copies of messages, and what others are made again
+    /// of.
+    pub outboxes: [u64; 2],
     /// So many of them, whichever, may be lost at one time, and the rest goes on at once with all state.
     pub losses: usize,
     /// Why not one more.
@@ -48,16 +50,17 @@ impl Outlook {
         let costs = Costs::new(spec);
         let all: Vec<NodeId> = (1..=nodes as u64).map(NodeId).collect();
         let first = place(spec, &costs, &all, memory, &BTreeMap::new());
-        let outboxes = costs.workers().map(|actor| costs.kept(actor)).sum();
+        let kept = costs.workers().map(|actor| costs.kept(actor));
+        let outboxes = kept.fold([0; 2], |[copies, recipes], k| [copies + k.copies, recipes + k.recipes]);
         // To each other node one, and one to the supervisor.
         let process = PROGRAM_BYTES + nodes as u64 * LINK_BYTES;
         let mut outlook = Self { fullest: None, process, outboxes, losses: 0, limit: Limit::Room };
         let Some(first) = first else { return outlook };
-        let mut bytes: BTreeMap<NodeId, u64> = BTreeMap::new();
+        let mut held: BTreeMap<NodeId, Holding> = BTreeMap::new();
         for (actor, node) in &first {
-            *bytes.entry(*node).or_default() += costs.bytes(*actor);
+            held.entry(*node).or_default().add(&costs, *actor);
         }
-        outlook.fullest = bytes.into_values().max();
+        outlook.fullest = held.into_values().map(|held| held.bytes).max();
         for lost in 1..=nodes {
             if first.len() > ACTORS_MAX || subsets(&all, lost).nth(CASES_MAX).is_some() {
                 outlook.limit = Limit::Cases;
@@ -113,13 +116,14 @@ fn place(
         };
         (*node, info)
     };
-    let (infos, slow) = (nodes.iter().map(info).collect(), BTreeMap::new());
+    let (infos, slow, away) = (nodes.iter().map(info).collect(), BTreeMap::new(), BTreeMap::new());
     let copies = (0..spec.shards).flat_map(|shard| {
         (0..=spec.mirrors.min(nodes.len() as u32 - 1)).map(move |replica| ActorId::Reducer { shard, replica })
     });
     let copies: Vec<ActorId> = copies.collect();
     let how = if present.is_empty() { How::Level } else { How::Stay };
-    let (places, homeless) = place_all(costs, nodes, (&infos, &slow), how, (present, &copies));
+    let (places, homeless) =
+        place_all(costs, nodes, About { infos: &infos, slow: &slow, away: &away }, how, (present, &copies));
     homeless.is_none().then_some(places)
 }
 

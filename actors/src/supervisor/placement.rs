@@ -6,8 +6,12 @@
 //! - PL-3: the same input gives the same places (ties go to the lower number).
 //! - PL-5: what is evened out is time: a node that takes 300 percent of the others' counts its work three times.
 //! - PL-4: an actor gets a place only where there is room for it; what a step needs comes before further copies.
+//! - PL-7: an actor that failed again and again on a node gets a place there only if no other has room, and never to even out.
+//! - PL-6: a stage needs no room for its weights on a node with another lane of it, and is packed there first. Else it is not
+//!   drawn to it: its lanes would run in turn, and a spare would stay without work.
 
 use crate::costs::Costs;
+use crate::holding::Holding;
 use crate::ids::{ActorId, NodeId};
 use crate::table::NodeInfo;
 use std::cmp::Reverse;
@@ -24,6 +28,17 @@ pub(crate) enum How {
     Pack,
 }
 
+/// What is known of nodes.
+#[derive(Debug, Clone, Copy)]
+pub(crate) struct About<'a> {
+    /// How they are reached, and their memory.
+    pub(crate) infos: &'a BTreeMap<NodeId, NodeInfo>,
+    /// Percent of the others' time that slow ones take.
+    pub(crate) slow: &'a BTreeMap<NodeId, u64>,
+    /// Where actors failed again and again (PL-7).
+    pub(crate) away: &'a BTreeMap<ActorId, NodeId>,
+}
+
 /// A node that may get actors, and what it has so far.
 #[derive(Debug)]
 struct Candidate<'a> {
@@ -31,8 +46,7 @@ struct Candidate<'a> {
     info: Option<&'a NodeInfo>,
     /// Of the others' time that it takes.
     percent: u64,
-    load: u64,
-    bytes: u64,
+    holding: Holding,
 }
 
 impl Candidate<'_> {
@@ -43,12 +57,12 @@ impl Candidate<'_> {
 
     /// What it takes for all that it has.
     fn time(&self) -> u64 {
-        self.time_for(self.load)
+        self.time_for(self.holding.load)
     }
 
     /// Bytes that it has left.
     fn room(&self) -> u64 {
-        self.info.map_or(u64::MAX, |info| info.room(self.bytes))
+        self.info.map_or(u64::MAX, |info| info.room(self.holding.bytes))
     }
 
     fn domain(&self) -> Option<&str> {
@@ -63,37 +77,32 @@ pub(crate) struct Placement<'a> {
     candidates: Vec<Candidate<'a>>,
     /// Where each node is among them.
     at: BTreeMap<NodeId, usize>,
+    away: &'a BTreeMap<ActorId, NodeId>,
     how: How,
 }
 
 impl<'a> Placement<'a> {
-    /// On these nodes; there is at least one. `slow`: percent of the others' time that slow ones take.
-    pub(crate) fn new(
-        costs: &'a Costs,
-        nodes: &[NodeId],
-        (infos, slow): (&'a BTreeMap<NodeId, NodeInfo>, &BTreeMap<NodeId, u64>),
-        how: How,
-    ) -> Self {
+    /// On these nodes; there is at least one.
+    pub(crate) fn new(costs: &'a Costs, nodes: &[NodeId], about: About<'a>, how: How) -> Self {
         let candidate = |node: &NodeId| {
-            let percent = slow.get(node).copied().unwrap_or(100);
-            Candidate { node: *node, info: infos.get(node), percent, load: 0, bytes: 0 }
+            let percent = about.slow.get(node).copied().unwrap_or(100);
+            Candidate { node: *node, info: about.infos.get(node), percent, holding: Holding::default() }
         };
         let at = nodes.iter().enumerate().map(|(at, node)| (*node, at)).collect();
-        Self { costs, candidates: nodes.iter().map(candidate).collect(), at, how }
+        Self { costs, candidates: nodes.iter().map(candidate).collect(), at, away: about.away, how }
     }
 
     fn add(&mut self, actor: ActorId, at: usize) {
-        self.candidates[at].load += self.costs.of(actor);
-        self.candidates[at].bytes += self.costs.bytes(actor);
+        self.candidates[at].holding.add(self.costs, actor);
     }
 
     fn remove(&mut self, actor: ActorId, at: usize) {
-        self.candidates[at].load -= self.costs.of(actor);
-        self.candidates[at].bytes -= self.costs.bytes(actor);
+        self.candidates[at].holding.remove(self.costs, actor);
     }
 
     fn fits(&self, actor: ActorId, at: usize) -> bool {
-        self.costs.bytes(actor) <= self.candidates[at].room()
+        let candidate = &self.candidates[at];
+        candidate.holding.more(self.costs, actor) <= candidate.room()
     }
 
     /// Places stages, experts and these copies of shards; what is `present` has a place and keeps it, unless evening out
@@ -146,7 +155,10 @@ impl<'a> Placement<'a> {
         let shared =
             |c: &Candidate| c.domain().is_some_and(|d| taken.iter().any(|at| self.candidates[*at].domain() == Some(d)));
         let may = |(at, _): &(usize, &Candidate)| !taken.contains(at) && self.fits(actor, *at);
-        let key = |c: &Candidate| (shared(c), if self.how == How::Pack { c.room() } else { c.time() });
+        let apart = |c: &Candidate| self.how == How::Pack && !c.holding.has_stage_of(actor);
+        let failed = |c: &Candidate| self.away.get(&actor) == Some(&c.node);
+        let key =
+            |c: &Candidate| (failed(c), shared(c), apart(c), if self.how == How::Pack { c.room() } else { c.time() });
         self.candidates.iter().enumerate().filter(may).min_by_key(|(_, c)| key(c)).map(|(at, _)| at)
     }
 
@@ -166,10 +178,12 @@ impl<'a> Placement<'a> {
             // What the two would take, the longer of them first; of equals the largest moves.
             let after = |actor: ActorId| {
                 let cost = costs.of(actor);
-                let (without, with) = (heavy.time_for(heavy.load - cost), light.time_for(light.load + cost));
+                let (without, with) =
+                    (heavy.time_for(heavy.holding.load - cost), light.time_for(light.holding.load + cost));
                 (without.max(with), without.min(with), Reverse(cost), actor)
             };
-            let movable = |actor: &ActorId| after(*actor).0 < heavy.time() && self.fits(*actor, lightest);
+            let may = |actor: &ActorId| self.away.get(actor) != Some(&light.node) && self.fits(*actor, lightest);
+            let movable = |actor: &ActorId| after(*actor).0 < heavy.time() && may(actor);
             let Some(actor) = on[heaviest].iter().copied().filter(movable).min_by_key(|a| after(*a)) else { return };
             places.insert(actor, light.node);
             on[heaviest].retain(|a| *a != actor);
@@ -205,12 +219,12 @@ fn without_room(costs: &Costs, places: &BTreeMap<ActorId, NodeId>) -> Option<(u6
 pub(super) fn place_all(
     costs: &Costs,
     nodes: &[NodeId],
-    of_nodes: (&BTreeMap<NodeId, NodeInfo>, &BTreeMap<NodeId, u64>),
+    about: About<'_>,
     how: How,
     (present, copies): (&BTreeMap<ActorId, NodeId>, &[ActorId]),
 ) -> (BTreeMap<ActorId, NodeId>, Option<(u64, u64)>) {
     let place = |present: &BTreeMap<ActorId, NodeId>, how: How| {
-        let places = Placement::new(costs, nodes, of_nodes, how).place(present, copies);
+        let places = Placement::new(costs, nodes, about, how).place(present, copies);
         let homeless = without_room(costs, &places);
         (places, homeless)
     };
@@ -252,7 +266,9 @@ mod tests {
         let infos = on.iter().map(|(n, domain)| (NodeId(*n), info(*n, domain))).collect();
         let nodes = nodes(&on.iter().map(|(n, _)| *n).collect::<Vec<_>>());
         let present = present.iter().filter(|(_, n)| nodes.contains(n)).map(|(a, n)| (*a, *n)).collect();
-        Placement::new(&costs, &nodes, (&infos, &BTreeMap::new()), how).place(&present, &copies)
+        let (slow, away) = Default::default();
+        let about = About { infos: &infos, slow: &slow, away: &away };
+        Placement::new(&costs, &nodes, about, how).place(&present, &copies)
     }
 
     fn place(on: &[u64], present: &BTreeMap<ActorId, NodeId>, how: How) -> BTreeMap<ActorId, NodeId> {
@@ -292,7 +308,8 @@ mod tests {
         let infos = [1, 2, 3].map(|n| (NodeId(n), crate::testing::info(n))).into();
         let nodes = nodes(&[1, 2, 3]);
         let on = |slow: BTreeMap<NodeId, u64>, present: &BTreeMap<ActorId, NodeId>| {
-            Placement::new(&costs, &nodes, (&infos, &slow), How::Level).place(present, &[])
+            let about = About { infos: &infos, slow: &slow, away: &BTreeMap::new() };
+            Placement::new(&costs, &nodes, about, How::Level).place(present, &[])
         };
         let even = on(BTreeMap::new(), &BTreeMap::new());
         let after = on([(NodeId(2), 400)].into(), &even);
@@ -381,6 +398,59 @@ mod tests {
         assert!(!place_with(&on, memory, &spread, How::Level).contains_key(&largest));
         let packed = place_with(&on, memory, &BTreeMap::new(), How::Pack);
         assert!(costs.workers().all(|a| packed.contains_key(&a)), "{packed:?}");
+    }
+
+    /// PL-6: with room for the rest only, a lost stage goes where its weights are; with more, to who has the least to do.
+    #[test]
+    fn a_lost_stage_fits_where_its_weights_are() {
+        let costs = Costs::new(&materials().spec);
+        let lost = ActorId::Stage { lane: 0, stage: 1 };
+        let on = [(1, ""), (2, ""), (3, "")];
+        // Node 1 has the other lane and most of the work.
+        let place_of = |actor: &ActorId| match actor {
+            ActorId::Stage { lane: 1, stage: 1 } => NodeId(1),
+            ActorId::Stage { .. } => NodeId(2),
+            _ => NodeId(1),
+        };
+        let all = place_in(&on, &BTreeMap::new(), How::Level);
+        let rest: BTreeMap<_, _> = all.keys().filter(|a| **a != lost).map(|a| (*a, place_of(a))).collect();
+        let mut held = Holding::default();
+        rest.iter().filter(|(_, at)| at.0 == 1).for_each(|(actor, _)| held.add(&costs, *actor));
+        let enough = held.bytes + costs.bytes(lost) - costs.weights(lost);
+        let with = |memory| {
+            let infos: BTreeMap<_, _> = [(1, memory), (2, 1), (3, 1)]
+                .map(|(n, memory)| (NodeId(n), NodeInfo { memory, ..crate::testing::info(n) }))
+                .into();
+            let about = About { infos: &infos, slow: &BTreeMap::new(), away: &BTreeMap::new() };
+            Placement::new(&costs, &nodes(&[1, 2, 3]), about, How::Stay).place(&rest, &[]).get(&lost).copied()
+        };
+        assert_eq!([with(enough), with(enough - 1)], [Some(NodeId(1)), None]);
+        assert_eq!(place_in(&on, &rest, How::Stay)[&lost], NodeId(3));
+        let (infos, slow, away) = Default::default();
+        let about = About { infos: &infos, slow: &slow, away: &away };
+        let mut packed = Placement::new(&costs, &nodes(&[1, 2, 3]), about, How::Pack);
+        packed.add(ActorId::Stage { lane: 1, stage: 1 }, 2);
+        assert_eq!(packed.best(lost, &BTreeMap::new()), Some(2));
+    }
+
+    /// PL-7: it is levelled anywhere but there, and comes back if nothing else is left.
+    #[test]
+    fn who_failed_on_a_node_stays_away() {
+        let (materials, stage) = (materials(), ActorId::Stage { lane: 0, stage: 0 });
+        let costs = Costs::new(&materials.spec);
+        let infos = [1, 2].map(|n| (NodeId(n), crate::testing::info(n))).into();
+        let on = |away: &BTreeMap<ActorId, NodeId>, on: &[u64], present: &BTreeMap<ActorId, NodeId>| {
+            let about = About { infos: &infos, slow: &BTreeMap::new(), away };
+            Placement::new(&costs, &nodes(on), about, How::Level).place(present, &[])[&stage]
+        };
+        for node in [1, 2] {
+            let away = [(stage, NodeId(node))].into();
+            assert_eq!(on(&away, &[1, 2], &BTreeMap::new()), NodeId(3 - node));
+            // Everything is on the other node.
+            let crowded = costs.workers().map(|actor| (actor, NodeId(3 - node))).collect();
+            assert_eq!(on(&away, &[1, 2], &crowded), NodeId(3 - node));
+            assert_eq!(on(&away, &[node], &BTreeMap::new()), NodeId(node));
+        }
     }
 
     /// PL-3: the same input, the same places.

@@ -6,6 +6,7 @@ use super::{
 };
 use crate::ids::{ActorId, Address, NodeId, Step};
 use crate::message::Body;
+use crate::tally::Operations;
 use everstep_kernels::Tensor;
 
 impl Supervisor {
@@ -178,15 +179,16 @@ impl Supervisor {
                 return self.finish(Err(why));
             }
             (None, Some(commit)) if commit.commit.step == step => {
-                let mut redone = 0;
-                let since = |(node, (done, told)): (&NodeId, &mut ([u64; 2], [u64; 2]))| {
-                    let before = std::mem::replace(told, *done);
-                    redone += done[1] - before[1];
-                    (*node, done[0] - before[0])
+                let (mut redone, mut recipes) = (0, 0);
+                let since = |(node, [done, told]): (&NodeId, &mut [Operations; 2])| {
+                    let since = done.since(std::mem::replace(told, *done));
+                    (redone, recipes) = (redone + since.redone, recipes + since.recipes);
+                    (*node, since.work)
                 };
                 let operations = self.work.iter_mut().map(since).collect();
                 let (fingerprint, epoch) = (fingerprint.clone(), self.table.epoch);
-                effects.push(SupervisorEffect::Report(Report { commit, fingerprint, epoch, operations, redone }));
+                let report = Report { commit, fingerprint, epoch, operations, redone, recipes };
+                effects.push(SupervisorEffect::Report(report));
             }
             (Some(_) | None, _) => {}
         }

@@ -167,7 +167,12 @@ fn the_dead_stay_dead() {
     let mut job = started();
     job.on(SupervisorEvent::Lost { node: NodeId(2), why: "test".to_owned() });
     for event in [
-        SupervisorEvent::Heartbeat { node: NodeId(2), work: 1, redone: 0, rates: Rates::default(), down: Vec::new() },
+        SupervisorEvent::Heartbeat {
+            node: NodeId(2),
+            operations: Operations::default(),
+            rates: Rates::default(),
+            down: Vec::new(),
+        },
         SupervisorEvent::Return(NodeId(2)),
     ] {
         let effects = job.on(event);
@@ -382,7 +387,7 @@ fn a_recovery_ends_with_the_next_commit() {
 
 fn beat(node: u64, down: &[u64]) -> SupervisorEvent {
     let down = down.iter().map(|n| NodeId(*n)).collect();
-    SupervisorEvent::Heartbeat { node: NodeId(node), work: 0, redone: 0, rates: Rates::default(), down }
+    SupervisorEvent::Heartbeat { node: NodeId(node), operations: Operations::default(), rates: Rates::default(), down }
 }
 
 mod audits;

@@ -3,8 +3,8 @@
 use crate::backend::{Both, Results};
 use crate::random;
 use everstep_kernels::{
-    Backend, BackendError, Decoder, ExpertWeights, ModelConfig, ParameterMap, Precision, Progress, Scales, StageInput,
-    StageModel, Tensor, Update, expert_backward_input, expert_backward_weight, expert_forward,
+    Backend, BackendError, Decoder, ExpertWeights, ModelConfig, ParameterMap, Precision, Progress, RowsRecipe, Scales,
+    StageInput, StageModel, Tensor, Update, expert_backward_input, expert_backward_weight, expert_forward,
 };
 use std::collections::BTreeMap;
 use std::sync::Arc;
@@ -60,6 +60,14 @@ fn parameters(c: &ModelConfig) -> ParameterMap {
     c.parameters().into_iter().enumerate().map(value).collect()
 }
 
+/// Rows for experts as they were sent, or for the second micro-batch as they are made again.
+fn perhaps_again(b: &dyn Backend, micro_batch: u32, rows: Vec<Tensor>, recipe: &RowsRecipe) -> Vec<Tensor> {
+    match micro_batch {
+        0 => rows,
+        _ => (0..rows.len() as u32).map(|expert| recipe.rows(b, expert)).collect(),
+    }
+}
+
 /// Two micro-batches through a whole model and back: losses and all gradients. Then logits by the cache.
 fn model(b: &dyn Backend, c: &ModelConfig, map: &ParameterMap) -> Result<Results, BackendError> {
     let scales = Scales { loss: 0.01, mtp: 0.003, balance: 0.002 };
@@ -70,14 +78,16 @@ fn model(b: &dyn Backend, c: &ModelConfig, map: &ParameterMap) -> Result<Results
         let tokens: Vec<u32> = (0..2 * c.sequence as u32).map(|n| (n * n + m) % c.vocabulary as u32).collect();
         let targets = tokens[1..].iter().copied().chain([7]).collect();
         let mut progress = stage.forward(b, m, StageInput::Tokens(tokens), Some(targets));
-        while let Progress::Experts { layer, rows } = progress {
+        while let Progress::Experts { layer, rows, recipe } = progress {
+            let rows = perhaps_again(b, m, rows, &recipe);
             let made = expert_forward(b, experts(layer).zip(rows).collect());
             let (y, keep): (Vec<_>, Vec<_>) = made.into_iter().unzip();
             saved.insert(layer, keep);
             progress = stage.resume_forward(b, m, y);
         }
         let mut progress = stage.backward_input(b, m, None);
-        while let Progress::Experts { layer, rows } = progress {
+        while let Progress::Experts { layer, rows, recipe } = progress {
+            let rows = perhaps_again(b, m, rows, &recipe);
             let items = saved.remove(&layer).expect("they were saved").into_iter().zip(rows);
             let made = expert_backward_input(b, experts(layer).zip(items).collect());
             let (dx, held): (Vec<_>, Vec<_>) = made.into_iter().unzip();

@@ -72,7 +72,7 @@ impl Decoder {
             layer.cache = Some(cache);
             h = match layer.mixture.forward(b, out, &self.config) {
                 Half::Done((h, _)) => h,
-                Half::Experts { rows, sent } => {
+                Half::Experts { rows, sent, .. } => {
                     let items = layer.experts.iter().cloned().zip(rows).collect();
                     let rows = expert_forward(b, items).into_iter().map(|(y, _)| y).collect();
                     Mixture::forward_rest(b, sent, rows).0

@@ -2,11 +2,12 @@
 //! routed rows go out in the middle of it and come back.
 
 use super::mlp::{Mlp, MlpSaved};
-use super::{ParameterMap, Product, Products, Weight};
+use super::{ParameterMap, Product, Products, RowsRecipe, Weight};
 use crate::backend::Backend;
 use crate::model::{ModelConfig, NORM_EPS};
 use crate::ops::combine::Dispatch;
 use crate::tensor::Tensor;
+use std::sync::Arc;
 
 #[derive(Debug, Clone)]
 pub(crate) enum FeedForward {
@@ -22,7 +23,7 @@ pub(crate) struct Sent {
     logits: Tensor,
     experts: Tensor,
     weights: Tensor,
-    pub(crate) plan: Dispatch,
+    pub(crate) plan: Arc<Dispatch>,
     shared: Option<(Tensor, MlpSaved)>,
 }
 
@@ -38,13 +39,13 @@ pub(crate) struct SentBack {
     dh: Tensor,
     dx: Tensor,
     h: Tensor,
-    plan: Dispatch,
+    plan: Arc<Dispatch>,
 }
 
-/// A result, or rows for each expert and what is needed when they come back.
+/// A result, or rows for each expert, how to make them again, and what is needed when they come back.
 pub(crate) enum Half<R, S> {
     Done(R),
-    Experts { rows: Vec<Tensor>, sent: Box<S> },
+    Experts { rows: Vec<Tensor>, recipe: RowsRecipe, sent: Box<S> },
 }
 
 #[derive(Debug, Clone)]
@@ -85,10 +86,10 @@ impl Mixture {
                 let logits = b.linear(&x, &gate.value, gate.role);
                 let (experts, weights) = b.gate(&logits, &bias.value, &config.gate());
                 let chosen = b.read_indices(&experts).expect("the gate's choice is read before anything is sent");
-                let plan = Dispatch::new(&chosen, config.top_k, config.experts, config.groups);
-                let rows = b.dispatch(&x, &plan);
+                let plan = Arc::new(Dispatch::new(&chosen, config.top_k, config.experts, config.groups));
+                let (rows, recipe) = (b.dispatch(&x, &plan), RowsRecipe::forward(&x, &plan));
                 let shared = shared.as_ref().map(|mlp| mlp.forward(b, x.clone()));
-                Half::Experts { rows, sent: Box::new(Sent { h, x, logits, experts, weights, plan, shared }) }
+                Half::Experts { rows, recipe, sent: Box::new(Sent { h, x, logits, experts, weights, plan, shared }) }
             }
         }
     }
@@ -119,7 +120,8 @@ impl Mixture {
                 Half::Done(self.through_norm(b, &h, dx, &dh, products))
             }
             (FeedForward::Mixture { gate, shared, .. }, FeedForwardSaved::Mixture { sent, rows }) => {
-                let (drows, dweights) = b.combine_backward(&dh, &rows, &sent.weights, &sent.plan);
+                let (rows, dweights) = b.combine_backward(&dh, &rows, &sent.weights, &sent.plan);
+                let recipe = RowsRecipe::backward(&dh, &sent.weights, &sent.plan);
                 let mut dlogits = b.gate_backward(&sent.logits, &sent.experts, &dweights, &config.gate());
                 if balance > 0.0 {
                     dlogits = b.accumulate(&dlogits, &b.gate_balance_backward(&sent.logits, &config.gate(), balance));
@@ -129,7 +131,7 @@ impl Mixture {
                 if let (Some(mlp), Some((_, saved))) = (shared, sent.shared) {
                     dx = b.add(&mlp.backward_input(b, saved, &dh, products), &dx);
                 }
-                Half::Experts { rows: drows, sent: Box::new(SentBack { dh, dx, h: sent.h, plan: sent.plan }) }
+                Half::Experts { rows, recipe, sent: Box::new(SentBack { dh, dx, h: sent.h, plan: sent.plan }) }
             }
             (FeedForward::Dense(_), FeedForwardSaved::Mixture { .. })
             | (FeedForward::Mixture { .. }, FeedForwardSaved::Dense { .. }) => {

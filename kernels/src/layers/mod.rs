@@ -7,11 +7,13 @@ pub(crate) mod expert;
 pub(crate) mod mixture;
 pub(crate) mod mlp;
 pub(crate) mod mtp;
+mod recipe;
 pub(crate) mod stage;
 mod weights;
 
 #[cfg(test)]
 mod reference;
 
+pub use recipe::RowsRecipe;
 pub use weights::{ParameterMap, Weight, second_use};
 pub(crate) use weights::{Product, Products};

@@ -253,7 +253,7 @@ fn train(
         for (s, stage) in stages.iter_mut().enumerate() {
             let targets = (s == last).then(|| targets.to_vec());
             let mut progress = stage.forward(b, m, input.clone(), targets);
-            while let Progress::Experts { layer, rows } = progress {
+            while let Progress::Experts { layer, rows, .. } = progress {
                 let (y, keep): (Vec<_>, Vec<_>) =
                     expert_forward(b, experts(layer).zip(rows).collect()).into_iter().unzip();
                 saved.insert(layer, keep);
@@ -266,7 +266,7 @@ fn train(
         let mut gradient = None;
         for (s, stage) in stages.iter_mut().enumerate().rev() {
             let mut progress = stage.backward_input(b, m, gradient.take());
-            while let Progress::Experts { layer, rows } = progress {
+            while let Progress::Experts { layer, rows, .. } = progress {
                 if s == 0 {
                     let made = stage.weight_so_far(b, m);
                     assert!(matches!(made, Progress::Waits { layer: of } if of == layer), "{made:?}");

@@ -10,7 +10,7 @@
 use super::attention::{Attention, AttentionSaved};
 use super::mixture::{FeedForwardSaved, Half, Mixture, Sent, SentBack};
 use super::mtp::{Entered, Left, Prediction};
-use super::{ParameterMap, Product, Products, Weight};
+use super::{ParameterMap, Product, Products, RowsRecipe, Weight};
 use crate::backend::Backend;
 use crate::model::{Group, ModelConfig, NORM_EPS};
 use crate::tensor::Tensor;
@@ -47,6 +47,8 @@ pub enum Progress {
         layer: u32,
         /// Rows by expert.
         rows: Vec<Tensor>,
+        /// How to make them again.
+        recipe: RowsRecipe,
     },
     /// It still needs them: weight products were made meanwhile.
     Waits {
@@ -229,13 +231,13 @@ impl StageModel {
                     h = out;
                     batch_of(&mut self.batches, micro_batch).saved.push((attention, saved));
                 }
-                Half::Experts { rows, sent } => {
+                Half::Experts { rows, recipe, sent } => {
                     let layer = layer.index;
                     let counts = sent.plan.counts();
                     let loads = self.sums.loads.entry(layer).or_insert_with(|| vec![0; counts.len()]);
                     loads.iter_mut().zip(counts).for_each(|(sum, count)| *sum += count);
                     batch_of(&mut self.batches, micro_batch).waiting = Some((at, Waiting::Forward { attention, sent }));
-                    return Progress::Experts { layer, rows };
+                    return Progress::Experts { layer, rows, recipe };
                 }
             }
         }
@@ -337,9 +339,9 @@ impl StageModel {
                     dh = layer.attention.backward_input(b, attention, &out, &config, &mut batch.products);
                     dh = self.below(b, micro_batch, at, dh);
                 }
-                Half::Experts { rows, sent } => {
+                Half::Experts { rows, recipe, sent } => {
                     batch.waiting = Some((at, Waiting::Backward { attention, sent }));
-                    return Progress::Experts { layer: layer.index, rows };
+                    return Progress::Experts { layer: layer.index, rows, recipe };
                 }
             }
         }

@@ -100,7 +100,15 @@ fn summary(config: &Config, json: bool, out: &mut impl Write) -> Result<()> {
         ("checkpoint_bytes", state, "bytes of a checkpoint"),
     ];
     let of_node = |bytes| ("node_bytes", bytes, "bytes of all that lives on the fullest node, at most");
-    lines.push(("outbox_bytes", outlook.outboxes, "bytes that all outboxes keep until the commit, at most"));
+    let [copies, recipes] = outlook.outboxes;
+    let of_copies = "bytes of copies that all outboxes keep until the commit: sums, and what goes from stage to stage";
+    lines.push(("outbox_bytes", copies + recipes, "bytes that all outboxes keep until the commit, at most"));
+    lines.push(("copy_bytes", copies, of_copies));
+    lines.push((
+        "recipe_bytes",
+        recipes,
+        "bytes of which rows for experts are made again; answers are made of those rows",
+    ));
     lines.extend(outlook.fullest.map(of_node));
     lines.push(("process_bytes", outlook.process, "bytes of its process beside them, at most"));
     lines.push(("losses", outlook.losses as u64, losses(&outlook)));

@@ -97,8 +97,7 @@ fn a_node_leaves_when_nothing_lives_on_it() {
     // What it still says is answered in the same way, and the job goes on with what stayed.
     let late = job.on(SupervisorEvent::Heartbeat {
         node: NodeId(2),
-        work: 9,
-        redone: 0,
+        operations: Operations::default(),
         rates: Rates::default(),
         down: Vec::new(),
     });
@@ -298,8 +297,7 @@ fn a_slow_node_is_named_and_relieved() {
                     rates.0[0] = [rates.0[0][0] + 100, rates.0[0][1] + seconds[node] * 10_000];
                     let beat = SupervisorEvent::Heartbeat {
                         node: NodeId(node as u64 + 1),
-                        work: 0,
-                        redone: 0,
+                        operations: Operations::default(),
                         rates: *rates,
                         down: Vec::new(),
                     };

@@ -4,7 +4,9 @@
 use super::median;
 use crate::read_config;
 use anyhow::{Result, ensure};
-use everstep_actors::{Body, Layout, NodeId, NodeInfo, Nodes, Supervisor, SupervisorEffect, SupervisorEvent, Table};
+use everstep_actors::{
+    Body, Layout, NodeId, NodeInfo, Nodes, Operations, Supervisor, SupervisorEffect, SupervisorEvent, Table,
+};
 use serde_json::json;
 use std::collections::BTreeMap;
 use std::path::Path;
@@ -47,8 +49,7 @@ impl Job {
         self.on(SupervisorEvent::Join(NodeInfo { address, peer, pid: 1, machine, domain, memory: 0 }));
         self.on(SupervisorEvent::Heartbeat {
             node: NodeId(peer),
-            work: 0,
-            redone: 0,
+            operations: Operations::default(),
             rates: Default::default(),
             down: Vec::new(),
         });

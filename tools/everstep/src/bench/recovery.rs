@@ -70,6 +70,8 @@ pub(super) fn run(plan: &Path, config: &Path, set: &[String]) -> Result<()> {
         "kill_every_s": length(&under) / both.kills.len().max(1) as f64, "goodput": length(&without) / length(&under),
         "steps": under.len(), "fingerprints_equal": under.len(),
         "redone_by_survivors": under.iter().map(|l| l.redone).sum::<u64>(),
+        "recipe_operations": under.iter().map(|l| l.recipes).sum::<u64>(),
+        "operations": under.iter().flat_map(|l| l.operations.values()).sum::<u64>(),
         "recoveries": recovered.len(), "phase_medians_ms": phases(&recovered),
     });
     println!("{line}");

@@ -93,7 +93,9 @@ pub(crate) fn run(plan: &Path, config: &Path, set: &[String]) -> Result<ExitCode
     if samples != expected {
         return Ok(ExitCode::FAILURE);
     }
-    println!("{} multiply-adds were done again by survivors", steps.iter().map(|l| l.redone).sum::<u64>());
+    let sum = |of: fn(&MetricsLine) -> u64| steps.iter().map(of).sum::<u64>();
+    println!("{} multiply-adds were done again by survivors", sum(|l| l.redone));
+    println!("{} multiply-adds made again what new lives lacked", sum(|l| l.recipes));
     let events = recoveries::events(&both.disturbed)?;
     let dead = events.iter().filter(|e| e["event"] == "node_dead").filter_map(|e| e["time"].as_u64());
     let (dead, all) = (dead.collect::<Vec<_>>(), recoveries::among(&events)?);
