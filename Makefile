@@ -11,7 +11,7 @@ TEXT := tokio syn rustls zerocopy chrono time quinn-proto winnow clap_builder ra
 	tracing-subscriber rayon
 
 .PHONY: train test kernels conformance precision rate recovery verify bench chaos chaos-full chaos-times chaos-scale \
-	chaos-supervisors simulate gpu-check setup setup-test \
+	chaos-supervisors simulate soak same-logs gpu-check setup setup-test \
 	setup-python setup-store setup-peers build
 
 ## Build, then train the quickstart: a supervisor and three nodes on this machine.
@@ -99,6 +99,21 @@ chaos-scale: build
 simulate: build
 	$(PROGRAM) simulate --seeds 0..100000
 	cargo run --release --features plant --target-dir target/plant -- simulate --seeds 0..2000 --plant all
+
+## Simulated seeds for HOURS, from where the last soak stopped.
+HOURS ?= 8
+SOAK := target/soak
+soak: build
+	end=$$(($$(date +%s) + 3600 * $(HOURS))); while [ $$(date +%s) -lt $$end ]; do \
+		from=$$(cat $(SOAK) 2>/dev/null || echo 0); to=$$((from + 5000)); \
+		$(PROGRAM) simulate --seeds $$from..$$to || exit 1; echo $$to > $(SOAK); \
+	done
+
+## The same seeds in two builds, of which one is not optimised as far and checks more: every log has the same bytes.
+same-logs: build
+	cargo build
+	logs() { $$1 simulate --seeds 0..2000 | grep --only-matching 'all logs: .*'; }; \
+		first=$$(logs $(PROGRAM)) && second=$$(logs target/debug/everstep) && echo "$$first" && [ "$$first" = "$$second" ]
 
 ## The CUDA backend against the CPU's, on a machine with a GPU.
 gpu-check: setup

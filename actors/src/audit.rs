@@ -2,6 +2,8 @@
 //!
 //! - AD-2: a message that its sender does not keep for a receiver's next life is kept here in a step in which the sender is
 //!   audited: what was made is compared, not what would be made again.
+//! - AD-3: whatever is sent to an actor in a step in which it is audited is kept by its sender, not made again: all lives that
+//!   are compared have the same inputs, whoever computes wrongly.
 //! - AD-1: the number depends on every bit of every message that the actor made in the step and on whom it is for, and not
 //!   on the order in which they were made.
 
@@ -44,9 +46,14 @@ impl Question {
         self.asked = Some(step);
     }
 
+    /// Whether an actor is audited in a step (AD-3).
+    pub(crate) fn is_due(&self, actor: ActorId, step: Step) -> bool {
+        is_due(&self.spec, actor, step)
+    }
+
     /// A message is made that nobody else keeps.
     pub(crate) fn keep(&mut self, step: Step, to: ActorId, body: &Body<Tensor>) {
-        if is_due(&self.spec, self.me, step) {
+        if self.is_due(self.me, step) {
             self.made.push((step, to, body.clone()));
         }
     }

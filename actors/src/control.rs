@@ -123,7 +123,7 @@ pub enum AdminRequest {
     Inspect(ActorId),
     /// Make an actor panic (chaos).
     Kill(ActorId),
-    /// Flip a bit of an actor's state (chaos).
+    /// Flip a bit of an actor's state; of a stage: from then on its node's stages compute wrongly (chaos).
     Flip(ActorId),
     /// Move everything away from a node and let it end.
     Drain(NodeId),
@@ -136,6 +136,6 @@ pub enum ActorRequest {
     Describe,
     /// Panic.
     Panic,
-    /// Flip a bit of its state.
+    /// Flip a bit of its state, or, to a stage, compute wrongly.
     Flip,
 }

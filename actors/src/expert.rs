@@ -7,7 +7,7 @@
 //!   lanes in order of lane, and only then added.
 //! - EX-3: the sum leaves once every lane's rows of every micro-batch are in it.
 //! - EX-6: a lane is never more than [`JobSpec::window`] micro-batches before the slowest (contract C5): its rows wait.
-//! - EX-5: no answer is kept: rows that a stage's new life sends again are its request for one, and are computed again for it
+//! - EX-5: no answer is kept (but for a stage that is audited, see `audit.rs`): rows that a stage's new life sends again are its request for one, and are computed again for it
 //!   if the answer went to an earlier life. Nothing of that goes into the sum.
 //! - EX-4: what was on its way to another life through the host is not taken: after a way back those rows may have been made
 //!   from a corrupt state, and the first rows that come count.
@@ -127,7 +127,8 @@ impl ExpertCore {
         let (key, stage) = ((turn.micro_batch, turn.lane), envelope.from);
         let asked = self.asked.entry((key.0, key.1, pass)).or_default();
         let before = std::mem::replace(asked, stage.incarnation.max(*asked));
-        let newer = stage.incarnation > before && !planted(Bug::AnswerNotMadeAgain);
+        let kept = self.audit.is_due(stage.actor, self.step) || planted(Bug::AnswerNotMadeAgain);
+        let newer = stage.incarnation > before && !kept;
         let (work, again) = match (pass, self.rows.get(&key)) {
             (Pass::Forward, None) if turn.micro_batch >= self.turn + self.spec.window() => {
                 self.hold(envelope);
@@ -193,7 +194,11 @@ impl ExpertCore {
             (WorkResult::Forward { .. }, Some(Rows::Going)) | (WorkResult::Backward { .. }, Some(Rows::Returning)) => {
                 let stage = ActorId::Stage { lane: turn.lane, stage: self.spec.stage_of_layer(self.layer) };
                 let body = Body::Answer { turn, pass: result.pass(), rows: result.rows().clone() };
-                self.audit.keep(self.step, stage, &body);
+                if self.audit.is_due(stage, self.step) {
+                    self.outbox.keep(self.step, stage, body);
+                } else {
+                    self.audit.keep(self.step, stage, &body);
+                }
                 let state = match result {
                     WorkResult::Forward { saved, .. } => Rows::Saved(saved),
                     WorkResult::Backward { held, .. } => Rows::Held(held),
@@ -304,7 +309,8 @@ impl Core for ExpertCore {
     fn on(&mut self, event: Event) -> Vec<Effect> {
         match event {
             Event::Table(table) => {
-                let effects = self.outbox.resend(&self.table, &table);
+                // It has no recipes.
+                let effects = self.outbox.resend(&self.table, &table, |_, _| false);
                 self.table = table;
                 effects
             }

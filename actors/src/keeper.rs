@@ -3,7 +3,8 @@
 //! It lives beside the supervisor, since the catalogue has one owner; the heavy half (hashing, writing,
 //! syncing) is done elsewhere and reported back.
 //! - KE-1: a checkpoint exists once every shard of one step is stored and its manifest is published.
-//! - KE-5: a manifest is published only when all copies of the step's state were compared: a corrupt one is no checkpoint.
+//! - KE-5: a manifest is published only when all copies of the step's state were compared, and what was stored has the same
+//!   fingerprint: a corrupt one is no checkpoint.
 //! - KE-3: snapshots of [`WAITING_MAX`] steps at most wait for the disk, and those of the job's last.
 //! - KE-4: a snapshot that is not its shard's state, as the layout has it, is not stored.
 //! - KE-2: a snapshot is acknowledged when the checkpoint that it is part of exists.
@@ -33,14 +34,16 @@ pub(crate) enum KeeperEvent {
         /// What it says.
         body: Body<Tensor>,
     },
-    /// All copies of a step's state are the same.
-    Verified(Step),
+    /// All copies of a step's state are the same, with this fingerprint.
+    Verified(Step, String),
     /// A shard's chunks are on disk.
     Stored {
         /// The step.
         step: Step,
         /// The shard.
         shard: u32,
+        /// Fingerprint sums of what was stored, in order of number.
+        sums: Vec<u128>,
     },
     /// A manifest is on disk.
     Published(Step),
@@ -82,6 +85,8 @@ pub(crate) enum KeeperEffect {
     Send(ActorId, Body<Tensor>),
     /// Tell the supervisor.
     Checkpointed(Step),
+    /// Tell it that what was stored of a step is not its state, and why that is known.
+    Damaged(String),
 }
 
 /// See the module.
@@ -91,12 +96,12 @@ pub(crate) struct KeeperCore {
     layout: Arc<Layout>,
     table: Arc<Table>,
     published: Step,
-    /// The newest step whose copies were compared.
-    verified: Step,
+    /// Fingerprints of steps whose copies were compared, of those that have no manifest yet.
+    verified: BTreeMap<Step, String>,
     /// The newest step whose manifest was asked for.
     asked: Step,
-    /// Shards of each step that are being stored, and whether they are.
-    storing: BTreeMap<Step, BTreeMap<u32, bool>>,
+    /// Shards of each step that are being stored; with their sums, if they are.
+    storing: BTreeMap<Step, BTreeMap<u32, Option<Vec<u128>>>>,
 }
 
 impl KeeperCore {
@@ -107,7 +112,7 @@ impl KeeperCore {
             layout,
             table: Arc::default(),
             published,
-            verified: published,
+            verified: BTreeMap::new(),
             asked: published,
             storing: BTreeMap::new(),
         }
@@ -121,21 +126,23 @@ impl KeeperCore {
                     // The job went back: what was being stored is made again, and must not push out
                     // the checkpoint that reducers start from.
                     self.storing.clear();
-                    (self.verified, self.asked) = (table.base, table.base);
+                    self.verified.clear();
+                    self.asked = table.base;
                 }
                 self.table = table;
                 Vec::new()
             }
             KeeperEvent::Message { from, body } => self.message(from, body),
-            KeeperEvent::Verified(step) => {
-                self.verified = step;
-                let steps: Vec<Step> = self.storing.keys().copied().collect();
-                steps.into_iter().filter_map(|step| self.publish(step)).collect()
+            KeeperEvent::Verified(step, fingerprint) => {
+                if step > self.published && self.spec.is_stored(step) {
+                    self.verified.insert(step, fingerprint);
+                }
+                self.publish(step).into_iter().collect()
             }
-            KeeperEvent::Stored { step, shard } => {
+            KeeperEvent::Stored { step, shard, sums } => {
                 // One that was given before a way back is not of this attempt.
                 if let Some(stored) = self.storing.get_mut(&step).and_then(|of_step| of_step.get_mut(&shard)) {
-                    *stored = true;
+                    *stored = Some(sums);
                 }
                 self.publish(step).into_iter().collect()
             }
@@ -144,6 +151,7 @@ impl KeeperCore {
             KeeperEvent::Published(step) => {
                 self.published = self.published.max(step);
                 self.storing.retain(|s, _| *s > step);
+                self.verified.retain(|s, _| *s > step);
                 let primaries = (0..self.spec.shards).filter_map(|shard| self.table.primary(shard));
                 let kept = primaries.map(|to| KeeperEffect::Send(to, Body::SnapshotKept { step }));
                 kept.chain([KeeperEffect::Checkpointed(step)]).collect()
@@ -164,7 +172,7 @@ impl KeeperCore {
                 if states(&parameters, &self.layout.of_shard(shard), &self.spec, &self.layout).is_none() {
                     return Vec::new();
                 }
-                let writing = self.storing.iter().filter(|(s, of)| **s != step && of.values().any(|stored| !stored));
+                let writing = self.storing.iter().filter(|(s, of)| **s != step && of.values().any(Option::is_none));
                 if writing.count() >= WAITING_MAX && step != self.spec.steps {
                     // The disk does not keep up: this checkpoint is left out, memory stays bounded (KE-3).
                     return Vec::new();
@@ -173,7 +181,7 @@ impl KeeperCore {
                 if of_step.contains_key(&shard) {
                     return Vec::new();
                 }
-                of_step.insert(shard, false);
+                of_step.insert(shard, None);
                 vec![KeeperEffect::Store { step, shard, parameters }]
             }
             // Whoever asks the keeper has no primary to ask, so it starts from the table's checkpoint.
@@ -202,16 +210,23 @@ impl KeeperCore {
 
     /// Asks for a step's manifest once, if it can be (KE-1, KE-5).
     fn publish(&mut self, step: Step) -> Option<KeeperEffect> {
-        let stored = |of_step: &BTreeMap<u32, bool>| {
-            let all = of_step.len() == self.spec.shards as usize || planted(Bug::PublishedIncomplete);
-            all && of_step.values().all(|stored| *stored)
+        let verified = self.verified.get(&step).filter(|_| self.asked < step)?;
+        let of_step = self.storing.get(&step)?;
+        let all = of_step.len() == self.spec.shards as usize || planted(Bug::PublishedIncomplete);
+        if !all || of_step.values().any(Option::is_none) {
+            return None;
+        }
+        let sums_of = |(shard, sums): (&u32, &Option<Vec<u128>>)| {
+            self.layout.of_shard(*shard).into_iter().zip(sums.clone().unwrap_or_default())
         };
-        let new = self.asked < step && step <= self.verified;
-        let complete = new && self.storing.get(&step).is_some_and(stored);
-        complete.then(|| {
-            self.asked = step;
-            KeeperEffect::Publish(step)
-        })
+        let stored = crate::fingerprint::root(&self.layout, &of_step.iter().flat_map(sums_of).collect());
+        if stored != *verified && !planted(Bug::SnapshotNotCompared) {
+            let why = format!("what was stored of step {step} has fingerprint {stored}, not {verified}");
+            self.storing.remove(&step);
+            return Some(KeeperEffect::Damaged(why));
+        }
+        self.asked = step;
+        Some(KeeperEffect::Publish(step))
     }
 }
 
@@ -248,6 +263,38 @@ mod tests {
         };
         let parameters = keeper.layout.of_shard(shard).into_iter().map(state).collect();
         KeeperEvent::Message { from, body: Body::Snapshot { step, parameters } }
+    }
+
+    fn sums(keeper: &KeeperCore, shard: u32) -> Vec<u128> {
+        let KeeperEvent::Message { body: Body::Snapshot { parameters, .. }, .. } = snapshot(keeper, 3, shard) else {
+            unreachable!("a snapshot")
+        };
+        parameters.iter().map(|state| everstep_kernels::state_sum(state)).collect()
+    }
+
+    fn stored(keeper: &KeeperCore, step: Step, shard: u32) -> KeeperEvent {
+        KeeperEvent::Stored { step, shard, sums: sums(keeper, shard) }
+    }
+
+    /// The fingerprint of all snapshots.
+    fn of_all(keeper: &KeeperCore) -> String {
+        let of = |shard: u32| keeper.layout.of_shard(shard).into_iter().zip(sums(keeper, shard));
+        crate::fingerprint::root(&keeper.layout, &(0..keeper.spec.shards).flat_map(of).collect())
+    }
+
+    /// KE-5: what changed on its way to the disk is no checkpoint, and is told.
+    #[test]
+    fn what_is_not_the_state_that_was_compared_is_no_checkpoint() {
+        let mut keeper = of_shards(2, 0);
+        keeper.on(KeeperEvent::Table(Arc::new(table(&materials()))));
+        keeper.on(KeeperEvent::Verified(3, of_all(&keeper)));
+        (0..2).for_each(|shard| drop(give(&mut keeper, 3, shard)));
+        keeper.on(stored(&keeper, 3, 0));
+        let KeeperEvent::Stored { mut sums, .. } = stored(&keeper, 3, 1) else { unreachable!("stored") };
+        sums[0] ^= 1;
+        let effects = keeper.on(KeeperEvent::Stored { step: 3, shard: 1, sums });
+        assert!(matches!(&effects[..], [KeeperEffect::Damaged(why)] if why.contains("step 3")), "{effects:?}");
+        assert!(keeper.on(stored(&keeper, 3, 1)).is_empty(), "nothing of it is left");
     }
 
     fn give(keeper: &mut KeeperCore, step: Step, shard: u32) -> Vec<KeeperEffect> {
@@ -291,16 +338,13 @@ mod tests {
         keeper.on(KeeperEvent::Table(Arc::new(table(&materials()))));
         assert!(matches!(give(&mut keeper, 3, 0)[..], [KeeperEffect::Store { step: 3, shard: 0, .. }]));
         assert!(give(&mut keeper, 3, 0).is_empty(), "a second copy is not stored again");
-        assert!(keeper.on(KeeperEvent::Stored { step: 3, shard: 0 }).is_empty());
+        assert!(keeper.on(stored(&keeper, 3, 0)).is_empty());
         give(&mut keeper, 3, 1);
-        assert!(keeper.on(KeeperEvent::Verified(2)).is_empty());
-        assert!(
-            keeper.on(KeeperEvent::Stored { step: 3, shard: 1 }).is_empty(),
-            "its copies are not compared yet (KE-5)"
-        );
-        let effects = keeper.on(KeeperEvent::Verified(3));
+        assert!(keeper.on(KeeperEvent::Verified(2, of_all(&keeper))).is_empty());
+        assert!(keeper.on(stored(&keeper, 3, 1)).is_empty(), "its copies are not compared yet (KE-5)");
+        let effects = keeper.on(KeeperEvent::Verified(3, of_all(&keeper)));
         assert!(matches!(effects[..], [KeeperEffect::Publish(3)]));
-        assert!(keeper.on(KeeperEvent::Verified(4)).is_empty(), "it is asked for once");
+        assert!(keeper.on(KeeperEvent::Verified(4, of_all(&keeper))).is_empty(), "it is asked for once");
         let effects = keeper.on(KeeperEvent::Published(3));
         assert!(matches!(
             effects[..],
@@ -323,8 +367,8 @@ mod tests {
         }
         assert!(give(&mut keeper, 6, 0).is_empty());
         assert_eq!(give(&mut keeper, 9, 0).len(), 1);
-        keeper.on(KeeperEvent::Stored { step: 1, shard: 0 });
-        keeper.on(KeeperEvent::Stored { step: 9, shard: 0 });
+        keeper.on(stored(&keeper, 1, 0));
+        keeper.on(stored(&keeper, 9, 0));
         // The other shard of step 1 never came: later steps need not wait for it.
         assert_eq!(give(&mut keeper, 6, 1).len(), 1);
     }
@@ -338,8 +382,8 @@ mod tests {
         give(&mut keeper, 3, 0);
         (table.primaries, table.epoch) = (vec![None, None], 2);
         keeper.on(KeeperEvent::Table(Arc::new(table)));
-        keeper.on(KeeperEvent::Verified(3));
-        assert!(keeper.on(KeeperEvent::Stored { step: 3, shard: 0 }).is_empty());
+        keeper.on(KeeperEvent::Verified(3, of_all(&keeper)));
+        assert!(keeper.on(stored(&keeper, 3, 0)).is_empty());
         assert!(matches!(give(&mut keeper, 3, 0)[..], [KeeperEffect::Store { .. }]));
     }
 

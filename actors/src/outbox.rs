@@ -33,10 +33,15 @@ pub(crate) struct Outbox {
 impl Outbox {
     /// Keeps a message of `step` and gives the effect that sends it.
     pub(crate) fn send(&mut self, step: Step, to: ActorId, body: Body<Tensor>) -> Effect {
-        if !planted(Bug::OutboxForgottenEarly) {
-            self.kept.entry(to).or_default().push((step, body.clone()));
-        }
+        self.keep(step, to, body.clone());
         Effect::send(to, body)
+    }
+
+    /// Keeps a message that somebody else sends in the actor's name.
+    pub(crate) fn keep(&mut self, step: Step, to: ActorId, body: Body<Tensor>) {
+        if !planted(Bug::OutboxForgottenEarly) {
+            self.kept.entry(to).or_default().push((step, body));
+        }
     }
 
     /// Keeps a message of `step` for every copy of a shard, and gives the effects that send it to those there are.
@@ -51,8 +56,8 @@ impl Outbox {
         self.recipes.entry(layer).or_default().push((turn, pass, recipe));
     }
 
-    /// Sends again what receivers with a new life have not got, and makes again what was not kept.
-    pub(crate) fn resend(&self, before: &Table, now: &Table) -> Vec<Effect> {
+    /// Sends again what receivers with a new life have not got, and makes again what was not `kept` for them in a step.
+    pub(crate) fn resend(&self, before: &Table, now: &Table, kept: impl Fn(ActorId, Step) -> bool) -> Vec<Effect> {
         let served = self.shards.iter().filter(|_| !planted(Bug::NewCopyNotServed));
         let copies = served.flat_map(|(shard, kept)| now.replicas(*shard).map(move |to| (to, kept)));
         let all = self.kept.iter().map(|(to, kept)| (*to, kept)).chain(copies);
@@ -60,11 +65,11 @@ impl Outbox {
         let again = |kept: &'_ Kept| kept.len() - usize::from(planted(Bug::OutboxEntryForgotten));
         let copies = replaced
             .flat_map(|(to, kept)| kept[..again(kept)].iter().map(move |(_, body)| Effect::send(to, body.clone())));
-        copies.chain(self.make_again(before, now)).collect()
+        copies.chain(self.make_again(before, now, &kept)).collect()
     }
 
     /// The job that makes rows again for experts with a new life.
-    fn make_again(&self, before: &Table, now: &Table) -> Option<Effect> {
+    fn make_again(&self, before: &Table, now: &Table, kept: &impl Fn(ActorId, Step) -> bool) -> Option<Effect> {
         let mut rows = Vec::new();
         for (layer, recipes) in &self.recipes {
             let replaced = now.experts(*layer).filter(|to| now.replaced(before, to.actor));
@@ -76,7 +81,8 @@ impl Outbox {
                     pass: *pass,
                     recipe: recipe.clone(),
                 };
-                recipes[..recipes.len() - last].iter().map(of)
+                let lacks = move |(turn, ..): &&(Turn, Pass, RowsRecipe)| !kept(to.actor, turn.step);
+                recipes[..recipes.len() - last].iter().filter(lacks).map(of)
             }));
         }
         let cost = rows.iter().map(RowsAgain::cost).sum();

@@ -60,6 +60,8 @@ bugs! {
     LivesKeptGoingBack = "lives-kept-going-back",
     /// A node is let go while actors live on it.
     ReleasedWithActors = "released-with-actors",
+    /// A checkpoint is published whatever was stored.
+    SnapshotNotCompared = "snapshot-not-compared",
     /// A checkpoint is published when one shard of it is stored.
     PublishedIncomplete = "published-incomplete",
     /// A session forgets what was not acknowledged when its link breaks.

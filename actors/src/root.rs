@@ -119,8 +119,8 @@ impl Root {
                 SupervisorEffect::Release(node) => out.push(RootEffect::Tell(node, Control::Leave { node })),
                 SupervisorEffect::Fence(node) => out.push(RootEffect::Tell(node, Control::Fence)),
                 SupervisorEffect::Send(to, body) => messages.push((ActorId::Supervisor, to, body)),
-                SupervisorEffect::Verified(step) => {
-                    let effects = self.keeper.on(KeeperEvent::Verified(step));
+                SupervisorEffect::Verified(step, fingerprint) => {
+                    let effects = self.keeper.on(KeeperEvent::Verified(step, fingerprint));
                     out.extend(self.kept(now, effects));
                 }
                 SupervisorEffect::Report(report) => out.push(RootEffect::Report(report)),
@@ -144,6 +144,10 @@ impl Root {
                 KeeperEffect::Send(to, body) => out.extend(self.send(now, vec![(ActorId::Keeper, to, body)])),
                 KeeperEffect::Checkpointed(step) => {
                     let effects = self.supervisor.on(now, SupervisorEvent::Checkpointed(step));
+                    out.extend(self.supervised(now, effects));
+                }
+                KeeperEffect::Damaged(why) => {
+                    let effects = self.supervisor.on(now, SupervisorEvent::SnapshotDamaged(why));
                     out.extend(self.supervised(now, effects));
                 }
             }

@@ -288,8 +288,12 @@ impl StageCore {
                 for (expert, rows) in rows.into_iter().enumerate() {
                     let (to, body) =
                         (ActorId::Expert { layer, expert: expert as u32 }, Body::Rows { turn, pass, rows });
-                    self.audit.keep(self.step, to, &body);
-                    effects.push(Effect::send(to, body));
+                    if self.audit.is_due(to, self.step) {
+                        effects.push(self.outbox.send(self.step, to, body));
+                    } else {
+                        self.audit.keep(self.step, to, &body);
+                        effects.push(Effect::send(to, body));
+                    }
                 }
                 self.outbox.keep_recipe(layer, turn, pass, recipe);
                 if pass == Pass::Backward && self.weight_comes_next(micro_batch) {
@@ -380,7 +384,8 @@ impl Core for StageCore {
     fn on(&mut self, event: Event) -> Vec<Effect> {
         match event {
             Event::Table(table) => {
-                let effects = self.outbox.resend(&self.table, &table);
+                let kept = |to: ActorId, step: Step| self.audit.is_due(to, step);
+                let effects = self.outbox.resend(&self.table, &table, kept);
                 self.table = table;
                 effects
             }

@@ -232,6 +232,9 @@ impl Supervisor {
         if restarted {
             let committed = s.commit.committed();
             effects.push(SupervisorEffect::Note(Happening::SupervisorRestarted { incarnation: life.0, committed }));
+            // The event may have been lost with the life before.
+            let known = (s.checkpoint > 0).then_some(Happening::CheckpointStored { step: s.checkpoint });
+            effects.extend(known.map(SupervisorEffect::Note));
         }
         (s, effects)
     }
@@ -309,6 +312,7 @@ impl Supervisor {
             SupervisorEvent::ActorFailed { address, reason } => self.actor_failed(address, reason),
             SupervisorEvent::Message { from, body } => self.message(from, body),
             SupervisorEvent::Checkpointed(step) => self.checkpointed(step),
+            SupervisorEvent::SnapshotDamaged(why) => self.corrupt(why, false),
             SupervisorEvent::Synced => {
                 let held = self.held.pop_front().unwrap_or_default();
                 self.synced(held)

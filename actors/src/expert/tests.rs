@@ -122,6 +122,19 @@ fn rows_at_the_host_are_the_new_lifes_answer() {
     assert_eq!(through_host(&mut core, rows_of_life(3, 0, 0, Pass::Forward)).0, 1);
 }
 
+/// AD-3: an audited stage gets the very answers that its life before had.
+#[test]
+fn an_audited_stage_gets_copies() {
+    let audited = JobSpec { audit: 1, ..(*materials().spec).clone() };
+    let materials = crate::testing::of(audited);
+    let mut core = expert(&materials);
+    through_host(&mut core, rows(0, 0, Pass::Forward));
+    let stage = ActorId::Stage { lane: 0, stage: 0 };
+    let again = drive(&mut core, Event::Table(Arc::new(crate::testing::replace(&table(&materials), stage))));
+    assert!(matches!(again.sent[..], [(to, Body::Answer { .. })] if to == stage), "{again:?}");
+    assert_eq!(through_host(&mut core, rows_of_life(2, 0, 0, Pass::Forward)).0, 0);
+}
+
 /// EX-6: rows of a fast lane wait until the slowest one's are summed, and lose nothing by it.
 #[test]
 fn a_lane_is_not_too_far_before_the_slowest() {

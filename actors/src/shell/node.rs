@@ -63,6 +63,8 @@ pub(super) struct State {
     peers: BTreeMap<NodeId, Peer>,
     looking: bool,
     leaving: bool,
+    /// Chaos: what stages compute here is wrong, until the node is given up.
+    wrong: bool,
     /// The supervisor lets it leave.
     drained: bool,
     end: mpsc::Sender<NodeEnd>,
@@ -100,6 +102,7 @@ impl Actor for Node {
             peers: BTreeMap::new(),
             looking: false,
             leaving: false,
+            wrong: false,
             drained: false,
             end,
         })
@@ -301,7 +304,7 @@ impl State {
         }
     }
 
-    fn on_request(&self, myself: &ActorRef<Msg>, address: Address, request: ActorRequest, ticket: u64) {
+    fn on_request(&mut self, myself: &ActorRef<Msg>, address: Address, request: ActorRequest, ticket: u64) {
         let running = self.workers.get(&address.actor).filter(|w| w.incarnation == address.incarnation);
         let Some(running) = running else {
             self.say(Control::Described { ticket, text: format!("{address} does not run here") });
@@ -313,7 +316,13 @@ impl State {
                 self.say(Control::Described { ticket, text: format!("{address} was made to panic") });
             }
             ActorRequest::Flip => {
-                let _ = running.actor.cast(worker::Msg::Flip);
+                let is_stage = |actor: &ActorId| matches!(actor, ActorId::Stage { .. });
+                self.wrong |= is_stage(&address.actor);
+                for (actor, running) in &self.workers {
+                    if *actor == address.actor || (self.wrong && is_stage(actor)) {
+                        let _ = running.actor.cast(worker::Msg::Flip);
+                    }
+                }
                 self.say(Control::Described { ticket, text: format!("a bit of {address} was flipped") });
             }
             ActorRequest::Describe => {
@@ -365,7 +374,10 @@ impl State {
     }
 
     async fn spawn(&mut self, myself: &ActorRef<Msg>, address: Address) {
-        let Some(core) = self.materials.core(address) else { return };
+        let Some(mut core) = self.materials.core(address) else { return };
+        if self.wrong && matches!(address.actor, ActorId::Stage { .. }) {
+            core.flip();
+        }
         let args =
             worker::Args { address, core, node: myself.clone(), pool: self.pool.clone(), tally: Tally::default() };
         match Actor::spawn_linked(None, Worker, args, myself.get_cell()).await {

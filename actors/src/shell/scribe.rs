@@ -15,7 +15,7 @@ use crate::spec::Layout;
 use crate::stored::{state_of, stored};
 use crate::supervisor::Record;
 use everstep_checkpoint::{Log, Reader, Store, StoreError};
-use everstep_kernels::Tensor;
+use everstep_kernels::{Tensor, state_sum};
 use ractor::ActorRef;
 use std::fs::File;
 use std::io::Write as _;
@@ -182,7 +182,9 @@ fn write(store: &mut Store, layout: &Layout, wish: &Write) -> Result<Msg, StoreE
             let name = |n: &u32| &layout.parameters[*n as usize].name;
             let named = numbers.iter().zip(parameters).map(|(n, state)| stored(name(n), state));
             store.put(step, &named.collect::<Vec<_>>())?;
-            Ok(Msg::Stored { step, shard })
+            // Of the memory that was read for it: bits that flipped before are in both.
+            let sums = parameters.iter().map(|state| state_sum(state)).collect();
+            Ok(Msg::Stored { step, shard, sums })
         }
         Write::Publish(step) => {
             store.publish(step)?;

@@ -59,7 +59,7 @@ pub(super) enum Msg {
     /// From the scribe: all is written.
     Flushed,
     /// From the store's thread.
-    Stored { step: Step, shard: u32 },
+    Stored { step: Step, shard: u32, sums: Vec<u128> },
     /// From the store's thread.
     Published(Step),
     /// From the store's thread.
@@ -189,7 +189,7 @@ impl Actor for SupervisorProcess {
                     let _ = state.end.try_send(end);
                 }
             }
-            Msg::Stored { step, shard } => state.stored(KeeperEvent::Stored { step, shard }),
+            Msg::Stored { step, shard, sums } => state.stored(KeeperEvent::Stored { step, shard, sums }),
             Msg::Published(step) => state.stored(KeeperEvent::Published(step)),
             Msg::Loaded { step, to, parameters } => {
                 state.root_event(RootEvent::Keeper(KeeperEvent::Loaded { step, to, parameters }));

@@ -111,6 +111,7 @@ impl World {
                     node.slow = (times, until);
                 }
             }
+            Fault::FlipStored => self.flip_stored = true,
             Fault::StoreFails { micros } => self.store_fails = self.now + micros,
             Fault::BreakLinks { slot } => {
                 if let Some(life) = self.nodes[slot].as_ref().map(|n| n.life) {

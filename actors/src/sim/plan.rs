@@ -58,6 +58,8 @@ pub(super) enum Fault {
     Flip {
         choice: u32,
     },
+    /// A bit of the next snapshot flips on its way to the store.
+    FlipStored,
     /// The store of checkpoints neither takes nor gives anything for so long.
     StoreFails {
         micros: u64,
@@ -66,7 +68,7 @@ pub(super) enum Fault {
 
 impl Fault {
     /// For people: every kind.
-    pub(super) const KINDS: [&str; 12] = [
+    pub(super) const KINDS: [&str; 13] = [
         "a node is killed",
         "two nodes are killed",
         "the supervisor is killed",
@@ -79,6 +81,7 @@ impl Fault {
         "an actor panics",
         "a bit flips",
         "the store fails",
+        "a bit of a snapshot flips",
     ];
 
     /// Its kind.
@@ -96,6 +99,7 @@ impl Fault {
             Self::Panic { .. } => 9,
             Self::Flip { .. } => 10,
             Self::StoreFails { .. } => 11,
+            Self::FlipStored => 12,
         };
         Self::KINDS[at]
     }
@@ -110,7 +114,7 @@ pub(super) fn plan(seed: u64, slots: usize) -> Vec<(u64, Fault)> {
 fn draw(draws: &mut Draws, slots: u64) -> (u64, Fault) {
     let at = draws.below(UNTIL / 10) * 10u64.pow(draws.below(2) as u32);
     let slot = draws.below(slots) as usize;
-    let fault = match draws.below(28) {
+    let fault = match draws.below(30) {
         0..=2 => Fault::Kill { slot, seen: true },
         3 => Fault::Kill { slot, seen: false },
         4 => Fault::KillTwo { first: slot, second: draws.below(slots) as usize },
@@ -123,6 +127,7 @@ fn draw(draws: &mut Draws, slots: u64) -> (u64, Fault) {
         19..=21 => Fault::Flip { choice: draws.below(1 << 20) as u32 },
         22..=24 => Fault::Panic { slot, choice: draws.below(1 << 20) as u32 },
         25 => Fault::Slow { slot, times: 2 + draws.below(20), micros: 10_000 + draws.below(2_000_000) },
+        26..=27 => Fault::FlipStored,
         _ => Fault::StoreFails { micros: 10_000 + draws.below(1_000_000) },
     };
     (at, fault)

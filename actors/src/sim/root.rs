@@ -10,6 +10,7 @@ use crate::message::{Body, Envelope};
 use crate::root::{RootEffect, RootEvent};
 use crate::supervisor::{Happening, SupervisorEvent};
 use crate::wire::Unit;
+use everstep_kernels::state_sum;
 use std::time::Duration;
 
 impl World {
@@ -25,8 +26,9 @@ impl World {
                 self.tell_root(RootEvent::Supervisor(SupervisorEvent::Synced))
             }
             ForRoot::Stored(step, shard, parameters) => {
+                let sums = parameters.iter().map(|state| state_sum(state)).collect();
                 self.chunks.insert((step, shard), parameters);
-                self.tell_root(RootEvent::Keeper(KeeperEvent::Stored { step, shard }))
+                self.tell_root(RootEvent::Keeper(KeeperEvent::Stored { step, shard, sums }))
             }
             ForRoot::Published(step) => {
                 self.published = step;
@@ -126,7 +128,11 @@ impl World {
                     }
                     self.note(format!("{happening:?}"));
                 }
-                RootEffect::Store { step, shard, parameters } => {
+                RootEffect::Store { step, shard, mut parameters } => {
+                    if std::mem::take(&mut self.flip_stored) {
+                        self.flips += 1;
+                        parameters[0][0] = crate::audit::wrong(&parameters[0][0]);
+                    }
                     let delay = self.until_store() + 1000 + self.draw(20_000);
                     self.after_root(delay, ForRoot::Stored(step, shard, parameters));
                 }

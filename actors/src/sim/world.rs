@@ -82,6 +82,8 @@ pub(super) struct World {
     pub(super) fingerprints: Vec<String>,
     pub(super) announced: Step,
     pub(super) coverage: Coverage,
+    /// The next snapshot is to be stored with another bit.
+    pub(super) flip_stored: bool,
     /// The store of checkpoints fails until then.
     pub(super) store_fails: u64,
     pub(super) rollbacks: usize,
@@ -134,6 +136,7 @@ impl World {
             fingerprints: Vec::new(),
             announced: 0,
             coverage: Coverage::default(),
+            flip_stored: false,
             store_fails: 0,
             rollbacks: 0,
             recipes: 0,

@@ -119,6 +119,21 @@ fn a_new_life_sends_the_same_messages_and_kept_ones_go_again() {
     assert_eq!(bits(&sums.sent), bits(&mine), "yet another life");
 }
 
+/// AD-3: an audited expert gets the very rows that its life before had, not what would be made again.
+#[test]
+fn an_audited_expert_gets_copies() {
+    let audited = JobSpec { audit: 1, ..(*materials().spec).clone() };
+    let materials = crate::testing::of(audited);
+    let mut core = stage(&materials, 1);
+    begin(&materials, &mut core);
+    core.flip();
+    let asked = drive(&mut core, hidden(0));
+    let expert = ActorId::Expert { layer: 2, expert: 1 };
+    let mine: Vec<_> = asked.sent.iter().filter(|(to, _)| *to == expert).cloned().collect();
+    let again = drive(&mut core, Event::Table(Arc::new(replace(&table(&materials), expert))));
+    assert_eq!((again.jobs, bits(&again.sent)), (0, bits(&mine)));
+}
+
 /// ST-5: one job more for each wait of a backward function, and sums of everything at the end.
 #[test]
 fn weight_products_fill_the_waits_of_the_first_stage() {

@@ -55,6 +55,8 @@ pub enum SupervisorEvent {
     },
     /// The keeper has a whole checkpoint on disk.
     Checkpointed(Step),
+    /// What was stored of a step is not its state: memory on its way to the disk is bad.
+    SnapshotDamaged(String),
     /// The oldest record that was appended and not synced yet is synced.
     Synced,
     /// Time went by.
@@ -77,7 +79,7 @@ pub enum SupervisorEffect {
     /// Send to an actor.
     Send(ActorId, Body<Tensor>),
     /// All copies of this step's state are the same.
-    Verified(Step),
+    Verified(Step, String),
     /// A committed step, reported once.
     Report(Report),
     /// Something that operators want to know.

@@ -192,7 +192,7 @@ impl Supervisor {
             }
             (Some(_) | None, _) => {}
         }
-        effects.push(SupervisorEffect::Verified(step));
+        effects.push(SupervisorEffect::Verified(step, fingerprint.clone()));
         self.reported.insert(step, fingerprint);
         if step == self.spec.steps && self.checkpoint == step {
             effects.extend(self.finish(Ok(())));

@@ -329,6 +329,24 @@ fn an_actor_that_fails_everywhere_ends_the_job() {
     }
 }
 
+/// The event of the newest checkpoint may have been lost with the life before.
+#[test]
+fn a_new_life_tells_of_its_checkpoint() {
+    let mut job = started();
+    job.everybody(prepared(1, 4));
+    job.everybody(applied(1));
+    let told = |log: &[Record], checkpoint| {
+        let nodes = Nodes { wanted: 2, spares: 0, relieve: false };
+        let (_, first) = Supervisor::new(materials().spec, nodes, log, checkpoint, BTreeMap::new(), Duration::ZERO);
+        let stored = |e: &SupervisorEffect| match e {
+            SupervisorEffect::Note(Happening::CheckpointStored { step }) => Some(*step),
+            _ => None,
+        };
+        first.iter().filter_map(stored).collect::<Vec<_>>()
+    };
+    assert_eq!([told(&[], 0), told(&job.log, 0), told(&job.log, 1)], [vec![], vec![], vec![1]]);
+}
+
 /// A copy whose node is dead, and for which there is no other node, has failed already.
 #[test]
 fn the_homeless_fail_no_more() {

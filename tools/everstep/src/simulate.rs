@@ -1,13 +1,12 @@
 //! `everstep simulate`: seeds on every core; without a bug planted none may show a violation, with one of them one must.
 
 use crate::range;
-use anyhow::{Context, Result, bail};
+use anyhow::{Context, Result, bail, ensure};
 use everstep_actors::{Bug, sim};
 use rayon::prelude::*;
 use serde_json::json;
 use std::ops::Range;
 use std::process::ExitCode;
-use std::sync::atomic::{AtomicU64, Ordering};
 use std::sync::{Mutex, PoisonError};
 use std::time::Instant;
 
@@ -17,6 +16,9 @@ pub(crate) struct Options {
     /// `A..B`: seeds from A to B - 1.
     #[arg(long)]
     seeds: String,
+    /// Threads; as many as there are cores by default.
+    #[arg(long)]
+    jobs: Option<usize>,
     /// Only these of each seed's faults, as a violation's replay names them.
     #[arg(long, num_args = 0.., value_delimiter = ',')]
     only: Option<Vec<usize>>,
@@ -28,37 +30,58 @@ pub(crate) struct Options {
     json: bool,
 }
 
+/// Seeds between two signs of life.
+const PROGRESS: u64 = 1000;
+
 /// What seeds showed.
+#[derive(Default)]
 struct Shown {
     /// Without a violation.
     seeds: u64,
     rollbacks: u64,
+    /// Milliseconds of simulated time.
+    simulated: u64,
+    /// Sum of the seeds' logs as numbers: equal if all are.
+    logs: u128,
     coverage: sim::Coverage,
-    /// Of the lowest seed that has one.
-    violation: Option<sim::Violation>,
 }
 
-fn show(seeds: Range<u64>, plant: Option<Bug>, only: Option<&[usize]>) -> Shown {
-    let [done, rollbacks] = [const { AtomicU64::new(0) }; 2];
-    let coverage = Mutex::new(sim::Coverage::default());
+impl Shown {
+    fn add(&mut self, summary: &sim::Summary) {
+        self.seeds += 1;
+        self.rollbacks += summary.rollbacks as u64;
+        self.simulated += summary.milliseconds;
+        self.logs =
+            self.logs.wrapping_add(u128::from_str_radix(&summary.log[..32], 16).expect("a hash in hexadecimal"));
+        self.coverage.add(&summary.coverage);
+    }
+}
+
+/// Gives the violation of the lowest seed that has one too.
+fn show(seeds: Range<u64>, plant: Option<Bug>, only: Option<&[usize]>) -> (Shown, Option<sim::Violation>) {
+    let (shown, all) = (Mutex::new(Shown::default()), seeds.end - seeds.start);
     let violation = seeds.into_par_iter().find_map_first(|seed| {
         let summary = match sim::simulate(seed, plant, only) {
             Ok(summary) => summary,
             Err(violation) => return Some(violation),
         };
-        done.fetch_add(1, Ordering::Relaxed);
-        rollbacks.fetch_add(summary.rollbacks as u64, Ordering::Relaxed);
-        coverage.lock().unwrap_or_else(PoisonError::into_inner).add(&summary.coverage);
+        let mut shown = shown.lock().unwrap_or_else(PoisonError::into_inner);
+        shown.add(&summary);
+        if shown.seeds.is_multiple_of(PROGRESS) && plant.is_none() {
+            eprintln!("{} of {all} seeds", shown.seeds);
+        }
         None
     });
-    let [seeds, rollbacks] = [done, rollbacks].map(AtomicU64::into_inner);
-    let coverage = coverage.into_inner().unwrap_or_else(PoisonError::into_inner);
-    Shown { seeds, rollbacks, coverage, violation }
+    (shown.into_inner().unwrap_or_else(PoisonError::into_inner), violation)
 }
 
 /// Runs the seeds, or looks for planted bugs with them: one, or `all`.
 pub(crate) fn run(options: &Options) -> Result<ExitCode> {
     let seeds = range(&options.seeds).context("--seeds")?;
+    if let Some(jobs) = options.jobs {
+        ensure!(jobs > 0, "--jobs: at least one");
+        rayon::ThreadPoolBuilder::new().num_threads(jobs).build_global().context("--jobs")?;
+    }
     let Some(plant) = &options.plant else { return clean(seeds, options) };
     if !cfg!(feature = "plant") {
         bail!("--plant: this program holds no bugs: build it with --features plant");
@@ -69,7 +92,7 @@ pub(crate) fn run(options: &Options) -> Result<ExitCode> {
     };
     let mut all_found = true;
     for bug in bugs {
-        let found = show(seeds.clone(), Some(bug), options.only.as_deref()).violation;
+        let (_, found) = show(seeds.clone(), Some(bug), options.only.as_deref());
         all_found &= found.is_some();
         let (seed, contract) = (found.as_ref().map(|v| v.seed), found.as_ref().map(|v| v.contract));
         if options.json {
@@ -84,14 +107,18 @@ pub(crate) fn run(options: &Options) -> Result<ExitCode> {
 
 fn clean(seeds: Range<u64>, options: &Options) -> Result<ExitCode> {
     let began = Instant::now();
-    let Shown { seeds, rollbacks, coverage, violation } = show(seeds, None, options.only.as_deref());
+    let (shown, violation) = show(seeds, None, options.only.as_deref());
+    let Shown { seeds, rollbacks, simulated, logs, coverage } = shown;
     let seconds = began.elapsed().as_secs_f64();
+    let cores = seconds * rayon::current_num_threads() as f64;
+    let (faster, logs) = (simulated as f64 / 1000.0 / cores, format!("{logs:032x}"));
     let violation = violation.map(|violation| sim::shrink(violation, None));
     let faults: u64 = coverage.faults.values().sum();
     if options.json {
         let line = json!({
             "seeds": seeds, "faults": faults, "rollbacks": rollbacks, "seconds": seconds,
-            "core_seconds_per_seed": seconds * rayon::current_num_threads() as f64 / seeds.max(1) as f64,
+            "core_seconds_per_seed": cores / seeds.max(1) as f64,
+            "simulated_to_real": faster, "logs": logs,
             "coverage": coverage.table(),
             "violation": violation.as_ref().map(|v| json!({
                 "seed": v.seed, "only": v.only, "contract": v.contract, "what": v.what,
@@ -105,6 +132,7 @@ fn clean(seeds: Range<u64>, options: &Options) -> Result<ExitCode> {
         println!(
             "{seeds} seeds without a violation, {faults} faults, {rollbacks} ways back to a checkpoint, {seconds:.1} s"
         );
+        println!("{faster:.0} times as fast as real time on a core; all logs: {logs}");
         if let Some(violation) = &violation {
             println!("{violation}");
         }

@@ -26,7 +26,7 @@ pub(crate) enum Target {
     Reducer,
     /// A bit of a random copy of a shard flips.
     Flip,
-    /// A random stage computes wrongly from now on: with recovery.audit = 1 its node is found and given up.
+    /// All stages on a random stage's node compute wrongly from now on: with recovery.audit the node is found and given up.
     Wrong,
     /// A random node.
     Node,
