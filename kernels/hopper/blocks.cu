@@ -6,7 +6,8 @@
 
 #include "memory.cuh"
 
-constexpr int EACH = TILE / WARPS;            // rows of a warp, four columns of a lane
+constexpr int CREW = 2 * WARPS;               // of a CTA: with eight warps of more rows each, less is on its way at a time
+constexpr int EACH = TILE / CREW;             // rows of a warp, four columns of a lane
 constexpr int WORDS = TILE / 4;
 
 // Four columns of a row, zeros where there are none.
@@ -17,12 +18,12 @@ __device__ __forceinline__ float4 four(const float* w, int row, int column, int 
     return {one(0), one(1), one(2), one(3)};
 }
 
-extern "C" __global__ void __launch_bounds__(THREADS)
+extern "C" __global__ void __launch_bounds__(32 * CREW, 2)
 quantise_blocks(const float* __restrict__ w, u8* __restrict__ codes, float* __restrict__ scales, u8* __restrict__ turned,
                 float* __restrict__ turned_scales, int rows, int columns) {
     // Row r lies at [r % 4][r / 4], so that neither order of access meets a bank twice.
     __shared__ u32 tile[4][WORDS][WORDS + 1];
-    __shared__ float largest[WARPS];
+    __shared__ float largest[CREW];
     const int lane = threadIdx.x % 32, warp = threadIdx.x / 32, across = (columns + TILE - 1) / TILE, down = (rows + TILE - 1) / TILE;
     const int row = blockIdx.x / across * TILE, column = blockIdx.x % across * TILE;
     float4 v[EACH];
@@ -39,7 +40,7 @@ quantise_blocks(const float* __restrict__ w, u8* __restrict__ codes, float* __re
     __syncthreads();
     m = largest[0];
 #pragma unroll
-    for (int i = 1; i < WARPS; i++) m = fmaxf(m, largest[i]);
+    for (int i = 1; i < CREW; i++) m = fmaxf(m, largest[i]);
     const float scale = Scale(m, false).value;
     if (threadIdx.x == 0) {
         scales[row / TILE * across + column / TILE] = scale;
@@ -57,7 +58,7 @@ quantise_blocks(const float* __restrict__ w, u8* __restrict__ codes, float* __re
     __syncthreads();
     // Four columns of four rows at a time: words of rows become words of columns.
 #pragma unroll
-    for (int word = warp; word < WORDS; word += WARPS) {
+    for (int word = warp; word < WORDS; word += CREW) {
         const u32 a = tile[0][lane][word], b = tile[1][lane][word], c = tile[2][lane][word], d = tile[3][lane][word];
         const u32 ab = __byte_perm(a, b, 0x5140), ab_high = __byte_perm(a, b, 0x7362);
         const u32 cd = __byte_perm(c, d, 0x5140), cd_high = __byte_perm(c, d, 0x7362);

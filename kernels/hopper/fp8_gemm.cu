@@ -10,15 +10,15 @@
 //   MATH     math warpgroups (2)
 //   BM, BN   rows (MATH times 64 or 128) and columns (a multiple of 16) of a tile
 //   STAGES   depth of the ring
-//   SHARE    0: no cluster; 1: a pair of CTAs shares A's rows; 2: B's (not grouped)
 //   BAND     rows of tiles in a band, a power of two
 //   GROUPED  0 or 1
 //   AHEAD    1: a warpgroup waits for the next stage and fetches its scales while its last products of a block are made, and in
-//            the last block of a tile it looks for the next tile and lays out what is done. 0: none of that, which suits few
-//            blocks of K and single waves of odd width (docs/measurements/hopper-fp8.md)
+//            the last block of a tile it looks for the next tile and lays out what is done. 0: none of that, which suits
+//            single waves of odd width (docs/measurements/hopper-fp8.md)
 //
 // One persistent CTA per SM. One warp fills a ring of stages; MATH warpgroups, each with its part of the tile's rows,
-// multiply 128 of K at a time on the tensor cores and add the scaled partial products in FP32 registers; one warp stores.
+// multiply 128 of K at a time on the tensor cores and add the scaled partial products in FP32 registers; for each of them a warp
+// stores.
 
 #include "hopper.cuh"
 
@@ -26,15 +26,13 @@ constexpr int BK = 128;                       // one scale covers 128 of K, and 
 constexpr int WROWS = BM / MATH;              // rows of one math warpgroup
 constexpr int WAVES = WROWS / 64;             // wgmma is 64 rows high
 constexpr int FRAG = BN / 2;                  // accumulators of one thread in a 64 x BN product
-constexpr int CTAS = SHARE ? 2 : 1;
-constexpr int TALL = SHARE == 2 ? 2 : 1, WIDE = SHARE == 1 ? 2 : 1; // a cluster's tile in tiles
 constexpr int A_BYTES = BM * BK, B_BYTES = BN * BK, D_BYTES = BM * BN * 2;
 // A's scales. A group may begin at any row, but the copy engine only at a multiple of 4 scales; hence a little more.
 constexpr int S_BOX = GROUPED ? 132 : BM, S_LOADS = GROUPED ? (BM + 127) / 128 : 1;
 constexpr int S_LOADED = S_LOADS * S_BOX * 4, S_BYTES = GROUPED ? S_LOADS * 512 + 128 : BM * 4;
 constexpr int BOX = BN % 64 ? BN : 64;        // columns of a store: 128 swizzled bytes, or a whole unswizzled row
 constexpr int BOX_ROWS = 32;
-constexpr int BOXES = MATH * (BN / BOX) * (WROWS / BOX_ROWS);
+constexpr int BOXES = (BN / BOX) * (WROWS / BOX_ROWS); // of a warpgroup
 constexpr int PACE = BM * BN / 47;            // about 0.7 of a block's cycles
 
 // A tile whose width does not divide 128 meets up to three blocks of B's scales. START is where it begins in a block,
@@ -44,12 +42,11 @@ constexpr int BLOCKS = BN % 128 == 0 ? BN / 128 : (BN - ALIGN + 127) / 128 + 1;
 
 struct Walk : Tiles<BAND> {
     const int* offsets;
-    int group, groups, rank, m, n, end; // rows m .. end are this tile's and its group's
+    int group, groups, m, n, end; // rows m .. end are this tile's and its group's
     __device__ __forceinline__ Walk(const int* offsets, int groups, int M, int N) : offsets(offsets), groups(groups) {
-        rank = CTAS > 1 ? cluster_rank() : 0;
-        cols = (N + BN * WIDE - 1) / (BN * WIDE);
-        stride = gridDim.x / CTAS;
-        tile = blockIdx.x / CTAS;
+        cols = (N + BN - 1) / BN;
+        stride = gridDim.x;
+        tile = blockIdx.x;
         band = group = 0;
         enter(M);
         locate();
@@ -58,15 +55,15 @@ struct Walk : Tiles<BAND> {
         m = GROUPED ? __ldg(offsets + group) : 0;
         end = GROUPED ? __ldg(offsets + group + 1) : M;
         first = m;
-        rows = (end - m + BM * TALL - 1) / (BM * TALL);
+        rows = (end - m + BM - 1) / BM;
     }
     __device__ __forceinline__ void locate() {
         while (!find()) {
             if (++group >= groups) return;
             enter(0);
         }
-        m = first + (TALL * row + (SHARE == 2 ? rank : 0)) * BM;
-        n = (WIDE * col + (SHARE == 1 ? rank : 0)) * BN;
+        m = first + row * BM;
+        n = col * BN;
     }
     __device__ __forceinline__ bool done() const { return group >= groups; }
     __device__ __forceinline__ void next() { tile += stride; locate(); }
@@ -159,11 +156,8 @@ void block(float (&acc)[WAVES][FRAG], float (&part)[FRAG], Scales& scales, Ring<
             for (int i = 0; i < EARLY; i++) lay_out(acc[i], i, at);
         }
         multiply_wait();
-        // Each warp has waited for its own products only, so each gives the stage back, to each CTA.
-        if (w == WAVES - 1 && at.lane < CTAS) {
-            if (CTAS > 1) barrier_arrive_remote(at.empty + 8 * ring.stage);
-            else barrier_arrive(at.empty + 8 * ring.stage);
-        }
+        // Each warp has waited for its own products only, so each gives the stage back.
+        if (w == WAVES - 1 && at.lane == 0) barrier_arrive(at.empty + 8 * ring.stage);
         float s[BLOCKS][2];
 #pragma unroll
         for (int i = 0; i < BLOCKS; i++) { s[i][0] = scales.a[w][0] * scales.b[i]; s[i][1] = scales.a[w][1] * scales.b[i]; }
@@ -193,9 +187,6 @@ void accumulate(float (&acc)[WAVES][FRAG], Ring<STAGES>& ring, const Place& at, 
 }
 
 extern "C" __global__ void __launch_bounds__(128 * (MATH + 1), 1)
-#if SHARE
-__cluster_dims__(2, 1, 1)
-#endif
 fp8_gemm(const __grid_constant__ TensorMap map_a, const __grid_constant__ TensorMap map_b,
          const __grid_constant__ TensorMap map_d, const __grid_constant__ TensorMap map_sa,
          unsigned short* __restrict__ d, const float* __restrict__ scale_b,
@@ -209,9 +200,9 @@ fp8_gemm(const __grid_constant__ TensorMap map_a, const __grid_constant__ Tensor
 
     if (threadIdx.x == 0) {
         prefetch_map(map_a); prefetch_map(map_b); prefetch_map(map_sa); prefetch_map(map_d);
-        init_barriers<STAGES, MATH, CTAS>(full, empty, laid, free);
+        init_barriers<STAGES, MATH>(full, empty, laid, free);
     }
-    if (CTAS > 1) cluster_sync(); else __syncthreads();
+    __syncthreads();
 
     Ring<STAGES> ring;
     Walk tile(offsets, groups, M, N);
@@ -227,52 +218,47 @@ fp8_gemm(const __grid_constant__ TensorMap map_a, const __grid_constant__ Tensor
                     const int x = kb * BK, bn = GROUPED ? tile.group * N + tile.n : tile.n;
                     barrier_wait(empty + 8 * ring.stage, ring.phase ^ 1);
                     barrier_expect(bar, A_BYTES + B_BYTES + S_LOADED);
-                    // Of a shared operand each CTA fetches a half, for both.
-                    if (SHARE == 1) load_box_both(a + tile.rank * (A_BYTES / 2), map_a, x, tile.m + tile.rank * (BM / 2), bar);
-                    else load_box(a, map_a, x, tile.m, bar);
-                    if (SHARE == 2) load_box_both(b + tile.rank * (B_BYTES / 2), map_b, x, bn + tile.rank * (BN / 2), bar);
-                    else load_box(b, map_b, x, bn, bar);
+                    load_box(a, map_a, x, tile.m, bar);
+                    load_box(b, map_b, x, bn, bar);
 #pragma unroll
                     for (int i = 0; i < S_LOADS; i++)
                         load_box(s_ring + ring.stage * S_BYTES + i * 512, map_sa, (GROUPED ? tile.m & ~3 : tile.m) + i * 128, kb, bar);
                 }
             }
-        } else if (threadIdx.x / 32 == 4 * MATH + 1) {
-            // The store of a tile is spread over the next tile's time: all at once, from all SMs, it holds up their loads.
-            const int lane = threadIdx.x % 32;
+        } else if (threadIdx.x >= 128 * MATH + 32 && threadIdx.x < 128 * MATH + 32 * (MATH + 1)) {
+            // A warp for each warpgroup: with one for all, a warpgroup's place is freed late. A store is spread over the next tile's
+            // time: all at once, from all SMs, it holds up their loads.
+            const int lane = threadIdx.x % 32, g = threadIdx.x / 32 - 4 * MATH - 1;
             u32 start = clock32(), gap = kblocks * PACE / BOXES;
 #pragma unroll 1
             for (int phase = 0; !tile.done(); phase ^= 1) {
-                const int m = tile.m, n = tile.n, end = tile.end;
+                const int m = tile.m + g * WROWS, n = tile.n, end = tile.end;
                 tile.next();
                 if (tile.done()) gap = 0; // no loads follow the last
+                barrier_wait(laid + 8 * g, phase);
 #pragma unroll 1
-                for (int g = 0; g < MATH; g++) {
-                    barrier_wait(laid + 8 * g, phase);
+                for (int r = 0; r < WROWS; r += BOX_ROWS)
 #pragma unroll 1
-                    for (int r = 0; r < WROWS; r += BOX_ROWS)
+                    for (int c = 0; c < BN; c += BOX) {
+                        const u32 src = d_tile + g * (D_BYTES / MATH) + c * WROWS * 2 + r * BOX * 2;
+                        const int y = m + r;
+                        if (!GROUPED || y + BOX_ROWS <= end) {
+                            if (lane == 0) store_box(map_d, n + c, y, src);
+                        } else {
+                            // The next rows are another group's.
 #pragma unroll 1
-                        for (int c = 0; c < BN; c += BOX) {
-                            const u32 src = d_tile + g * (D_BYTES / MATH) + c * WROWS * 2 + r * BOX * 2;
-                            const int y = m + g * WROWS + r;
-                            if (!GROUPED || y + BOX_ROWS <= end) {
-                                if (lane == 0) store_box(map_d, n + c, y, src);
-                            } else {
-                                // The next rows are another group's.
-#pragma unroll 1
-                                for (int i = lane; i < (end - y) * (BOX / 8); i += 32) {
-                                    const int row = i / (BOX / 8), part = i % (BOX / 8), x = n + c + part * 8;
-                                    const uint4 v = load_shared4(src + row * (BOX * 2) + (BN % 64 ? part : part ^ row % 8) * 16);
-                                    if (x < N) *(uint4*)(d + (long long)(y + row) * N + x) = v;
-                                }
+                            for (int i = lane; i < (end - y) * (BOX / 8); i += 32) {
+                                const int row = i / (BOX / 8), part = i % (BOX / 8), x = n + c + part * 8;
+                                const uint4 v = load_shared4(src + row * (BOX * 2) + (BN % 64 ? part : part ^ row % 8) * 16);
+                                if (x < N) *(uint4*)(d + (long long)(y + row) * N + x) = v;
                             }
-                            wait_until(start, gap);
-                            start = clock32();
                         }
-                    if (lane == 0) { store_commit(); store_wait_read(); }
-                    __syncwarp();
-                    if (lane == 0) barrier_arrive(free + 8 * g);
-                }
+                        wait_until(start, gap);
+                        start = clock32();
+                    }
+                if (lane == 0) { store_commit(); store_wait_read(); }
+                __syncwarp();
+                if (lane == 0) barrier_arrive(free + 8 * g);
             }
             if (lane == 0) store_wait();
         }
@@ -280,9 +266,8 @@ fp8_gemm(const __grid_constant__ TensorMap map_a, const __grid_constant__ Tensor
         asm volatile("setmaxnreg.inc.sync.aligned.u32 %0;" :: "n"(224));
         const int lane = threadIdx.x % 32, warp = threadIdx.x / 32 % 4;
         const Place at = {operand(a_ring + group * WROWS * BK), operand(b_ring),
-                          s_ring + (group * WROWS + warp * 16 + lane / 4) * 4, full,
-                          CTAS > 1 ? barrier_of(empty, lane % CTAS) : empty, d_tile + group * (D_BYTES / MATH),
-                          laid + 8 * group, free + 8 * group, lane, warp};
+                          s_ring + (group * WROWS + warp * 16 + lane / 4) * 4, full, empty,
+                          d_tile + group * (D_BYTES / MATH), laid + 8 * group, free + 8 * group, lane, warp};
         float acc[WAVES][FRAG];
         ScaleB sb;
         if (!tile.done()) sb.start(scale_b, tile, N, kblocks);
@@ -314,5 +299,4 @@ fp8_gemm(const __grid_constant__ TensorMap map_a, const __grid_constant__ Tensor
             if (lane == 0) barrier_arrive(at.laid);
         }
     }
-    if (CTAS > 1) cluster_sync(); // a CTA must not leave while its neighbour may still write into it
 }

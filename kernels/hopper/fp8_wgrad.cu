@@ -5,14 +5,13 @@
 // M any, N a multiple of 4. An element of D gets exactly one addition, made by the copy engine, so bits do not depend on
 // any order.
 //
-// Chosen by -D: MATH (math warpgroups, of 64 rows of the tile each), BN (its columns), STAGES, SHARE (0, or 1: a pair of CTAs shares A's rows), BAND.
-// The roles of the warps are those of fp8_gemm.cu.
+// Chosen by -D: MATH (math warpgroups, of 64 rows of the tile each), BN (its columns), STAGES, BAND.
+// The roles of the warps are those of fp8_gemm.cu, but that one warp stores for all: here a warp for each is slower.
 
 #include "hopper.cuh"
 
 constexpr int BK = 128;
 constexpr int WROWS = 64, BM = MATH * WROWS, FRAG = BN / 2;
-constexpr int CTAS = SHARE ? 2 : 1, WIDE = CTAS;
 constexpr int A_BYTES = BM * BK, B_BYTES = BN * BK, SA_BYTES = BM * 4, SB_BYTES = BN * 4;
 constexpr int D_BYTES = BM * BN * 4;
 constexpr int BOX = 32;                       // columns of a store: 128 swizzled bytes
@@ -22,13 +21,12 @@ constexpr int SHORT = 20;                     // blocks
 
 struct Walk : Tiles<BAND> {
     const int* offsets;
-    int group, groups, rank, m, n, first, last; // first .. last: the group's blocks of K
+    int group, groups, m, n, first, last; // first .. last: the group's blocks of K
     __device__ __forceinline__ Walk(const int* offsets, int groups, int M, int N) : offsets(offsets), group(-1), groups(groups) {
-        rank = CTAS > 1 ? cluster_rank() : 0;
         rows = (M + BM - 1) / BM;
-        cols = (N + BN * WIDE - 1) / (BN * WIDE);
-        stride = gridDim.x / CTAS;
-        tile = blockIdx.x / CTAS;
+        cols = (N + BN - 1) / BN;
+        stride = gridDim.x;
+        tile = blockIdx.x;
         enter();
         locate();
     }
@@ -44,7 +42,7 @@ struct Walk : Tiles<BAND> {
     __device__ __forceinline__ void locate() {
         while (!done() && !find()) enter();
         m = row * BM;
-        n = (WIDE * col + rank) * BN;
+        n = col * BN;
     }
     __device__ __forceinline__ bool done() const { return group >= groups; }
     __device__ __forceinline__ void next() { tile += stride; locate(); }
@@ -83,17 +81,11 @@ __device__ __forceinline__ void block(float (&acc)[FRAG], float (&part)[FRAG], R
             acc[4 * j + 2 * h + 1] += part[4 * j + 2 * h + 1] * (sa[h] * sb.y);
         }
     }
-    if (at.lane < CTAS) {
-        if (CTAS > 1) barrier_arrive_remote(at.empty + 8 * ring.stage);
-        else barrier_arrive(at.empty + 8 * ring.stage);
-    }
+    if (at.lane == 0) barrier_arrive(at.empty + 8 * ring.stage);
     ring.next();
 }
 
 extern "C" __global__ void __launch_bounds__(128 * (MATH + 1), 1)
-#if SHARE
-__cluster_dims__(2, 1, 1)
-#endif
 fp8_wgrad(const __grid_constant__ TensorMap map_a, const __grid_constant__ TensorMap map_b,
           const __grid_constant__ TensorMap map_d, const __grid_constant__ TensorMap map_sa, const __grid_constant__ TensorMap map_sb,
           const int* __restrict__ offsets, int groups, int M, int N) {
@@ -106,9 +98,9 @@ fp8_wgrad(const __grid_constant__ TensorMap map_a, const __grid_constant__ Tenso
 
     if (threadIdx.x == 0) {
         prefetch_map(map_a); prefetch_map(map_b); prefetch_map(map_sa); prefetch_map(map_sb); prefetch_map(map_d);
-        init_barriers<STAGES, MATH, CTAS>(full, empty, laid, free);
+        init_barriers<STAGES, MATH>(full, empty, laid, free);
     }
-    if (CTAS > 1) cluster_sync(); else __syncthreads();
+    __syncthreads();
 
     Ring<STAGES> ring;
     Walk tile(offsets, groups, M, N);
@@ -119,11 +111,10 @@ fp8_wgrad(const __grid_constant__ TensorMap map_a, const __grid_constant__ Tenso
             for (; !tile.done(); tile.next()) {
 #pragma unroll 1
                 for (int kb = tile.first; kb < tile.last; kb++, ring.next()) {
-                    const u32 a = a_ring + ring.stage * A_BYTES, bar = full + 8 * ring.stage;
+                    const u32 bar = full + 8 * ring.stage;
                     barrier_wait(empty + 8 * ring.stage, ring.phase ^ 1);
                     barrier_expect(bar, A_BYTES + B_BYTES + SA_BYTES + SB_BYTES);
-                    if (SHARE) load_box_both(a + tile.rank * (A_BYTES / 2), map_a, kb * BK, tile.m + tile.rank * (BM / 2), bar);
-                    else load_box(a, map_a, kb * BK, tile.m, bar);
+                    load_box(a_ring + ring.stage * A_BYTES, map_a, kb * BK, tile.m, bar);
                     load_box(b_ring + ring.stage * B_BYTES, map_b, kb * BK, tile.n, bar);
                     load_box(sa_ring + ring.stage * SA_BYTES, map_sa, tile.m, kb, bar);
                     load_box(sb_ring + ring.stage * SB_BYTES, map_sb, tile.n, kb, bar);
@@ -162,8 +153,7 @@ fp8_wgrad(const __grid_constant__ TensorMap map_a, const __grid_constant__ Tenso
         asm volatile("setmaxnreg.inc.sync.aligned.u32 %0;" :: "n"(MATH == 2 ? 232 : 160));
         const int lane = threadIdx.x % 32, warp = threadIdx.x / 32 % 4, r = warp * 16 + lane / 4;
         const Place at = {operand(a_ring + group * WROWS * BK), operand(b_ring), sa_ring + (group * WROWS + r) * 4,
-                          sb_ring + lane % 4 * 8, full, CTAS > 1 ? barrier_of(empty, lane % CTAS) : empty,
-                          d_tile + group * (D_BYTES / MATH) + r * 128 + lane % 2 * 8, laid + 8 * group, free + 8 * group, lane};
+                          sb_ring + lane % 4 * 8, full, empty, d_tile + group * (D_BYTES / MATH) + r * 128 + lane % 2 * 8, laid + 8 * group, free + 8 * group, lane};
         float acc[FRAG], part[FRAG];
 #pragma unroll 1
         for (int phase = 1; !tile.done(); phase ^= 1) {
@@ -176,5 +166,4 @@ fp8_wgrad(const __grid_constant__ TensorMap map_a, const __grid_constant__ Tenso
             lay_out(acc, at, phase);
         }
     }
-    if (CTAS > 1) cluster_sync(); // a CTA must not leave while its neighbour may still write into it
 }

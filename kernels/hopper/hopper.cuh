@@ -21,7 +21,7 @@ __device__ __forceinline__ uint4 load_shared4(u32 address) {
 __device__ __forceinline__ void barrier_init(u32 bar, u32 arrivals) {
     asm volatile("mbarrier.init.shared::cta.b64 [%0], %1;" :: "r"(bar), "r"(arrivals) : "memory");
 }
-// Barriers that this thread has made are visible to the copy engine and the cluster.
+// Barriers that this thread has made are visible to the copy engine.
 __device__ __forceinline__ void barriers_visible() { asm volatile("fence.mbarrier_init.release.cluster;" ::: "memory"); }
 __device__ __forceinline__ void barrier_expect(u32 bar, u32 bytes) {
     asm volatile("mbarrier.arrive.expect_tx.shared::cta.b64 _, [%0], %1;" :: "r"(bar), "r"(bytes) : "memory");
@@ -29,21 +29,10 @@ __device__ __forceinline__ void barrier_expect(u32 bar, u32 bytes) {
 __device__ __forceinline__ void barrier_arrive(u32 bar) {
     asm volatile("mbarrier.arrive.shared::cta.b64 _, [%0];" :: "r"(bar) : "memory");
 }
-// The address of a barrier in another CTA of the cluster.
-__device__ __forceinline__ u32 barrier_of(u32 bar, u32 cta) {
-    u32 r; asm("mapa.shared::cluster.u32 %0, %1, %2;" : "=r"(r) : "r"(bar), "r"(cta)); return r;
-}
-__device__ __forceinline__ void barrier_arrive_remote(u32 bar) {
-    asm volatile("mbarrier.arrive.shared::cluster.b64 _, [%0];" :: "r"(bar) : "memory");
-}
 __device__ __forceinline__ void barrier_wait(u32 bar, u32 parity) {
     asm volatile("{ .reg .pred p;\n"
                  "again: mbarrier.try_wait.parity.shared::cta.b64 p, [%0], %1;\n"
                  "@p bra done; bra again; done: }" :: "r"(bar), "r"(parity) : "memory");
-}
-__device__ __forceinline__ u32 cluster_rank() { u32 r; asm volatile("mov.u32 %0, %%cluster_ctarank;" : "=r"(r)); return r; }
-__device__ __forceinline__ void cluster_sync() {
-    asm volatile("barrier.cluster.arrive.aligned;\nbarrier.cluster.wait.aligned;" ::: "memory");
 }
 // What this thread wrote is visible to the copy engine.
 __device__ __forceinline__ void copy_fence() { asm volatile("fence.proxy.async.shared::cta;" ::: "memory"); }
@@ -69,12 +58,6 @@ __device__ __forceinline__ void load_bytes(u32 dst, const void* src, u32 bytes, 
 // How the L2 cache keeps what is read once: it goes first, so that it drives out nothing that others wrote or will read.
 __device__ __forceinline__ u64 read_once() {
     u64 policy; asm("createpolicy.fractional.L2::evict_first.b64 %0, 1.0;" : "=l"(policy)); return policy;
-}
-// Into both CTAs of a pair, each at the same address and with its own barrier.
-__device__ __forceinline__ void load_box_both(u32 dst, const TensorMap& map, int x, int y, u32 bar) {
-    asm volatile("cp.async.bulk.tensor.2d.shared::cluster.global.mbarrier::complete_tx::bytes.multicast::cluster"
-                 " [%0], [%1, {%2, %3}], [%4], %5;"
-                 :: "r"(dst), "l"(&map), "r"(x), "r"(y), "r"(bar), "h"((unsigned short)3) : "memory");
 }
 __device__ __forceinline__ void store_box(const TensorMap& map, int x, int y, u32 src) {
     asm volatile("cp.async.bulk.tensor.2d.global.shared::cta.bulk_group [%0, {%1, %2}], [%3];"
@@ -123,12 +106,11 @@ template <int DEPTH> struct Ring {
 };
 
 // The barriers of a product. A stage is full when the copy engine has filled it, and empty when the four warps of all
-// math warpgroups that read it, in each CTA of the cluster, are done; a warpgroup's tile is laid out by its four warps and
-// freed by the storing one.
-template <int DEPTH, int GROUPS, int SHARERS> __device__ __forceinline__ void init_barriers(u32 full, u32 empty, u32 laid, u32 free) {
+// math warpgroups are done with it; a warpgroup's tile is laid out by its four warps and freed by the one that stores it.
+template <int DEPTH, int GROUPS> __device__ __forceinline__ void init_barriers(u32 full, u32 empty, u32 laid, u32 free) {
     for (int i = 0; i < DEPTH; i++) {
         barrier_init(full + 8 * i, 1);
-        barrier_init(empty + 8 * i, SHARERS * 4 * GROUPS);
+        barrier_init(empty + 8 * i, 4 * GROUPS);
     }
     for (int g = 0; g < GROUPS; g++) {
         barrier_init(laid + 8 * g, 4);

@@ -258,6 +258,8 @@ fn operations(both: Both<'_>) -> Result<bool, BackendError> {
         (1000, 520, 264),
         (130, 2100, 33),
         (257, 384, 128),
+        (0, 128, 16),
+        (67, 1152, 520),
     ] {
         if wanted(t * d) {
             good &= both.compare("rows", products, |b| rows(b, t, d, out))?;
@@ -276,9 +278,19 @@ fn operations(both: Both<'_>) -> Result<bool, BackendError> {
         good &= both.compare("attention", scores, |b| attention(b, sequences, &s))?;
         good &= both.compare("attention", scores, |b| cached(b, [sequence.min(3), sequence, 20], &s))?;
     }
-    for (t, d, experts, top_k, groups, groups_kept) in
-        [(0, 8, 8, 2, 4, 2), (1, 8, 4, 1, 1, 1), (33, 12, 12, 3, 4, 2), (200, 72, 64, 8, 8, 4), (70, 5, 40, 6, 40, 9)]
-    {
+    for (t, d, experts, top_k, groups, groups_kept) in [
+        (0, 8, 8, 2, 4, 2),
+        (1, 8, 4, 1, 1, 1),
+        (33, 12, 12, 3, 4, 2),
+        (200, 72, 64, 8, 8, 4),
+        (70, 5, 40, 6, 40, 9),
+        // Whole tiles of columns, and more choices than those kernels take.
+        (0, 128, 8, 2, 4, 2),
+        (9, 128, 4, 1, 1, 1),
+        (130, 384, 64, 8, 8, 4),
+        (33, 256, 48, 11, 16, 9),
+        (7, 128, 40, 33, 40, 40),
+    ] {
         let s = GateShape { experts, top_k, groups, groups_kept, routed_scale: 2.5, sequence: 32 };
         good &= both.compare("routed", products, |b| routed(b, t, d, &s))?;
     }

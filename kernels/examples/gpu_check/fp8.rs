@@ -28,7 +28,8 @@ fn blocks(
     rows: usize,
     columns: usize,
 ) -> Result<([Blocks; 2], bool), BackendError> {
-    let both = gpu.quantise_blocks(weights.iter().map(|w| gpu.upload(w)), [rows, columns])?;
+    let mut both = gpu.blocks(weights.len(), [rows, columns])?;
+    gpu.quantise_blocks(weights.iter().map(|w| gpu.upload(w)), [rows, columns], &mut both)?;
     let turn = |w: &[f32]| (0..rows * columns).map(|at| w[at % rows * columns + at / rows]).collect::<Vec<_>>();
     let turned: Vec<_> = weights.iter().map(|w| turn(w)).collect();
     let straight: Vec<_> = weights.iter().map(|w| w.to_vec()).collect();
@@ -156,7 +157,7 @@ pub(crate) fn all(gpu: &Gpu) -> Result<bool, BackendError> {
         (&[2816], 1536, 128),
         (&[2816], 1536, 1024),
         (&[2816], 1536, 4096),
-        // Grouped in pairs: a weight of 20 MiB.
+        // A large weight.
         (&[3, 0, 300, 256], 5120, 4096),
         (&[5, 0, 0, 131, 256, 257, 1, 300], 256, 512),
         (&[0, 1000, 33, 0], 1000, 384),

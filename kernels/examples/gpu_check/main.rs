@@ -121,6 +121,9 @@ fn rows(gpu: &Gpu, tokens: usize, columns: usize) -> Result<bool, BackendError> 
     let want = b.rms_norm(&x, &Tensor::host(1, columns, Arc::clone(&weight)), 1e-6);
     let mut good = report("norm: other bits", (tokens, columns), unlike(&gpu.download(&y)?, &words(&want)?), 0.0);
     good &= same_codes("norm", &codes, &want)?;
+    gpu.rms_norm_backward([&x_gpu, &up_gpu], &gpu.upload(&weight)?, &mut y, 1e-6)?;
+    let want = b.rms_norm_backward_input(&x, &Tensor::host(1, columns, Arc::clone(&weight)), &up, 1e-6);
+    good &= report("norm's gradient: other bits", (tokens, columns), unlike(&gpu.download(&y)?, &words(&want)?), 0.0);
     gpu.swiglu_quantised(&x_gpu, &up_gpu, &mut y, &mut codes)?;
     let want = b.swiglu(&x, &up);
     good &= report("SwiGLU: other bits", (tokens, columns), unlike(&gpu.download(&y)?, &words(&want)?), 0.0);
@@ -138,7 +141,8 @@ fn rows(gpu: &Gpu, tokens: usize, columns: usize) -> Result<bool, BackendError> 
     let (made, made_words) = low(&b, place.len(), columns, 15)?;
     let of_experts: Vec<Tensor> =
         starts.iter().zip(plan.counts()).map(|(from, count)| b.rows(&made, *from, count as usize)).collect();
-    gpu.combine_rows(&gpu.upload(&made_words)?, &places, &gpu.upload(&b.read(&weights)?)?, &mut y, columns)?;
+    let (rows, of) = (gpu.upload(&made_words)?, gpu.upload(&b.read(&weights)?)?);
+    gpu.combine_rows(&rows, &places, Some(of.as_view()), &mut y, columns)?;
     let want = words(&b.combine(&of_experts, Some(&weights), &plan))?;
     good &= report("combine: other bits", (tokens, columns), unlike(&gpu.download(&y)?, &want), 0.0);
     let mut sent = gpu.upload(&vec![0xffu8; place.len() * columns])?;
@@ -228,7 +232,7 @@ fn combine_backward(gpu: &Gpu, tokens: usize, top_k: usize, columns: usize) -> R
 /// What is done to rows at the speed of memory.
 fn all_rows(gpu: &Gpu) -> Result<bool, BackendError> {
     let mut good = true;
-    for (tokens, columns) in [(0, 128), (1, 128), (1001, 1152), (77, 7168)] {
+    for (tokens, columns) in [(0, 128), (1, 128), (1001, 1152), (77, 7168), (5, 24_576)] {
         if wanted(tokens * columns) {
             good &= rows(gpu, tokens, columns)?;
         }

@@ -4,9 +4,7 @@
 use super::device::{Boxes, Gpu, Kind, TensorMap, launch_of};
 use super::failure::told;
 use super::memory::Memory;
-use super::sources::{
-    DENSE_128X176, DENSE_256X128, DENSE_256X128_SHORT, DENSE_256X128_SHORTEST, GROUPED, GROUPED_PAIRS, Source, WGRAD,
-};
+use super::sources::{DENSE_128X176, DENSE_256X128, DENSE_256X128_SHORT, GROUPED, Source, WGRAD};
 use crate::backend::BackendError;
 use cudarc::driver::{CudaView, DevicePtr, DevicePtrMut, PushKernelArg};
 use std::sync::Arc;
@@ -175,7 +173,6 @@ struct Tile {
     columns: usize,
     stages: usize,
     grouped: bool,
-    shares_rows: bool,
 }
 
 impl Tile {
@@ -187,7 +184,6 @@ impl Tile {
             columns: value("BN"),
             stages: value("STAGES"),
             grouped: value("GROUPED") == 1,
-            shares_rows: value("SHARE") == 1,
         }
     }
 
@@ -211,18 +207,9 @@ fn choose(m: usize, n: usize, k: usize, processors: usize) -> &'static Source {
         let waves = (m.div_ceil(tile.rows) * n.div_ceil(tile.columns)).div_ceil(processors);
         (source, (waves * tile.rows * tile.columns) as f64 * weight)
     };
-    let tall = match k {
-        ..1024 => &DENSE_256X128_SHORTEST,
-        1024..4096 => &DENSE_256X128_SHORT,
-        _ => &DENSE_256X128,
-    };
+    let tall = if k < 4096 { &DENSE_256X128_SHORT } else { &DENSE_256X128 };
     let [tall, wide] = [(tall, 1.0), (&DENSE_128X176, 1.06)].map(cost);
     if wide.1 < tall.1 { wide.0 } else { tall.0 }
-}
-
-/// The variant for groups with weights `[N, K]`: pairs where the cache does not keep a group's codes beside its rows.
-fn choose_grouped(n: usize, k: usize) -> &'static Source {
-    if n * k >= 20 << 20 { &GROUPED_PAIRS } else { &GROUPED }
 }
 
 impl Gpu {
@@ -237,7 +224,7 @@ impl Gpu {
     pub fn fp8_grouped(&self, x: &Codes, w: &Blocks, groups: &Groups, y: &mut Memory<u16>) -> Result<(), BackendError> {
         let shapes = (w.columns, y.len(), w.groups, x.rows);
         assert_eq!(shapes, (x.columns, x.rows * w.rows, groups.count, groups.rows), "shapes of a grouped product");
-        self.fp8_product(choose_grouped(w.rows, w.columns), x, w, Some(&groups.offsets), y)
+        self.fp8_product(&GROUPED, x, w, Some(&groups.offsets), y)
     }
 
     fn fp8_product(
@@ -252,9 +239,8 @@ impl Gpu {
         if m == 0 {
             return Ok(());
         }
-        let half = if tile.shares_rows { 2 } else { 1 };
         let [codes_w, scales_w] = w.addresses(self);
-        let map_x = self.bytes(x.address(), m, k, tile.rows / half)?;
+        let map_x = self.bytes(x.address(), m, k, tile.rows)?;
         let map_w = self.bytes(codes_w, n * w.groups, k, tile.columns)?;
         let map_s = self.scales(x, if tile.grouped { 132 } else { tile.rows })?;
         let function = self.function(source, "fp8_gemm", tile.shared() as u32)?;
@@ -354,7 +340,7 @@ mod tests {
         for ([m, n, k], name) in [
             ([4096, 2112, 7168], "fp8_gemm 128x176"),
             ([4096, 24576, 1536], "fp8_gemm 256x128 short"),
-            ([4096, 32768, 512], "fp8_gemm 256x128 shortest"),
+            ([4096, 32768, 512], "fp8_gemm 256x128 short"),
             ([4096, 7168, 16384], "fp8_gemm 256x128"),
             ([4096, 4096, 7168], "fp8_gemm 256x128"),
             ([4096, 7168, 2048], "fp8_gemm 256x128 short"),
@@ -366,9 +352,7 @@ mod tests {
 
     #[test]
     fn every_tile_fits_into_shared_memory() {
-        for source in
-            [DENSE_256X128, DENSE_256X128_SHORT, DENSE_256X128_SHORTEST, DENSE_128X176, GROUPED, GROUPED_PAIRS]
-        {
+        for source in [DENSE_256X128, DENSE_256X128_SHORT, DENSE_128X176, GROUPED] {
             let bytes = Tile::of(&source).shared();
             assert!(bytes <= 232_448, "{}: {bytes} bytes", source.name);
         }

@@ -6,7 +6,7 @@ use super::memory::Memory;
 use super::products::{Blocks, Codes, Groups, TILE};
 use super::sources::{BLOCKS, NORM, PERMUTE, QUANTISE, SWIGLU, TURN};
 use crate::backend::BackendError;
-use cudarc::driver::DevicePtr;
+use cudarc::driver::{CudaView, DevicePtr, DeviceSlice};
 use std::borrow::Borrow;
 
 /// Warps of a block, except in norms.
@@ -18,6 +18,9 @@ const STRIP: usize = 128;
 fn by_tiles(rows: usize, columns: usize, each: usize) -> usize {
     (rows.div_ceil(each) * (columns / TILE)).div_ceil(WARPS)
 }
+
+/// Choices of a token, at most.
+pub(super) const CHOICES_MAX: usize = 32;
 
 /// Where tokens go, and come from.
 #[derive(Debug)]
@@ -40,7 +43,7 @@ impl Places {
         place: &[i32],
         experts: &[i32],
     ) -> Result<Self, BackendError> {
-        assert!((1..=32).contains(&top_k) && group_size > 0, "{top_k} choices among groups of {group_size}");
+        assert!((1..=CHOICES_MAX).contains(&top_k) && group_size > 0, "{top_k} choices among groups of {group_size}");
         assert!(
             place.len() == experts.len() && place.len().is_multiple_of(top_k),
             "a place and an expert of each choice"
@@ -79,28 +82,38 @@ impl Gpu {
         )
     }
 
-    /// Weights `w_OI` of one shape to E4M3 in blocks, in both orders that products read: `[O][I]`, and `[I][O]`. Rows and columns
-    /// beyond the last, up to what products take, are zeros.
+    /// Room for `count` weights `w_OI` in E4M3 in blocks, in both orders that products read: `[O][I]`, and `[I][O]`, with rows and
+    /// columns up to what products take.
+    pub fn blocks(&self, count: usize, [rows, columns]: [usize; 2]) -> Result<[Blocks; 2], BackendError> {
+        let tiles = rows.div_ceil(TILE) * columns.div_ceil(TILE);
+        let blocks = |rows: usize, columns: usize| {
+            let (rows, columns) = (rows.next_multiple_of(8), columns.next_multiple_of(TILE));
+            let (codes, scales) = (self.room(count * rows * columns)?, self.room(count * tiles)?);
+            Ok(Blocks::new(count, rows, columns, codes, scales))
+        };
+        Ok([blocks(rows, columns)?, blocks(columns, rows)?])
+    }
+
+    /// Weights `w_OI` of one shape to both orders of [`Self::blocks`]. Rows and columns beyond the last are zeros.
     pub fn quantise_blocks<W: Borrow<Memory<f32>>>(
         &self,
         weights: impl ExactSizeIterator<Item = Result<W, BackendError>>,
         [rows, columns]: [usize; 2],
-    ) -> Result<[Blocks; 2], BackendError> {
-        let (count, tiles) = (weights.len(), rows.div_ceil(TILE) * columns.div_ceil(TILE));
-        let blocks = |rows: usize, columns: usize| {
-            let (rows, columns) = (rows.next_multiple_of(8), columns.next_multiple_of(TILE));
-            let (codes, scales) = (self.room(count * rows * columns)?, self.room(count * tiles)?);
-            Ok::<_, BackendError>(Blocks::new(count, rows, columns, codes, scales))
-        };
-        let both = [blocks(rows, columns)?, blocks(columns, rows)?];
+        both: &mut [Blocks; 2],
+    ) -> Result<(), BackendError> {
+        let whole =
+            |rows: usize, columns: usize| (weights.len(), rows.next_multiple_of(8), columns.next_multiple_of(TILE));
+        let shapes = both.each_ref().map(|of| (of.groups, of.rows, of.columns));
+        assert_eq!(shapes, [whole(rows, columns), whole(columns, rows)], "blocks of weights");
+        let tiles = rows.div_ceil(TILE) * columns.div_ceil(TILE);
         let (r, c) = (rows as i32, columns as i32);
         for (at, w) in weights.enumerate() {
-            let (w, shape) = (w?, (tiles, 256, 0));
+            let (w, shape) = (w?, (tiles, 512, 0));
             let (w, [of, turned]) = (w.borrow(), both.each_ref().map(|all| all.one(at).addresses(self)));
             assert_eq!(w.len(), rows * columns, "elements of a weight");
             run!(self, BLOCKS, "quantise_blocks", shape, w, &of[0], &of[1], &turned[0], &turned[1], &r, &c)?;
         }
-        Ok(both)
+        Ok(())
     }
 
     /// RMSNorm of `x_RC` with weights `w_C` to BF16 and to E4M3, and the factor of each row.
@@ -134,6 +147,24 @@ impl Gpu {
             &power,
             &eps
         )
+    }
+
+    /// Gradient of an RMSNorm of `x_RC` with weights `w_C`: `dy_RC -> dx_RC`.
+    pub fn rms_norm_backward(
+        &self,
+        [x, dy]: [&impl DevicePtr<u16>; 2],
+        w: &impl DevicePtr<f32>,
+        dx: &mut Memory<u16>,
+        eps: f32,
+    ) -> Result<(), BackendError> {
+        let columns = w.len();
+        assert!(columns.is_multiple_of(TILE) && columns > 0, "{columns} columns in tiles of {TILE}");
+        let rows = x.len() / columns;
+        assert_eq!([x.len(), dy.len(), dx.len()], [rows * columns; 3], "elements of a norm's gradient");
+        let (r, c) = (rows as i32, columns as i32);
+        let ([x, dy], w) = ([x, dy].map(|of| of.device_ptr(&self.stream).0), w.device_ptr(&self.stream).0);
+        let shape = (rows.div_ceil(2), 256, 4 * (2 * columns + 32));
+        run!(self, NORM, "rms_norm_backward", shape, &x, &w, &dy, dx, &r, &c, &eps)
     }
 
     /// Strips in which the gradient of a norm's weights adds so many rows, at least one. It depends on their number alone, so that
@@ -228,29 +259,32 @@ impl Gpu {
         )
     }
 
-    /// Rows of experts to rows of tokens: `weights` of their choices, groups of experts rounded and added in order.
+    /// Rows of experts to rows of tokens: `weights` of their choices, or ones, groups of experts rounded and added in order.
     pub fn combine_rows(
         &self,
-        rows: &Memory<u16>,
+        rows: &impl DevicePtr<u16>,
         places: &Places,
-        weights: &Memory<f32>,
+        weights: Option<CudaView<'_, f32>>,
         y: &mut Memory<u16>,
         columns: usize,
     ) -> Result<(), BackendError> {
         let (tokens, top_k) = (places.tokens, places.top_k);
         assert!(columns.is_multiple_of(TILE), "{columns} columns in tiles of {TILE}");
-        let lengths = (rows.len(), y.len(), weights.len());
+        let choices = weights.as_ref().map_or(tokens * top_k, DeviceSlice::len);
+        let lengths = (rows.len(), y.len(), choices);
         assert_eq!(lengths, (places.rows * columns, tokens * columns, tokens * top_k), "elements of a combine");
         let blocks = (tokens * columns.div_ceil(256)).div_ceil(WARPS);
+        let (rows, weights) =
+            (rows.device_ptr(&self.stream).0, weights.as_ref().map_or(0, |w| w.device_ptr(&self.stream).0));
         let (t, k, c, size) = (tokens as i32, top_k as i32, columns as i32, places.group_size as i32);
         run!(
             self,
             PERMUTE,
             "combine",
             (blocks, 256, 0),
-            rows,
+            &rows,
             &places.place,
-            weights,
+            &weights,
             &places.experts,
             y,
             &t,
@@ -264,10 +298,10 @@ impl Gpu {
     /// choice is not here.
     pub fn combine_rows_backward(
         &self,
-        dy: &Memory<u16>,
-        rows: &Memory<u16>,
+        dy: &impl DevicePtr<u16>,
+        rows: &impl DevicePtr<u16>,
         places: &Places,
-        weights: &Memory<f32>,
+        weights: &impl DevicePtr<f32>,
         (drows, dweights): (&mut Memory<u16>, &mut Memory<f32>),
         columns: usize,
     ) -> Result<(), BackendError> {
@@ -277,6 +311,8 @@ impl Gpu {
         let lengths = (dy.len(), weights.len(), dweights.len());
         assert_eq!(lengths, (tokens * columns, tokens * top_k, tokens * top_k), "elements of a combine's gradients");
         let blocks = (tokens * top_k.div_ceil(8)).div_ceil(WARPS);
+        let ([dy, rows], weights) =
+            ([dy.device_ptr(&self.stream).0, rows.device_ptr(&self.stream).0], weights.device_ptr(&self.stream).0);
         // Two stages of each warp, of nine rows of 256 columns, 32 bytes apart.
         let shared = WARPS * 2 * 9 * (2 * 256 + 32);
         let (t, k, c) = (tokens as i32, top_k as i32, columns as i32);
@@ -285,10 +321,10 @@ impl Gpu {
             PERMUTE,
             "combine_backward",
             (blocks, 256, shared),
-            dy,
-            rows,
+            &dy,
+            &rows,
             &places.place,
-            weights,
+            &weights,
             drows,
             dweights,
             &t,

@@ -38,60 +38,28 @@ type Defines<const N: usize> = [(&'static str, u32); N];
 const AHEAD: u32 = 1;
 
 /// A dense product's tile, its stages, and rows of tiles in a band.
-const fn tile(rows: u32, columns: u32, stages: u32, band: u32, ahead: u32) -> Defines<8> {
-    [
-        ("MATH", 2),
-        ("BM", rows),
-        ("BN", columns),
-        ("STAGES", stages),
-        ("BAND", band),
-        ("AHEAD", ahead),
-        ("SHARE", 0),
-        ("GROUPED", 0),
-    ]
+const fn tile(rows: u32, columns: u32, stages: u32, band: u32, ahead: u32) -> Defines<7> {
+    [("MATH", 2), ("BM", rows), ("BN", columns), ("STAGES", stages), ("BAND", band), ("AHEAD", ahead), ("GROUPED", 0)]
 }
 
-const fn gemm(name: &'static str, defines: &'static Defines<8>) -> Source {
+const fn gemm(name: &'static str, defines: &'static Defines<7>) -> Source {
     Source { name, text: GEMM, defines, contracts: true }
 }
 
 /// Dense products, by tile and length of sums.
 pub(super) const DENSE_256X128: Source = gemm("fp8_gemm 256x128", &tile(256, 128, 3, 8, AHEAD));
 pub(super) const DENSE_256X128_SHORT: Source = gemm("fp8_gemm 256x128 short", &tile(256, 128, 3, 16, AHEAD));
-pub(super) const DENSE_256X128_SHORTEST: Source = gemm("fp8_gemm 256x128 shortest", &tile(256, 128, 3, 16, 0));
-pub(super) const DENSE_128X176: Source = gemm("fp8_gemm 128x176", &tile(128, 176, 4, 16, 0));
-/// Products grouped by expert; in pairs of blocks of threads, which share rows.
+pub(super) const DENSE_128X176: Source = gemm("fp8_gemm 128x176", &tile(128, 176, 4, 4, 0));
+/// Products grouped by expert.
 pub(super) const GROUPED: Source = gemm(
     "fp8_gemm 256x128 grouped",
-    &[
-        ("MATH", 2),
-        ("BM", 256),
-        ("BN", 128),
-        ("STAGES", 3),
-        ("BAND", 4),
-        ("AHEAD", AHEAD),
-        ("SHARE", 0),
-        ("GROUPED", 1),
-    ],
-);
-pub(super) const GROUPED_PAIRS: Source = gemm(
-    "fp8_gemm 256x128 grouped, pairs",
-    &[
-        ("MATH", 2),
-        ("BM", 256),
-        ("BN", 128),
-        ("STAGES", 3),
-        ("BAND", 8),
-        ("AHEAD", AHEAD),
-        ("SHARE", 1),
-        ("GROUPED", 1),
-    ],
+    &[("MATH", 2), ("BM", 256), ("BN", 128), ("STAGES", 3), ("BAND", 4), ("AHEAD", AHEAD), ("GROUPED", 1)],
 );
 /// Weight gradients, grouped over tokens.
 pub(super) const WGRAD: Source = Source {
     name: "fp8_wgrad 128x128",
     text: include_str!("../../hopper/fp8_wgrad.cu"),
-    defines: &[("MATH", 2), ("BN", 128), ("STAGES", 4), ("SHARE", 0), ("BAND", 8)],
+    defines: &[("MATH", 2), ("BN", 128), ("STAGES", 4), ("BAND", 8)],
     contracts: true,
 };
 pub(super) const QUANTISE: Source = file!("quantise", true);
@@ -121,13 +89,11 @@ const fn both(high: &'static str, low: &'static str, text: &'static str) -> [Sou
 }
 
 /// Every file, in every variant that is used.
-pub static SOURCES: [Source; 24] = [
+pub static SOURCES: [Source; 22] = [
     DENSE_256X128,
     DENSE_256X128_SHORT,
-    DENSE_256X128_SHORTEST,
     DENSE_128X176,
     GROUPED,
-    GROUPED_PAIRS,
     WGRAD,
     QUANTISE,
     BLOCKS,

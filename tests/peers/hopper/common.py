@@ -37,10 +37,10 @@ class Variant:
         self.k = Kernel(f"{HERE}/cubin/{name}.cubin", "fp8_gemm", st*((bm+bn)*128 + s + 16) + bm*bn*2 + 16*self.math)
     def __call__(self, a, sa, b, sb, d, offsets=None):
         """sa: [K/128][padded M]; sb: [(groups)][nb][K/128]."""
-        (m, k), n, bm, bn, share = a.shape, b.shape[-2], self.d["BM"], self.d["BN"], self.d["SHARE"]
+        (m, k), n, bm, bn = a.shape, b.shape[-2], self.d["BM"], self.d["BN"]
         groups = b.shape[0] if b.dim() == 3 else 1
-        ma = tensor_map(a, U8, [k, m], [k], [128, bm//2 if share == 1 else bm], 3)
-        mb = tensor_map(b, U8, [k, n*groups], [k], [128, bn//2 if share == 2 else bn], 3)
+        ma = tensor_map(a, U8, [k, m], [k], [128, bm], 3)
+        mb = tensor_map(b, U8, [k, n*groups], [k], [128, bn], 3)
         md = tensor_map(d, BF16, [n, m], [2*n], [bn if bn % 64 else 64, 32], 0 if bn % 64 else 3)
         ms = tensor_map(sa, F32, [m, k//128], [4*sa.stride(0)], [132 if self.d["GROUPED"] else bm, 1], 0)
         return self.k.prepare(SMS, 128*(self.math+1), ma, mb, md, ms, d, sb, offsets if offsets is not None else sb, groups, m, n, k)

@@ -8,13 +8,12 @@ def load(path, upto):
     m = types.ModuleType(path); s = open(f"{HERE}/{path}").read(); exec(s[:s.index(upto)], m.__dict__); return m
 argv, sys.argv = sys.argv, sys.argv[:1]
 G = load("grouped.py", 'if "check" in what'); W = load("wgrad.py", 'if "check" in what')
-V = {n: Variant(n) for n in ("d_256x128", "d_256x128_short", "d_256x128_shortest", "d_128x176", "g_256x128", "g_256x128_pair")}; wg = W.Wgrad("w_128x128")
+V = {n: Variant(n) for n in ("d_256x128", "d_256x128_short", "d_128x176", "g_256x128")}; wg = W.Wgrad("w_128x128")
 def choose(m, n, k):
     """The cheapest in waves times tile, weighed by what a tile of that kind costs."""
     def cost(bm, bn, weight): return -(-(-(-m // bm) * -(-n // bn)) // SMS) * bm * bn * weight
-    tall = "d_256x128_shortest" if k < 1024 else "d_256x128_short" if k < 4096 else "d_256x128"
+    tall = "d_256x128_short" if k < 4096 else "d_256x128"
     return min((cost(256, 128, 1), tall), (cost(128, 176, 1.06), "d_128x176"))[1]
-def choose_grouped(n, k): return "g_256x128_pair" if n*k >= 20 << 20 else "g_256x128"
 def blockwise(a, b, sat, sb):
     m = a.shape[0]; sac = sat[:, :m].T
     for sbc in (sb.contiguous().T, sb.T.contiguous()):
@@ -61,9 +60,8 @@ if {"check", "small", "tiny"} & set(what):
     for counts, n, k in [([5, 0, 0, 131, 256, 257, 1, 300], 256, 512)] if tiny else [([5, 0, 0, 131, 256, 257, 1, 300], 256, 512), ([0, 1000, 33, 0], 1000, 384)] + ([] if small else [([rnd.choice([0, rnd.randrange(600), 256, 512]) for _ in range(64)], 1024, 1024), ([rnd.randrange(9000) for _ in range(8)], 2112, 1024)]):
         a, sa, sat, b, sb, offs, d = G.make(counts, n, k); ad = deq_rows(a, sa); o = offs.tolist()
         ref = torch.cat([ad[o[g]:o[g+1]] @ deq_blocks(b[g], sb[g]).T for g in range(len(counts))])
-        line = []
-        for x in ("g_256x128", "g_256x128_pair"): d.fill_(float("nan")); V[x](a, sat, b, sb, d, offs)(); torch.cuda.synchronize(); line.append(f"{float((d.double()-ref).norm()/ref.norm()):.2e}")
-        print("grouped error", len(counts), "groups", sum(counts), "rows", n, k, *line, flush=True); del ref
+        d.fill_(float("nan")); V["g_256x128"](a, sat, b, sb, d, offs)(); torch.cuda.synchronize()
+        print("grouped error", len(counts), "groups", sum(counts), "rows", n, k, f"{float((d.double()-ref).norm()/ref.norm()):.2e}", flush=True); del ref
     for blocks, m, n in [([3], 256, 128), ([1, 0, 2, 5], 300, 200)] + ([] if small else [([rnd.randrange(14) for _ in range(16)], 2048, 1024), ([33, 31], 2112, 512)]):
         a, sa, b, sb, sat, sbt, offs, d = W.make(blocks, m, n); ad, bd, o = deq_rows(a, sa), deq_rows(b, sb), [128*int(i) for i in offs]
         prod = torch.stack([ad[:, o[g]:o[g+1]] @ bd[:, o[g]:o[g+1]].T for g in range(len(blocks))]); e = d.clone(); wg(a, sat, b, sbt, e, offs)(); torch.cuda.synchronize()
@@ -80,7 +78,7 @@ if "repeat" in what:
         v(a[r:r+1].contiguous(), sat[:, r:r+1].expand(-1, 4).contiguous(), b, sb, d1)(); torch.cuda.synchronize()
         print("repeat 1000", n, "different elements", bad, "| a row alone is equal:", torch.equal(d1[0], first[r]), flush=True)
     a, sa, sat, b, sb, offs, d = G.make([rnd.randrange(700) for _ in range(24)], 1024, 1024)
-    for x in ("g_256x128", "g_256x128_pair"): print("repeat 1000", x, "different elements", same(V[x](a, sat, b, sb, d, offs), d, lambda: d.fill_(float("nan")))[0], flush=True)
+    print("repeat 1000 grouped: different elements", same(V["g_256x128"](a, sat, b, sb, d, offs), d, lambda: d.fill_(float("nan")))[0], flush=True)
     a, sa, b, sb, sat, sbt, offs, d = W.make([3, 0, 7, 1, 12, 30], 2048, 1024); e = d.clone()
     print("repeat 1000 wgrad: different elements", same(wg(a, sat, b, sbt, e, offs), e, lambda: e.copy_(d))[0], flush=True)
 if "time" in what:
@@ -96,7 +94,7 @@ if "time" in what:
         a, sa, sat, b, sb, offs, d = G.make([mg]*g, n, k); ends = offs[1:].contiguous(); s1, s2 = torch.ones(g*mg, device=dev), torch.ones(g, n, device=dev)
         x, w = torch.randn(g*mg, k, device=dev, dtype=torch.bfloat16), torch.randn(g, n, k, device=dev, dtype=torch.bfloat16)
         rs.append(ways(f"grouped {(g, mg, n, k)}", 2*g*mg*n*k, {"peer": lambda: torch._scaled_grouped_mm(a, b.transpose(1, 2), s1, s2, offs=ends, out_dtype=torch.bfloat16, use_fast_accum=True),
-            "ours": V[choose_grouped(n, k)](a, sat, b, sb, d, offs)}, ([("bf16", lambda: torch._grouped_mm(x, w.transpose(1, 2), offs=ends))], [])))
+            "ours": V["g_256x128"](a, sat, b, sb, d, offs)}, ([("bf16", lambda: torch._grouped_mm(x, w.transpose(1, 2), offs=ends))], [])))
         del a, b, d, x, w
     summary("grouped", rs)
     for g, m, n, kg in [(8,7168,2048,4096),(8,4096,7168,4096),(64,2048,1024,1536)]:

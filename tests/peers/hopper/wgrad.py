@@ -6,8 +6,8 @@ class Wgrad:
         self.d = d = json.load(open(f"{HERE}/cubin/{name}.json")); st, bm, bn = d["STAGES"], d["BM"] if "BM" in d else 64*d["MATH"], d["BN"]
         self.bm = bm; self.k = Kernel(f"{HERE}/cubin/{name}.cubin", "fp8_wgrad", st*((bm+bn)*132 + 16) + min(bm*bn*4, 65536 if "BM" in d else 1 << 20) + 48)
     def __call__(self, a, sa, b, sb, d, offs):
-        (m, t), n, bm, bn, share, g = a.shape, b.shape[0], self.bm, self.d["BN"], self.d["SHARE"], d.shape[0]
-        ma = tensor_map(a, U8, [t, m], [t], [128, bm//2 if share else bm], 3); mb = tensor_map(b, U8, [t, n], [t], [128, bn], 3)
+        (m, t), n, bm, bn, g = a.shape, b.shape[0], self.bm, self.d["BN"], d.shape[0]
+        ma = tensor_map(a, U8, [t, m], [t], [128, bm], 3); mb = tensor_map(b, U8, [t, n], [t], [128, bn], 3)
         md = tensor_map(d, F32, [n, m, g], [4*n, 4*n*m], [32, 64, 1], 3)
         ms, mt = tensor_map(sa, F32, [m, t//128], [4*sa.stride(0)], [bm, 1], 0), tensor_map(sb, F32, [n, t//128], [4*sb.stride(0)], [bn, 1], 0)
         return self.k.prepare(SMS, 128*(self.d.get('MATH', 2)+1), ma, mb, md, ms, mt, offs, g, m, n)

@@ -1,10 +1,12 @@
-//! Elements and rows: sums, columns, embedding, norms, rotation, SwiGLU, cross-entropy. Kernels: `hopper/elements.cu`.
+//! Elements and rows: sums, columns, embedding, norms, rotation, SwiGLU, cross-entropy. Kernels: `hopper/elements.cu`; norms'
+//! gradients in low precision are those of `hopper/norm.cu`, at the speed of memory, with the same bits.
 
 use super::CudaBackend;
 use super::tensors::{Elements, Made};
 use crate::backend::BackendError;
 use crate::cuda::device::{Gpu, run};
 use crate::cuda::memory::Memory;
+use crate::cuda::products::TILE;
 use crate::cuda::sources::{ELEMENTS, Source};
 use crate::ops::rope::{self, RopeShape};
 use crate::tensor::Tensor;
@@ -12,6 +14,8 @@ use std::sync::{Arc, Mutex, PoisonError};
 
 /// Tables of rotations that are kept: layers ask for the same few.
 const ANGLES_MAX: usize = 8;
+/// The most columns of a norm whose gradient is made at the speed of memory: two rows of it and of its gradient in shared memory.
+const NORM_COLUMNS_MAX: usize = 24_576;
 /// Columns of an embedding's gradient that a block adds.
 const WIDTH: usize = 2048;
 
@@ -170,6 +174,11 @@ impl CudaBackend {
         let like = (x.rows(), x.columns());
         assert_eq!((w.rows(), w.columns(), like), (1, x.columns(), (dy.rows(), dy.columns())), "operands of a norm");
         let (of_x, of_w, of_dy) = (self.activation(x)?, self.wide(w)?, self.activation(dy)?);
+        if self.low() && like.1.is_multiple_of(TILE) && (1..=NORM_COLUMNS_MAX).contains(&like.1) {
+            let mut dx = self.gpu.room(of_x.len())?;
+            self.gpu.rms_norm_backward([&of_x.words(), &of_dy.words()], &of_w.floats(), &mut dx, eps)?;
+            return Ok(Elements::bf16(dx));
+        }
         let (dx, shape, rows, columns) = (self.room(like.0, like.1)?, by_row(like.0), like.0 as u64, like.1 as i32);
         let (x, w, dy) = (&of_x.address(), &of_w.address(), &of_dy.address());
         run!(self.gpu, *self.kernels(), "rms_norm_backward", shape, x, w, dy, &dx.address(), &rows, &columns, &eps)?;

@@ -1,4 +1,5 @@
-//! The gate's choice and its gradients, dispatch and combine. Kernels: `hopper/choice.cu` and `hopper/combine.cu`.
+//! The gate's choice and its gradients, dispatch and combine. Kernels: `hopper/choice.cu`, `hopper/combine.cu`, and
+//! `hopper/permute.cu` at the speed of memory, with the same bits.
 
 use super::CudaBackend;
 use super::elements::{by_element, by_row};
@@ -6,6 +7,8 @@ use super::tensors::{Elements, Made};
 use crate::backend::{Backend, BackendError};
 use crate::cuda::device::run;
 use crate::cuda::memory::Memory;
+use crate::cuda::products::TILE;
+use crate::cuda::rows::{CHOICES_MAX, Places};
 use crate::cuda::sources::{CHOICE, COMBINE, Source};
 use crate::ops::combine::{Dispatch, Slot};
 use crate::ops::gate::GateShape;
@@ -132,6 +135,16 @@ impl CudaBackend {
         self.gpu.upload(&places_of(plan))
     }
 
+    /// The same for the kernels at the speed of memory, if they take rows like these.
+    fn fast_places(&self, plan: &Dispatch, columns: usize) -> Result<Option<Places>, BackendError> {
+        if !self.low() || !columns.is_multiple_of(TILE) || plan.top_k > CHOICES_MAX {
+            return Ok(None);
+        }
+        let place: Vec<i32> = places_of(plan).into_iter().map(|row| row as i32).collect();
+        let experts: Vec<i32> = plan.slots.iter().map(|slot| slot.expert as i32).collect();
+        Places::new(&self.gpu, (plan.top_k, plan.group_size, place.len()), &place, &experts).map(Some)
+    }
+
     pub(super) fn combined(
         &self,
         rows: &[Tensor],
@@ -140,10 +153,15 @@ impl CudaBackend {
     ) -> Result<Elements, BackendError> {
         let (all, columns) = (self.stacked(rows)?, rows[0].columns());
         assert_eq!(all.len(), plan.slots.len() * columns, "rows of every expert, as the plan has them");
-        let groups: Vec<u32> = plan.slots.iter().map(|s| s.expert / plan.group_size as u32).collect();
-        let (places, groups) = (self.places(plan)?, self.gpu.upload(&groups)?);
         let weights = weights.map(|w| self.wide(w)).transpose()?;
         assert!(weights.as_ref().is_none_or(|w| w.len() == plan.slots.len()), "a weight of every slot");
+        if let Some(places) = self.fast_places(plan, columns)? {
+            let mut y = self.gpu.room(plan.slots.len() / plan.top_k * columns)?;
+            self.gpu.combine_rows(&all.words(), &places, weights.as_ref().map(Elements::floats), &mut y, columns)?;
+            return Ok(Elements::bf16(y));
+        }
+        let groups: Vec<u32> = plan.slots.iter().map(|s| s.expert / plan.group_size as u32).collect();
+        let (places, groups) = (self.places(plan)?, self.gpu.upload(&groups)?);
         // A place that is none: ones.
         let of_weights = weights.as_ref().map_or(0, Elements::address);
         let y = self.room(plan.slots.len() / plan.top_k, columns)?;
@@ -179,6 +197,12 @@ impl CudaBackend {
         assert_eq!(all.len(), plan.slots.len() * columns, "rows of every expert, as the plan has them");
         assert_eq!(of_dy.len() * plan.top_k, plan.slots.len() * columns, "a gradient of every token");
         assert_eq!(of_weights.len(), plan.slots.len(), "a weight of every slot");
+        if let Some(places) = self.fast_places(plan, columns)? {
+            let (mut drows, mut dweights) = (self.gpu.room(all.len())?, self.gpu.room(of_weights.len())?);
+            let (dy, rows, made) = (of_dy.words(), all.words(), (&mut drows, &mut dweights));
+            self.gpu.combine_rows_backward(&dy, &rows, &places, &of_weights.floats(), made, columns)?;
+            return Ok([Elements::bf16(drows), Elements::f32(dweights)]);
+        }
         let (places, choices, shape) = (self.places(plan)?, plan.slots.len() as u64, by_row(plan.slots.len()));
         let (drows, dweights) = (self.room(1, all.len())?, self.wide_room(1, of_weights.len())?);
         let ([columns, top_k], dy, rows) = ([columns, plan.top_k].map(|n| n as i32), &of_dy.address(), &all.address());

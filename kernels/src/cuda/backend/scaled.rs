@@ -167,7 +167,9 @@ impl CudaBackend {
                 None => self.gpu.upload::<f32>(&w.values()),
                 Some(_) => self.gpu.joined(&[self.wide(w)?.floats()]),
             });
-            let both = self.gpu.quantise_blocks(floats, [first.rows(), first.columns()])?;
+            let shape = [first.rows(), first.columns()];
+            let mut both = self.gpu.blocks(missing.len(), shape)?;
+            self.gpu.quantise_blocks(floats, shape, &mut both)?;
             for (at, w) in missing.iter().enumerate() {
                 self.kept(place(w), || Ok(Buffer::Weight(both.each_ref().map(|of| of.one(at)))))?;
             }

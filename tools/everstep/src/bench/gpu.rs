@@ -363,6 +363,8 @@ fn in_place(gpu: &Gpu, shape: [usize; 2]) -> Result<()> {
     let mut norm = || gpu.rms_norm_quantised(&x, &weight, (&mut y, &mut out, &mut roots), 1e-6);
     let time = best(|| Ok(gpu.seconds(REPETITIONS, &mut norm)?))?;
     line(gpu, "RMSNorm and quantise", shape, 5 * n + scales + 4 * tokens, time)?;
+    let time = best(|| Ok(gpu.seconds(REPETITIONS, || gpu.rms_norm_backward([&x, &up], &weight, &mut y, 1e-6))?))?;
+    line(gpu, "RMSNorm, gradient", shape, 6 * n, time)?;
     let time = best(|| Ok(gpu.seconds(REPETITIONS, || gpu.swiglu_quantised(&x, &up, &mut y, &mut out))?))?;
     line(gpu, "SwiGLU and quantise", shape, 7 * n + scales, time)?;
     let (dh, mut dup, mut of_dup) =
@@ -380,8 +382,9 @@ fn in_place(gpu: &Gpu, shape: [usize; 2]) -> Result<()> {
 /// A weight to E4M3 in both orders.
 fn weights(gpu: &Gpu, shape: [usize; 2]) -> Result<()> {
     let w = gpu.upload(&Philox::new(7, 54, 11).normals(shape[0] * shape[1], 1.0))?;
-    let quantise = || gpu.quantise_blocks([&w].into_iter().map(Ok), shape).map(drop);
-    let time = best(|| Ok(gpu.seconds(REPETITIONS, quantise)?))?;
+    let mut both = gpu.blocks(1, shape)?;
+    let mut quantise = || gpu.quantise_blocks([&w].into_iter().map(Ok), shape, &mut both);
+    let time = best(|| Ok(gpu.seconds(REPETITIONS, &mut quantise)?))?;
     line(gpu, "quantise a weight", shape, 6 * w.len() + 8 * (w.len() >> 14), time)
 }
 
@@ -410,7 +413,8 @@ fn routed(gpu: &Gpu, shape: [usize; 2]) -> Result<()> {
     let places = Places::new(gpu, (top_k, 8, tokens * top_k), &place, &named)?;
     let made = gpu.upload(&random_bf16(n * top_k, 8))?;
     let weights = gpu.upload(&vec![0.125f32; tokens * top_k])?;
-    let time = best(|| Ok(gpu.seconds(REPETITIONS, || gpu.combine_rows(&made, &places, &weights, &mut y, columns))?))?;
+    let mut combine = || gpu.combine_rows(&made, &places, Some(weights.as_view()), &mut y, columns);
+    let time = best(|| Ok(gpu.seconds(REPETITIONS, &mut combine)?))?;
     line(gpu, "combine", shape, 2 * n * (top_k + 1) + 12 * tokens * top_k, time)?;
     let (mut drows, mut dweights) = (gpu.upload(&vec![0u16; n * top_k])?, gpu.upload(&vec![0f32; tokens * top_k])?);
     let backward = |drows: &mut _, dweights: &mut _| {
