@@ -7,7 +7,8 @@
 //   weight:   dw = the sum over rows of dy * (x * r), FP32; sums: [strips][columns], FP32, what lies between its two kernels
 // Any number of rows; columns a multiple of 128. A CTA takes 4 rows (backward: 2); more CTAs do nothing. Weight: a CTA takes a
 // strip of 128 rows and 256 columns, and there is one strip at least.
-// Shared memory, but for weight: for each row, and backward also each row of dy, 2 * columns + PAD bytes.
+// Shared memory, but for weight: for each row, and backward also each row of dy, 2 * columns + PAD bytes; backward 32 bytes of each
+// thread and 64 for each row as well. Backward has 64 to 256 threads, some 16 columns each: with more, too few rows are on their way.
 //
 // A row's sum has the order of the reference: 16 partial sums, of every sixteenth element ascending, then a binary tree.
 // That is a chain of columns / 16 additions, so a row waits for it in shared memory while other CTAs' rows are read and
@@ -19,7 +20,6 @@ constexpr int CHAINS = 16;                    // partial sums of a row
 constexpr int PAD = 32;                       // bytes between rows, so that the chains of two rows lie in different banks
 constexpr int ROWS = 4, BACK_ROWS = 2;
 constexpr int FORWARD = 512;                  // threads, forward
-constexpr int TERMS = THREADS * 8;            // of a row at a time, backward
 constexpr int FORWARD_AHEAD = 8, BACK_AHEAD = 16; // elements of a chain that are fetched before they are added
 
 __device__ __forceinline__ u32 load_half(u32 address) {
@@ -68,9 +68,9 @@ template <int AHEAD> __device__ __forceinline__ float inverse_root(u32 row, int 
     return __fdiv_rn(1.f, __fsqrt_rn(__fadd_rn(__fdiv_rn(squares, (float)columns), eps)));
 }
 // Which of COUNT rows this thread helps to sum, if any. An SM's CTAs do not all use the same of its four schedulers.
-template <int THREADS, int COUNT> __device__ __forceinline__ u32 row_to_sum() {
+template <int COUNT> __device__ __forceinline__ u32 row_to_sum(int threads) {
     constexpr int NEEDED = COUNT * CHAINS;
-    return (threadIdx.x - blockIdx.x % (THREADS / NEEDED) * NEEDED) / CHAINS;
+    return (threadIdx.x - blockIdx.x % (threads / NEEDED) * NEEDED) / CHAINS;
 }
 
 struct Weights {
@@ -109,7 +109,7 @@ rms_norm(const u16* __restrict__ x, const float* __restrict__ w, u16* y, u8* cod
     ready(bar, 1);
     if (threadIdx.x == 0) bring(in, x, row, count, columns, bar);
     barrier_wait(bar, 0);
-    const u32 summed = row_to_sum<FORWARD, ROWS>();
+    const u32 summed = row_to_sum<ROWS>(FORWARD);
     if (summed < ROWS) {
         // The sum of a row that is not there is made of what lies there, and not used.
         const float root = inverse_root<FORWARD_AHEAD>(in + summed * pitch, columns, eps);
@@ -147,14 +147,16 @@ rms_norm(const u16* __restrict__ x, const float* __restrict__ w, u16* y, u8* cod
     }
 }
 
-extern "C" __global__ void __launch_bounds__(THREADS)
+extern "C" __global__ void __launch_bounds__(THREADS, 4)
 rms_norm_backward(const u16* __restrict__ x, const float* __restrict__ w, const u16* __restrict__ dy, u16* dx,
                   int rows, int columns, float eps) {
     extern __shared__ __align__(16) char memory[];
     __shared__ u64 arrived[2];
     __shared__ float r[BACK_ROWS], mean[BACK_ROWS];
-    __shared__ __align__(16) float terms[BACK_ROWS][TERMS + CHAINS];
     const u32 bar = shared_address(arrived), in = shared_address(memory), pitch = columns * 2 + PAD, in_dy = in + BACK_ROWS * pitch;
+    const int step = blockDim.x * 8;          // terms of a row at a time
+    float* const terms = (float*)(memory + 2 * BACK_ROWS * pitch);
+    const auto terms_of = [&](int row) { return terms + row * (step + CHAINS); };
     const int row = blockIdx.x * BACK_ROWS, count = min(BACK_ROWS, rows - row);
     if (count <= 0) return;
     ready(bar, 2);
@@ -166,7 +168,7 @@ rms_norm_backward(const u16* __restrict__ x, const float* __restrict__ w, const 
     // Weights come a step before they are needed.
     const auto weights_at = [&](int column) { return Weights(w + min(column, columns - 8)); };
     Weights weight = weights_at(threadIdx.x * 8);
-    const u32 summed = row_to_sum<THREADS, BACK_ROWS>(), chain = threadIdx.x % CHAINS;
+    const u32 summed = row_to_sum<BACK_ROWS>(blockDim.x), chain = threadIdx.x % CHAINS;
     barrier_wait(bar, 0);
     if (summed < BACK_ROWS) {
         const float root = inverse_root<BACK_AHEAD>(in + summed * pitch, columns, eps);
@@ -177,7 +179,7 @@ rms_norm_backward(const u16* __restrict__ x, const float* __restrict__ w, const 
     // All threads make the second sum's terms, a part of the columns at a time, so that its chain is additions only.
     float sum = 0;
 #pragma unroll 1
-    for (int from = 0; from < columns; from += TERMS) {
+    for (int from = 0; from < columns; from += step) {
         const int column = from + threadIdx.x * 8;
         if (from) __syncthreads();
         if (column < columns)
@@ -188,14 +190,14 @@ rms_norm_backward(const u16* __restrict__ x, const float* __restrict__ w, const 
                 float t[8];
 #pragma unroll
                 for (int j = 0; j < 8; j++) t[j] = __fmul_rn(__fmul_rn(d[j], weight.at[j]), __fmul_rn(a[j], root));
-                float4* const to = (float4*)&terms[i][threadIdx.x * 8];
+                float4* const to = (float4*)(terms_of(i) + threadIdx.x * 8);
                 to[0] = {t[0], t[1], t[2], t[3]};
                 to[1] = {t[4], t[5], t[6], t[7]};
             }
-        weight = weights_at(from + TERMS < columns ? column + TERMS : threadIdx.x * 8);
+        weight = weights_at(from + step < columns ? column + step : threadIdx.x * 8);
         __syncthreads();
         if (summed < BACK_ROWS)
-            sum = add_chain<BACK_AHEAD>(sum, min(TERMS, columns - from) / CHAINS, [&](int c) { return terms[summed][c * CHAINS + chain]; },
+            sum = add_chain<BACK_AHEAD>(sum, min(step, columns - from) / CHAINS, [&](int c) { return terms_of(summed)[c * CHAINS + chain]; },
                             [](float v) { return v; });
     }
     if (summed < BACK_ROWS) {
@@ -204,8 +206,8 @@ rms_norm_backward(const u16* __restrict__ x, const float* __restrict__ w, const 
     }
     __syncthreads();
 #pragma unroll 1
-    for (int column = threadIdx.x * 8; column < columns; column += THREADS * 8) {
-        const Weights next = weights_at(column + THREADS * 8);
+    for (int column = threadIdx.x * 8; column < columns; column += step) {
+        const Weights next = weights_at(column + step);
 #pragma unroll
         for (int i = 0; i < BACK_ROWS; i++) {
             const Eight a = load_eight(in + i * pitch + column * 2), d = load_eight(in_dy + i * pitch + column * 2);

@@ -163,7 +163,8 @@ impl Gpu {
         assert_eq!([x.len(), dy.len(), dx.len()], [rows * columns; 3], "elements of a norm's gradient");
         let (r, c) = (rows as i32, columns as i32);
         let ([x, dy], w) = ([x, dy].map(|of| of.device_ptr(&self.stream).0), w.device_ptr(&self.stream).0);
-        let shape = (rows.div_ceil(2), 256, 4 * (2 * columns + 32));
+        let threads = (columns / 16).next_power_of_two().clamp(64, 256);
+        let shape = (rows.div_ceil(2), threads as u32, 4 * (2 * columns + 32) + 2 * (32 * threads + 64));
         run!(self, NORM, "rms_norm_backward", shape, &x, &w, &dy, dx, &r, &c, &eps)
     }
 

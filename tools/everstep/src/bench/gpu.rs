@@ -316,10 +316,21 @@ fn line(gpu: &Gpu, what: &str, [rows, columns]: [usize; 2], bytes: usize, time: 
 fn rows(gpu: &Gpu) -> Result<()> {
     for columns in [2048usize, 7168] {
         in_place(gpu, [8192, columns])?;
+        norm_gradient(gpu, [8192, columns])?;
         norm_weights(gpu, [8192, columns])?;
         routed(gpu, [8192, columns])?;
     }
+    norm_gradient(gpu, [16384, 7168])?;
     norm_weights(gpu, [16384, 7168])
+}
+
+/// The gradient of what a norm is given.
+fn norm_gradient(gpu: &Gpu, shape: [usize; 2]) -> Result<()> {
+    let n = shape[0] * shape[1];
+    let (x, dy) = (gpu.upload(&random_bf16(n, 6))?, gpu.upload(&random_bf16(n, 7))?);
+    let (weight, mut dx) = (gpu.upload(&vec![1.0f32; shape[1]])?, gpu.upload(&vec![0u16; n])?);
+    let time = best(|| Ok(gpu.seconds(REPETITIONS, || gpu.rms_norm_backward([&x, &dy], &weight, &mut dx, 1e-6))?))?;
+    line(gpu, "RMSNorm, gradient", shape, 6 * n, time)
 }
 
 /// The gradient of a norm's weights, of the factors that the norm kept: it only reads, so its limit is reading; the copy's rate
@@ -363,8 +374,6 @@ fn in_place(gpu: &Gpu, shape: [usize; 2]) -> Result<()> {
     let mut norm = || gpu.rms_norm_quantised(&x, &weight, (&mut y, &mut out, &mut roots), 1e-6);
     let time = best(|| Ok(gpu.seconds(REPETITIONS, &mut norm)?))?;
     line(gpu, "RMSNorm and quantise", shape, 5 * n + scales + 4 * tokens, time)?;
-    let time = best(|| Ok(gpu.seconds(REPETITIONS, || gpu.rms_norm_backward([&x, &up], &weight, &mut y, 1e-6))?))?;
-    line(gpu, "RMSNorm, gradient", shape, 6 * n, time)?;
     let time = best(|| Ok(gpu.seconds(REPETITIONS, || gpu.swiglu_quantised(&x, &up, &mut y, &mut out))?))?;
     line(gpu, "SwiGLU and quantise", shape, 7 * n + scales, time)?;
     let (dh, mut dup, mut of_dup) =
