@@ -286,7 +286,7 @@ fn operations(both: Both<'_>) -> Result<bool, BackendError> {
         (70, 5, 40, 6, 40, 9),
         // Whole tiles of columns, and more choices than those kernels take.
         (0, 128, 8, 2, 4, 2),
-        (9, 128, 4, 1, 1, 1),
+        (64, 128, 4, 1, 1, 1),
         (130, 384, 64, 8, 8, 4),
         (33, 256, 48, 11, 16, 9),
         (7, 128, 40, 33, 40, 40),
