@@ -231,10 +231,10 @@ impl Supervisor {
         let mut effects = s.publish(Vec::new());
         if restarted {
             let committed = s.commit.committed();
-            effects.push(SupervisorEffect::Note(Happening::SupervisorRestarted { incarnation: life.0, committed }));
-            // The event may have been lost with the life before.
-            let known = (s.checkpoint > 0).then_some(Happening::CheckpointStored { step: s.checkpoint });
-            effects.extend(known.map(SupervisorEffect::Note));
+            let restarted = Happening::SupervisorRestarted { incarnation: life.0, committed };
+            // This event may have been lost with the life before.
+            let stored = (s.checkpoint > 0).then_some(Happening::CheckpointStored { step: s.checkpoint });
+            effects.extend([restarted].into_iter().chain(stored).map(SupervisorEffect::Note));
         }
         (s, effects)
     }
