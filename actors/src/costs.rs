@@ -125,13 +125,15 @@ fn stage_bytes(spec: &JobSpec, stage: u32) -> Bytes {
     // Of a token in a layer: the residual stream and its norms, queries, keys, values, the result, and the inner rows.
     let attention = m.heads * (2 * (m.nope + m.rope) + 2 * m.value + m.nope) + m.query_rank.unwrap_or(0) + m.kv_rank;
     let last = stage + 1 == spec.stages;
-    let (mut saved, mut recipes) = (0, 0);
+    // What is kept of rows for experts in a step with audits.
+    let (mut saved, mut recipes, mut rows) = (0, 0, 0);
     for layer in spec.layers_of(stage).chain(m.layers..if last { m.blocks() } else { m.layers }) {
         let inner = if m.is_mixture(layer) { m.shared_experts * m.expert_inner } else { m.dense_inner };
         saved += 6 * m.hidden + attention + 3 * inner;
         if m.is_mixture(layer) {
             // Rows to experts and back, of both passes.
             saved += 2 * m.top_k * m.hidden;
+            rows += 2 * m.top_k * m.hidden;
             // What they are copies of, in both passes, and 16 bytes for each choice: its weight and its place among the rows.
             recipes += 2 * m.hidden + 16 / activation(spec) as usize * m.top_k;
         }
@@ -141,7 +143,8 @@ fn stage_bytes(spec: &JobSpec, stage: u32) -> Bytes {
     let sent = (usize::from(stage > 0) + usize::from(!last)) * m.hidden;
     // They are stored as activations are.
     let of_step = |of_token: usize| activation(spec) * tokens * micro_batches * of_token as u64;
-    let kept = Kept { copies: WORD * parameters + of_step(sent), recipes: of_step(recipes) };
+    let audited = if spec.audit > 0 { of_step(rows) } else { 0 };
+    let kept = Kept { copies: WORD * parameters + of_step(sent) + audited, recipes: of_step(recipes) };
     let held = WORD * (parameters + tokens * in_flight * (saved + logits) as u64);
     Bytes { all: held + kept.copies + kept.recipes, kept }
 }
@@ -150,13 +153,18 @@ fn stage_bytes(spec: &JobSpec, stage: u32) -> Bytes {
 fn expert_bytes(spec: &JobSpec, group: Group) -> Bytes {
     let m = &spec.model;
     let micro_batches = spec.micro_batches.at(spec.steps);
-    // Those that it takes, and one of each lane that waits.
-    let at_once = micro_batches.min(spec.window() + 1);
-    let tokens = spec.targets_of_step(spec.steps) / u64::from(micro_batches) * u64::from(at_once);
-    let rows = (tokens * m.top_k as u64).div_ceil(m.experts as u64);
-    let kept = Kept { copies: WORD * elements(m, group), recipes: 0 };
+    let rows_of = |micro_batches: u32, all: u32| {
+        let tokens = spec.targets_of_step(spec.steps) / u64::from(all) * u64::from(micro_batches);
+        (tokens * m.top_k as u64).div_ceil(m.experts as u64)
+    };
+    // Those that it takes, and one of each lane that waits; but a new life may be sent a whole step at once.
+    let [computed, sent] = [micro_batches.min(spec.window() + 1), micro_batches].map(|n| rows_of(n, micro_batches));
+    // Answers are kept in a step with audits.
+    let answers = if spec.audit > 0 { activation(spec) * sent * 2 * m.hidden as u64 } else { 0 };
+    let kept = Kept { copies: WORD * elements(m, group) + answers, recipes: 0 };
     // Rows and inner rows stay until the weight gradient.
-    let held = WORD * (elements(m, group) + rows * (2 * m.hidden + 3 * m.expert_inner) as u64);
+    let inner = WORD * computed * 3 * m.expert_inner as u64;
+    let held = WORD * elements(m, group) + activation(spec) * sent * 2 * m.hidden as u64 + inner;
     Bytes { all: held + kept.copies, kept }
 }
 

@@ -182,7 +182,7 @@ mod tests {
         assert_eq!((asked.jobs, asked.sent.len(), asked.told.len()), (1, 2, 2));
     }
 
-    /// HO-1: rows of two micro-batches that came together are two batches, and so are rows of two lives of a stage.
+    /// HO-1: rows of two micro-batches that came together are two batches, and so is what is made again.
     #[test]
     fn micro_batches_are_computed_apart() {
         let materials = materials();
@@ -197,6 +197,15 @@ mod tests {
         assert_eq!(drive(&mut core, of_lane(0, 1)).jobs, 0, "expert 1 has not spoken");
         let asked = drive(&mut core, ready(&materials, 1));
         assert_eq!((asked.jobs, asked.sent.len()), (2, 3));
+        let again = |core: &mut HostCore, n: u32, again: bool| {
+            let Event::Local { from, local: Local::Ready(mut item) } = ready(&materials, n) else { unreachable!() };
+            (item.stage.incarnation, item.again) = (Incarnation(2), again);
+            drive(core, Event::Local { from, local: Local::Ready(item) })
+        };
+        drive(&mut core, batch(&[0, 1]));
+        assert_eq!(again(&mut core, 0, true).jobs, 0);
+        let asked = again(&mut core, 1, false);
+        assert_eq!((asked.jobs, asked.sent.len()), (2, 2), "a batch is made again or it is not");
     }
 
     /// HO-2: an expert that died is not waited for, and its work is dropped.

@@ -140,7 +140,7 @@ impl KeeperCore {
                 self.publish(step).into_iter().collect()
             }
             KeeperEvent::Stored { step, shard, sums } => {
-                // One that was given before a way back is not of this attempt.
+                // One that was given before a way back is not of this attempt, if it is not made again yet.
                 if let Some(stored) = self.storing.get_mut(&step).and_then(|of_step| of_step.get_mut(&shard)) {
                     *stored = Some(sums);
                 }

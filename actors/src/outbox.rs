@@ -68,13 +68,14 @@ impl Outbox {
         copies.chain(self.make_again(before, now, &kept)).collect()
     }
 
-    /// The job that makes rows again for experts with a new life.
-    fn make_again(&self, before: &Table, now: &Table, kept: &impl Fn(ActorId, Step) -> bool) -> Option<Effect> {
-        let mut rows = Vec::new();
+    /// The jobs that make rows again for experts with a new life, one for each turn and pass: not all rows are there at once, and
+    /// the first leave first.
+    fn make_again(&self, before: &Table, now: &Table, kept: &impl Fn(ActorId, Step) -> bool) -> Vec<Effect> {
+        let mut jobs: BTreeMap<(Turn, Pass), Vec<RowsAgain>> = BTreeMap::new();
         for (layer, recipes) in &self.recipes {
             let replaced = now.experts(*layer).filter(|to| now.replaced(before, to.actor));
             let last = usize::from(planted(Bug::RecipeForgotten));
-            rows.extend(replaced.flat_map(|to| {
+            let rows = replaced.flat_map(|to| {
                 let of = move |(turn, pass, recipe): &(Turn, Pass, RowsRecipe)| RowsAgain {
                     to,
                     turn: *turn,
@@ -83,10 +84,14 @@ impl Outbox {
                 };
                 let lacks = move |(turn, ..): &&(Turn, Pass, RowsRecipe)| !kept(to.actor, turn.step);
                 recipes[..recipes.len() - last].iter().filter(lacks).map(of)
-            }));
+            });
+            rows.for_each(|rows| jobs.entry((rows.turn, rows.pass)).or_default().push(rows));
         }
-        let cost = rows.iter().map(RowsAgain::cost).sum();
-        (!rows.is_empty()).then_some(Effect::Compute { job: Job::Rows(rows), cost })
+        let job = |rows: Vec<RowsAgain>| {
+            let cost = rows.iter().map(RowsAgain::cost).sum();
+            Effect::Compute { job: Job::Rows(rows), cost }
+        };
+        jobs.into_values().map(job).collect()
     }
 
     /// Forgets messages of committed steps.

@@ -78,6 +78,11 @@ impl Root {
     ) -> (Self, Vec<RootEffect>) {
         let mut router = Router::new();
         router.welcome(SUPERVISOR_NODE);
+        // What earlier lives compared may be stored again.
+        let mut keeper = keeper;
+        for (step, fingerprint) in supervisor.reported() {
+            keeper.on(KeeperEvent::Verified(*step, fingerprint.clone()));
+        }
         let mut root = Self { supervisor, keeper, router };
         let effects = root.supervised(Duration::ZERO, first);
         (root, effects)
@@ -103,7 +108,7 @@ impl Root {
 
     fn supervised(&mut self, now: Duration, effects: Vec<SupervisorEffect>) -> Vec<RootEffect> {
         let mut out = Vec::new();
-        let mut messages = Vec::new();
+        let (mut messages, mut verified) = (Vec::new(), Vec::new());
         for effect in effects {
             match effect {
                 SupervisorEffect::Append(record) => out.push(RootEffect::Append(record)),
@@ -120,8 +125,7 @@ impl Root {
                 SupervisorEffect::Fence(node) => out.push(RootEffect::Tell(node, Control::Fence)),
                 SupervisorEffect::Send(to, body) => messages.push((ActorId::Supervisor, to, body)),
                 SupervisorEffect::Verified(step, fingerprint) => {
-                    let effects = self.keeper.on(KeeperEvent::Verified(step, fingerprint));
-                    out.extend(self.kept(now, effects));
+                    verified.push(KeeperEvent::Verified(step, fingerprint))
                 }
                 SupervisorEffect::Report(report) => out.push(RootEffect::Report(report)),
                 SupervisorEffect::Note(happening) => out.push(RootEffect::Note(happening)),
@@ -129,6 +133,11 @@ impl Root {
             }
         }
         out.extend(self.send(now, messages));
+        // What the keeper says to it may be decided upon: records of that come after those of before.
+        for event in verified {
+            let effects = self.keeper.on(event);
+            out.extend(self.kept(now, effects));
+        }
         out
     }
 

@@ -139,6 +139,9 @@ impl Router {
         actions.extend(new.iter().filter(|a| !old.contains(a)).map(|a| Action::Spawn(*a)));
         let inform = new_hosts.into_iter().chain(new.iter().map(|a| a.actor));
         actions.extend(inform.map(|actor| Action::Deliver(actor, Event::Table(Arc::clone(&table)))));
+        if table.primaries.contains(&None) {
+            self.shared.clear();
+        }
         self.shared.keep(|of| new.iter().any(|a| matches!(a.actor, ActorId::Stage { stage, .. } if stage == of)));
         let gone: Vec<NodeId> = before.nodes.keys().filter(|n| !table.nodes.contains_key(n)).copied().collect();
         if !gone.is_empty() {

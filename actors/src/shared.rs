@@ -2,12 +2,13 @@
 //!
 //! - SH-1: two messages are taken for the same only if one life of a reducer sent both for one step: a life never goes back, so
 //!   it has one state for each step.
-//! - SH-2: only what a lane of this node uses is kept, and of each group the newest step's.
+//! - SH-2: only what a lane of this node uses is kept, of each group the newest step's that came; a step that another life sends
+//!   again, as a new primary does, is not kept beside it.
 
 use crate::ids::{ActorId, Address, Step};
 use crate::message::Body;
 use everstep_kernels::Tensor;
-use std::collections::BTreeMap;
+use std::collections::{BTreeMap, BTreeSet};
 
 /// See the module.
 #[derive(Debug, Default)]
@@ -18,21 +19,22 @@ struct Weights {
     from: Address,
     step: Step,
     tensors: Vec<Tensor>,
-    /// The stage that they are for.
-    stage: u32,
+    /// The stages that they are for: an embedding may be for two.
+    stages: BTreeSet<u32>,
 }
 
 impl Shared {
     /// Weights for a stage as another lane of it has them, if one does.
     pub(crate) fn take(&mut self, from: Address, to: ActorId, body: Body<Tensor>) -> Body<Tensor> {
         let (ActorId::Stage { stage, .. }, Body::Weights { step, group, tensors }) = (to, &body) else { return body };
-        match self.0.get(group) {
+        match self.0.get_mut(group) {
             Some(known) if (known.from, known.step) == (from, *step) => {
+                known.stages.insert(stage);
                 Body::Weights { step: *step, group: *group, tensors: known.tensors.clone() }
             }
-            Some(known) if known.from == from && known.step > *step => body,
+            Some(known) if known.step >= *step => body,
             Some(_) | None => {
-                self.0.insert(*group, Weights { from, step: *step, tensors: tensors.clone(), stage });
+                self.0.insert(*group, Weights { from, step: *step, tensors: tensors.clone(), stages: [stage].into() });
                 body
             }
         }
@@ -40,7 +42,12 @@ impl Shared {
 
     /// These stages live here, and no others.
     pub(crate) fn keep(&mut self, lives: impl Fn(u32) -> bool) {
-        self.0.retain(|_, weights| lives(weights.stage));
+        self.0.retain(|_, weights| weights.stages.iter().any(|stage| lives(*stage)));
+    }
+
+    /// The job goes back: steps begin again.
+    pub(crate) fn clear(&mut self) {
+        self.0.clear();
     }
 }
 
@@ -69,6 +76,7 @@ mod tests {
         // Values differ here to be told apart.
         assert_eq!(took(&mut shared, 1, lane(1), 4, 2.0), 1.0, "the same");
         assert_eq!(took(&mut shared, 2, lane(1), 4, 3.0), 3.0, "of another life");
+        assert_eq!(took(&mut shared, 1, lane(1), 4, 3.5), 1.0, "which is not kept beside it");
         assert_eq!(took(&mut shared, 2, lane(0), 5, 4.0), 4.0, "of another step");
         assert_eq!(took(&mut shared, 2, lane(1), 4, 5.0), 5.0, "late");
         assert_eq!(took(&mut shared, 2, lane(1), 5, 6.0), 4.0, "the newest is still there");

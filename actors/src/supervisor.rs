@@ -230,13 +230,16 @@ impl Supervisor {
         }
         let mut effects = s.publish(Vec::new());
         if restarted {
-            let committed = s.commit.committed();
-            let restarted = Happening::SupervisorRestarted { incarnation: life.0, committed };
-            // This event may have been lost with the life before.
-            let stored = (s.checkpoint > 0).then_some(Happening::CheckpointStored { step: s.checkpoint });
-            effects.extend([restarted].into_iter().chain(stored).map(SupervisorEffect::Note));
+            effects.extend(s.told_of_restart(life).map(SupervisorEffect::Note));
         }
         (s, effects)
+    }
+
+    /// The event of the newest checkpoint may have been lost with the life before.
+    fn told_of_restart(&self, life: Incarnation) -> impl Iterator<Item = Happening> {
+        let restarted = Happening::SupervisorRestarted { incarnation: life.0, committed: self.commit.committed() };
+        let stored = (self.checkpoint > 0).then_some(Happening::CheckpointStored { step: self.checkpoint });
+        [restarted].into_iter().chain(stored)
     }
 
     fn placed_copies(&self) -> BTreeSet<(u32, u32)> {
@@ -312,6 +315,8 @@ impl Supervisor {
             SupervisorEvent::ActorFailed { address, reason } => self.actor_failed(address, reason),
             SupervisorEvent::Message { from, body } => self.message(from, body),
             SupervisorEvent::Checkpointed(step) => self.checkpointed(step),
+            // It goes back already.
+            SupervisorEvent::SnapshotDamaged(_) if self.table.primaries.contains(&None) => Vec::new(),
             SupervisorEvent::SnapshotDamaged(why) => self.corrupt(why, false),
             SupervisorEvent::Synced => {
                 let held = self.held.pop_front().unwrap_or_default();

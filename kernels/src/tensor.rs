@@ -117,6 +117,11 @@ impl Tensor {
         Self { rows, columns, data, from: 0, forms: Arc::default() }
     }
 
+    /// The same data, without the forms that products asked for: they go with the other handles.
+    pub(crate) fn alone(&self) -> Self {
+        Self { forms: Arc::default(), ..self.clone() }
+    }
+
     /// A matrix in host memory. Panics if the lengths disagree: that is a broken caller.
     pub fn host(rows: usize, columns: usize, data: Arc<Vec<f32>>) -> Self {
         assert_eq!(data.len(), rows * columns, "elements of a {rows} x {columns} matrix");

@@ -1,11 +1,14 @@
 //! Threads for jobs, so that nothing heavy runs on a runtime's thread.
 //!
+//! Rows that are made again have a thread of their own: somebody's next life waits for them, and they are little more than
+//! copied.
+//!
 //! A thread that is paced takes at least the planned time for a job, so that several nodes on one machine behave like as
 //! many machines of that speed.
 //!
-//! Bound: an actor has one job at a time, or two when a commit overtakes a life that replays the step, and a stage one more for each
-//! epoch that gave experts new lives; a host
-//! has at most one for each micro-batch that a lane has in flight.
+//! Bound: an actor has one job at a time, or two when a commit overtakes a life that replays the step; a stage beside that two for
+//! each micro-batch whose rows it makes again, in each epoch that gave experts new lives; a host at most one for each
+//! micro-batch that a lane has in flight, and as many for its stage's next life.
 
 use crate::compute::{Job, Outcome, attempt};
 use crate::hang::At;
@@ -34,6 +37,8 @@ struct Task {
 pub(super) struct Pool {
     /// Its places are there from the beginning: small ones.
     queue: SyncSender<Box<Task>>,
+    /// The same, of rows.
+    rows: SyncSender<Box<Task>>,
     done: Arc<Done>,
     /// As in [`Rates`].
     rates: Arc<[[AtomicU64; 2]; KINDS]>,
@@ -58,19 +63,23 @@ impl std::fmt::Debug for Task {
 impl Pool {
     /// `pace`: multiply-adds a second of each thread.
     pub(super) fn new(threads: usize, backend: &Arc<dyn Backend>, pace: Option<f64>) -> std::io::Result<Self> {
-        let (queue, tasks) = sync_channel::<Box<Task>>(QUEUE);
-        let tasks = Arc::new(Mutex::new(tasks));
+        let threads = threads.max(1);
+        let ((queue, tasks), (rows, of_rows)) = (sync_channel(QUEUE), sync_channel(QUEUE));
+        let [tasks, of_rows] = [tasks, of_rows].map(|tasks| Arc::new(Mutex::new(tasks)));
         let done: Arc<Done> = Arc::default();
-        let at: Arc<Vec<[AtomicU64; 2]>> = Arc::new((0..threads.max(1)).map(|_| Default::default()).collect());
+        let at: Arc<Vec<[AtomicU64; 2]>> = Arc::new((0..=threads).map(|_| Default::default()).collect());
         let rates: Arc<[[AtomicU64; 2]; KINDS]> = Arc::default();
-        for n in 0..threads.max(1) {
-            let (tasks, backend, done) = (Arc::clone(&tasks), Arc::clone(backend), Arc::clone(&done));
+        let spawn = |n: usize, name: String, tasks: &Arc<Mutex<Receiver<Box<Task>>>>, pace: Option<f64>| {
+            let (tasks, backend, done) = (Arc::clone(tasks), Arc::clone(backend), Arc::clone(&done));
             let (at, rates) = (Arc::clone(&at), Arc::clone(&rates));
-            std::thread::Builder::new().name(format!("compute-{n}")).spawn(move || {
-                serve(&tasks, &*backend, (&done, &rates), &at[n], pace);
-            })?;
+            let serve = move || serve(&tasks, &*backend, (&done, &rates), &at[n], pace);
+            std::thread::Builder::new().name(name).spawn(serve)
+        };
+        for n in 0..threads {
+            spawn(n, format!("compute-{n}"), &tasks, pace)?;
         }
-        Ok(Self { queue, done, rates, at })
+        spawn(threads, "rows".to_owned(), &of_rows, None)?;
+        Ok(Self { queue, rows, done, rates, at })
     }
 
     /// Multiply-adds done so far.
@@ -98,8 +107,9 @@ impl Pool {
 
     /// Runs a job; `reply` is called on the job's thread.
     pub(super) fn submit(&self, job: Job, cost: u64, reply: impl FnOnce(Result<Outcome, String>) + Send + 'static) {
+        let queue = if matches!(job, Job::Rows(_)) { &self.rows } else { &self.queue };
         let task = Box::new(Task { job, cost, reply: Box::new(reply) });
-        if let Err(TrySendError::Full(task) | TrySendError::Disconnected(task)) = self.queue.try_send(task) {
+        if let Err(TrySendError::Full(task) | TrySendError::Disconnected(task)) = queue.try_send(task) {
             (task.reply)(Err("there is no room for its job".to_owned()));
         }
     }

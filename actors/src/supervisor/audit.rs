@@ -108,12 +108,13 @@ impl Supervisor {
         }
     }
 
-    /// The node with the least to do that is none of these and has room.
+    /// The node with the least to do that is none of these, has room, and is not one on which the actor failed again and again.
     pub(super) fn elsewhere(&self, actor: ActorId, but: &[NodeId]) -> Option<NodeId> {
-        let load = |node: NodeId| -> u64 { self.table.actors_of(node).map(|a| self.costs.of(a.actor)).sum() };
-        let rooms = self.rooms();
-        let others = self.working().into_iter().filter(|node| !but.contains(node));
-        others.filter(|node| self.costs.bytes(actor) <= rooms[node]).min_by_key(|node| (load(*node), *node))
+        let away = self.away().get(&actor).copied();
+        let holdings = self.holdings();
+        let others = self.working().into_iter().filter(|node| !but.contains(node) && away != Some(*node));
+        let roomy = others.filter(|node| holdings[node].0.more(&self.costs, actor) <= holdings[node].1);
+        roomy.min_by_key(|node| (holdings[node].0.load, *node))
     }
 
     fn make_again(&mut self, actor: ActorId, step: Step, node: NodeId) -> Vec<SupervisorEffect> {

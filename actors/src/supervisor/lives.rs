@@ -47,8 +47,7 @@ impl Supervisor {
         let present = self.table.entries.iter().filter(|(actor, e)| stays(actor, &e.node));
         let present: BTreeMap<ActorId, NodeId> = present.map(|(a, e)| (*a, e.node)).collect();
         let slow = if self.relieve { self.speeds.slow() } else { BTreeMap::new() };
-        self.moved_away.retain(|_, (_, at)| self.now.saturating_sub(*at) < AWAY);
-        let away = self.moved_away.iter().map(|(actor, (node, _))| (*actor, *node)).collect();
+        let away = self.away();
         let about = About { infos: &self.table.nodes, slow: &slow, away: &away };
         let how = if level { How::Level } else { How::Stay };
         let (wanted, no_room) = place_all(&self.costs, &working, about, how, (&present, &copies));
@@ -138,21 +137,31 @@ impl Supervisor {
         homes.into_iter().map(|(replica, home, _)| (replica, home)).collect()
     }
 
-    /// Bytes that each node has left.
-    pub(super) fn rooms(&self) -> BTreeMap<NodeId, u64> {
+    /// Where actors failed again and again, not long ago.
+    pub(super) fn away(&self) -> BTreeMap<ActorId, NodeId> {
+        let recent = self.moved_away.iter().filter(|(_, (_, at))| self.now.saturating_sub(*at) < AWAY);
+        recent.map(|(actor, (node, _))| (*actor, *node)).collect()
+    }
+
+    /// What the actors of each node hold, and bytes that it has left.
+    pub(super) fn holdings(&self) -> BTreeMap<NodeId, (Holding, u64)> {
         let mut held: BTreeMap<NodeId, Holding> = BTreeMap::new();
         for (actor, entry) in &self.table.entries {
             held.entry(entry.node).or_default().add(&self.costs, *actor);
         }
-        let room = |(node, info): (&NodeId, &NodeInfo)| (*node, info.room(held.get(node).map_or(0, |held| held.bytes)));
-        self.table.nodes.iter().map(room).collect()
+        let of_node = |(node, info): (&NodeId, &NodeInfo)| {
+            let held = held.remove(node).unwrap_or_default();
+            let room = info.room(held.bytes);
+            (*node, (held, room))
+        };
+        self.table.nodes.iter().map(of_node).collect()
     }
 
     /// Domains of nodes that work, beside those that are taken, with room for a copy of a shard.
     fn free_domains(&self, shard: u32, working: &[NodeId], taken: &BTreeSet<Domain<'_>>) -> usize {
         let bytes = self.costs.bytes(ActorId::Reducer { shard, replica: 0 });
-        let rooms = self.rooms();
-        let roomy = working.iter().filter(|node| bytes <= rooms[node]);
+        let holdings = self.holdings();
+        let roomy = working.iter().filter(|node| bytes <= holdings[node].1);
         let domains: BTreeSet<Domain<'_>> = roomy.map(|node| self.table.domain_of(*node)).collect();
         domains.difference(taken).count()
     }
@@ -321,7 +330,7 @@ impl Supervisor {
     fn last_resort(&mut self, actor: ActorId, node: NodeId) -> Option<NodeId> {
         let is_state = matches!(actor, ActorId::Reducer { .. });
         let other = self.elsewhere(actor, &[node]).filter(|_| !is_state)?;
-        if self.moved_away.get(&actor).is_some_and(|(_, at)| self.now.saturating_sub(*at) < AWAY) {
+        if self.away().contains_key(&actor) {
             return None;
         }
         self.moved_away.insert(actor, (node, self.now));

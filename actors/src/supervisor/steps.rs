@@ -8,6 +8,7 @@ use crate::ids::{ActorId, Address, NodeId, Step};
 use crate::message::Body;
 use crate::tally::Operations;
 use everstep_kernels::Tensor;
+use std::collections::BTreeMap;
 
 impl Supervisor {
     pub(super) fn message(&mut self, from: Address, body: Body<Tensor>) -> Vec<SupervisorEffect> {
@@ -198,6 +199,11 @@ impl Supervisor {
             effects.extend(self.finish(Ok(())));
         }
         effects
+    }
+
+    /// Fingerprints of steps that may be done again.
+    pub(crate) fn reported(&self) -> &BTreeMap<Step, String> {
+        &self.reported
     }
 
     pub(super) fn checkpointed(&mut self, step: Step) -> Vec<SupervisorEffect> {

@@ -20,12 +20,12 @@ pub struct RowsRecipe {
 impl RowsRecipe {
     /// Of the way forward.
     pub(crate) fn forward(x: &Tensor, plan: &Arc<Dispatch>) -> Self {
-        Self { x: x.clone(), weights: None, plan: Arc::clone(plan) }
+        Self { x: x.alone(), weights: None, plan: Arc::clone(plan) }
     }
 
     /// Of the way back.
     pub(crate) fn backward(dy: &Tensor, weights: &Tensor, plan: &Arc<Dispatch>) -> Self {
-        Self { x: dy.clone(), weights: Some(weights.clone()), plan: Arc::clone(plan) }
+        Self { x: dy.alone(), weights: Some(weights.alone()), plan: Arc::clone(plan) }
     }
 
     /// Elements of an expert's rows.
