@@ -55,6 +55,9 @@ __device__ __forceinline__ void load_bytes(u32 dst, const void* src, u32 bytes, 
     asm volatile("cp.async.bulk.shared::cluster.global.mbarrier::complete_tx::bytes [%0], [%1], %2, [%3];"
                  :: "r"(dst), "l"(src), "r"(bytes), "r"(bar) : "memory");
 }
+__device__ __forceinline__ void prefetch_bytes(const void* src, u32 bytes) {
+    asm volatile("cp.async.bulk.prefetch.L2.global [%0], %1;" :: "l"(src), "r"(bytes) : "memory");
+}
 // How the L2 cache keeps what is read once: it goes first, so that it drives out nothing that others wrote or will read.
 __device__ __forceinline__ u64 read_once() {
     u64 policy; asm("createpolicy.fractional.L2::evict_first.b64 %0, 1.0;" : "=l"(policy)); return policy;

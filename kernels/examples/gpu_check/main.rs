@@ -232,7 +232,8 @@ fn combine_backward(gpu: &Gpu, tokens: usize, top_k: usize, columns: usize) -> R
 /// What is done to rows at the speed of memory.
 fn all_rows(gpu: &Gpu) -> Result<bool, BackendError> {
     let mut good = true;
-    for (tokens, columns) in [(0, 128), (1, 128), (1001, 1152), (77, 7168), (5, 24_576)] {
+    // Two of them with more rows than the card has at once.
+    for (tokens, columns) in [(0, 128), (1, 128), (5001, 128), (1001, 1152), (77, 7168), (801, 7168), (5, 24_576)] {
         if wanted(tokens * columns) {
             good &= rows(gpu, tokens, columns)?;
         }

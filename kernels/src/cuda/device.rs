@@ -154,6 +154,12 @@ impl Gpu {
         Ok(function)
     }
 
+    /// Blocks of a function that it has at once.
+    pub(super) fn resident(&self, function: &CudaFunction, threads: u32, shared: usize) -> Result<i32, BackendError> {
+        let each = function.occupancy_max_active_blocks_per_multiprocessor(threads, shared, None);
+        Ok((each.map_err(|e| self.error(told(e)))? * self.processors) as i32)
+    }
+
     fn module(&self, source: &Source) -> Result<Arc<CudaModule>, BackendError> {
         if self.capability != (9, 0) {
             let needs = format!("{} is compiled for sm_90a, this GPU is {}", source.name, self.architecture());

@@ -164,8 +164,10 @@ impl Gpu {
         let (r, c) = (rows as i32, columns as i32);
         let ([x, dy], w) = ([x, dy].map(|of| of.device_ptr(&self.stream).0), w.device_ptr(&self.stream).0);
         let threads = (columns / 16).next_power_of_two().clamp(64, 256);
-        let shape = (rows.div_ceil(2), threads as u32, 4 * (2 * columns + 32) + 2 * (32 * threads + 64));
-        run!(self, NORM, "rms_norm_backward", shape, &x, &w, &dy, dx, &r, &c, &eps)
+        let (threads, shared) = (threads as u32, 4 * (2 * columns + 32) + 2 * (32 * threads + 64));
+        let resident = self.resident(&self.function(&NORM, "rms_norm_backward", shared as u32)?, threads, shared)?;
+        let shape = (rows.div_ceil(2), threads, shared);
+        run!(self, NORM, "rms_norm_backward", shape, &x, &w, &dy, dx, &r, &c, &eps, &resident)
     }
 
     /// Strips in which the gradient of a norm's weights adds so many rows, at least one. It depends on their number alone, so that

@@ -12,6 +12,9 @@ class Kernel:
         ok(C.cuModuleLoadData(ctypes.byref(self.mod), open(cubin, "rb").read()), cubin)
         ok(C.cuModuleGetFunction(ctypes.byref(self.f), self.mod, name.encode()), name)
         ok(C.cuFuncSetAttribute(self.f, 8, shared), "shared")
+    def resident(self, threads, shared):
+        """CTAs that a multiprocessor has at once."""
+        n = ctypes.c_int(); ok(C.cuOccupancyMaxActiveBlocksPerMultiprocessor(ctypes.byref(n), self.f, threads, ctypes.c_size_t(shared)), "resident"); return n.value
     def prepare(self, grid, block, *args):
         """Returns a closure that launches; arguments: bytes (by value), tensors (pointer), None (null), floats, ints."""
         vals = []

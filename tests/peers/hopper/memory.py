@@ -37,7 +37,8 @@ class Ops:
         return self.go("rms_norm", up(r, 4), x, w, y, codes, scales, None, r, c, scales.stride(0) if codes is not None else 0, power, eps, threads=512, shared=4*(2*c + 32))
     def norm_backward(self, x, w, dy, dx, eps):
         r, c = x.shape; threads = min(256, max(64, 1 << (c//16 - 1).bit_length()))
-        return self.go("rms_norm_backward", up(r, 2), x, w, dy, dx, r, c, eps, threads=threads, shared=4*(2*c + 32) + 2*(32*threads + 64))
+        shared = 4*(2*c + 32) + 2*(32*threads + 64); resident = SMS*self.k["rms_norm_backward"].resident(threads, shared)
+        return self.go("rms_norm_backward", up(r, 2), x, w, dy, dx, r, c, eps, resident, threads=threads, shared=shared)
     def dispatch(self, x, place, codes, scales, power):
         r, c = x.shape
         return self.go("dispatch", up(r*up(c//128, 8), 8), x, place, codes, scales, r, place.shape[1], c, power)
