@@ -1,11 +1,11 @@
 //! An actor's work of a step as one number, so that two lives can be compared (DESIGN section 5).
 //!
+//! - AD-1: the number depends on every bit of every message that the actor made in the step and on whom it is for, and not
+//!   on the order in which they were made.
 //! - AD-2: a message that its sender does not keep for a receiver's next life is kept here in a step in which the sender is
 //!   audited: what was made is compared, not what would be made again.
 //! - AD-3: whatever is sent to an actor in a step in which it is audited is kept by its sender, not made again: all lives that
 //!   are compared have the same inputs, whoever computes wrongly.
-//! - AD-1: the number depends on every bit of every message that the actor made in the step and on whom it is for, and not
-//!   on the order in which they were made.
 
 use crate::compute::Job;
 use crate::effect::Effect;

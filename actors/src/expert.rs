@@ -6,11 +6,11 @@
 //! - EX-2: weight gradients are made one micro-batch after another, ascending, over the rows of all
 //!   lanes in order of lane, and only then added.
 //! - EX-3: the sum leaves once every lane's rows of every micro-batch are in it.
-//! - EX-6: a lane is never more than [`JobSpec::window`] micro-batches before the slowest (contract C5): its rows wait.
-//! - EX-5: no answer is kept (but for a stage that is audited, see `audit.rs`): rows that a stage's new life sends again are its request for one, and are computed again for it
-//!   if the answer went to an earlier life. Nothing of that goes into the sum.
 //! - EX-4: what was on its way to another life through the host is not taken: after a way back those rows may have been made
 //!   from a corrupt state, and the first rows that come count.
+//! - EX-5: no answer is kept, but for a stage that is audited (`audit.rs`): rows that a stage's new life sends again are its
+//!   request for one, and are computed again for it if the answer went to an earlier life. Nothing of that goes into the sum.
+//! - EX-6: a lane is never more than [`JobSpec::window`] micro-batches before the slowest (contract C5): its rows wait.
 
 use crate::audit::{self, Question};
 use crate::compute::{Job, Outcome};
