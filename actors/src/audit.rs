@@ -51,8 +51,17 @@ impl Question {
         is_due(&self.spec, actor, step)
     }
 
+    /// A message is made that is kept only if its receiver or its sender is audited (AD-3, AD-2).
+    pub(crate) fn keep_for_either(&mut self, outbox: &mut Outbox, step: Step, to: ActorId, body: &Body<Tensor>) {
+        if self.is_due(to, step) {
+            outbox.keep(step, to, body.clone());
+        } else {
+            self.keep(step, to, body);
+        }
+    }
+
     /// A message is made that nobody else keeps.
-    pub(crate) fn keep(&mut self, step: Step, to: ActorId, body: &Body<Tensor>) {
+    fn keep(&mut self, step: Step, to: ActorId, body: &Body<Tensor>) {
         if self.is_due(self.me, step) {
             self.made.push((step, to, body.clone()));
         }

@@ -194,11 +194,7 @@ impl ExpertCore {
             (WorkResult::Forward { .. }, Some(Rows::Going)) | (WorkResult::Backward { .. }, Some(Rows::Returning)) => {
                 let stage = ActorId::Stage { lane: turn.lane, stage: self.spec.stage_of_layer(self.layer) };
                 let body = Body::Answer { turn, pass: result.pass(), rows: result.rows().clone() };
-                if self.audit.is_due(stage, self.step) {
-                    self.outbox.keep(self.step, stage, body);
-                } else {
-                    self.audit.keep(self.step, stage, &body);
-                }
+                self.audit.keep_for_either(&mut self.outbox, self.step, stage, &body);
                 let state = match result {
                     WorkResult::Forward { saved, .. } => Rows::Saved(saved),
                     WorkResult::Backward { held, .. } => Rows::Held(held),
@@ -212,6 +208,11 @@ impl ExpertCore {
             }
             (WorkResult::Backward { .. }, Some(Rows::Held(_) | Rows::Summed)) => {}
         }
+        self.go_on()
+    }
+
+    /// Starts what rows that were computed or summed make possible.
+    fn go_on(&mut self) -> Vec<Effect> {
         let mut effects = self.retry();
         effects.extend(self.advance());
         effects
@@ -256,9 +257,7 @@ impl ExpertCore {
         self.turn += 1;
         if self.turn < self.micro_batches() {
             self.sums = Some(sums);
-            let mut effects = self.retry();
-            effects.extend(self.advance());
-            return effects;
+            return self.go_on();
         }
         let lanes = u64::from(self.spec.lanes);
         let body = Body::Sums {

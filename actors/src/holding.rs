@@ -3,7 +3,7 @@
 //! - HG-1: lanes of one stage on a node hold its weights once (`shared.rs`), whatever order they come and go in.
 
 use crate::costs::Costs;
-use crate::ids::ActorId;
+use crate::ids::{ActorId, NodeId};
 use std::collections::BTreeMap;
 
 /// See the module.
@@ -15,6 +15,13 @@ pub(crate) struct Holding {
     pub(crate) bytes: u64,
     /// Lanes of each stage.
     lanes: BTreeMap<u32, u32>,
+}
+
+/// What each node holds that has one of these actors.
+pub(crate) fn by_node(costs: &Costs, places: impl Iterator<Item = (ActorId, NodeId)>) -> BTreeMap<NodeId, Holding> {
+    let mut held: BTreeMap<NodeId, Holding> = BTreeMap::new();
+    places.for_each(|(actor, node)| held.entry(node).or_default().add(costs, actor));
+    held
 }
 
 impl Holding {

@@ -74,12 +74,11 @@ impl Root {
     pub(crate) fn new(
         supervisor: Supervisor,
         first: Vec<SupervisorEffect>,
-        keeper: KeeperCore,
+        mut keeper: KeeperCore,
     ) -> (Self, Vec<RootEffect>) {
         let mut router = Router::new();
         router.welcome(SUPERVISOR_NODE);
         // What earlier lives compared may be stored again.
-        let mut keeper = keeper;
         for (step, fingerprint) in supervisor.reported() {
             keeper.on(KeeperEvent::Verified(*step, fingerprint.clone()));
         }

@@ -288,12 +288,8 @@ impl StageCore {
                 for (expert, rows) in rows.into_iter().enumerate() {
                     let (to, body) =
                         (ActorId::Expert { layer, expert: expert as u32 }, Body::Rows { turn, pass, rows });
-                    if self.audit.is_due(to, self.step) {
-                        effects.push(self.outbox.send(self.step, to, body));
-                    } else {
-                        self.audit.keep(self.step, to, &body);
-                        effects.push(Effect::send(to, body));
-                    }
+                    self.audit.keep_for_either(&mut self.outbox, self.step, to, &body);
+                    effects.push(Effect::send(to, body));
                 }
                 self.outbox.keep_recipe(layer, turn, pass, recipe);
                 if pass == Pass::Backward && self.weight_comes_next(micro_batch) {

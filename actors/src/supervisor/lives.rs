@@ -4,7 +4,7 @@ use super::copies::{self, Home};
 use super::placement::{About, How, place_all};
 use super::timeline::Timeline;
 use super::{Happening, RESTART_WINDOW, RESTARTS_MAX, Supervisor, SupervisorEffect, count_within};
-use crate::holding::Holding;
+use crate::holding::{Holding, by_node};
 use crate::ids::{ActorId, Address, Incarnation, NodeId, SUPERVISOR_NODE};
 use crate::plant::{Bug, planted};
 use crate::table::{Domain, Entry, NodeInfo, Table};
@@ -145,10 +145,7 @@ impl Supervisor {
 
     /// What the actors of each node hold, and bytes that it has left.
     pub(super) fn holdings(&self) -> BTreeMap<NodeId, (Holding, u64)> {
-        let mut held: BTreeMap<NodeId, Holding> = BTreeMap::new();
-        for (actor, entry) in &self.table.entries {
-            held.entry(entry.node).or_default().add(&self.costs, *actor);
-        }
+        let mut held = by_node(&self.costs, self.table.entries.iter().map(|(actor, entry)| (*actor, entry.node)));
         let of_node = |(node, info): (&NodeId, &NodeInfo)| {
             let held = held.remove(node).unwrap_or_default();
             let room = info.room(held.bytes);

@@ -2,7 +2,7 @@
 
 use super::placement::{About, How, has_copy, place_all};
 use crate::costs::Costs;
-use crate::holding::Holding;
+use crate::holding::by_node;
 use crate::ids::{ActorId, NodeId};
 use crate::spec::JobSpec;
 use crate::table::NodeInfo;
@@ -56,10 +56,7 @@ impl Outlook {
         let process = PROGRAM_BYTES + nodes as u64 * LINK_BYTES;
         let mut outlook = Self { fullest: None, process, outboxes, losses: 0, limit: Limit::Room };
         let Some(first) = first else { return outlook };
-        let mut held: BTreeMap<NodeId, Holding> = BTreeMap::new();
-        for (actor, node) in &first {
-            held.entry(*node).or_default().add(&costs, *actor);
-        }
+        let held = by_node(&costs, first.iter().map(|(actor, node)| (*actor, *node)));
         outlook.fullest = held.into_values().map(|held| held.bytes).max();
         for lost in 1..=nodes {
             if first.len() > ACTORS_MAX || subsets(&all, lost).nth(CASES_MAX).is_some() {
