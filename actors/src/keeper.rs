@@ -14,6 +14,7 @@ use crate::message::{Body, ParameterState};
 use crate::plant::{Bug, planted};
 use crate::reducer::states;
 use crate::spec::{JobSpec, Layout};
+use crate::storing::{Read, Write};
 use crate::table::Table;
 use everstep_kernels::Tensor;
 use std::collections::BTreeMap;
@@ -61,26 +62,10 @@ pub(crate) enum KeeperEvent {
 /// What the keeper asks for.
 #[derive(Debug)]
 pub(crate) enum KeeperEffect {
-    /// Write a shard's chunks.
-    Store {
-        /// The step.
-        step: Step,
-        /// The shard.
-        shard: u32,
-        /// In order of number.
-        parameters: Vec<ParameterState<Tensor>>,
-    },
-    /// Write the manifest of a step whose shards are all stored.
-    Publish(Step),
-    /// Read a shard's state.
-    Load {
-        /// The step.
-        step: Step,
-        /// The shard.
-        shard: u32,
-        /// For whom.
-        to: ActorId,
-    },
+    /// Write to the store.
+    Write(Write),
+    /// Read from it.
+    Read(Read),
     /// Send to an actor.
     Send(ActorId, Body<Tensor>),
     /// Tell the supervisor.
@@ -182,11 +167,11 @@ impl KeeperCore {
                     return Vec::new();
                 }
                 of_step.insert(shard, None);
-                vec![KeeperEffect::Store { step, shard, parameters }]
+                vec![KeeperEffect::Write(Write::Store { step, shard, parameters })]
             }
             // Whoever asks the keeper has no primary to ask, so it starts from the table's checkpoint.
             Body::Fetch { .. } if self.table.base > 0 || self.spec.imported => {
-                vec![KeeperEffect::Load { step: self.table.base, shard, to: from.actor }]
+                vec![KeeperEffect::Read(Read { step: self.table.base, shard, to: from.actor })]
             }
             Body::Fetch { .. }
             | Body::Hidden { .. }
@@ -226,7 +211,7 @@ impl KeeperCore {
             return Some(KeeperEffect::Damaged(why));
         }
         self.asked = step;
-        Some(KeeperEffect::Publish(step))
+        Some(KeeperEffect::Write(Write::Publish(step)))
     }
 }
 
@@ -252,7 +237,7 @@ mod tests {
         let mut keeper = of_shards(2, 0);
         assert!(keeper.on(ask()).is_empty());
         Arc::make_mut(&mut keeper.spec).imported = true;
-        assert!(matches!(keeper.on(ask())[..], [KeeperEffect::Load { step: 0, shard: 1, .. }]));
+        assert!(matches!(keeper.on(ask())[..], [KeeperEffect::Read(Read { step: 0, shard: 1, .. })]));
     }
 
     fn snapshot(keeper: &KeeperCore, step: Step, shard: u32) -> KeeperEvent {
@@ -336,14 +321,14 @@ mod tests {
     fn a_checkpoint_exists_when_every_shard_is_stored_and_the_manifest_is() {
         let mut keeper = of_shards(2, 0);
         keeper.on(KeeperEvent::Table(Arc::new(table(&materials()))));
-        assert!(matches!(give(&mut keeper, 3, 0)[..], [KeeperEffect::Store { step: 3, shard: 0, .. }]));
+        assert!(matches!(give(&mut keeper, 3, 0)[..], [KeeperEffect::Write(Write::Store { step: 3, shard: 0, .. })]));
         assert!(give(&mut keeper, 3, 0).is_empty(), "a second copy is not stored again");
         assert!(keeper.on(stored(&keeper, 3, 0)).is_empty());
         give(&mut keeper, 3, 1);
         assert!(keeper.on(KeeperEvent::Verified(2, of_all(&keeper))).is_empty());
         assert!(keeper.on(stored(&keeper, 3, 1)).is_empty(), "its copies are not compared yet (KE-5)");
         let effects = keeper.on(KeeperEvent::Verified(3, of_all(&keeper)));
-        assert!(matches!(effects[..], [KeeperEffect::Publish(3)]));
+        assert!(matches!(effects[..], [KeeperEffect::Write(Write::Publish(3))]));
         assert!(keeper.on(KeeperEvent::Verified(4, of_all(&keeper))).is_empty(), "it is asked for once");
         let effects = keeper.on(KeeperEvent::Published(3));
         assert!(matches!(
@@ -384,7 +369,7 @@ mod tests {
         keeper.on(KeeperEvent::Table(Arc::new(table)));
         keeper.on(KeeperEvent::Verified(3, of_all(&keeper)));
         assert!(keeper.on(stored(&keeper, 3, 0)).is_empty());
-        assert!(matches!(give(&mut keeper, 3, 0)[..], [KeeperEffect::Store { .. }]));
+        assert!(matches!(give(&mut keeper, 3, 0)[..], [KeeperEffect::Write(Write::Store { .. })]));
     }
 
     /// Whoever asks is given the table's checkpoint, and nothing when the job began from none.
@@ -398,6 +383,6 @@ mod tests {
         (table.base, table.epoch) = (3, 2);
         keeper.on(KeeperEvent::Table(Arc::new(table)));
         let effects = keeper.on(KeeperEvent::Message { from, body: Body::Fetch { step: 0 } });
-        assert!(matches!(effects[..], [KeeperEffect::Load { step: 3, shard: 1, .. }]));
+        assert!(matches!(effects[..], [KeeperEffect::Read(Read { step: 3, shard: 1, .. })]));
     }
 }

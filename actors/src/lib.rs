@@ -5,6 +5,7 @@
 //! simulator carries the same effects out with simulated ones.
 
 mod audit;
+mod coded;
 mod compute;
 mod config;
 mod control;
@@ -33,6 +34,7 @@ pub mod sim;
 mod spec;
 mod stage;
 mod stored;
+mod storing;
 mod supervisor;
 mod table;
 mod tally;

@@ -2,10 +2,11 @@
 
 use crate::control::Control;
 use crate::effect::Event;
-use crate::ids::{ActorId, Address, NodeId, SUPERVISOR_NODE, Step};
+use crate::ids::{ActorId, Address, NodeId, SUPERVISOR_NODE};
 use crate::keeper::{KeeperCore, KeeperEffect, KeeperEvent};
-use crate::message::{Body, Envelope, ParameterState};
+use crate::message::{Body, Envelope};
 use crate::router::{Action, Router};
+use crate::storing::{Read, Write};
 use crate::supervisor::{Happening, Record, Report, Supervisor, SupervisorEffect, SupervisorEvent};
 use everstep_kernels::Tensor;
 use std::time::Duration;
@@ -36,26 +37,10 @@ pub(crate) enum RootEffect {
     Report(Report),
     /// A line of events.jsonl.
     Note(Happening),
-    /// Write a shard's chunks; answer with `Stored`.
-    Store {
-        /// The step.
-        step: Step,
-        /// The shard.
-        shard: u32,
-        /// In order of number.
-        parameters: Vec<ParameterState<Tensor>>,
-    },
-    /// Write a manifest; answer with `Published`.
-    Publish(Step),
-    /// Read a shard's state; answer with `Loaded`.
-    Load {
-        /// The step.
-        step: Step,
-        /// The shard.
-        shard: u32,
-        /// For whom.
-        to: ActorId,
-    },
+    /// Write to the store of checkpoints; answer with what it gives.
+    Write(Write),
+    /// Read from it; the same.
+    Read(Read),
     /// The job is over.
     Finish(Result<(), String>),
 }
@@ -144,11 +129,8 @@ impl Root {
         let mut out = Vec::new();
         for effect in effects {
             match effect {
-                KeeperEffect::Store { step, shard, parameters } => {
-                    out.push(RootEffect::Store { step, shard, parameters })
-                }
-                KeeperEffect::Publish(step) => out.push(RootEffect::Publish(step)),
-                KeeperEffect::Load { step, shard, to } => out.push(RootEffect::Load { step, shard, to }),
+                KeeperEffect::Write(write) => out.push(RootEffect::Write(write)),
+                KeeperEffect::Read(read) => out.push(RootEffect::Read(read)),
                 KeeperEffect::Send(to, body) => out.extend(self.send(now, vec![(ActorId::Keeper, to, body)])),
                 KeeperEffect::Checkpointed(step) => {
                     let effects = self.supervisor.on(now, SupervisorEvent::Checkpointed(step));

@@ -10,6 +10,7 @@
 //!   lives for all; a step done again must give the fingerprint that was reported.
 //! - SU-6: an actor whose node lives is moved only with a commit (nothing of a step is done again because a node came),
 //!   by an audit, because it fails again and again where it is, or because it is in the way of one that has no room.
+//! - SU-8: damaged checkpoints end a job only if nobody holds its state any more.
 //! - SU-7: a node gets its first actors when a beat of it says that it reaches all that have had theirs.
 
 mod audit;
@@ -34,6 +35,8 @@ use links::Links;
 use lives::Wait;
 use membership::{Membership, Silent};
 pub use outlook::{Limit, Outlook};
+pub(crate) use record::RECORDS_MAX;
+use record::unsettled;
 pub use record::{CommitRecord, Record};
 use speed::Speeds;
 pub use timeline::Phases;
@@ -50,8 +53,6 @@ use std::collections::{BTreeMap, BTreeSet, VecDeque};
 use std::sync::Arc;
 use std::time::Duration;
 
-/// Records of the control log after which a shorter one that says the same ([`Supervisor::compacted`]) takes its place.
-pub(crate) const RECORDS_MAX: usize = 1000;
 /// Restarts of one actor within [`RESTART_WINDOW`] that are still taken for accidents.
 pub(crate) const RESTARTS_MAX: usize = 5;
 /// Times that copies may differ within [`CORRUPTION_WINDOW`].
@@ -83,15 +84,6 @@ fn remember(nodes: &mut BTreeSet<NodeId>, node: NodeId) -> bool {
     new
 }
 
-/// The last doubt of a log, if what it is about may not have been done again. A commit comes after the report of the step
-/// before it, and the first step that is reported again takes the place of all reports since.
-fn unsettled(log: &[Record]) -> Option<&Record> {
-    let at = log.iter().rposition(|r| matches!(r, Record::Doubt(_)))?;
-    let Record::Doubt(after) = &log[at] else { return None };
-    let done = |r: &Record| matches!(r, Record::Commit(c) if c.commit.step > after + 1);
-    (!log[at..].iter().any(done)).then(|| &log[at])
-}
-
 /// Counts one more within a window of time.
 fn count_within(times: &mut VecDeque<Duration>, now: Duration, window: Duration) -> usize {
     times.retain(|at| now.saturating_sub(*at) < window);
@@ -117,6 +109,8 @@ pub struct Supervisor {
     /// The newest numbers of a committed step.
     last: Option<CommitRecord>,
     checkpoint: Step,
+    /// Why none of the checkpoints that exist can be read, if that is so.
+    unreadable: Option<String>,
     next_node: u64,
     restarts: BTreeMap<ActorId, VecDeque<Duration>>,
     /// Actors that failed again and again and got another node for it: where that was, and when.
@@ -154,12 +148,13 @@ pub struct Supervisor {
 
 impl Supervisor {
     /// A supervisor from its control log; an empty log is a new job. `checkpoint` is the step of the newest
-    /// one that exists (0: none), `reported` are the fingerprints in metrics.jsonl. Gives the first effects too.
+    /// one that exists (0: none), or why none of those that exist can be read; `reported` are the fingerprints in
+    /// metrics.jsonl. Gives the first effects too.
     pub fn new(
         spec: Arc<JobSpec>,
         nodes: Nodes,
         log: &[Record],
-        checkpoint: Step,
+        checkpoint: Result<Step, String>,
         reported: BTreeMap<Step, String>,
         now: Duration,
     ) -> (Self, Vec<SupervisorEffect>) {
@@ -179,7 +174,8 @@ impl Supervisor {
             speeds: Speeds::default(),
             links: Links::default(),
             last: None,
-            checkpoint,
+            unreadable: checkpoint.as_ref().err().cloned(),
+            checkpoint: checkpoint.unwrap_or(0),
             next_node: 1,
             restarts: BTreeMap::new(),
             moved_away: BTreeMap::new(),
@@ -284,17 +280,6 @@ impl Supervisor {
         self.reported.retain(|step, _| *step <= after);
     }
 
-    /// The shortest log that says the same.
-    pub fn compacted(log: &[Record]) -> Vec<Record> {
-        let epoch = log.iter().rev().find(|r| matches!(r, Record::Epoch { .. }));
-        // A commit before a way back is not one any more.
-        let went_back =
-            |r: &Record| matches!(r, Record::Epoch { table, .. } if table.primaries.iter().all(Option::is_none));
-        let since = log.iter().rposition(went_back).map_or(0, |at| at + 1);
-        let commit = log[since..].iter().rev().find(|r| matches!(r, Record::Commit(_)));
-        epoch.into_iter().chain(commit).chain(unsettled(log)).cloned().collect()
-    }
-
     /// Takes an event and gives what is to be done.
     pub fn on(&mut self, now: Duration, event: SupervisorEvent) -> Vec<SupervisorEffect> {
         if self.finished && !matches!(event, SupervisorEvent::Synced) {
@@ -352,8 +337,12 @@ impl Supervisor {
         effects
     }
 
-    /// Makes the changed table the next epoch; `first` goes out before it, after the sync.
+    /// Makes the changed table the next epoch; `first` goes out before it, after the sync. A job that would begin from what
+    /// cannot be read ends (SU-8).
     fn publish(&mut self, mut first: Vec<SupervisorEffect>) -> Vec<SupervisorEffect> {
+        if let Some(why) = self.unreadable.clone().filter(|_| self.table.primaries.contains(&None)) {
+            return self.finish(Err(why));
+        }
         self.table.epoch += 1;
         if let Some(recovery) = &mut self.recovery {
             recovery.decided(self.now, &self.table);

@@ -3,11 +3,13 @@
 //! A request that fails is tried again a little here; whoever asked decides for how long more.
 
 use crate::error::StoreError;
+use crate::place::{Medium, NamedError};
 use futures_util::{StreamExt, TryStreamExt};
 use object_store::aws::{AmazonS3, AmazonS3Builder};
 use object_store::path::Path;
 use object_store::{ClientOptions, ObjectStore, ObjectStoreExt, RetryConfig};
 use std::io;
+use std::path::PathBuf;
 use std::time::Duration;
 use tokio::runtime::{Builder, Runtime};
 
@@ -51,10 +53,6 @@ impl Bucket {
         Ok(Self { url: url.trim_end_matches('/').to_owned(), prefix, store, runtime: Some(runtime) })
     }
 
-    pub(crate) fn url(&self) -> &str {
-        &self.url
-    }
-
     fn key(&self, name: &str) -> Path {
         name.split('/').fold(self.prefix.clone(), |path, part| path.join(part))
     }
@@ -66,20 +64,7 @@ impl Bucket {
         done.unwrap_or_else(|panic| std::panic::resume_unwind(panic))
     }
 
-    pub(crate) fn put(&self, name: &str, bytes: &[u8]) -> io::Result<()> {
-        let put = self.wait(self.store.put(&self.key(name), bytes.to_vec().into()));
-        put.map(|_| ()).map_err(io::Error::from)
-    }
-
-    /// Writes what is not there with its length. An error comes with the name that it is about.
-    pub(crate) fn put_new(&self, all: &[(String, &[u8])]) -> Result<(), (String, io::Error)> {
-        let put = async |(name, bytes): &(String, &[u8])| {
-            self.put_one(name, bytes).await.map_err(|error| (name.clone(), io::Error::from(error)))
-        };
-        let puts = futures_util::stream::iter(all).map(put).buffer_unordered(AT_ONCE);
-        self.wait(puts.try_collect::<Vec<()>>()).map(|_| ())
-    }
-
+    /// What is there with its length is taken for whole: such stores verify what they hold.
     async fn put_one(&self, name: &str, bytes: &[u8]) -> object_store::Result<()> {
         let key = self.key(name);
         let there = match self.store.head(&key).await {
@@ -89,26 +74,49 @@ impl Bucket {
         };
         if there { Ok(()) } else { self.store.put(&key, bytes.to_vec().into()).await.map(|_| ()) }
     }
+}
 
-    pub(crate) fn get(&self, name: &str) -> io::Result<Vec<u8>> {
+impl Medium for Bucket {
+    fn path(&self, name: &str) -> PathBuf {
+        std::path::Path::new(&self.url).join(name)
+    }
+
+    /// Objects need no folder.
+    fn make(&self, _: &str) -> io::Result<()> {
+        Ok(())
+    }
+
+    fn put(&self, name: &str, bytes: &[u8]) -> io::Result<()> {
+        let put = self.wait(self.store.put(&self.key(name), bytes.to_vec().into()));
+        put.map(|_| ()).map_err(io::Error::from)
+    }
+
+    fn put_new(&self, all: &[(String, &[u8])]) -> Result<(), NamedError> {
+        let put = async |(name, bytes): &(String, &[u8])| {
+            self.put_one(name, bytes).await.map_err(|error| (name.clone(), io::Error::from(error)))
+        };
+        let puts = futures_util::stream::iter(all).map(put).buffer_unordered(AT_ONCE);
+        self.wait(puts.try_collect::<Vec<()>>()).map(|_| ())
+    }
+
+    fn get(&self, name: &str) -> io::Result<Vec<u8>> {
         let key = self.key(name);
         let get = async { self.store.get(&key).await?.bytes().await };
         Ok(self.wait(get).map_err(io::Error::from)?.to_vec())
     }
 
-    pub(crate) fn names(&self, folder: &str) -> io::Result<Vec<String>> {
+    fn names(&self, folder: &str) -> io::Result<Vec<String>> {
         let within = self.key(folder);
         let all = self.wait(self.store.list(Some(&within)).try_collect::<Vec<_>>()).map_err(io::Error::from)?;
         let name = |found: object_store::ObjectMeta| found.location.filename().map(str::to_owned);
         Ok(all.into_iter().filter_map(name).collect())
     }
 
-    pub(crate) fn remove(&self, name: &str) -> io::Result<()> {
+    fn remove(&self, name: &str) -> io::Result<()> {
         self.wait(self.store.delete(&self.key(name))).map_err(io::Error::from)
     }
 
-    /// Removes objects. An error comes with the name that it is about.
-    pub(crate) fn remove_all(&self, names: impl Iterator<Item = String> + Send) -> Result<(), (String, io::Error)> {
+    fn remove_all(&self, names: &mut (dyn Iterator<Item = String> + Send)) -> Result<(), NamedError> {
         let remove = async |name: String| {
             self.store.delete(&self.key(&name)).await.map_err(|error| (name, io::Error::from(error)))
         };
@@ -117,7 +125,7 @@ impl Bucket {
     }
 
     /// A copy, then the end of the old one: a crash between them leaves both.
-    pub(crate) fn rename(&self, from: &str, to: &str) -> io::Result<()> {
+    fn rename(&self, from: &str, to: &str) -> io::Result<()> {
         self.wait(self.store.rename(&self.key(from), &self.key(to))).map_err(io::Error::from)
     }
 }

@@ -1,11 +1,11 @@
 //! An append-only log of records: each with its length and CRC-32C, synced before it counts.
 //!
-//! - LO-1: [`Log::append`] and [`Log::append_all`] return after the records are on disk.
+//! - LO-1: [`Log::append`] returns after the record is on disk.
 //! - LO-2: opening gives every record that was appended; a torn last one (a crash while it was written,
-//!   so nobody was told of it) is cut off. Damage before the end is an error that says where.
+//!   so nobody was told of it, whichever of its pages a disk kept) is cut off. Damage before the end is an error that says where.
 
 use crate::error::{StoreError, at};
-use crate::place::write_whole;
+use crate::folder::write_whole;
 use std::fs::{File, OpenOptions};
 use std::io::{Read, Seek, SeekFrom, Write};
 use std::path::{Path, PathBuf};
@@ -45,13 +45,7 @@ impl Log {
 
     /// Appends a record and syncs it.
     pub fn append(&mut self, record: &[u8]) -> Result<(), StoreError> {
-        self.append_all(&[record])
-    }
-
-    /// Appends records with one sync. A crash may keep the first ones alone.
-    pub fn append_all(&mut self, records: &[impl AsRef<[u8]>]) -> Result<(), StoreError> {
-        let frames: Vec<u8> = records.iter().flat_map(|r| frame(r.as_ref())).collect();
-        self.file.write_all(&frames).and_then(|()| self.file.sync_data()).map_err(at(&self.path))
+        self.file.write_all(&frame(record)).and_then(|()| self.file.sync_data()).map_err(at(&self.path))
     }
 
     /// Replaces a log by a shorter one that says the same: whole, or not at all.
@@ -62,8 +56,8 @@ impl Log {
     }
 }
 
-/// A record with its length and checksum.
-fn frame(record: &[u8]) -> Vec<u8> {
+/// A record with its length and checksum, as the file has it.
+pub fn frame(record: &[u8]) -> Vec<u8> {
     assert!((1..=RECORD_MAX).contains(&record.len()), "a record of {} bytes", record.len());
     let length = (record.len() as u32).to_le_bytes();
     [&length, &checksum(&length, record).to_le_bytes()[..], record].concat()
@@ -82,9 +76,9 @@ fn whole_record(bytes: &[u8]) -> Option<&[u8]> {
     (checksum(length, record) == u32::from_le_bytes(*sum)).then_some(record)
 }
 
-/// Records, and how many bytes of the input they are. What follows the last whole record is torn if no
-/// whole record follows it; else the log is damaged.
-fn parse(bytes: &[u8]) -> Result<(Vec<Vec<u8>>, usize), String> {
+/// Records of a file, and how many of its bytes they are. What follows the last whole record is torn if no
+/// whole record follows it; else the log is damaged, and the error says where.
+pub fn parse(bytes: &[u8]) -> Result<(Vec<Vec<u8>>, usize), String> {
     let mut records = Vec::new();
     let mut from = 0;
     while let Some(record) = whole_record(&bytes[from..]) {
@@ -122,6 +116,27 @@ mod tests {
             log.append(b"next").unwrap();
             drop(log);
             assert_eq!(Log::open(&path).unwrap().1.last().unwrap(), b"next");
+        }
+    }
+
+    /// LO-2: a disk may keep any pages of a record that it was writing, and none of those before them.
+    #[test]
+    fn a_record_of_which_some_pages_are_missing_is_torn() {
+        let long: Vec<u8> = (0..600).map(|n| n as u8 | 1).collect();
+        let (first, torn) = (frame(b"first"), frame(&long));
+        for kept in 0..32u32 {
+            let mut bytes = torn.clone();
+            for (n, page) in bytes.chunks_mut(128).enumerate() {
+                if kept >> n & 1 == 0 {
+                    page.fill(0);
+                }
+            }
+            let (records, good) = parse(&[&first[..], &bytes].concat()).unwrap();
+            let whole = bytes == torn;
+            assert_eq!(
+                (records.len(), good),
+                (1 + usize::from(whole), first.len() + if whole { torn.len() } else { 0 })
+            );
         }
     }
 

@@ -1,5 +1,6 @@
 //! Threads that read: while one waits for the disk or for an object, others wait too, or make sums.
 
+use rayon::prelude::*;
 use rayon::{ThreadPool, ThreadPoolBuilder};
 use std::sync::LazyLock;
 
@@ -11,7 +12,11 @@ static THREADS: LazyLock<ThreadPool> = LazyLock::new(|| {
     threads.build().expect("a process that reads a store may have a few threads")
 });
 
-/// Parallel iterators within run on those threads.
-pub(crate) fn at_once<R: Send>(work: impl FnOnce() -> R + Send) -> R {
-    THREADS.install(work)
+/// Does something with each of them, on those threads if it `waits`.
+pub(crate) fn each<T: Send, R: Send>(waits: bool, items: Vec<T>, work: impl Fn(T) -> R + Send + Sync) -> Vec<R> {
+    if waits {
+        THREADS.install(|| items.into_par_iter().map(work).collect())
+    } else {
+        items.into_iter().map(work).collect()
+    }
 }

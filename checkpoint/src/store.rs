@@ -14,9 +14,8 @@ use crate::catalogue::Catalogue;
 use crate::chunk::{CHUNK_WORDS, ChunkHash, Chunks};
 use crate::error::StoreError;
 use crate::manifest::{Element, Manifest, PartEntry, TensorEntry};
-use crate::parallel::at_once;
+use crate::parallel::each;
 use crate::place::Place;
-use rayon::prelude::*;
 use std::collections::{BTreeMap, BTreeSet};
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
@@ -106,7 +105,7 @@ impl Reader {
             let parts = (0..parts.max(1)).map(part).collect::<Result<_, _>>()?;
             Ok(StoredTensor { name: name.clone(), rows: *rows, columns: *columns, parts })
         };
-        at_once(|| names.par_iter().map(tensor).collect())
+        each(self.place.waits(), names.iter().collect(), tensor).into_iter().collect()
     }
 
     /// What a tensor of a checkpoint should not be.
@@ -150,7 +149,8 @@ impl Reader {
             out.copy_from_slice(&bytes);
             Ok(())
         };
-        at_once(|| words.par_chunks_mut(CHUNK_WORDS).zip(chunks).try_for_each(read))?;
+        let parts = words.chunks_mut(CHUNK_WORDS).zip(chunks).collect();
+        each(self.place.waits(), parts, read).into_iter().collect::<Result<(), _>>()?;
         Ok(StoredPart { element: *element, words: Arc::new(words) })
     }
 
@@ -176,8 +176,8 @@ impl Reader {
         let manifest = self.manifest(step)?;
         let unique: BTreeSet<&[u8; 32]> = manifest.chunks().collect();
         let wrong = |hash: &[u8; 32]| self.chunks.get(ChunkHash(*hash)).err();
-        let wrong: Vec<StoreError> = at_once(|| unique.into_par_iter().filter_map(wrong).collect());
-        let (damaged, other): (Vec<_>, Vec<_>) = wrong.into_iter().partition(StoreError::is_damage);
+        let wrong = each(self.place.waits(), unique.into_iter().collect(), wrong).into_iter().flatten();
+        let (damaged, other): (Vec<_>, Vec<_>) = wrong.partition(StoreError::is_damage);
         other.into_iter().next().map_or(Ok(damaged), Err)
     }
 }
@@ -203,9 +203,9 @@ impl std::fmt::Debug for Mine {
 }
 
 impl Store {
-    /// Opens or creates the store of `job` in a place, with its catalogue in a folder. `keep` is at least 1. The caller sees
-    /// to it that nobody else has it open.
-    pub fn open(place: Place, catalogue: &Path, job: &str, keep: usize) -> Result<Self, StoreError> {
+    /// Opens or creates the store of `job` in a place, with its catalogue in a folder, or in memory. `keep` is at least 1. The
+    /// caller sees to it that nobody else has it open.
+    pub fn open(place: Place, catalogue: Option<&Path>, job: &str, keep: usize) -> Result<Self, StoreError> {
         Self::in_turn(place, catalogue, job, keep, Arc::new(|| true))
     }
 
@@ -213,7 +213,7 @@ impl Store {
     /// says whether it is this one's turn.
     pub fn in_turn(
         place: Place,
-        catalogue: &Path,
+        catalogue: Option<&Path>,
         job: &str,
         keep: usize,
         mine: Arc<dyn Fn() -> bool + Send + Sync>,

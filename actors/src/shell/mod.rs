@@ -1,6 +1,5 @@
 //! The thin shells: ractor actors and threads that carry out what the cores decide.
 
-mod coded;
 mod join;
 mod node;
 mod operators;

@@ -7,15 +7,12 @@
 //! A store of checkpoints that is full or out of reach does not end a job: what it did not take is given to it again. What
 //! waits meanwhile is bounded by the keeper (KE-3).
 
-use super::restore::encode;
 use super::supervisor::Msg;
-use crate::ids::{ActorId, Step};
-use crate::message::ParameterState;
+use crate::keeper::KeeperEvent;
 use crate::spec::Layout;
-use crate::stored::{state_of, stored};
+use crate::storing::{Failure, Read, Write};
 use crate::supervisor::Record;
-use everstep_checkpoint::{Log, Reader, Store, StoreError};
-use everstep_kernels::{Tensor, state_sum};
+use everstep_checkpoint::{Log, Store, StoreError};
 use ractor::ActorRef;
 use std::fs::File;
 use std::io::Write as _;
@@ -63,7 +60,7 @@ fn write_lines(mut files: Files, mut lines: mpsc::Receiver<Line>, to: &ActorRef<
     }
     while let Some(line) = lines.blocking_recv() {
         let (result, answer) = match line {
-            Line::Record(record) => (files.log.append(&encode(&record)), Some(Msg::Synced)),
+            Line::Record(record) => (files.log.append(&record.encode()), Some(Msg::Synced)),
             Line::Metrics(line) => {
                 let written = append(&mut files.metrics, &line);
                 let (path, file) = &files.metrics;
@@ -86,21 +83,6 @@ fn write_lines(mut files: Files, mut lines: mpsc::Receiver<Line>, to: &ActorRef<
 /// A store that fails is tried again after the first of these, then after twice as long, up to the second.
 const AGAIN: [Duration; 2] = [Duration::from_millis(200), Duration::from_secs(10)];
 
-/// Something to write.
-#[derive(Debug)]
-pub(super) enum Write {
-    Store { step: Step, shard: u32, parameters: Vec<ParameterState<Tensor>> },
-    Publish(Step),
-}
-
-/// A shard's state to be read, and for whom.
-#[derive(Debug)]
-pub(super) struct Read {
-    pub(super) step: Step,
-    pub(super) shard: u32,
-    pub(super) to: ActorId,
-}
-
 /// Two threads: what cannot be written is in the way of nothing that is to be read.
 #[derive(Debug)]
 pub(super) struct Checkpoints {
@@ -111,14 +93,11 @@ pub(super) struct Checkpoints {
 impl Checkpoints {
     pub(super) fn start(mut store: Store, layout: Arc<Layout>, to: &ActorRef<Msg>) -> std::io::Result<Self> {
         let (reader, of_reader) = (store.reader().clone(), Arc::clone(&layout));
-        // What is not there will not come.
-        let read = move |wish: &Read| read(&reader, &of_reader, wish);
-        let reads = serve("states", to.clone(), StoreError::is_out_of_reach, unreadable, read)?;
-        let may_heal = |e: &StoreError| matches!(e, StoreError::File { .. } | StoreError::Catalogue { .. });
-        let write = move |wish: &Write| write(&mut store, &layout, wish);
+        let read = move |wish: &Read| wish.perform(&reader, &of_reader);
+        let write = move |wish: &Write| wish.perform(&mut store, &layout);
         Ok(Self {
-            writes: serve("checkpoints", to.clone(), may_heal, |e| Msg::DiskFailed(e.to_string()), write)?,
-            reads,
+            reads: serve("states", to.clone(), Read::failure, read)?,
+            writes: serve("checkpoints", to.clone(), Write::failure, write)?,
         })
     }
 
@@ -133,23 +112,26 @@ impl Checkpoints {
     }
 }
 
-/// A thread for wishes, one after another; one that fails is tried again for as long as it may heal, then `fails`.
+/// A thread for wishes, one after another; one that fails is tried again for as long as it may heal.
 fn serve<W: Send + 'static>(
     name: &str,
     to: ActorRef<Msg>,
-    may_heal: fn(&StoreError) -> bool,
-    fails: fn(&StoreError) -> Msg,
-    mut serve: impl FnMut(&W) -> Result<Msg, StoreError> + Send + 'static,
+    means: fn(&StoreError) -> Failure,
+    mut serve: impl FnMut(&W) -> Result<KeeperEvent, StoreError> + Send + 'static,
 ) -> std::io::Result<SyncSender<W>> {
     let (sender, wishes) = sync_channel::<W>(QUEUE);
     // None: nobody waits for it any more.
     let mut at_last = move |wish: &W, to: &ActorRef<Msg>| {
         let mut again = AGAIN[0];
         loop {
-            match serve(wish) {
-                Ok(message) => return Some(message),
-                Err(error) if may_heal(&error) => to.cast(Msg::StoreFails(error.to_string())).ok()?,
-                Err(error) => return Some(fails(&error)),
+            let error = match serve(wish) {
+                Ok(event) => return Some(Msg::Keeper(event)),
+                Err(error) => error,
+            };
+            match means(&error) {
+                Failure::Again => to.cast(Msg::StoreFails(error.to_string())).ok()?,
+                Failure::Damaged => return Some(Msg::StateDamaged(error.to_string())),
+                Failure::Lasting => return Some(Msg::DiskFailed(error.to_string())),
             }
             std::thread::sleep(again);
             again = (2 * again).min(AGAIN[1]);
@@ -163,41 +145,4 @@ fn serve<W: Send + 'static>(
         }
     })?;
     Ok(sender)
-}
-
-/// What is damaged the next life of the supervisor finds too, and puts aside; what merely is not what was expected it does not.
-fn unreadable(error: &StoreError) -> Msg {
-    match error {
-        StoreError::Damaged { .. } | StoreError::Invalid { .. } | StoreError::File { .. } => {
-            Msg::StateDamaged(error.to_string())
-        }
-        _ => Msg::DiskFailed(error.to_string()),
-    }
-}
-
-fn write(store: &mut Store, layout: &Layout, wish: &Write) -> Result<Msg, StoreError> {
-    match *wish {
-        Write::Store { step, shard, ref parameters } => {
-            let numbers = layout.of_shard(shard);
-            let name = |n: &u32| &layout.parameters[*n as usize].name;
-            let named = numbers.iter().zip(parameters).map(|(n, state)| stored(name(n), state));
-            store.put(step, &named.collect::<Vec<_>>())?;
-            // Of the memory that was read for it: bits that flipped before are in both.
-            let sums = parameters.iter().map(|state| state_sum(state)).collect();
-            Ok(Msg::Stored { step, shard, sums })
-        }
-        Write::Publish(step) => {
-            store.publish(step)?;
-            Ok(Msg::Published(step))
-        }
-    }
-}
-
-fn read(reader: &Reader, layout: &Layout, &Read { step, shard, to }: &Read) -> Result<Msg, StoreError> {
-    let name = |n: &u32| {
-        let p = &layout.parameters[*n as usize];
-        (p.name.to_string(), p.rows, p.columns)
-    };
-    let tensors = reader.read(step, &layout.of_shard(shard).iter().map(name).collect::<Vec<_>>())?;
-    Ok(Msg::Loaded { step, to, parameters: tensors.into_iter().map(state_of).collect() })
 }

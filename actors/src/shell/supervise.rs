@@ -7,6 +7,7 @@ use super::run_folder::{RunFolder, RunIdentity, open_tokens};
 use super::supervisor::{Args, Msg, Sink, SupervisorEnd, SupervisorProcess};
 use super::{AnyError, new_name, pump};
 use crate::config::Config;
+use crate::storing::NoCheckpoint;
 use crate::supervisor::Record;
 use crate::tokens::Tokens;
 use everstep_checkpoint::{Store, StoreError};
@@ -125,12 +126,15 @@ async fn restore_at_last(ready: &Ready, records: &[Record]) -> Result<Restored, 
     let (run, config, job) = (&ready.run, &ready.config, &ready.identity.job);
     let began = Instant::now();
     loop {
-        let opened = run.store(config, job).and_then(|place| Store::open(place, &run.catalogue(), job, config.keep));
+        let opened =
+            run.store(config, job).and_then(|place| Store::open(place, Some(&run.catalogue()), job, config.keep));
         let restored =
             opened.map_err(AnyError::from).and_then(|store| restore(store, config, records.to_vec(), &run.metrics()));
         let Err(error) = restored else { return restored };
         let again = config.store.is_some() && !records.is_empty() && began.elapsed() < STORE_WAIT;
-        if !again || !error.downcast_ref::<StoreError>().is_some_and(StoreError::is_out_of_reach) {
+        let opening = error.downcast_ref::<StoreError>().is_some_and(StoreError::is_out_of_reach);
+        let reading = error.downcast_ref::<NoCheckpoint>().is_some_and(NoCheckpoint::is_out_of_reach);
+        if !again || !(opening || reading) {
             return Err(error);
         }
         tracing::warn!(%error, "the store of checkpoints is out of reach: it is tried again");
@@ -222,7 +226,7 @@ async fn lead_among(
         let holds = lease.clone();
         let mine = Arc::new(move || holds.holds());
         let place = run.store(&config, &job);
-        let store = place.and_then(|p| Store::in_turn(p, &folder.join("catalogue"), &job, config.keep, mine));
+        let store = place.and_then(|p| Store::in_turn(p, Some(&folder.join("catalogue")), &job, config.keep, mine));
         let restored =
             store.map_err(AnyError::from).and_then(|s| restore(s, &config, records, &folder.join("metrics.jsonl")));
         let restored = restored.map_err(|e| e.to_string())?;

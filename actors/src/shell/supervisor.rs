@@ -6,19 +6,17 @@
 use super::replicated::Replicated;
 use super::restore::Restored;
 use super::run_folder::{MetricsLine, RunFolder, RunIdentity};
-use super::scribe::{Checkpoints, Files, Line, Read, Write, start_scribe};
+use super::scribe::{Checkpoints, Files, Line, start_scribe};
 use super::watch::watch;
 use super::{machine, send, tell};
 use crate::config::Config;
 use crate::control::Control;
-use crate::ids::{ActorId, NodeId, Step};
+use crate::ids::NodeId;
 use crate::keeper::{KeeperCore, KeeperEvent};
-use crate::message::ParameterState;
 use crate::root::{Root, RootEffect, RootEvent};
 use crate::supervisor::{Happening, Nodes, Report, Supervisor, SupervisorEvent};
 use crate::tokens::Tokens;
 use crate::wire::Unit;
-use everstep_kernels::Tensor;
 use everstep_transport::{Hub, HubEvent, Peer};
 use ractor::{Actor, ActorProcessingErr, ActorRef, SupervisionEvent};
 use std::collections::BTreeMap;
@@ -58,12 +56,8 @@ pub(super) enum Msg {
     Synced,
     /// From the scribe: all is written.
     Flushed,
-    /// From the store's thread.
-    Stored { step: Step, shard: u32, sums: Vec<u128> },
-    /// From the store's thread.
-    Published(Step),
-    /// From the store's thread.
-    Loaded { step: Step, to: ActorId, parameters: Vec<ParameterState<Tensor>> },
+    /// From the store's threads.
+    Keeper(KeeperEvent),
     /// From either thread: the disk said no.
     DiskFailed(String),
     /// From the store's thread: a state that is wanted cannot be read any more.
@@ -137,7 +131,7 @@ impl Actor for SupervisorProcess {
         let layout = crate::spec::Layout::new(&spec);
         let checkpoint = restored.checkpoint;
         let identity_class = identity.class.clone();
-        let keeper = KeeperCore::new(Arc::clone(&spec), Arc::clone(&layout), checkpoint);
+        let keeper = KeeperCore::new(Arc::clone(&spec), Arc::clone(&layout), checkpoint.clone().unwrap_or(0));
         let nodes = Nodes { wanted: config.nodes, spares: config.spares, relieve: config.relieve };
         let (supervisor, first) =
             Supervisor::new(spec, nodes, &restored.records, checkpoint, restored.reported, Duration::ZERO);
@@ -189,11 +183,7 @@ impl Actor for SupervisorProcess {
                     let _ = state.end.try_send(end);
                 }
             }
-            Msg::Stored { step, shard, sums } => state.stored(KeeperEvent::Stored { step, shard, sums }),
-            Msg::Published(step) => state.stored(KeeperEvent::Published(step)),
-            Msg::Loaded { step, to, parameters } => {
-                state.root_event(RootEvent::Keeper(KeeperEvent::Loaded { step, to, parameters }));
-            }
+            Msg::Keeper(event) => state.kept(event),
             Msg::DiskFailed(why) => {
                 if !state.among {
                     state.dismiss(&why);
@@ -260,8 +250,9 @@ impl State {
         self.store_fails = Some(why);
     }
 
-    fn stored(&mut self, event: KeeperEvent) {
-        if self.store_fails.take().is_some() {
+    fn kept(&mut self, event: KeeperEvent) {
+        let written = matches!(event, KeeperEvent::Stored { .. } | KeeperEvent::Published(_));
+        if written && self.store_fails.take().is_some() {
             self.note(&Happening::StoreWorks);
         }
         self.root_event(RootEvent::Keeper(event));
@@ -294,11 +285,8 @@ impl State {
                 RootEffect::Forget(nodes) => nodes.into_iter().for_each(|n| self.forget(n)),
                 RootEffect::Report(report) => self.report(report),
                 RootEffect::Note(happening) => self.note(&happening),
-                RootEffect::Store { step, shard, parameters } => {
-                    self.taken(self.store.write(Write::Store { step, shard, parameters }));
-                }
-                RootEffect::Publish(step) => self.taken(self.store.write(Write::Publish(step))),
-                RootEffect::Load { step, shard, to } => self.taken(self.store.read(Read { step, shard, to })),
+                RootEffect::Write(write) => self.taken(self.store.write(write)),
+                RootEffect::Read(read) => self.taken(self.store.read(read)),
                 RootEffect::Finish(result) => {
                     self.write(Line::End(result.clone()));
                     self.result = Some(result);

@@ -28,10 +28,13 @@ pub(super) fn durable(announced: Step, disk: &[Record]) -> Result<(), Broken> {
     if on_disk { Ok(()) } else { Err(("C2", format!("step {announced} was announced, but its record is not on disk"))) }
 }
 
-/// C2: a checkpoint is made known only once all of it is stored.
-pub(super) fn complete(step: Step, missing: Option<u32>) -> Result<(), Broken> {
-    let what = |shard| format!("the checkpoint of step {step} was published without shard {shard}");
-    missing.map_or(Ok(()), |shard| Err(("C2", what(shard))))
+/// C2: a checkpoint is made known only once all of it is stored, with the bits of its step.
+pub(super) fn stored(step: Step, read: Result<String, String>, reference: &[String]) -> Result<(), Broken> {
+    let expected = reference.get(step as usize - 1);
+    match read {
+        Ok(fingerprint) if Some(&fingerprint) == expected => Ok(()),
+        got => Err(("C2", format!("the checkpoint of step {step} was published with {got:?}, expected {expected:?}"))),
+    }
 }
 
 /// C3: steps are reported once each and in order. That every sample is in them once is checked before

@@ -14,6 +14,8 @@ pub struct Coverage {
     pub faults: BTreeMap<&'static str, u64>,
     /// Messages that were on their way, by kind and by what they were lost to.
     pub lost: BTreeMap<(&'static str, &'static str), u64>,
+    /// Jobs that ended because nobody held their state and no checkpoint was whole.
+    pub nothing_left: u64,
 }
 
 /// What messages are lost to.
@@ -38,6 +40,7 @@ impl Coverage {
     /// Adds another seed's.
     pub fn add(&mut self, other: &Self) {
         other.faults.iter().for_each(|(kind, n)| *self.faults.entry(kind).or_default() += n);
+        self.nothing_left += other.nothing_left;
         other.lost.iter().for_each(|(key, n)| *self.lost.entry(*key).or_default() += n);
     }
 
@@ -49,6 +52,7 @@ impl Coverage {
         let lost = kinds
             .flat_map(|kind| TO.map(|to| (kind, to)))
             .map(|(kind, to)| (format!("{kind} lost to {to}"), self.lost.get(&(kind, to)).copied().unwrap_or(0)));
-        faults.chain(lost).collect()
+        let nothing_left = [("jobs of which nothing was left".to_owned(), self.nothing_left)];
+        faults.chain(nothing_left).chain(lost).collect()
     }
 }

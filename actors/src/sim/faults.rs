@@ -1,21 +1,17 @@
 //! Faults of the simulated world: processes that start, die, stop and panic, links that break.
 
 use super::checks::Broken;
-use super::network::Life;
-use super::plan::Fault;
-use super::process::{SimNode, SimRoot};
-use super::world::{ForRoot, SimEvent, TICK, World};
+use super::network::{Impaired, Life, Network};
+use super::plan::{End, Fault};
+use super::process::SimNode;
+use super::world::{SimEvent, World};
 use crate::control::Control;
 use crate::effect::Event;
-use crate::ids::{ActorId, Address, Step};
-use crate::keeper::KeeperCore;
-use crate::root::Root;
+use crate::ids::{ActorId, Address};
 use crate::router::{Action, Router};
-use crate::supervisor::{Nodes, Supervisor};
 use crate::tally::{Operations, Tally};
 use std::collections::BTreeMap;
 use std::sync::Arc;
-use std::time::Duration;
 
 impl World {
     pub(super) fn new_life(&mut self) -> Life {
@@ -36,29 +32,10 @@ impl World {
             tally: Tally::default(),
             supervisor: None,
             leaving: false,
+            wrong: false,
+            effects_left: None,
         });
         self.after(1, SimEvent::Heartbeat(life));
-    }
-
-    pub(super) fn start_root(&mut self) -> Result<(), Broken> {
-        let life = self.new_life();
-        let reported = self.fingerprints.iter().enumerate().map(|(i, f)| (i as Step + 1, f.clone())).collect();
-        let now = Duration::from_micros(self.now);
-        let spec = Arc::clone(&self.materials.spec);
-        let nodes = Nodes { wanted: self.slots - self.spares, spares: self.spares, relieve: false };
-        let (supervisor, first) = Supervisor::new(spec, nodes, &self.disk, self.published, reported, now);
-        self.note(format!("the supervisor starts as life {life} with step {} committed", supervisor.committed()));
-        if supervisor.committed() < self.announced {
-            let what =
-                format!("step {} was announced, the next supervisor knows {}", self.announced, supervisor.committed());
-            return Err(("C2", what));
-        }
-        let (spec, layout) = (Arc::clone(&self.materials.spec), Arc::clone(&self.materials.layout));
-        let keeper = KeeperCore::new(spec, layout, self.published);
-        let (root, effects) = Root::new(supervisor, first, keeper);
-        self.root = Some(SimRoot { life, root, lives: BTreeMap::new(), joining: BTreeMap::new() });
-        self.after_root(TICK, ForRoot::Tick);
-        self.perform_root(effects)
     }
 
     pub(super) fn kill_node(&mut self, slot: usize, seen: bool) {
@@ -73,16 +50,6 @@ impl World {
         self.after(delay, SimEvent::Start(slot));
     }
 
-    pub(super) fn kill_root(&mut self) {
-        let Some(root) = self.root.take() else { return };
-        self.network.end(root.life);
-        // A crash keeps some of what was not synced, in order.
-        let kept = self.draw(self.unsynced.len() as u64 + 1) as usize;
-        self.disk.extend(self.unsynced.drain(..).take(kept).collect::<Vec<_>>());
-        let delay = 20_000 + self.draw(300_000);
-        self.after(delay, SimEvent::StartRoot);
-    }
-
     pub(super) fn fault(&mut self, fault: Fault) -> Result<(), Broken> {
         self.coverage.fault(fault);
         self.note(format!("fault: {fault:?}"));
@@ -92,52 +59,156 @@ impl World {
                 self.kill_node(first, true);
                 self.kill_node(second, true);
             }
-            Fault::KillSupervisor => self.kill_root(),
-            Fault::KillAll => {
-                self.kill_root();
-                (0..self.slots).for_each(|slot| self.kill_node(slot, false));
-            }
-            Fault::Pause { slot, micros } => {
-                let until = self.now + micros;
+            Fault::KillAtEffect { slot, effects } => {
                 if let Some(node) = &mut self.nodes[slot] {
-                    node.paused = until;
-                    let life = node.life;
-                    self.after(micros, SimEvent::Resume(life));
+                    node.effects_left = Some(effects);
                 }
             }
+            Fault::KillSupervisor => self.kill_root(),
+            Fault::KillSupervisorAtEffect { effects } => {
+                if let Some(root) = &mut self.root {
+                    root.effects_left = Some(effects);
+                }
+            }
+            Fault::KillAll => {
+                self.kill_root();
+                self.files.cut_power(&mut self.draws);
+                (0..self.slots).for_each(|slot| self.kill_node(slot, false));
+            }
+            Fault::Pause { end, micros } => self.pause(end, micros),
+            Fault::Jump { micros } => self.ahead += micros,
             Fault::Slow { slot, times, micros } => {
                 let until = self.now + micros;
                 if let Some(node) = &mut self.nodes[slot] {
                     node.slow = (times, until);
                 }
             }
-            Fault::FlipStored => self.flip_stored = true,
-            Fault::StoreFails { micros } => self.store_fails = self.now + micros,
+            Fault::Leave { slot } => self.leave(slot)?,
+            Fault::Join => {
+                self.nodes.push(None);
+                self.slots += 1;
+                self.start_node(self.slots - 1);
+            }
+            Fault::Panic { slot, choice } => self.panic(slot, choice)?,
+            Fault::Flip { choice } => self.flip(choice),
+            Fault::Wrong { slot } => self.go_wrong(slot),
+            Fault::BreakLinks { .. }
+            | Fault::Cut { .. }
+            | Fault::OneWay { .. }
+            | Fault::SlowLinks { .. }
+            | Fault::Lossy { .. }
+            | Fault::Ambush { .. } => self.fault_of_links(fault),
+            Fault::KillInWrite { .. }
+            | Fault::FlipStored
+            | Fault::FlipFile
+            | Fault::StoreFails { .. }
+            | Fault::SlowDisk { .. } => self.fault_of_disk(fault),
+        }
+        Ok(())
+    }
+
+    fn fault_of_links(&mut self, fault: Fault) {
+        match fault {
             Fault::BreakLinks { slot } => {
                 if let Some(life) = self.nodes[slot].as_ref().map(|n| n.life) {
                     self.break_links(life);
                 }
             }
-            Fault::Leave { slot } => {
-                let Some(node) = self.nodes[slot].as_mut().filter(|n| n.router.node().is_some()) else { return Ok(()) };
-                node.leaving = true;
-                let (life, number) = (node.life, node.router.node());
-                if let Some(node) = number {
-                    self.send_to_root(life, Control::Leave { node })?;
-                }
-            }
             Fault::Cut { slot, other, micros } => {
-                let life = |slot: usize| self.nodes[slot].as_ref().map(|n| n.life);
-                if let (Some(a), Some(b)) = (life(slot), life(other))
-                    && a != b
-                {
+                if let Some((a, b)) = self.ends(slot, other) {
                     self.break_link(a.min(b), a.max(b), micros);
                 }
             }
-            Fault::Panic { slot, choice } => self.panic(slot, choice)?,
-            Fault::Flip { choice } => self.flip(choice),
+            Fault::OneWay { slot, other, micros } => {
+                if let Some((a, b)) = self.ends(slot, other) {
+                    self.lose_one_way(a, b, micros);
+                }
+            }
+            Fault::SlowLinks { slot, more, micros } => {
+                self.impair(slot, Impaired { more, of: 0, until: self.now + micros });
+            }
+            Fault::Lossy { slot, of, micros } => self.impair(slot, Impaired { more: 0, of, until: self.now + micros }),
+            Fault::Ambush { kind, kill } => self.ambush = Some((kind, kill)),
+            _ => unreachable!("{fault:?} is none of links"),
         }
-        Ok(())
+    }
+
+    fn fault_of_disk(&mut self, fault: Fault) {
+        match fault {
+            Fault::KillInWrite { changes } => self.files.die_after(changes),
+            Fault::FlipStored => self.flip_stored = true,
+            Fault::FlipFile => {
+                if !self.file_flipped
+                    && let Some(name) = self.files.flip(&mut self.draws)
+                {
+                    self.file_flipped = true;
+                    self.note(format!("a bit of {name} flips"));
+                }
+            }
+            Fault::StoreFails { trouble, micros } => {
+                self.files.set(Some(trouble));
+                self.after(micros, SimEvent::StoreHeals);
+            }
+            Fault::SlowDisk { times, micros } => self.slow_disk = (times, self.now + micros),
+            _ => unreachable!("{fault:?} is none of disks"),
+        }
+    }
+
+    fn leave(&mut self, slot: usize) -> Result<(), Broken> {
+        let Some(node) = self.nodes[slot].as_mut() else { return Ok(()) };
+        let (life, number) = (node.life, node.router.node());
+        node.leaving |= number.is_some();
+        number.map_or(Ok(()), |node| self.send_to_root(life, Control::Leave { node }))
+    }
+
+    /// Two processes that are there, and are two.
+    fn ends(&self, slot: usize, other: End) -> Option<(Life, Life)> {
+        let life = |slot: usize| self.nodes[slot].as_ref().map(|n| n.life);
+        let other = match other {
+            End::Slot(other) => life(other),
+            End::Root => self.root.as_ref().map(|r| r.life),
+        };
+        Some((life(slot)?, other?)).filter(|(a, b)| a != b)
+    }
+
+    /// What lies in wait for a message happens.
+    pub(super) fn spring(&mut self, from: Life, to: Life, kill: bool) {
+        let slot = self.nodes.iter().position(|n| n.as_ref().is_some_and(|n| n.life == to));
+        match slot {
+            Some(slot) if kill => self.kill_node(slot, true),
+            None if kill && self.alive(to) => self.kill_root(),
+            _ => {
+                let (a, b) = Network::pair(from, to);
+                let delay = 1000 + self.draw(100_000);
+                self.break_link(a, b, delay);
+            }
+        }
+    }
+
+    fn impair(&mut self, slot: usize, how: Impaired) {
+        if let Some(node) = &self.nodes[slot] {
+            self.network.impaired.insert(node.life, how);
+        }
+    }
+
+    fn pause(&mut self, end: End, micros: u64) {
+        let until = self.now + micros;
+        let stopped = match end {
+            End::Slot(slot) => self.nodes[slot].as_mut().map(|n| (&mut n.paused, n.life)),
+            End::Root => self.root.as_mut().map(|r| (&mut r.paused, r.life)),
+        };
+        if let Some((paused, life)) = stopped {
+            *paused = until;
+            self.after(micros, SimEvent::Resume(life));
+        }
+    }
+
+    fn go_wrong(&mut self, slot: usize) {
+        let Some(node) = &mut self.nodes[slot] else { return };
+        node.wrong = true;
+        let stages = node.actors.iter_mut().filter(|(actor, _)| matches!(actor, ActorId::Stage { .. }));
+        stages.for_each(|(_, stage)| stage.core.flip());
+        self.flips += 1;
     }
 
     fn flip(&mut self, choice: u32) {

@@ -8,6 +8,11 @@ use crate::root::RootEvent;
 use crate::wire::Unit;
 use everstep_transport::{Frame, Session, SessionEffect};
 
+/// Microseconds after which a link that is silent breaks.
+const IDLE: u64 = 500_000;
+/// Microseconds until what was lost is sent again, at most.
+const LOST: u64 = 200_000;
+
 impl World {
     pub(super) fn session(&mut self, owner: Life, peer: Life) -> &mut Session<Unit> {
         let new = || if planted(Bug::LostAtReconnect) { Session::forgetful() } else { Session::new() };
@@ -60,6 +65,25 @@ impl World {
         }
     }
 
+    /// What one life sends to another is lost for a while, however often it is sent. The other breaks the link when it has heard nothing for too long, and
+    /// the first hears of that; until it is over, dialling is of no use.
+    pub(super) fn lose_one_way(&mut self, from: Life, to: Life, micros: u64) {
+        self.network.one_way.insert((from, to), self.now + micros);
+        let pair = Network::pair(from, to);
+        if let Some(link) = self.network.links.get(&pair).filter(|l| l.up) {
+            self.after(IDLE, SimEvent::Silent { from, to, link: link.number });
+        }
+    }
+
+    /// A link that was silent for too long, if it is still that one, and still silent.
+    pub(super) fn silent(&mut self, from: Life, to: Life, number: u64) {
+        let until = self.network.one_way.get(&(from, to)).copied().unwrap_or(0);
+        let pair = Network::pair(from, to);
+        if until > self.now && self.network.links.get(&pair).is_some_and(|l| l.number == number) {
+            self.break_link(pair.0, pair.1, until - self.now);
+        }
+    }
+
     pub(super) fn transmit(&mut self, from: Life, to: Life, unit: Unit) -> Result<(), Broken> {
         self.connect(from, to);
         let lane = unit.lane();
@@ -92,12 +116,28 @@ impl World {
     }
 
     pub(super) fn fly(&mut self, from: Life, to: Life, frame: Frame<Unit>) {
-        let delay = 50 + self.draw(900);
         let (now, pair) = (self.now, Network::pair(from, to));
+        // What is lost on the way is sent again until it comes, or the link breaks.
+        let held = self.network.one_way.get(&(from, to)).map_or(0, |until| until.saturating_sub(now));
+        let mut delay = held + 50 + self.draw(900);
+        for life in [from, to] {
+            if let Some(how) = self.network.impaired.get(&life).copied().filter(|how| how.until > now) {
+                delay += how.more;
+                if how.of > 0 && self.draw(how.of) == 0 {
+                    delay += self.draw(LOST);
+                }
+            }
+        }
         let Some(link) = self.network.links.get_mut(&pair).filter(|l| l.up) else { return };
         let last = link.last.entry(from).or_default();
         *last = (now + delay).max(*last + 1);
         let (at, number) = (*last - now, link.number);
+        if let (Some((kind, kill)), Frame::Data { unit: Unit::Bundle(bundle), .. }) = (self.ambush, &frame)
+            && bundle.iter().any(|e| e.body.kind() == kind)
+        {
+            self.ambush = None;
+            self.after(at / 2, SimEvent::Ambush { from, to, kill });
+        }
         self.after(at, SimEvent::Arrive(Flight { from, to, link: number, frame }));
     }
 

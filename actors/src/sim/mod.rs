@@ -8,8 +8,10 @@
 
 mod checks;
 mod coverage;
+mod disk;
 mod draws;
 mod faults;
+mod files;
 mod links;
 mod network;
 mod nodes;
@@ -23,7 +25,7 @@ use crate::plant::{self, Bug};
 use crate::spec::{JobSpec, OptimizerSpec};
 use crate::supervisor::Nodes;
 use everstep_kernels::{ModelConfig, Precision};
-use plan::FAULTS_MAX;
+use plan::{FAULTS_MAX, Fault};
 use std::fmt;
 use std::sync::OnceLock;
 use world::World;
@@ -164,7 +166,11 @@ pub fn simulate(seed: u64, plant: Option<Bug>, only: Option<&[usize]>) -> Result
     let mut spec = spec(shape);
     spec.mirrors = [1, 1, 0, 2][(seed / 48 % 4) as usize];
     spec.audit = [0, 9, 0, 1][(seed / 7 % 4) as usize];
-    let all = plan::plan(seed, nodes.wanted + nodes.spares).into_iter().enumerate();
+    let all = plan::plan(seed, nodes.wanted + nodes.spares);
+    if all.iter().any(|(_, fault)| matches!(fault, Fault::Wrong { .. })) {
+        spec.audit = 1;
+    }
+    let all = all.into_iter().enumerate();
     let faults = all.filter(|(n, _)| only.is_none_or(|only| only.contains(n))).map(|(_, fault)| fault).collect();
     let run = || World::new(seed, spec, nodes, faults, Some(reference(shape))).run();
     plant::with(plant, run).map_err(|violation| Violation { only: only.map(<[usize]>::to_vec), ..violation })

@@ -27,6 +27,16 @@ pub(super) struct Link {
     pub(super) last: BTreeMap<Life, u64>,
 }
 
+/// What is wrong with the links of a process.
+#[derive(Debug, Clone, Copy)]
+pub(super) struct Impaired {
+    /// Frames take so many microseconds more.
+    pub(super) more: u64,
+    /// One of so many is lost and sent again (0: none).
+    pub(super) of: u64,
+    pub(super) until: u64,
+}
+
 /// All sessions and links.
 #[derive(Debug, Default)]
 pub(super) struct Network {
@@ -34,6 +44,9 @@ pub(super) struct Network {
     pub(super) sessions: BTreeMap<(Life, Life), Session<Unit>>,
     /// By (lower, higher).
     pub(super) links: BTreeMap<(Life, Life), Link>,
+    pub(super) impaired: BTreeMap<Life, Impaired>,
+    /// What the first sends to the second is lost until then.
+    pub(super) one_way: BTreeMap<(Life, Life), u64>,
 }
 
 impl Network {
@@ -45,6 +58,8 @@ impl Network {
     pub(super) fn end(&mut self, life: Life) {
         self.links.retain(|(a, b), _| *a != life && *b != life);
         self.sessions.retain(|(owner, _), _| *owner != life);
+        self.impaired.remove(&life);
+        self.one_way.retain(|(a, b), _| *a != life && *b != life);
         for ((_, peer), session) in &mut self.sessions {
             if *peer == life {
                 session.link_down();

@@ -2,7 +2,7 @@
 
 use super::checks::{self, Broken};
 use super::network::{Life, Network};
-use super::process::{Cell, SimActor};
+use super::process::{Cell, SimActor, is_over};
 use super::world::{HEARTBEAT, SimEvent, World};
 use crate::compute::{Job, attempt};
 use crate::control::Control;
@@ -91,14 +91,14 @@ impl World {
                 if let Some(root) = &self.root {
                     checks::released(number, root.root.supervisor.table())?;
                 }
-                let slot = self.nodes.iter().position(|n| n.as_ref().is_some_and(|n| n.life == life)).expect("alive");
+                let slot = self.slot_of(life);
                 self.note(format!("life {life} leaves"));
                 self.kill_node(slot, false);
                 Ok(())
             }
             Control::Fence => {
                 // It gives up all it has and comes as new.
-                let slot = self.nodes.iter().position(|n| n.as_ref().is_some_and(|n| n.life == life)).expect("alive");
+                let slot = self.slot_of(life);
                 self.note(format!("life {life} is fenced"));
                 self.network.end(life);
                 self.start_node(slot);
@@ -110,9 +110,16 @@ impl World {
 
     pub(super) fn perform_node(&mut self, life: Life, actions: Vec<Action>) -> Result<(), Broken> {
         for action in actions {
+            if self.dies_now(life) {
+                return Ok(());
+            }
             match action {
                 Action::Spawn(address) => {
-                    let core = self.materials.core(address).expect("placed actors are workers");
+                    let mut core = self.materials.core(address).expect("placed actors are workers");
+                    let wrong = self.node_of_life(life).is_some_and(|node| node.wrong);
+                    if wrong && matches!(address.actor, ActorId::Stage { .. }) {
+                        core.flip();
+                    }
                     self.spawned += 1;
                     let (cell, incarnation) = (self.spawned, address.incarnation);
                     let actor = SimActor { cell, incarnation, core, mailbox: VecDeque::new(), awake: false };
@@ -194,6 +201,22 @@ impl World {
         Ok(())
     }
 
+    /// Whether a process of a node is gone, or dies before its next effect.
+    fn dies_now(&mut self, life: Life) -> bool {
+        let Some(node) = self.node_of_life(life) else { return true };
+        let over = is_over(&mut node.effects_left);
+        if over {
+            let slot = self.slot_of(life);
+            self.note(format!("life {life} dies between two effects"));
+            self.kill_node(slot, true);
+        }
+        over
+    }
+
+    fn slot_of(&self, life: Life) -> usize {
+        self.nodes.iter().position(|n| n.as_ref().is_some_and(|n| n.life == life)).expect("alive")
+    }
+
     /// Until an actor with mail gets a thread: soon, or once a busy machine has one.
     fn until_run(&mut self) -> u64 {
         let most = if self.draw(64) == 0 { 5000 } else { 30 };
@@ -203,6 +226,9 @@ impl World {
     fn perform(&mut self, life: Life, (me, cell): (Address, Cell), effects: Vec<Effect>) -> Result<(), Broken> {
         let mut messages = Vec::new();
         for effect in effects {
+            if self.dies_now(life) {
+                return Ok(());
+            }
             match effect {
                 Effect::Send { from, to, body } => messages.push((from.unwrap_or(me), to, body)),
                 Effect::Tell { to, local } => self.deliver(life, to, None, Event::Local { from: me.actor, local }),

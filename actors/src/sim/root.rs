@@ -1,44 +1,167 @@
 //! What the simulated world does for the supervisor's process: its disk, its clock, its words.
 
 use super::checks::{self, Broken};
+use super::disk::Line;
 use super::network::Life;
+use super::process::{SimRoot, is_over};
 use super::world::{ForRoot, SimEvent, TICK, World};
 use crate::control::Control;
+use crate::fingerprint;
 use crate::ids::{NodeId, Step};
-use crate::keeper::KeeperEvent;
+use crate::keeper::{KeeperCore, KeeperEvent};
 use crate::message::{Body, Envelope};
-use crate::root::{RootEffect, RootEvent};
-use crate::supervisor::{Happening, SupervisorEvent};
+use crate::root::{Root, RootEffect, RootEvent};
+use crate::stored::state_of;
+use crate::storing::{Failure, Newest, NoCheckpoint, Read, Write, newest};
+use crate::supervisor::{Happening, Nodes, Record, Supervisor, SupervisorEvent};
 use crate::wire::Unit;
+use everstep_checkpoint::{Place, Reader, Store, StoreError};
 use everstep_kernels::state_sum;
+use std::collections::{BTreeMap, VecDeque};
+use std::sync::Arc;
 use std::time::Duration;
 
+/// Checkpoints that the store keeps.
+const KEEP: usize = 2;
+/// Microseconds until a store that failed is tried again.
+const AGAIN: u64 = 100_000;
+
 impl World {
+    pub(super) fn start_root(&mut self) -> Result<(), Broken> {
+        let spec = Arc::clone(&self.materials.spec);
+        let opened = Store::open(Place::on(self.files.clone()), None, "sim", KEEP);
+        let found = opened.map_err(NoCheckpoint::from).and_then(|store| Ok((newest(&store, &spec)?, store)));
+        let (Newest { step: checkpoint, wrong }, store) = match found {
+            Ok(found) if !self.files.died() => found,
+            Err(error) if !self.files.died() && !error.is_out_of_reach() => return Err(("C2", error.to_string())),
+            _ => {
+                self.after(AGAIN, SimEvent::StartRoot);
+                return Ok(());
+            }
+        };
+        wrong.into_iter().for_each(|why| self.note(why));
+        let life = self.new_life();
+        // Made short in every other life: that changes nothing.
+        self.disk.open(life.is_multiple_of(2)).map_err(|why| ("C2", why))?;
+        self.fingerprints.truncate(self.disk.metrics().len());
+        let nodes = Nodes { wanted: self.wanted, spares: self.spares, relieve: false };
+        let (records, metrics) = (self.disk.records(), self.disk.metrics().clone());
+        let (supervisor, first) =
+            Supervisor::new(Arc::clone(&spec), nodes, records, checkpoint.clone(), metrics, Duration::ZERO);
+        self.note(format!("the supervisor starts as life {life} with step {} committed", supervisor.committed()));
+        if supervisor.committed() < self.announced && checkpoint.is_ok() {
+            let what =
+                format!("step {} was announced, the next supervisor knows {}", self.announced, supervisor.committed());
+            return Err(("C2", what));
+        }
+        let keeper = KeeperCore::new(spec, Arc::clone(&self.materials.layout), checkpoint.unwrap_or(0));
+        let (root, effects) = Root::new(supervisor, first, keeper);
+        self.root = Some(SimRoot {
+            life,
+            root,
+            store,
+            writes: VecDeque::new(),
+            paused: 0,
+            effects_left: None,
+            began: self.now + self.ahead,
+            lives: BTreeMap::new(),
+            joining: BTreeMap::new(),
+        });
+        self.after_root(TICK, ForRoot::Tick);
+        self.perform_root(effects)
+    }
+
+    pub(super) fn kill_root(&mut self) {
+        let Some(root) = self.root.take() else { return };
+        self.network.end(root.life);
+        self.stopped.remove(&root.life);
+        self.disk.crash(&mut self.draws);
+        let delay = 20_000 + self.draw(300_000);
+        self.after(delay, SimEvent::StartRoot);
+    }
+
     pub(super) fn root_step(&mut self, event: ForRoot) -> Result<(), Broken> {
         match event {
             ForRoot::Tick => {
                 self.after_root(TICK, ForRoot::Tick);
                 self.tell_root(RootEvent::Supervisor(SupervisorEvent::Tick))
             }
-            ForRoot::Synced => {
-                let record = self.unsynced.remove(0);
-                self.disk.push(record);
-                self.tell_root(RootEvent::Supervisor(SupervisorEvent::Synced))
+            ForRoot::Written => {
+                let (record, more) = self.disk.written();
+                if more {
+                    let delay = self.until_written(3000);
+                    self.after_root(delay, ForRoot::Written);
+                }
+                if record { self.tell_root(RootEvent::Supervisor(SupervisorEvent::Synced)) } else { Ok(()) }
             }
-            ForRoot::Stored(step, shard, parameters) => {
-                let sums = parameters.iter().map(|state| state_sum(state)).collect();
-                self.chunks.insert((step, shard), parameters);
-                self.tell_root(RootEvent::Keeper(KeeperEvent::Stored { step, shard, sums }))
+            ForRoot::Write => {
+                let layout = Arc::clone(&self.materials.layout);
+                let Some(root) = &mut self.root else { return Ok(()) };
+                let Some(write) = root.writes.front() else { return Ok(()) };
+                let done = write.perform(&mut root.store, &layout);
+                if done.is_ok() {
+                    root.writes.pop_front();
+                }
+                self.stored(done, Write::failure, ForRoot::Write)
             }
-            ForRoot::Published(step) => {
-                self.published = step;
-                self.tell_root(RootEvent::Keeper(KeeperEvent::Published(step)))
-            }
-            ForRoot::Loaded(step, shard, to) => {
-                let parameters = self.chunks[&(step, shard)].clone();
-                self.tell_root(RootEvent::Keeper(KeeperEvent::Loaded { step, to, parameters }))
+            ForRoot::Read(read) => {
+                let layout = Arc::clone(&self.materials.layout);
+                let Some(root) = &self.root else { return Ok(()) };
+                let done = read.perform(root.store.reader(), &layout);
+                self.stored(done, Read::failure, ForRoot::Read(read))
             }
         }
+    }
+
+    /// What the store's threads do with what it said.
+    fn stored(
+        &mut self,
+        done: Result<KeeperEvent, StoreError>,
+        means: fn(&StoreError) -> Failure,
+        again: ForRoot,
+    ) -> Result<(), Broken> {
+        if self.files.died() {
+            self.note("the supervisor dies in a write".to_owned());
+            self.kill_root();
+            return Ok(());
+        }
+        let error = match done {
+            Ok(event) => {
+                if let KeeperEvent::Published(step) = event {
+                    self.check_published(step)?;
+                }
+                if matches!(again, ForRoot::Write) && self.root.as_ref().is_some_and(|r| !r.writes.is_empty()) {
+                    let delay = self.until_written(20_000);
+                    self.after_root(delay, ForRoot::Write);
+                }
+                return self.tell_root(RootEvent::Keeper(event));
+            }
+            Err(error) => error,
+        };
+        match means(&error) {
+            Failure::Again => self.after_root(AGAIN, again),
+            Failure::Damaged => {
+                self.note(format!("the supervisor ends: {error}"));
+                self.kill_root();
+            }
+            Failure::Lasting => return Err(("C2", error.to_string())),
+        }
+        Ok(())
+    }
+
+    /// C2 at the moment when a checkpoint exists, read by somebody else.
+    fn check_published(&mut self, step: Step) -> Result<(), Broken> {
+        let Some(reference) = self.reference.filter(|_| !self.file_flipped) else { return Ok(()) };
+        let layout = &self.materials.layout;
+        let trouble = self.files.set(None);
+        let reader = Reader::new(Place::on(self.files.clone()), "sim");
+        let names: Vec<_> = layout.parameters.iter().map(|p| (p.name.to_string(), p.rows, p.columns)).collect();
+        let read = reader.read(step, &names).map_err(|error| error.to_string()).map(|tensors| {
+            let sum = |(n, tensor)| (n as u32, state_sum(&state_of(tensor)));
+            fingerprint::root(layout, &tensors.into_iter().enumerate().map(sum).collect())
+        });
+        self.files.set(trouble);
+        checks::stored(step, read, reference)
     }
 
     /// Something for the present life of the supervisor's process.
@@ -71,8 +194,9 @@ impl World {
     }
 
     pub(super) fn tell_root(&mut self, event: RootEvent) -> Result<(), Broken> {
-        let now = Duration::from_micros(self.now);
         let Some(root) = &mut self.root else { return Ok(()) };
+        // Its clock begins with it.
+        let now = Duration::from_micros(self.now + self.ahead - root.began);
         let effects = root.root.on(now, event);
         self.perform_root(effects)
     }
@@ -90,13 +214,15 @@ impl World {
 
     pub(super) fn perform_root(&mut self, effects: Vec<RootEffect>) -> Result<(), Broken> {
         for effect in effects {
-            let Some(life) = self.root.as_ref().map(|r| r.life) else { return Ok(()) };
+            let Some(root) = &mut self.root else { return Ok(()) };
+            let life = root.life;
+            if is_over(&mut root.effects_left) {
+                self.note("the supervisor dies between two effects".to_owned());
+                self.kill_root();
+                return Ok(());
+            }
             match effect {
-                RootEffect::Append(record) => {
-                    self.unsynced.push(record);
-                    let delay = 200 + self.draw(3000) + self.unsynced.len() as u64 * 4000;
-                    self.after_root(delay, ForRoot::Synced);
-                }
+                RootEffect::Append(record) => self.append(record),
                 RootEffect::Tell(node, control) => {
                     if let Some(peer) = self.life_of_node(node) {
                         self.transmit(life, peer, Unit::Control(control))?;
@@ -118,33 +244,32 @@ impl World {
                     if let Some(reference) = self.reference {
                         checks::same_bits(&report, reference)?;
                     }
-                    self.note(format!("step {} {}", report.commit.commit.step, report.fingerprint));
-                    self.fingerprints.push(report.fingerprint);
+                    let step = report.commit.commit.step;
+                    self.note(format!("step {step} {}", report.fingerprint));
+                    self.fingerprints.push(report.fingerprint.clone());
+                    self.write(Line::Metrics(step, report.fingerprint));
                 }
                 RootEffect::Note(happening) => {
-                    if let Happening::RolledBack { to_step, .. } = happening {
-                        self.announced = to_step;
-                        self.rollbacks += 1;
-                    }
+                    self.rollbacks += usize::from(matches!(happening, Happening::RolledBack { .. }));
                     self.note(format!("{happening:?}"));
                 }
-                RootEffect::Store { step, shard, mut parameters } => {
-                    if std::mem::take(&mut self.flip_stored) {
+                RootEffect::Write(mut write) => {
+                    if let Write::Store { parameters, .. } = &mut write
+                        && std::mem::take(&mut self.flip_stored)
+                    {
                         self.flips += 1;
                         parameters[0][0] = crate::audit::wrong(&parameters[0][0]);
                     }
-                    let delay = self.until_store() + 1000 + self.draw(20_000);
-                    self.after_root(delay, ForRoot::Stored(step, shard, parameters));
+                    let Some(root) = &mut self.root else { return Ok(()) };
+                    root.writes.push_back(write);
+                    if root.writes.len() == 1 {
+                        let delay = self.until_written(20_000);
+                        self.after_root(delay, ForRoot::Write);
+                    }
                 }
-                RootEffect::Publish(step) => {
-                    let stored = |shard: &u32| self.chunks.contains_key(&(step, *shard));
-                    checks::complete(step, (0..self.materials.spec.shards).find(|shard| !stored(shard)))?;
-                    let delay = self.until_store() + 500 + self.draw(5000);
-                    self.after_root(delay, ForRoot::Published(step));
-                }
-                RootEffect::Load { step, shard, to } => {
-                    let delay = self.until_store() + 500 + self.draw(10_000);
-                    self.after_root(delay, ForRoot::Loaded(step, shard, to));
+                RootEffect::Read(read) => {
+                    let delay = self.until_written(10_000);
+                    self.after_root(delay, ForRoot::Read(read));
                 }
                 RootEffect::Finish(result) => self.finished = Some(result),
             }
@@ -152,16 +277,36 @@ impl World {
         Ok(())
     }
 
-    /// Until the store works: what it fails to do is tried again.
-    fn until_store(&self) -> u64 {
-        self.store_fails.saturating_sub(self.now)
+    fn append(&mut self, record: Record) {
+        match &record {
+            // They are reported again.
+            Record::Doubt(after) => self.fingerprints.truncate(*after as usize),
+            Record::Epoch { table, .. } if table.primaries.iter().all(Option::is_none) => {
+                self.announced = self.announced.min(table.base);
+            }
+            Record::Epoch { .. } | Record::Commit(_) => {}
+        }
+        self.write(Line::Record(record));
+    }
+
+    fn write(&mut self, line: Line) {
+        if self.disk.write(line) {
+            let delay = self.until_written(3000);
+            self.after_root(delay, ForRoot::Written);
+        }
+    }
+
+    /// Until the disk has done something.
+    fn until_written(&mut self, most: u64) -> u64 {
+        let times = if self.slow_disk.1 > self.now { self.slow_disk.0 } else { 1 };
+        times * (200 + self.draw(most))
     }
 
     /// C2 at the moment when a commit leaves the supervisor.
     pub(super) fn check_announced(&mut self, bundle: &[Envelope]) -> Result<(), Broken> {
         for envelope in bundle {
             if let Body::Commit(commit) = &envelope.body {
-                checks::durable(commit.step, &self.disk)?;
+                checks::durable(commit.step, self.disk.records())?;
                 self.announced = self.announced.max(commit.step);
             }
         }

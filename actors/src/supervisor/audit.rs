@@ -82,7 +82,12 @@ impl Supervisor {
             return vec![SupervisorEffect::Note(Happening::Audited { step, actor, nodes })];
         }
         let nodes: Vec<NodeId> = made.iter().map(|(node, _)| *node).collect();
-        let elsewhere = (made.len() < 3).then(|| self.elsewhere(from.actor, &nodes)).flatten();
+        // A spare decides if nobody else can: the one that is given up leaves it a place.
+        let elsewhere = match made.len() {
+            1 => self.elsewhere(from.actor, &nodes, &self.working()),
+            2 => [self.working(), self.ready()].iter().find_map(|among| self.elsewhere(from.actor, &nodes, among)),
+            _ => None,
+        };
         match elsewhere {
             Some(node) => self.make_again(from.actor, step, node),
             // There is nobody to compare with.
@@ -108,11 +113,12 @@ impl Supervisor {
         }
     }
 
-    /// The node with the least to do that is none of these, has room, and is not one on which the actor failed again and again.
-    pub(super) fn elsewhere(&self, actor: ActorId, but: &[NodeId]) -> Option<NodeId> {
+    /// Of some nodes the one with the least to do that is none of those, has room, and is not one on which the actor failed again
+    /// and again.
+    pub(super) fn elsewhere(&self, actor: ActorId, but: &[NodeId], among: &[NodeId]) -> Option<NodeId> {
         let away = self.away().get(&actor).copied();
         let holdings = self.holdings();
-        let others = self.working().into_iter().filter(|node| !but.contains(node) && away != Some(*node));
+        let others = among.iter().copied().filter(|node| !but.contains(node) && away != Some(*node));
         let roomy = others.filter(|node| holdings[node].0.more(&self.costs, actor) <= holdings[node].1);
         roomy.min_by_key(|node| (holdings[node].0.load, *node))
     }

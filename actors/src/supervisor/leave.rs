@@ -15,6 +15,13 @@ impl Supervisor {
     /// Nodes that actors may be on: neither to leave, nor cut off, nor spare. Spares are the newest of the nodes beyond those that the
     /// job wants.
     pub(super) fn working(&self) -> Vec<NodeId> {
+        let mut working = self.ready();
+        working.truncate(self.nodes_wanted.max(working.len().saturating_sub(self.spares)));
+        working
+    }
+
+    /// The same, and spares after them.
+    pub(super) fn ready(&self) -> Vec<NodeId> {
         let stays = |node: &NodeId| !self.table.leaving.contains(node);
         let mut staying: Vec<NodeId> = self.admitted.iter().copied().filter(stays).collect();
         // Those that have actors count before those that wait for some.
@@ -33,7 +40,6 @@ impl Supervisor {
             }
             staying = linked;
         }
-        staying.truncate(self.nodes_wanted.max(staying.len().saturating_sub(self.spares)));
         staying
     }
 

@@ -326,7 +326,7 @@ impl Supervisor {
     /// [`AWAY`]; state stays where its copies are.
     fn last_resort(&mut self, actor: ActorId, node: NodeId) -> Option<NodeId> {
         let is_state = matches!(actor, ActorId::Reducer { .. });
-        let other = self.elsewhere(actor, &[node]).filter(|_| !is_state)?;
+        let other = self.elsewhere(actor, &[node], &self.working()).filter(|_| !is_state)?;
         if self.away().contains_key(&actor) {
             return None;
         }

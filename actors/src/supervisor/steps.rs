@@ -208,6 +208,7 @@ impl Supervisor {
 
     pub(super) fn checkpointed(&mut self, step: Step) -> Vec<SupervisorEffect> {
         self.checkpoint = self.checkpoint.max(step);
+        self.unreadable = None;
         // A step is done again only after the newest checkpoint, or if the job is before it now.
         let floor = self.checkpoint.min(self.committed());
         self.reported.retain(|s, _| *s >= floor);

@@ -23,7 +23,7 @@ impl Job {
             spec,
             Nodes { wanted: 2, spares: 0, relieve: false },
             &log,
-            0,
+            Ok(0),
             BTreeMap::new(),
             Duration::ZERO,
         );
@@ -151,7 +151,7 @@ fn a_compacted_log_says_the_same() {
     job.everybody(applied(1));
     for _ in 0..2 {
         let whole = Job::from_log(job.log.clone());
-        let short = Job::from_log(Supervisor::compacted(&job.log));
+        let short = Job::from_log(Record::compacted(&job.log));
         assert_eq!(short.supervisor.table(), whole.supervisor.table());
         assert_eq!(short.supervisor.committed(), whole.supervisor.committed());
         // The second time all is lost, and step 1 is to be done again.
@@ -329,6 +329,35 @@ fn an_actor_that_fails_everywhere_ends_the_job() {
     }
 }
 
+/// SU-8: damaged checkpoints do not end a job whose copies live, and end one that has lost them.
+#[test]
+fn damaged_checkpoints_end_only_a_job_that_nobody_holds() {
+    let mut job = started();
+    job.everybody(prepared(1, 4));
+    job.everybody(applied(1));
+    let with = |checkpoint| {
+        let nodes = Nodes { wanted: 2, spares: 0, relieve: false };
+        let log = job.log.clone();
+        let (supervisor, first) =
+            Supervisor::new(materials().spec, nodes, &log, checkpoint, BTreeMap::new(), Duration::ZERO);
+        let mut next = Job { supervisor, log, asked: Vec::new(), now: NOW };
+        next.take(first);
+        next
+    };
+    let why = || "no checkpoint can be read: chunk 7 is damaged".to_owned();
+    for (checkpoint, stored, ends) in [(Ok(0), false, false), (Err(why()), true, false), (Err(why()), false, true)] {
+        let mut next = with(checkpoint);
+        assert_eq!(failure(&next.asked), None);
+        next.everybody(applied(1));
+        if stored {
+            next.on(SupervisorEvent::Checkpointed(1));
+        }
+        let lost = |node| SupervisorEvent::Lost { node: NodeId(node), why: "test".to_owned() };
+        let effects: Vec<_> = [1, 2].into_iter().flat_map(|node| next.on(lost(node))).collect();
+        assert_eq!(failure(&effects), ends.then(why));
+    }
+}
+
 /// The event of the newest checkpoint may have been lost with the life before.
 #[test]
 fn a_new_life_tells_of_its_checkpoint() {
@@ -337,7 +366,7 @@ fn a_new_life_tells_of_its_checkpoint() {
     job.everybody(applied(1));
     let told = |log: &[Record], checkpoint| {
         let nodes = Nodes { wanted: 2, spares: 0, relieve: false };
-        let (_, first) = Supervisor::new(materials().spec, nodes, log, checkpoint, BTreeMap::new(), Duration::ZERO);
+        let (_, first) = Supervisor::new(materials().spec, nodes, log, Ok(checkpoint), BTreeMap::new(), Duration::ZERO);
         let stored = |e: &SupervisorEffect| match e {
             SupervisorEffect::Note(Happening::CheckpointStored { step }) => Some(*step),
             _ => None,

@@ -5,7 +5,7 @@ use crate::chunk::CHUNK_WORDS;
 use std::fs;
 
 fn open(folder: &tempfile::TempDir, keep: usize) -> Result<Store, StoreError> {
-    Store::open(Place::folder(folder.path()), &folder.path().join("catalogue"), "job", keep)
+    Store::open(Place::folder(folder.path()), Some(&folder.path().join("catalogue")), "job", keep)
 }
 
 fn tensors(seed: f32) -> Vec<StoredTensor> {
@@ -34,6 +34,23 @@ fn names() -> Vec<(String, usize, usize)> {
 fn save(store: &mut Store, step: u64, seed: f32) {
     store.put(step, &tensors(seed)).unwrap();
     store.publish(step).unwrap();
+}
+
+/// CH-2: what two checkpoints share and a disk has damaged is whole again with the next one, whoever knows of the damage.
+#[test]
+fn shared_chunks_that_were_damaged_heal_when_they_are_stored_again() {
+    let folder = tempfile::tempdir().unwrap();
+    let mut store = open(&folder, 3).unwrap();
+    save(&mut store, 1, 1.0);
+    // A moment, which the next step has as well.
+    let manifest = store.reader().manifest(1).unwrap();
+    let path = folder.path().join("chunks").join(ChunkHash(manifest.tensors[0].parts[1].chunks[0]).to_string());
+    let mut bytes = fs::read(&path).unwrap();
+    bytes[5] ^= 1;
+    fs::write(&path, bytes).unwrap();
+    save(&mut store, 2, 2.0);
+    let (good, wrong) = store.newest_good().unwrap();
+    assert_eq!((good, wrong.len()), (Some(2), 0));
 }
 
 /// All that is damaged is written again when its content comes again, not the first alone.
@@ -107,7 +124,7 @@ fn a_process_whose_turn_is_over_removes_nothing() {
     use std::sync::atomic::{AtomicBool, Ordering::Relaxed};
     let folder = tempfile::tempdir().unwrap();
     let open = |name: &str, mine: Arc<dyn Fn() -> bool + Send + Sync>| {
-        Store::in_turn(Place::folder(folder.path()), &folder.path().join(name), "job", 1, mine).unwrap()
+        Store::in_turn(Place::folder(folder.path()), Some(&folder.path().join(name)), "job", 1, mine).unwrap()
     };
     let turn = Arc::new(AtomicBool::new(true));
     let mine = Arc::clone(&turn);
@@ -178,7 +195,7 @@ fn damage_is_named_and_the_one_before_is_found() {
 fn a_foreign_manifest_is_refused() {
     let folder = tempfile::tempdir().unwrap();
     save(&mut open(&folder, 3).unwrap(), 1, 1.0);
-    let error = Store::open(Place::folder(folder.path()), &folder.path().join("catalogue"), "other", 3)
+    let error = Store::open(Place::folder(folder.path()), Some(&folder.path().join("catalogue")), "other", 3)
         .unwrap()
         .reader()
         .manifest(1)

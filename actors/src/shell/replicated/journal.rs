@@ -2,7 +2,8 @@
 //!
 //! - JO-1: what Raft is told to be saved is synced. A thread writes; the runtime's threads touch no disk.
 //! - JO-2: reading the notes again gives the log and the vote as they were, whatever a crash tore: every prefix of
-//!   the notes is a state that was, and nothing after it had been promised.
+//!   the notes is a state that was, and nothing after it had been promised. What is synced at one time is one record: a disk may
+//!   keep the end of it without its beginning.
 //! - JO-3: the file is made short again when more than half of it is about entries that are gone.
 //! - JO-4: entries go only when a snapshot on disk has what they say.
 
@@ -23,6 +24,8 @@ use tokio::sync::{mpsc, oneshot, watch};
 const QUEUE: usize = 256;
 /// A snapshot is saved by then, or never.
 const SAVED: Duration = Duration::from_secs(60);
+/// Notes of a record at most: with the tables of the largest job it stays far from what a record may have.
+const TOGETHER: usize = 16;
 /// Notes that the file may have beyond twice the entries that are left.
 const SLACK: usize = 1000;
 
@@ -63,11 +66,11 @@ impl Image {
     }
 
     /// The fewest notes that say the same.
-    fn notes(&self) -> Vec<Vec<u8>> {
+    fn notes(&self) -> Vec<Note> {
         let vote = self.vote.map(Note::Vote);
         let purged = self.purged.map(Note::Purged);
         let entries = self.entries.values().cloned().map(Note::Entry);
-        vote.into_iter().chain(purged).chain(entries).map(|note| encode(&note)).collect()
+        vote.into_iter().chain(purged).chain(entries).collect()
     }
 }
 
@@ -83,25 +86,38 @@ pub(super) struct Journal {
     image: Arc<Mutex<Image>>,
     /// Up to which index the machine's snapshot on disk says what the log does.
     saved: watch::Receiver<u64>,
-    writer: mpsc::Sender<(Vec<Vec<u8>>, Waits)>,
+    writer: mpsc::Sender<(Batch, Waits)>,
+}
+
+/// Notes as records.
+struct Batch {
+    notes: usize,
+    records: Vec<Vec<u8>>,
+}
+
+impl Batch {
+    fn of(notes: &[Note]) -> Self {
+        Self { notes: notes.len(), records: notes.chunks(TOGETHER).map(encode).collect() }
+    }
 }
 
 impl Journal {
     /// Opens or creates it.
     pub(super) fn open(path: &Path, saved: watch::Receiver<u64>) -> Result<Self, StoreError> {
-        let (log, notes) = Log::open(path)?;
-        let mut image = Image::default();
-        for (n, bytes) in notes.iter().enumerate() {
-            let note = decode(bytes).map_err(|why| StoreError::Invalid {
+        let (log, records) = Log::open(path)?;
+        let (mut image, mut count) = (Image::default(), 0);
+        for (n, bytes) in records.iter().enumerate() {
+            let notes: Vec<Note> = decode(bytes).map_err(|why| StoreError::Invalid {
                 path: path.to_owned(),
                 what: "log of the supervisors",
                 reason: format!("record {n}: {why}"),
             })?;
-            image.take(note);
+            count += notes.len();
+            notes.into_iter().for_each(|note| image.take(note));
         }
         let image = Arc::new(Mutex::new(image));
         let (writer, wishes) = mpsc::channel(QUEUE);
-        let file = File { path: path.to_owned(), log, notes: notes.len(), image: Arc::clone(&image) };
+        let file = File { path: path.to_owned(), log, notes: count, image: Arc::clone(&image) };
         let thread = std::thread::Builder::new().name("journal".to_owned());
         thread
             .spawn(move || file.serve(wishes))
@@ -115,12 +131,12 @@ impl Journal {
 
     /// Changes the log in memory, and then on disk.
     async fn note(&self, notes: Vec<Note>, waits: Waits) -> std::io::Result<()> {
-        let encoded = notes.iter().map(encode).collect();
+        let batch = Batch::of(&notes);
         {
             let mut image = self.image();
             notes.into_iter().for_each(|note| image.take(note));
         }
-        self.writer.send((encoded, waits)).await.map_err(|_| std::io::Error::other("the thread that writes has ended"))
+        self.writer.send((batch, waits)).await.map_err(|_| std::io::Error::other("the thread that writes has ended"))
     }
 
     async fn saved(&self, note: Note) -> std::io::Result<()> {
@@ -147,9 +163,9 @@ struct File {
 }
 
 impl File {
-    fn serve(mut self, mut wishes: mpsc::Receiver<(Vec<Vec<u8>>, Waits)>) {
-        while let Some((notes, waits)) = wishes.blocking_recv() {
-            let result = self.write(&notes);
+    fn serve(mut self, mut wishes: mpsc::Receiver<(Batch, Waits)>) {
+        while let Some((batch, waits)) = wishes.blocking_recv() {
+            let result = self.write(&batch);
             let ended = result.is_err();
             match waits {
                 Waits::Log(flushed) => flushed.log_io_completed(result.map_err(std::io::Error::other)),
@@ -162,17 +178,18 @@ impl File {
         }
     }
 
-    fn write(&mut self, notes: &[Vec<u8>]) -> Result<(), StoreError> {
-        self.log.append_all(notes)?;
-        self.notes += notes.len();
+    fn write(&mut self, batch: &Batch) -> Result<(), StoreError> {
+        batch.records.iter().try_for_each(|record| self.log.append(record))?;
+        self.notes += batch.notes;
         // What the image has beyond the file is in the queue: to take those notes twice changes nothing.
         let short = {
             let image = locked(&self.image);
             (self.notes > 2 * image.entries.len() + SLACK).then(|| image.notes())
         };
         if let Some(short) = short {
-            self.log = Log::rewrite(&self.path, &short)?;
-            self.notes = short.len();
+            let short = Batch::of(&short);
+            self.log = Log::rewrite(&self.path, &short.records)?;
+            self.notes = short.notes;
         }
         Ok(())
     }

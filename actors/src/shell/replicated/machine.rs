@@ -6,7 +6,7 @@
 //! - MA-2: a snapshot is on disk, with the lines that it counts, before it says that it is saved.
 
 use super::{Types, Word, decode, encode, failed};
-use crate::supervisor::{RECORDS_MAX, Record, Supervisor};
+use crate::supervisor::{RECORDS_MAX, Record};
 use openraft::storage::RaftStateMachine;
 use openraft::{
     Entry, EntryPayload, LogId, OptionalSend, RaftSnapshotBuilder, Snapshot, SnapshotMeta, StorageError,
@@ -117,7 +117,7 @@ impl State {
             EntryPayload::Normal(Word::Record(record)) => {
                 self.decided.records.push(record);
                 if self.decided.records.len() > RECORDS_MAX {
-                    self.decided.records = Supervisor::compacted(&self.decided.records);
+                    self.decided.records = Record::compacted(&self.decided.records);
                 }
             }
             EntryPayload::Normal(Word::Metrics(line)) => self.lines[0].append(&line)?,

@@ -11,9 +11,10 @@ mod journal;
 mod machine;
 mod network;
 
+use super::AnyError;
 use super::scribe::{Line, QUEUE};
 use super::supervisor::Msg;
-use super::{AnyError, coded};
+use crate::coded;
 use crate::supervisor::Record;
 use everstep_transport::Hub;
 use journal::Journal;
@@ -77,11 +78,11 @@ pub(super) enum Word {
 }
 
 /// The form of what supervisors have on disk and send each other.
-const VERSION: u8 = 2;
+const VERSION: u8 = 3;
 /// Bytes of a snapshot, the longest of it.
 const CODED_MAX: usize = 1 << 30;
 
-fn encode<T: Serialize>(value: &T) -> Vec<u8> {
+fn encode<T: Serialize + ?Sized>(value: &T) -> Vec<u8> {
     coded::encode(VERSION, value)
 }
 

@@ -120,10 +120,10 @@ fn steps_that_were_not_audited_may_come_out_otherwise() {
     let actor = asked(&job.everybody(prepared(1, 4)))[0];
     [1, 2, 2].into_iter().for_each(|digest| drop(answer(&mut job, actor, digest)));
     assert!(!job.supervisor.reported.contains_key(&1));
-    for log in [job.log.clone(), Supervisor::compacted(&job.log)] {
+    for log in [job.log.clone(), Record::compacted(&job.log)] {
         let reported = [(1, "made without an audit".to_owned())].into();
         let nodes = Nodes { wanted: 2, spares: 0, relieve: false };
-        let (next, _) = Supervisor::new(materials().spec, nodes, &log, 0, reported, Duration::ZERO);
+        let (next, _) = Supervisor::new(materials().spec, nodes, &log, Ok(0), reported, Duration::ZERO);
         assert!(next.reported.is_empty());
         // Once they are done again it is over.
         let commit = |step| {
@@ -133,7 +133,7 @@ fn steps_that_were_not_audited_may_come_out_otherwise() {
         let mut later = log.clone();
         later.extend([commit(1), commit(2)]);
         assert_eq!(unsettled(&later), None);
-        assert!(Supervisor::compacted(&later).iter().all(|r| !matches!(r, Record::Doubt(_))));
+        assert!(Record::compacted(&later).iter().all(|r| !matches!(r, Record::Doubt(_))));
     }
 }
 

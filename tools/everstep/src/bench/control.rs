@@ -60,7 +60,7 @@ pub(super) fn run(config: &Path, set: &[String]) -> Result<()> {
     let config = read_config(config, set)?;
     let (spec, nodes) = (Arc::new(config.spec), config.nodes as u64);
     let of_job = Nodes { wanted: config.nodes, spares: 0, relieve: false };
-    let (supervisor, first) = Supervisor::new(Arc::clone(&spec), of_job, &[], 0, BTreeMap::new(), Duration::ZERO);
+    let (supervisor, first) = Supervisor::new(Arc::clone(&spec), of_job, &[], Ok(0), BTreeMap::new(), Duration::ZERO);
     let mut job = Job { supervisor, now: Duration::ZERO, table: Arc::default() };
     job.carry_out(first);
     (1..nodes).for_each(|node| job.join(node));

@@ -57,7 +57,7 @@ impl Source {
 
     /// Makes the checkpoint of step 0 in a run folder that is being made.
     pub(crate) fn store(&self, run: &RunFolder, config: &Config, job: &str) -> Result<()> {
-        let mut store = Store::open(run.store(config, job)?, &run.catalogue(), job, config.keep)?;
+        let mut store = Store::open(run.store(config, job)?, Some(&run.catalogue()), job, config.keep)?;
         let parameters = config.spec.model.parameters();
         let bar = indicatif::ProgressBar::new(parameters.len() as u64).with_message("tensors");
         for p in &parameters {

@@ -5,13 +5,13 @@ use serde::Serialize;
 use serde::de::DeserializeOwned;
 
 /// The version and the value.
-pub(super) fn encode<T: Serialize>(version: u8, value: &T) -> Vec<u8> {
+pub(crate) fn encode<T: Serialize + ?Sized>(version: u8, value: &T) -> Vec<u8> {
     let body = bincode::serde::encode_to_vec(value, bincode::config::standard()).expect("it can be encoded");
     [&[version][..], &body].concat()
 }
 
 /// A value of that version, of at most `MAX` bytes, and nothing after it.
-pub(super) fn decode<T: DeserializeOwned, const MAX: usize>(version: u8, bytes: &[u8]) -> Result<T, String> {
+pub(crate) fn decode<T: DeserializeOwned, const MAX: usize>(version: u8, bytes: &[u8]) -> Result<T, String> {
     let config = bincode::config::standard().with_limit::<MAX>();
     match bytes.split_first() {
         Some((first, body)) if *first == version => match bincode::serde::decode_from_slice(body, config) {
