@@ -11,7 +11,7 @@ TEXT := tokio syn rustls zerocopy chrono time quinn-proto winnow clap_builder ra
 	tracing-subscriber rayon
 
 .PHONY: train test kernels conformance precision rate recovery verify bench chaos chaos-full chaos-times chaos-scale \
-	chaos-supervisors simulate soak same-logs gpu-check setup setup-test \
+	chaos-supervisors chaos-long simulate soak same-logs gpu-check setup setup-test \
 	setup-python setup-store setup-peers build
 
 ## Build, then train the quickstart: a supervisor and three nodes on this machine.
@@ -94,6 +94,19 @@ chaos-times: build
 chaos-scale: build
 	$(PROGRAM) chaos configs/chaos/scale.toml configs/tiny.toml --set run.folder=runs/scale-$(NOW) --set job.nodes=1 \
 		--set train.steps=4000 --set checkpoint.every=500
+
+## Kills of all kinds, and all faults that are no kills, in JOBS jobs of each beside each other, each with a seed of its own.
+JOBS ?= 1
+LONG ?= 40000
+chaos-long: build
+	mkdir -p target/chaos
+	for n in $$(seq $(JOBS)); do for plan in kills faults; do \
+		sed "s/^seed = .*/seed = $$n/" configs/chaos/$$plan.toml > target/chaos/$$plan-$$n.toml; \
+		$(PROGRAM) chaos target/chaos/$$plan-$$n.toml configs/tiny.toml --set run.folder=runs/long-$(NOW)/$$plan-$$n \
+			--set train.steps=$(LONG) --set checkpoint.every=200 > target/chaos/$$plan-$$n.txt 2>&1 & \
+	done; done; wait
+	tail -n 3 target/chaos/*.txt
+	! grep -L ' equal, 0 different' target/chaos/*.txt | grep .
 
 ## Many seeds of the simulated job, then each planted bug, in a program that holds them.
 simulate: build

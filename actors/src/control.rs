@@ -5,6 +5,7 @@ use crate::rates::Rates;
 use crate::table::{NodeInfo, Table};
 use crate::tally::Operations;
 use crate::tokens::SourceInfo;
+use everstep_checkpoint::Trouble;
 use serde::{Deserialize, Serialize};
 use std::sync::Arc;
 
@@ -71,6 +72,8 @@ pub enum Control {
         /// For the answer.
         ticket: u64,
     },
+    /// A node's wire is to be bad for so many milliseconds (chaos).
+    Disturb(BadWire, u32),
     /// The answer.
     Described {
         /// Of the request.
@@ -127,6 +130,32 @@ pub enum AdminRequest {
     Flip(ActorId),
     /// Move everything away from a node and let it end.
     Drain(NodeId),
+    /// Something goes wrong for so many milliseconds (chaos).
+    Disturb(Disturbed, u32),
+}
+
+/// What goes wrong for a while.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
+pub enum Disturbed {
+    /// A node's wire.
+    Wire(NodeId, BadWire),
+    /// The store of checkpoints.
+    Store(Trouble),
+    /// The supervisor's wall clock, by so many milliseconds.
+    Clock(i64),
+}
+
+/// What is wrong with a node's wire.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
+pub struct BadWire {
+    /// With which other node; none: with all, and with the supervisor.
+    pub with: Option<NodeId>,
+    /// Of a hundred datagrams that it sends so many are lost.
+    pub lost_percent: u8,
+    /// Those that come are lost in the same way.
+    pub both_ways: bool,
+    /// Milliseconds that those that it sends take longer.
+    pub delay_ms: u32,
 }
 
 /// What an operator asks of an actor.

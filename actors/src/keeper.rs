@@ -39,6 +39,8 @@ pub(crate) enum KeeperEvent {
     Verified(Step, String),
     /// A shard's chunks are on disk.
     Stored {
+        /// Of which attempt: times that the job had gone back before.
+        attempt: u64,
         /// The step.
         step: Step,
         /// The shard.
@@ -81,6 +83,8 @@ pub(crate) struct KeeperCore {
     layout: Arc<Layout>,
     table: Arc<Table>,
     published: Step,
+    /// Times that the job went back.
+    attempt: u64,
     /// Fingerprints of steps whose copies were compared, of those that have no manifest yet.
     verified: BTreeMap<Step, String>,
     /// The newest step whose manifest was asked for.
@@ -97,6 +101,7 @@ impl KeeperCore {
             layout,
             table: Arc::default(),
             published,
+            attempt: 0,
             verified: BTreeMap::new(),
             asked: published,
             storing: BTreeMap::new(),
@@ -110,6 +115,7 @@ impl KeeperCore {
                 if table.primaries.contains(&None) {
                     // The job went back: what was being stored is made again, and must not push out
                     // the checkpoint that reducers start from.
+                    self.attempt += 1;
                     self.storing.clear();
                     self.verified.clear();
                     self.asked = table.base;
@@ -124,8 +130,9 @@ impl KeeperCore {
                 }
                 self.publish(step).into_iter().collect()
             }
-            KeeperEvent::Stored { step, shard, sums } => {
-                // One that was given before a way back is not of this attempt, if it is not made again yet.
+            // What is stored for an attempt before a way back says nothing of what is being stored now.
+            KeeperEvent::Stored { attempt, .. } if attempt != self.attempt => Vec::new(),
+            KeeperEvent::Stored { step, shard, sums, .. } => {
                 if let Some(stored) = self.storing.get_mut(&step).and_then(|of_step| of_step.get_mut(&shard)) {
                     *stored = Some(sums);
                 }
@@ -167,7 +174,7 @@ impl KeeperCore {
                     return Vec::new();
                 }
                 of_step.insert(shard, None);
-                vec![KeeperEffect::Write(Write::Store { step, shard, parameters })]
+                vec![KeeperEffect::Write(Write::Store { attempt: self.attempt, step, shard, parameters })]
             }
             // Whoever asks the keeper has no primary to ask, so it starts from the table's checkpoint.
             Body::Fetch { .. } if self.table.base > 0 || self.spec.imported => {
@@ -258,7 +265,7 @@ mod tests {
     }
 
     fn stored(keeper: &KeeperCore, step: Step, shard: u32) -> KeeperEvent {
-        KeeperEvent::Stored { step, shard, sums: sums(keeper, shard) }
+        KeeperEvent::Stored { attempt: keeper.attempt, step, shard, sums: sums(keeper, shard) }
     }
 
     /// The fingerprint of all snapshots.
@@ -277,7 +284,7 @@ mod tests {
         keeper.on(stored(&keeper, 3, 0));
         let KeeperEvent::Stored { mut sums, .. } = stored(&keeper, 3, 1) else { unreachable!("stored") };
         sums[0] ^= 1;
-        let effects = keeper.on(KeeperEvent::Stored { step: 3, shard: 1, sums });
+        let effects = keeper.on(KeeperEvent::Stored { attempt: 0, step: 3, shard: 1, sums });
         assert!(matches!(&effects[..], [KeeperEffect::Damaged(why)] if why.contains("step 3")), "{effects:?}");
         assert!(keeper.on(stored(&keeper, 3, 1)).is_empty(), "nothing of it is left");
     }

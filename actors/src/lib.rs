@@ -46,17 +46,19 @@ mod worker;
 
 pub use compute::{Job, Outcome, RowsAgain, run};
 pub use config::{Config, ConfigError, DataConfig, EvalConfig, SourceConfig};
-pub use control::{AdminRequest, Control};
+pub use control::{AdminRequest, BadWire, Control, Disturbed};
 pub use data::{Corpus, TooShort};
 pub use effect::{Core, Effect, Event};
+pub use everstep_checkpoint::Trouble;
 pub use fingerprint::root as fingerprint_root;
 pub use ids::{ActorId, Address, Incarnation, NodeId, SUPERVISOR_NODE, Step, UnknownActor};
 pub use message::{Body, Commit, Envelope};
 pub use plant::Bug;
 pub use reducer::first_state;
 pub use shell::{
-    AnyError, MetricsLine, NodeEnd, NodeOptions, RunFolder, RunIdentity, Seat, SupervisorEnd, SupervisorOptions,
-    find_supervisor, hash_hex, milliseconds, new_name, run_node, run_supervisor, verify_tokens,
+    AnyError, ControlPlane, MetricsLine, NodeEnd, NodeOptions, RunFolder, RunIdentity, Seat, SupervisorEnd,
+    SupervisorOptions, Took, find_supervisor, hash_hex, milliseconds, new_name, run_node, run_supervisor,
+    verify_tokens,
 };
 pub use spec::{JobSpec, Layout, OptimizerSpec};
 pub use stored::{state_of, stored};

@@ -64,6 +64,14 @@ bugs! {
     SnapshotNotCompared = "snapshot-not-compared",
     /// A checkpoint is published when one shard of it is stored.
     PublishedIncomplete = "published-incomplete",
+    /// A new supervisor takes the newest checkpoint without a look at it.
+    DamageOverlooked = "damage-overlooked",
+    /// A store that fails for a moment ends the job.
+    FailureNotTriedAgain = "failure-not-tried-again",
+    /// An audit that finds a difference takes those who agree for wrong.
+    ManyBlamed = "many-blamed",
+    /// A spare is not asked to decide an audit.
+    SpareNotAsked = "spare-not-asked",
     /// A session forgets what was not acknowledged when its link breaks.
     LostAtReconnect = "lost-at-reconnect",
 }

@@ -29,6 +29,8 @@ pub(crate) enum RootEffect {
     Append(Record),
     /// Say to a node.
     Tell(NodeId, Control),
+    /// Say the same to all of these.
+    TellAll(Vec<NodeId>, Control),
     /// Send messages to a node.
     Transmit(NodeId, Vec<Envelope>),
     /// Nodes left the job.
@@ -97,8 +99,8 @@ impl Root {
             match effect {
                 SupervisorEffect::Append(record) => out.push(RootEffect::Append(record)),
                 SupervisorEffect::Announce(table) => {
-                    let tell = |node: &NodeId| RootEffect::Tell(*node, Control::Table(table.clone()));
-                    out.extend(table.nodes.keys().map(tell));
+                    let nodes = table.nodes.keys().copied().collect();
+                    out.push(RootEffect::TellAll(nodes, Control::Table(table.clone())));
                     let actions = self.router.on_table(table.clone());
                     out.extend(self.routed(now, actions));
                 }
@@ -147,8 +149,10 @@ impl Root {
 
     fn send(&mut self, now: Duration, messages: Vec<(ActorId, ActorId, Body<Tensor>)>) -> Vec<RootEffect> {
         let table = self.supervisor.table();
+        let [supervisor, keeper] = [ActorId::Supervisor, ActorId::Keeper].map(|actor| table.address(actor));
+        let address = |from| if from == ActorId::Supervisor { supervisor } else { keeper };
         let stamped: Vec<(Address, ActorId, Body<Tensor>)> =
-            messages.into_iter().filter_map(|(from, to, body)| Some((table.address(from)?, to, body))).collect();
+            messages.into_iter().filter_map(|(from, to, body)| Some((address(from)?, to, body))).collect();
         let actions = self.router.send(stamped);
         self.routed(now, actions)
     }

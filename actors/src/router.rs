@@ -13,10 +13,10 @@ use crate::ids::{ActorId, Address, NodeId, SUPERVISOR_NODE};
 use crate::message::{Body, Envelope, Local};
 use crate::plant::{Bug, planted};
 use crate::shared::Shared;
-use crate::table::Table;
+use crate::table::{Entry, Table};
 use everstep_kernels::Tensor;
 use std::cmp::Ordering;
-use std::collections::BTreeMap;
+use std::collections::{BTreeMap, btree_map};
 use std::sync::Arc;
 
 /// Messages that may wait for their sender's life to be announced. A life sends at most the messages
@@ -211,11 +211,17 @@ impl Router {
         let mut bundles: BTreeMap<NodeId, Vec<Envelope>> = BTreeMap::new();
         for (from, to, body) in messages {
             // An actor without a place gets it from the outbox once it has one.
-            let (Some(address), Some(node)) = (self.table.address(to), self.table.node_of(to)) else { continue };
-            if node != SUPERVISOR_NODE && !self.table.nodes.contains_key(&node) {
-                continue;
+            let Some(Entry { node, incarnation }) = self.table.entries.get(&to).copied() else { continue };
+            let envelope = Envelope { from, to: Address { actor: to, incarnation }, body };
+            // A commit goes to thousands: of each node it is asked once whether it is there.
+            match bundles.entry(node) {
+                btree_map::Entry::Occupied(bundle) => bundle.into_mut().push(envelope),
+                btree_map::Entry::Vacant(place) => {
+                    if node == SUPERVISOR_NODE || self.table.nodes.contains_key(&node) {
+                        place.insert(vec![envelope]);
+                    }
+                }
             }
-            bundles.entry(node).or_default().push(Envelope { from, to: address, body });
         }
         let mut actions = Vec::new();
         for (node, bundle) in bundles {

@@ -4,6 +4,7 @@
 use crate::ids::{ActorId, Step};
 use crate::keeper::KeeperEvent;
 use crate::message::ParameterState;
+use crate::plant::{Bug, planted};
 use crate::spec::{JobSpec, Layout};
 use crate::stored::{element, state_of, stored};
 use everstep_checkpoint::{Element, Reader, Store, StoreError, TensorEntry};
@@ -14,6 +15,8 @@ use everstep_kernels::{Tensor, state_sum};
 pub(crate) enum Write {
     /// A shard's chunks.
     Store {
+        /// See [`KeeperEvent::Stored`].
+        attempt: u64,
         /// The step.
         step: Step,
         /// The shard.
@@ -51,14 +54,14 @@ impl Write {
     /// Carries it out.
     pub(crate) fn perform(&self, store: &mut Store, layout: &Layout) -> Result<KeeperEvent, StoreError> {
         match *self {
-            Self::Store { step, shard, ref parameters } => {
+            Self::Store { attempt, step, shard, ref parameters } => {
                 let numbers = layout.of_shard(shard);
                 let name = |n: &u32| &layout.parameters[*n as usize].name;
                 let named = numbers.iter().zip(parameters).map(|(n, state)| stored(name(n), state));
                 store.put(step, &named.collect::<Vec<_>>())?;
                 // Of the memory that was read for it: bits that flipped before are in both.
                 let sums = parameters.iter().map(|state| state_sum(state)).collect();
-                Ok(KeeperEvent::Stored { step, shard, sums })
+                Ok(KeeperEvent::Stored { attempt, step, shard, sums })
             }
             Self::Publish(step) => store.publish(step).map(|()| KeeperEvent::Published(step)),
         }
@@ -66,7 +69,9 @@ impl Write {
 
     pub(crate) fn failure(error: &StoreError) -> Failure {
         match error {
-            StoreError::File { .. } | StoreError::Catalogue { .. } => Failure::Again,
+            StoreError::File { .. } | StoreError::Catalogue { .. } if !planted(Bug::FailureNotTriedAgain) => {
+                Failure::Again
+            }
             _ => Failure::Lasting,
         }
     }
@@ -135,7 +140,11 @@ pub(crate) struct Newest {
 
 /// Verifies checkpoints, the newest first.
 pub(crate) fn newest(store: &Store, spec: &JobSpec) -> Result<Newest, NoCheckpoint> {
-    let (good, wrong) = store.newest_good()?;
+    let (good, wrong) = if planted(Bug::DamageOverlooked) {
+        (store.reader().steps()?.pop(), Vec::new())
+    } else {
+        store.newest_good()?
+    };
     let wrong: Vec<String> = wrong.iter().map(ToString::to_string).collect();
     if good.is_none() && !wrong.is_empty() {
         // Their manifests stay where they are: whoever has the chunks elsewhere can bring them back.

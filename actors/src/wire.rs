@@ -82,7 +82,7 @@ impl Unit {
         let config = bincode::config::standard().with_limit::<HEADER_MAX>();
         let mut bytes = vec![VERSION];
         bytes.extend(bincode::serde::encode_to_vec(&header, config).expect("a message of the job can be encoded"));
-        Message { header: bytes, regions }
+        Message { header: bytes.into(), regions }
     }
 
     /// From a message. Any message gives a unit or an error.
@@ -179,16 +179,17 @@ mod tests {
         fn garbage_is_an_error(bytes in proptest::collection::vec(proptest::prelude::any::<u8>(), 0..300), words in 0usize..9) {
             let mut header = vec![VERSION];
             header.extend(bytes);
-            let _ = Unit::decode(Message { header, regions: vec![Arc::new(vec![0.0; words])] });
+            let _ = Unit::decode(Message { header: header.into(), regions: vec![Arc::new(vec![0.0; words])] });
         }
 
         /// A changed byte of a good message gives a unit or an error, never a panic.
         #[test]
         fn a_changed_byte_is_no_panic(at in 0usize..1000, byte in proptest::prelude::any::<u8>()) {
-            let mut message = Unit::Bundle(bundle()).encode();
-            let at = at % message.header.len();
-            message.header[at] = byte;
-            let _ = Unit::decode(message);
+            let message = Unit::Bundle(bundle()).encode();
+            let mut header = message.header.to_vec();
+            let at = at % header.len();
+            header[at] = byte;
+            let _ = Unit::decode(Message { header: header.into(), ..message });
         }
     }
 
@@ -196,13 +197,14 @@ mod tests {
     fn damaged_messages_are_errors() {
         let good = Unit::Bundle(bundle()).encode();
         for cut in 0..good.header.len() {
-            assert!(
-                Unit::decode(Message { header: good.header[..cut].to_vec(), regions: good.regions.clone() }).is_err()
-            );
+            assert!(Unit::decode(Message { header: good.header.slice(..cut), regions: good.regions.clone() }).is_err());
         }
-        let mut version = good.clone();
-        version.header[0] = 9;
-        assert_eq!(Unit::decode(version).unwrap_err(), WireError::Version { got: 9 });
+        let mut version = good.header.to_vec();
+        version[0] = 9;
+        assert_eq!(
+            Unit::decode(Message { header: version.into(), ..good.clone() }).unwrap_err(),
+            WireError::Version { got: 9 }
+        );
         let mut short = good.clone();
         short.regions.pop();
         assert!(Unit::decode(short).is_err());

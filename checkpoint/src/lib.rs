@@ -5,6 +5,7 @@ mod bucket;
 mod catalogue;
 mod chunk;
 mod error;
+mod faulty;
 mod folder;
 pub mod log;
 mod manifest;
@@ -15,6 +16,7 @@ mod store;
 
 pub use chunk::{CHUNK_WORDS, ChunkHash};
 pub use error::StoreError;
+pub use faulty::{Switch, Trouble};
 pub use folder::write_whole;
 pub use log::{Log, RECORD_MAX};
 pub use manifest::{Element, Manifest, PartEntry, TensorEntry};

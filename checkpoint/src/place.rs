@@ -5,6 +5,7 @@
 
 use crate::bucket::Bucket;
 use crate::error::{StoreError, at};
+use crate::faulty::{Faulty, Switch};
 use crate::folder::Folder;
 use std::fmt::Debug;
 use std::io;
@@ -63,6 +64,11 @@ impl Place {
     /// Something else.
     pub fn on(medium: impl Medium + 'static) -> Self {
         Self(Arc::new(medium))
+    }
+
+    /// The same place, which says no whenever a switch says so.
+    pub fn with_switch(self, switch: Switch) -> Self {
+        Self::on(Faulty { inner: self.0, switch })
     }
 
     pub(crate) fn path(&self, name: &str) -> PathBuf {

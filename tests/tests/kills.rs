@@ -13,7 +13,11 @@ fn every_fingerprint_survives_kills_of_everything() -> Result<()> {
     let plan = format!("seed = 5\nkills = 5\nevery_ms = 1200\ntargets = {targets}\n");
     let set = ["train.steps=500", "checkpoint.every=40", "run.folder=chaos"];
     let said = place.with_plan(&["chaos", "plan.toml", "tiny.toml"], &plan, &set)?;
-    assert!(said.contains("500 steps, 5 kills") && said.contains("every fingerprint equals"), "{said}");
+    assert!(said.contains("500 steps, 5 faults: 2 Node, 1 TwoNodes, 1 Supervisor, 1 Everything"), "{said}");
+    assert!(
+        said.contains("fingerprints: 500 equal, 0 different") && said.contains("left behind: 0 processes, 0 "),
+        "{said}"
+    );
     Ok(())
 }
 

@@ -36,7 +36,10 @@ fn flipped_bits_are_found_and_undone() -> Result<()> {
     let plan = "seed = 3\nkills = 3\nevery_ms = 1500\ntargets = [\"flip\"]\n";
     let set = ["train.steps=600", "checkpoint.every=30", "run.folder=flips"];
     let said = place.with_plan(&["chaos", "plan.toml", "tiny.toml"], plan, &set)?;
-    assert!(said.contains("600 steps, 3 kills: every fingerprint equals"), "{said}");
+    assert!(
+        said.contains("600 steps, 3 faults: 3 Flip") && said.contains("fingerprints: 600 equal, 0 different"),
+        "{said}"
+    );
     let run = place.run("flips/chaos");
     let corrupted = events(&run, "corrupted")?;
     // A flip of a state whose successor is being made changes nothing.

@@ -52,20 +52,7 @@ pub enum CredentialsError {
 impl Credentials {
     /// Makes a new authority and the job's certificate, and writes them into `folder`.
     pub fn create(folder: &Path) -> Result<(), CredentialsError> {
-        let mut params = CertificateParams::new(Vec::new())?;
-        params.is_ca = IsCa::Ca(BasicConstraints::Constrained(0));
-        let key = KeyPair::generate()?;
-        let authority = params.self_signed(&key)?;
-        let issuer = Issuer::new(params, key);
-        let node_key = KeyPair::generate()?;
-        let node = CertificateParams::new(vec![NAME.to_owned()])?.signed_by(&node_key, &issuer)?;
-        let file = |path: &Path, source| CredentialsError::File { path: path.to_owned(), source };
-        fs::create_dir_all(folder).map_err(|e| file(folder, e))?;
-        for (name, text) in [(AUTHORITY, authority.pem()), (CERTIFICATE, node.pem()), (KEY, node_key.serialize_pem())] {
-            let path = folder.join(name);
-            write_private(&path, text.as_bytes()).map_err(|e| file(&path, e))?;
-        }
-        Ok(())
+        issue(&[(folder, CertificateParams::new(vec![NAME.to_owned()])?)])
     }
 
     /// Reads what [`Self::create`] wrote.
@@ -81,6 +68,35 @@ impl Credentials {
             key: read(folder, KEY)?,
         })
     }
+}
+
+/// Certificates of one new authority, each written with it into a folder.
+fn issue(all: &[(&Path, CertificateParams)]) -> Result<(), CredentialsError> {
+    let mut params = CertificateParams::new(Vec::new())?;
+    params.is_ca = IsCa::Ca(BasicConstraints::Constrained(0));
+    let key = KeyPair::generate()?;
+    let authority = params.self_signed(&key)?;
+    let issuer = Issuer::new(params, key);
+    for (folder, params) in all {
+        let node_key = KeyPair::generate()?;
+        let node = params.clone().signed_by(&node_key, &issuer)?;
+        let file = |path: &Path, source| CredentialsError::File { path: path.to_owned(), source };
+        fs::create_dir_all(folder).map_err(|e| file(folder, e))?;
+        for (name, text) in [(AUTHORITY, authority.pem()), (CERTIFICATE, node.pem()), (KEY, node_key.serialize_pem())] {
+            let path = folder.join(name);
+            write_private(&path, text.as_bytes()).map_err(|e| file(&path, e))?;
+        }
+    }
+    Ok(())
+}
+
+/// The job's, and others of the same authority that have expired.
+#[cfg(test)]
+pub(crate) fn with_expired(folder: &Path, expired: &Path) {
+    let params = || CertificateParams::new(vec![NAME.to_owned()]).expect("a valid name");
+    let mut old = params();
+    (old.not_before, old.not_after) = (rcgen::date_time_ymd(2000, 1, 1), rcgen::date_time_ymd(2001, 1, 1));
+    issue(&[(folder, params()), (expired, old)]).expect("a folder to write into");
 }
 
 /// Writes a file that only its owner can read.

@@ -8,6 +8,7 @@
 
 use crate::calls::{self, Call, Caller};
 use crate::credentials::Credentials;
+use crate::disturb::{Disturbance, Disturbances};
 use crate::link::Link;
 use crate::message::{Assembler, Fragment, Message};
 use crate::quic::{self, Greeting, HANDSHAKE, Peer, QuicError, Shaking, explain};
@@ -73,6 +74,7 @@ struct Shared {
     me: Peer,
     sessions: Mutex<BTreeMap<Peer, Handle>>,
     events: mpsc::Sender<HubEvent>,
+    disturbances: Disturbances,
 }
 
 /// See the module. Clones are handles of the same hub.
@@ -92,10 +94,12 @@ impl Hub {
         credentials: &Credentials,
         me: Peer,
     ) -> Result<(Self, mpsc::Receiver<HubEvent>), QuicError> {
-        let (endpoint, caller) = quic::open(bind, credentials)?;
+        let disturbances = Disturbances::default();
+        let (endpoint, caller) = quic::open(bind, credentials, disturbances.clone())?;
         let (events, receiver) = mpsc::channel(EVENTS);
         let (calls, open) = (OnceLock::new(), AtomicBool::new(true));
-        let hub = Self(Arc::new(Shared { endpoint, caller, calls, open, me, sessions: Mutex::default(), events }));
+        let sessions = Mutex::default();
+        let hub = Self(Arc::new(Shared { endpoint, caller, calls, open, me, sessions, events, disturbances }));
         tokio::spawn(accept(hub.clone()));
         Ok((hub, receiver))
     }
@@ -108,6 +112,11 @@ impl Hub {
     /// This process's name.
     pub fn me(&self) -> Peer {
         self.0.me
+    }
+
+    /// Makes the wire bad for a while (chaos).
+    pub fn disturb(&self, disturbance: Disturbance) {
+        self.0.disturbances.add(disturbance);
     }
 
     /// Whether others may begin sessions with this process from now on; at first they may.
@@ -250,7 +259,7 @@ async fn accept(hub: Hub) {
         tokio::spawn(async move {
             let late = QuicError::Unreachable { address, reason: "the handshake took too long".to_owned() };
             let result = tokio::time::timeout(HANDSHAKE, admit(&hub, incoming)).await.unwrap_or(Err(late));
-            if let Err(error @ QuicError::ForeignJob { .. }) = result {
+            if let Err(error @ (QuicError::ForeignJob { .. } | QuicError::Expired { .. })) = result {
                 let _ = hub.0.events.send(HubEvent::Refused(error.to_string())).await;
             }
         });

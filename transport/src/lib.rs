@@ -7,6 +7,7 @@
 mod calls;
 mod codec;
 mod credentials;
+mod disturb;
 mod hub;
 mod link;
 mod message;
@@ -16,6 +17,7 @@ mod session;
 pub use calls::{CALL_MAX, Call, Caller};
 pub use codec::FrameError;
 pub use credentials::{Credentials, CredentialsError};
+pub use disturb::Disturbance;
 pub use hub::{Hub, HubEvent, SEND_QUEUE};
 pub use link::Link;
 pub use message::{Assembler, FRAGMENT_MAX, Fragment, HEADER_MAX, Message, MessageError};

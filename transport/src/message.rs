@@ -14,6 +14,8 @@ use std::sync::Arc;
 pub const FRAGMENT_MAX: usize = 256 * 1024;
 /// Bytes of a header.
 pub const HEADER_MAX: usize = 16 << 20;
+/// Bytes of a header that goes with the start in one piece.
+const SHORT: usize = 4096;
 /// Regions of a message.
 pub(crate) const REGIONS_MAX: usize = 65_536;
 /// Words of all regions of a message.
@@ -22,8 +24,8 @@ pub(crate) const WORDS_MAX: u64 = 1 << 32;
 /// A message between two processes.
 #[derive(Debug, Clone, PartialEq, Default)]
 pub struct Message {
-    /// Encoded by the message's owner.
-    pub header: Vec<u8>,
+    /// Encoded by the message's owner. Clones of a message share it: what is said to many is encoded once.
+    pub header: Bytes,
     /// Host memory of tensors.
     pub regions: Vec<Arc<Vec<f32>>>,
 }
@@ -60,23 +62,30 @@ impl AsRef<[u8]> for RegionBytes {
 
 impl Message {
     /// A message without regions.
-    pub fn small(header: Vec<u8>) -> Self {
-        Self { header, regions: Vec::new() }
+    pub fn small(header: impl Into<Bytes>) -> Self {
+        Self { header: header.into(), regions: Vec::new() }
     }
 
-    /// Cuts the message; copies nothing but the header.
+    /// Cuts the message; copies nothing but a short header.
     pub fn fragments(self) -> Vec<Fragment> {
-        let mut start = BytesMut::with_capacity(8 + 4 * self.regions.len() + self.header.len());
+        let short = self.header.len() <= SHORT;
+        let copied = if short { self.header.len() } else { 0 };
+        let mut start = BytesMut::with_capacity(8 + 4 * self.regions.len() + copied);
         start.put_u32_le(self.header.len() as u32);
         start.put_u32_le(self.regions.len() as u32);
         for region in &self.regions {
             start.put_u32_le(region.len() as u32);
         }
-        start.put_slice(&self.header);
+        let header = if short {
+            start.put_slice(&self.header);
+            Bytes::new()
+        } else {
+            self.header
+        };
         let regions = self.regions.into_iter().filter(|r| !r.is_empty()).map(|r| Bytes::from_owner(RegionBytes(r)));
         let mut fragments = vec![Fragment { parts: Vec::new(), last: false }];
         let mut room = FRAGMENT_MAX;
-        for mut piece in std::iter::once(start.freeze()).chain(regions) {
+        for mut piece in [start.freeze(), header].into_iter().chain(regions) {
             while !piece.is_empty() {
                 if room == 0 {
                     fragments.push(Fragment { parts: Vec::new(), last: false });
@@ -149,7 +158,7 @@ impl Assembler {
             return Err(MessageError::WrongLength { expected, got: done.total });
         }
         let regions = done.regions.into_iter().map(Arc::new).collect();
-        Ok(Some(Message { header: done.header, regions }))
+        Ok(Some(Message { header: done.header.into(), regions }))
     }
 
     fn take(&mut self, mut part: &[u8]) -> Result<(), MessageError> {
@@ -255,7 +264,7 @@ mod tests {
     #[test]
     fn messages_survive_being_cut() {
         for lengths in [vec![], vec![0], vec![1], vec![65_536], vec![0, 65_533, 0, 70_000, 3, 200_000, 0]] {
-            for header in [0, 1, 300_000] {
+            for header in [0, 1, SHORT, SHORT + 1, 300_000] {
                 let region = |(i, n): (usize, &usize)| Arc::new((0..*n).map(|x| (x + i) as f32).collect());
                 let message = Message {
                     header: (0..header).map(|i| i as u8).collect(),

@@ -6,14 +6,15 @@
 
 use crate::codec::{self, DATA_HEAD, FrameError, GRANT, Kind};
 use crate::credentials::{Credentials, NAME};
+use crate::disturb::{Disturbances, DisturbedSocket};
 use crate::link::{Link, QUEUE};
 use crate::message::Fragment;
 use crate::session::Frame;
 use bytes::Bytes;
 use quinn::crypto::rustls::{HandshakeData, QuicClientConfig, QuicServerConfig};
 use quinn::{
-    Connection, ConnectionId, ConnectionIdGenerator, Endpoint, EndpointConfig, IdleTimeout, RecvStream, SendStream,
-    TransportConfig, VarInt,
+    Connection, ConnectionId, ConnectionIdGenerator, Endpoint, EndpointConfig, IdleTimeout, RecvStream, Runtime,
+    SendStream, TransportConfig, VarInt,
 };
 use ring::rand::SecureRandom;
 use std::net::SocketAddr;
@@ -60,6 +61,14 @@ pub enum QuicError {
         "{address} belongs to another job: its certificate or ours is not signed by the other's authority ({reason})"
     )]
     ForeignJob {
+        /// The other side.
+        address: SocketAddr,
+        /// What TLS said.
+        reason: String,
+    },
+    /// One side's certificate is not valid any more, or not yet, by the other's clock.
+    #[error("{address}: its certificate or ours has expired ({reason}): is a clock wrong?")]
+    Expired {
         /// The other side.
         address: SocketAddr,
         /// What TLS said.
@@ -125,7 +134,11 @@ pub(crate) fn is_for_calls(connection: &Connection) -> bool {
 
 /// Opens an endpoint that accepts and dials members of the job: for sessions, unless a connection is made with the
 /// configuration for calls, which is given beside it.
-pub(crate) fn open(bind: SocketAddr, credentials: &Credentials) -> Result<(Endpoint, quinn::ClientConfig), QuicError> {
+pub(crate) fn open(
+    bind: SocketAddr,
+    credentials: &Credentials,
+    disturbances: Disturbances,
+) -> Result<(Endpoint, quinn::ClientConfig), QuicError> {
     let tls = |e: &dyn std::fmt::Display| QuicError::Tls(e.to_string());
     let provider = Arc::new(rustls::crypto::ring::default_provider());
     let mut roots = rustls::RootCertStore::empty();
@@ -165,8 +178,10 @@ pub(crate) fn open(bind: SocketAddr, credentials: &Credentials) -> Result<(Endpo
     let bind_error = |source| QuicError::Bind { address: bind, source };
     let socket = std::net::UdpSocket::bind(bind).map_err(bind_error)?;
     let runtime = Arc::new(quinn::TokioRuntime);
-    let mut endpoint =
-        Endpoint::new(endpoint_config(credentials), Some(server), socket, runtime).map_err(bind_error)?;
+    let inner = runtime.wrap_udp_socket(socket).map_err(bind_error)?;
+    let socket = Arc::new(DisturbedSocket { inner, disturbances });
+    let mut endpoint = Endpoint::new_with_abstract_socket(endpoint_config(credentials), Some(server), socket, runtime)
+        .map_err(bind_error)?;
     endpoint.set_default_client_config(client);
     Ok((endpoint, caller))
 }
@@ -181,6 +196,7 @@ pub(crate) fn explain(address: SocketAddr, error: &quinn::ConnectionError) -> Qu
         _ => None,
     };
     match alert {
+        Some(0x12d) => QuicError::Expired { address, reason },
         Some(code) if (0x12a..=0x133).contains(&code) || code == 0x174 => QuicError::ForeignJob { address, reason },
         _ => QuicError::Unreachable { address, reason },
     }

@@ -1,8 +1,10 @@
 //! The thin shells: ractor actors and threads that carry out what the cores decide.
 
+mod clock;
 mod join;
 mod node;
 mod operators;
+mod plane;
 mod pool;
 mod pulse;
 mod replicated;
@@ -14,11 +16,13 @@ mod supervisor;
 mod watch;
 mod worker;
 
+pub use clock::milliseconds;
 pub use join::{NodeEnd, NodeOptions, find as find_supervisor, run_node};
+pub use plane::{ControlPlane, Took};
 pub use replicated::Seat;
 pub use run_folder::{MetricsLine, RunFolder, RunIdentity, verify_tokens};
 pub use supervise::{SupervisorOptions, run_supervisor};
-pub use supervisor::{SupervisorEnd, milliseconds};
+pub use supervisor::SupervisorEnd;
 
 use crate::control::Control;
 use crate::wire::Unit;

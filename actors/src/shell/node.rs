@@ -10,7 +10,7 @@ use super::pool::Pool;
 use super::pulse::Pulse;
 use super::worker::{self, Worker};
 use super::{send, tell};
-use crate::control::{ActorRequest, Control};
+use crate::control::{ActorRequest, BadWire, Control};
 use crate::effect::{Effect, Event};
 use crate::ids::{ActorId, Address, Incarnation, NodeId, SUPERVISOR_NODE};
 use crate::message::Envelope;
@@ -18,11 +18,12 @@ use crate::router::{Action, Router};
 use crate::tally::Tally;
 use crate::wire::Unit;
 use crate::worker::Materials;
-use everstep_transport::{Hub, HubEvent, Peer};
+use everstep_transport::{Disturbance, Hub, HubEvent, Peer};
 use ractor::{Actor, ActorCell, ActorId as CellId, ActorProcessingErr, ActorRef, SupervisionEvent};
 use std::collections::BTreeMap;
 use std::net::SocketAddr;
 use std::sync::Arc;
+use std::time::Duration;
 use tokio::sync::{OwnedSemaphorePermit, mpsc};
 
 /// What a node is told.
@@ -269,6 +270,23 @@ impl State {
         }
     }
 
+    /// The wire is bad for a while (chaos).
+    fn disturb(&self, bad: BadWire, ms: u32) {
+        let address = |node| self.router.table().nodes.get(&node)?.address.parse().ok();
+        let with = bad.with.map(address);
+        // Of one that is not there any more there is nothing to disturb.
+        if with == Some(None) {
+            return;
+        }
+        self.hub.disturb(Disturbance {
+            with: with.flatten(),
+            lost_percent: bad.lost_percent,
+            both_ways: bad.both_ways,
+            delay: Duration::from_millis(bad.delay_ms.into()),
+            lasts: Duration::from_millis(ms.into()),
+        });
+    }
+
     async fn on_control(&mut self, myself: &ActorRef<Msg>, control: Control) {
         match control {
             Control::Welcome { node } => {
@@ -290,6 +308,7 @@ impl State {
                 self.finish(NodeEnd::Dismissed(why));
             }
             Control::Actor { address, request, ticket } => self.on_request(myself, address, request, ticket),
+            Control::Disturb(bad, ms) => self.disturb(bad, ms),
             // What nodes say to the supervisor, or before joining.
             Control::Enquire
             | Control::Join { .. }

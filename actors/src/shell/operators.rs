@@ -1,12 +1,13 @@
 //! What operators ask of the supervisor's process.
 
 use super::supervisor::State;
-use super::tell;
-use crate::control::{ActorRequest, AdminRequest, Control};
+use super::{clock, machine, tell};
+use crate::control::{ActorRequest, AdminRequest, Control, Disturbed};
 use crate::ids::ActorId;
 use crate::supervisor::SupervisorEvent;
 use everstep_transport::Peer;
 use std::fmt::Write;
+use std::time::Duration;
 
 /// Questions that wait for a node's answer; older ones are given up.
 const OPERATORS_MAX: usize = 256;
@@ -31,6 +32,11 @@ impl State {
                 tell(&self.hub, operator, Control::Described { ticket, text });
                 return;
             }
+            AdminRequest::Disturb(what, ms) => {
+                let text = self.disturb(what, ms);
+                tell(&self.hub, operator, Control::Described { ticket, text });
+                return;
+            }
             AdminRequest::Inspect(actor) => (actor, ActorRequest::Describe),
             AdminRequest::Kill(actor) => (actor, ActorRequest::Panic),
             AdminRequest::Flip(actor) => (actor, ActorRequest::Flip),
@@ -50,12 +56,28 @@ impl State {
         tell(&self.hub, peer, Control::Actor { address, request, ticket: self.next_ticket });
     }
 
+    /// Makes something go wrong for a while (chaos). Gives what to tell.
+    fn disturb(&mut self, what: Disturbed, ms: u32) -> String {
+        let lasts = Duration::from_millis(ms.into());
+        match what {
+            Disturbed::Wire(node, bad) => {
+                let Some(peer) = self.peer_of(node) else { return format!("{node} is not in the job") };
+                tell(&self.hub, peer, Control::Disturb(bad, ms));
+            }
+            Disturbed::Store(trouble) => self.switch.set(trouble, lasts),
+            Disturbed::Clock(by) => clock::step(by, lasts),
+        }
+        format!("{what:?} for {ms} ms")
+    }
+
     fn tree(&self) -> String {
-        let table = self.root.supervisor.table();
-        let mut text = format!("supervisor: {}\n", self.root.supervisor.describe());
+        let (table, machine) = (self.root.supervisor.table(), machine());
+        let mut text = format!("supervisor, process {}: {}\n", std::process::id(), self.root.supervisor.describe());
         for (node, info) in &table.nodes {
             let leaving = if table.leaving.contains(node) { ", leaving" } else { "" };
-            let _ = writeln!(text, "{node} at {}{leaving}", info.address);
+            // Of other machines numbers of processes say nothing here.
+            let process = if info.machine == machine { format!(", process {}", info.pid) } else { String::new() };
+            let _ = writeln!(text, "{node} at {}{process}{leaving}", info.address);
             for address in table.actors_of(*node) {
                 let primary = match address.actor {
                     ActorId::Reducer { shard, .. } if table.primary(shard) == Some(address.actor) => "  primary",

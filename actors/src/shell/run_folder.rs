@@ -52,6 +52,10 @@ impl RunFolder {
     pub fn events(&self) -> PathBuf {
         self.0.join("events.jsonl")
     }
+    /// One line for each fault that chaos made.
+    pub fn faults(&self) -> PathBuf {
+        self.0.join("faults.jsonl")
+    }
     /// The store of checkpoints: its catalogue and, if they are in no object store, all of it.
     pub fn checkpoints(&self) -> PathBuf {
         self.0.join("checkpoints")

@@ -10,7 +10,7 @@ use crate::config::Config;
 use crate::storing::NoCheckpoint;
 use crate::supervisor::Record;
 use crate::tokens::Tokens;
-use everstep_checkpoint::{Store, StoreError};
+use everstep_checkpoint::{Store, StoreError, Switch};
 use everstep_kernels::{Backend, CpuBackend};
 use everstep_transport::{Credentials, Hub, HubEvent, QuicError};
 use ractor::Actor;
@@ -37,6 +37,8 @@ struct Ready {
     config: Config,
     identity: RunIdentity,
     tokens: Vec<Tokens>,
+    /// Makes the store of checkpoints fail (chaos).
+    switch: Switch,
 }
 
 impl Ready {
@@ -52,7 +54,7 @@ impl Ready {
             return Err(format!("{}: {why}", path.display()).into());
         }
         let tokens = open_tokens(&run, &identity.sources)?;
-        Ok(Self { run, config, identity, tokens })
+        Ok(Self { run, config, identity, tokens, switch: Switch::default() })
     }
 
     /// Leads the job until it is over. Nodes may come once the file with `addresses` is there.
@@ -64,9 +66,9 @@ impl Ready {
         addresses: &str,
     ) -> Result<SupervisorEnd, AnyError> {
         let (end, mut ended) = mpsc::channel(1);
-        let Self { run, config, identity, tokens } = self;
+        let Self { run, config, identity, tokens, switch } = self;
         let file = run.address();
-        let args = Args { restored, sink, config, identity, run, tokens, hub: hub.clone(), end };
+        let args = Args { restored, sink, config, identity, run, tokens, switch, hub: hub.clone(), end };
         let (actor, handle) = Actor::spawn(None, SupervisorProcess, args).await?;
         replace(&file, |scratch| std::fs::write(scratch, addresses))?;
         let result = pump(&mut events, &actor, Msg::Hub, &mut ended).await?.unwrap_or(SupervisorEnd::Panicked);
@@ -126,8 +128,8 @@ async fn restore_at_last(ready: &Ready, records: &[Record]) -> Result<Restored, 
     let (run, config, job) = (&ready.run, &ready.config, &ready.identity.job);
     let began = Instant::now();
     loop {
-        let opened =
-            run.store(config, job).and_then(|place| Store::open(place, Some(&run.catalogue()), job, config.keep));
+        let place = run.store(config, job).map(|place| place.with_switch(ready.switch.clone()));
+        let opened = place.and_then(|place| Store::open(place, Some(&run.catalogue()), job, config.keep));
         let restored =
             opened.map_err(AnyError::from).and_then(|store| restore(store, config, records.to_vec(), &run.metrics()));
         let Err(error) = restored else { return restored };
@@ -220,12 +222,12 @@ async fn lead_among(
 ) -> Result<SupervisorEnd, AnyError> {
     let (folder, records) = (ready.run.seat(seat.number), replicated.records());
     let (run, config, job) = (ready.run.clone(), ready.config.clone(), ready.identity.job.clone());
-    let number = seat.number;
+    let (number, switch) = (seat.number, ready.switch.clone());
     // A large checkpoint is verified for long, and meanwhile others want signs of life.
     let restoring = tokio::task::spawn_blocking(move || -> Result<Restored, String> {
         let holds = lease.clone();
         let mine = Arc::new(move || holds.holds());
-        let place = run.store(&config, &job);
+        let place = run.store(&config, &job).map(|place| place.with_switch(switch));
         let store = place.and_then(|p| Store::in_turn(p, Some(&folder.join("catalogue")), &job, config.keep, mine));
         let restored =
             store.map_err(AnyError::from).and_then(|s| restore(s, &config, records, &folder.join("metrics.jsonl")));

@@ -8,7 +8,7 @@ use super::restore::Restored;
 use super::run_folder::{MetricsLine, RunFolder, RunIdentity};
 use super::scribe::{Checkpoints, Files, Line, start_scribe};
 use super::watch::watch;
-use super::{machine, send, tell};
+use super::{machine, milliseconds, send, tell};
 use crate::config::Config;
 use crate::control::Control;
 use crate::ids::NodeId;
@@ -17,11 +17,12 @@ use crate::root::{Root, RootEffect, RootEvent};
 use crate::supervisor::{Happening, Nodes, Report, Supervisor, SupervisorEvent};
 use crate::tokens::Tokens;
 use crate::wire::Unit;
+use everstep_checkpoint::Switch;
 use everstep_transport::{Hub, HubEvent, Peer};
 use ractor::{Actor, ActorProcessingErr, ActorRef, SupervisionEvent};
 use std::collections::BTreeMap;
 use std::sync::Arc;
-use std::time::{Duration, Instant, SystemTime, UNIX_EPOCH};
+use std::time::{Duration, Instant};
 use tokio::sync::{OwnedSemaphorePermit, mpsc};
 
 const TICK: Duration = Duration::from_millis(50);
@@ -82,6 +83,8 @@ pub(super) struct State {
     /// What the store of checkpoints said when it failed, until it takes something again.
     pub(super) store_fails: Option<String>,
     store: Checkpoints,
+    /// Makes the store fail (chaos).
+    pub(super) switch: Switch,
     peers: BTreeMap<NodeId, Peer>,
     reported_at: Option<u64>,
     pub(super) operators: BTreeMap<u64, (Peer, u64)>,
@@ -109,16 +112,12 @@ pub(super) struct Args {
     pub(super) identity: RunIdentity,
     pub(super) run: RunFolder,
     pub(super) tokens: Vec<Tokens>,
+    pub(super) switch: Switch,
     pub(super) hub: Hub,
     pub(super) end: mpsc::Sender<SupervisorEnd>,
 }
 
 pub(super) struct SupervisorProcess;
-
-/// Milliseconds since 1970.
-pub fn milliseconds() -> u64 {
-    SystemTime::now().duration_since(UNIX_EPOCH).map_or(0, |d| d.as_millis() as u64)
-}
 
 impl Actor for SupervisorProcess {
     type Msg = Msg;
@@ -126,7 +125,7 @@ impl Actor for SupervisorProcess {
     type Arguments = Args;
 
     async fn pre_start(&self, myself: ActorRef<Msg>, args: Args) -> Result<State, ActorProcessingErr> {
-        let Args { restored, sink, config, identity, run, tokens, hub, end } = args;
+        let Args { restored, sink, config, identity, run, tokens, switch, hub, end } = args;
         let spec = Arc::new(config.spec.clone());
         let layout = crate::spec::Layout::new(&spec);
         let checkpoint = restored.checkpoint;
@@ -143,6 +142,7 @@ impl Actor for SupervisorProcess {
             run,
             tokens,
             hub,
+            switch,
             began: Instant::now(),
             store_fails: None,
             among: matches!(sink, Sink::Replicated(_)),
@@ -276,6 +276,13 @@ impl State {
                     if let Some(peer) = self.peer_of(node) {
                         tell(&self.hub, peer, control);
                     }
+                }
+                RootEffect::TellAll(nodes, control) => {
+                    // Encoded once: a table is large.
+                    let unit = Unit::Control(control);
+                    let (lane, message) = (unit.lane(), unit.encode());
+                    let peers: Vec<Peer> = nodes.into_iter().filter_map(|node| self.peer_of(node)).collect();
+                    peers.into_iter().for_each(|peer| self.hub.send(peer, lane, message.clone()));
                 }
                 RootEffect::Transmit(node, bundle) => {
                     if let Some(peer) = self.peer_of(node) {
@@ -423,6 +430,7 @@ impl State {
             | Control::Table(_)
             | Control::Fence
             | Control::Actor { .. }
+            | Control::Disturb(..)
             | Control::TokensPart { .. }
             | Control::Job { .. } => {}
         }

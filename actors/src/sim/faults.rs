@@ -1,6 +1,6 @@
 //! Faults of the simulated world: processes that start, die, stop and panic, links that break.
 
-use super::checks::Broken;
+use super::contracts::Broken;
 use super::network::{Impaired, Life, Network};
 use super::plan::{End, Fault};
 use super::process::SimNode;
@@ -137,14 +137,7 @@ impl World {
         match fault {
             Fault::KillInWrite { changes } => self.files.die_after(changes),
             Fault::FlipStored => self.flip_stored = true,
-            Fault::FlipFile => {
-                if !self.file_flipped
-                    && let Some(name) = self.files.flip(&mut self.draws)
-                {
-                    self.file_flipped = true;
-                    self.note(format!("a bit of {name} flips"));
-                }
-            }
+            Fault::FlipFile => self.flip_file = true,
             Fault::StoreFails { trouble, micros } => {
                 self.files.set(Some(trouble));
                 self.after(micros, SimEvent::StoreHeals);

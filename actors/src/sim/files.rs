@@ -2,22 +2,11 @@
 //! Removals and renames are not synced: a power cut may undo each of them.
 
 use super::draws::Draws;
-use everstep_checkpoint::{Medium, NamedError};
+use everstep_checkpoint::{Medium, NamedError, Trouble};
 use std::collections::BTreeMap;
 use std::io;
 use std::path::PathBuf;
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
-
-/// What the disk says no to.
-#[derive(Debug, Clone, Copy, PartialEq, Eq)]
-pub(super) enum Trouble {
-    /// Everything.
-    Fails,
-    /// Writing: it is full.
-    Full,
-    /// Reading.
-    Unreadable,
-}
 
 /// A change of a folder that is not synced.
 #[derive(Debug)]
@@ -51,23 +40,19 @@ fn missing(name: &str) -> io::Error {
 
 impl State {
     fn may_read(&self) -> io::Result<()> {
-        match self.trouble {
-            _ if self.died => Err(io::Error::other("the process has ended")),
-            Some(Trouble::Fails | Trouble::Unreadable) => Err(io::Error::other("the disk does not answer")),
-            Some(Trouble::Full) | None => Ok(()),
+        if self.died {
+            return Err(io::Error::other("the process has ended"));
         }
+        self.trouble.map_or(Ok(()), Trouble::of_reading)
     }
 
     fn may_change(&mut self, grows: bool) -> io::Result<()> {
-        if self.changes_left == Some(0) {
-            self.died = true;
-        }
+        self.died |= self.changes_left == Some(0);
         self.changes_left = self.changes_left.and_then(|left| left.checked_sub(1));
-        match self.trouble {
-            Some(Trouble::Full) if grows && !self.died => Err(io::ErrorKind::StorageFull.into()),
-            Some(Trouble::Full | Trouble::Unreadable) if !self.died => Ok(()),
-            _ => self.may_read(),
+        if self.died {
+            return self.may_read();
         }
+        self.trouble.map_or(Ok(()), |trouble| trouble.of_change(grows))
     }
 
     fn put(&mut self, name: &str, bytes: &[u8]) -> io::Result<()> {

@@ -1,6 +1,6 @@
 //! What the simulated world does for sessions: links, frames on their way, deliveries.
 
-use super::checks::{self, Broken};
+use super::contracts::{Broken, c5};
 use super::network::{Flight, Life, Link, Network};
 use super::world::{SimEvent, World};
 use crate::plant::{Bug, planted};
@@ -89,7 +89,7 @@ impl World {
         let lane = unit.lane();
         let effects = self.session(from, to).send(lane, unit);
         let kept = self.session(from, to).kept();
-        checks::bounded(|| format!("the session {from} to {to}"), kept, 4096 + 1024)?;
+        c5::bounded(|| format!("the session {from} to {to}"), kept, c5::SESSION)?;
         self.sessioned(from, to, effects)
     }
 

@@ -3,10 +3,10 @@
 //! The cores are the real ones, with a tiny real model; what is simulated is what the shells do. A seed
 //! names everything that happens, so a failing seed fails again, event for event.
 //!
-//! Checked at every commit and every delivery, one contract each: see `checks.rs`. After the last fault
+//! Checked at every commit and every delivery, one contract each: see `contracts/`. After the last fault
 //! the job must finish.
 
-mod checks;
+mod contracts;
 mod coverage;
 mod disk;
 mod draws;
@@ -166,6 +166,7 @@ pub fn simulate(seed: u64, plant: Option<Bug>, only: Option<&[usize]>) -> Result
     let mut spec = spec(shape);
     spec.mirrors = [1, 1, 0, 2][(seed / 48 % 4) as usize];
     spec.audit = [0, 9, 0, 1][(seed / 7 % 4) as usize];
+    spec.checkpoint_every = 2 + seed / 11 % 2;
     let all = plan::plan(seed, nodes.wanted + nodes.spares);
     if all.iter().any(|(_, fault)| matches!(fault, Fault::Wrong { .. })) {
         spec.audit = 1;

@@ -1,6 +1,6 @@
 //! What the simulated world does for node processes: their routers, actors, mailboxes and jobs.
 
-use super::checks::{self, Broken};
+use super::contracts::{Broken, c4, c5, c6};
 use super::network::{Life, Network};
 use super::process::{Cell, SimActor, is_over};
 use super::world::{HEARTBEAT, SimEvent, World};
@@ -89,7 +89,7 @@ impl World {
             Control::Leave { .. } => {
                 let number = node.router.node();
                 if let Some(root) = &self.root {
-                    checks::released(number, root.root.supervisor.table())?;
+                    c6::released(number, root.root.supervisor.table())?;
                 }
                 let slot = self.slot_of(life);
                 self.note(format!("life {life} leaves"));
@@ -163,8 +163,8 @@ impl World {
         let Some(node) = self.node_of_life(life) else { return Ok(()) };
         let table = node.router.table();
         match event {
-            Event::Message { from, .. } => checks::fenced((actor, from), table),
-            Event::Local { local: Local::Batch(batch), .. } => checks::fenced_batch(batch, table),
+            Event::Message { from, .. } => c4::fenced(actor, from, table),
+            Event::Local { local: Local::Batch(batch), .. } => c4::fenced_batch(batch, table),
             _ => Ok(()),
         }
     }
@@ -192,7 +192,7 @@ impl World {
             target.awake = false;
             return Ok(());
         };
-        checks::bounded(|| format!("the mailbox of {actor}"), target.mailbox.len(), 2000)?;
+        c5::bounded(|| format!("the mailbox of {actor}"), target.mailbox.len(), c5::MAILBOX)?;
         let effects = target.core.on(event);
         let me = Address { actor, incarnation: target.incarnation };
         self.perform(life, (me, cell), effects)?;
@@ -245,7 +245,7 @@ impl World {
             let recipe = is_recipe(&job);
             let counter = if recipe { &mut node.operations.recipes } else { &mut node.operations.work };
             *counter += cost;
-            checks::once(node.tally.begin(&job, me))?;
+            c6::once(node.tally.begin(&job, me))?;
             self.recipes += if recipe { cost } else { 0 };
         }
         let outcome = match attempt(job, &CpuBackend::FP32) {

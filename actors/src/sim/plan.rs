@@ -2,8 +2,8 @@
 //! among all.
 
 use super::draws::Draws;
-use super::files::Trouble;
 use crate::message::Body;
+use everstep_checkpoint::Trouble;
 
 /// Microseconds within which faults begin.
 const UNTIL: u64 = 2_500_000;
@@ -118,7 +118,7 @@ pub(super) enum Fault {
     },
     /// A bit of the next snapshot flips on its way to the store.
     FlipStored,
-    /// A bit of a file of the store flips.
+    /// A bit of a file of the store flips when the next checkpoint exists, and soon one that sends the job back to it.
     FlipFile,
     /// The store says no for so long.
     StoreFails {
@@ -253,8 +253,8 @@ fn draw(draws: &mut Draws, slots: u64) -> Fault {
         39..=41 => Fault::Flip { choice },
         42..=45 => Fault::Panic { slot, choice },
         46 => Fault::Slow { slot, times: 2 + draws.below(20), micros: while_(draws, 2_000_000) },
-        47..=48 => Fault::FlipStored,
-        49 => Fault::FlipFile,
+        47 => Fault::FlipStored,
+        48..=49 => Fault::FlipFile,
         50 => Fault::StoreFails { trouble: Trouble::Fails, micros: while_(draws, 1_000_000) },
         51 => Fault::StoreFails { trouble: Trouble::Full, micros: while_(draws, 1_000_000) },
         52 => Fault::StoreFails { trouble: Trouble::Unreadable, micros: while_(draws, 1_000_000) },

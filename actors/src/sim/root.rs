@@ -1,8 +1,9 @@
 //! What the simulated world does for the supervisor's process: its disk, its clock, its words.
 
-use super::checks::{self, Broken};
+use super::contracts::{Broken, c1, c2, c3};
 use super::disk::Line;
 use super::network::Life;
+use super::plan::Fault;
 use super::process::{SimRoot, is_over};
 use super::world::{ForRoot, SimEvent, TICK, World};
 use crate::control::Control;
@@ -49,10 +50,13 @@ impl World {
         let (supervisor, first) =
             Supervisor::new(Arc::clone(&spec), nodes, records, checkpoint.clone(), metrics, Duration::ZERO);
         self.note(format!("the supervisor starts as life {life} with step {} committed", supervisor.committed()));
-        if supervisor.committed() < self.announced && checkpoint.is_ok() {
-            let what =
-                format!("step {} was announced, the next supervisor knows {}", self.announced, supervisor.committed());
-            return Err(("C2", what));
+        // Of a job that was going back nobody holds the state: if its checkpoint turns out to be damaged it goes back further,
+        // or ends (SU-8).
+        let back = |r: &Record| if let Record::Epoch { table, .. } = r { Some(c2::goes_back(table)) } else { None };
+        if self.disk.records().iter().rev().find_map(back) == Some(true) {
+            self.announced = self.announced.min(supervisor.table().base);
+        } else {
+            c2::remembered(self.announced, supervisor.committed())?;
         }
         let keeper = KeeperCore::new(spec, Arc::clone(&self.materials.layout), checkpoint.unwrap_or(0));
         let (root, effects) = Root::new(supervisor, first, keeper);
@@ -149,9 +153,24 @@ impl World {
         Ok(())
     }
 
-    /// C2 at the moment when a checkpoint exists, read by somebody else.
+    /// A checkpoint exists: C2, read by somebody else. Then a bit of the store may flip.
     fn check_published(&mut self, step: Step) -> Result<(), Broken> {
-        let Some(reference) = self.reference.filter(|_| !self.file_flipped) else { return Ok(()) };
+        if let Some(reference) = self.reference.filter(|_| !self.file_flipped) {
+            self.check_stored(step, reference)?;
+        }
+        // One alone: of two that were damaged nothing might be left.
+        let flips = std::mem::take(&mut self.flip_file) && !self.file_flipped;
+        if let Some(name) = flips.then(|| self.files.flip(&mut self.draws)).flatten() {
+            self.file_flipped = true;
+            self.note(format!("a bit of {name} flips"));
+            // Nobody would see it if the job did not go back.
+            let (delay, choice) = (self.draw(300_000), self.draw(1 << 20) as u32);
+            self.after(delay, SimEvent::Fault(Fault::Flip { choice }));
+        }
+        Ok(())
+    }
+
+    fn check_stored(&self, step: Step, reference: &[String]) -> Result<(), Broken> {
         let layout = &self.materials.layout;
         let trouble = self.files.set(None);
         let reader = Reader::new(Place::on(self.files.clone()), "sim");
@@ -161,7 +180,7 @@ impl World {
             fingerprint::root(layout, &tensors.into_iter().enumerate().map(sum).collect())
         });
         self.files.set(trouble);
-        checks::stored(step, read, reference)
+        c2::stored(step, read, reference)
     }
 
     /// Something for the present life of the supervisor's process.
@@ -228,6 +247,11 @@ impl World {
                         self.transmit(life, peer, Unit::Control(control))?;
                     }
                 }
+                RootEffect::TellAll(nodes, control) => {
+                    for peer in nodes.into_iter().filter_map(|node| self.life_of_node(node)).collect::<Vec<_>>() {
+                        self.transmit(life, peer, Unit::Control(control.clone()))?;
+                    }
+                }
                 RootEffect::Transmit(node, bundle) => {
                     self.check_announced(&bundle)?;
                     if let Some(peer) = self.life_of_node(node) {
@@ -240,9 +264,9 @@ impl World {
                     }
                 }
                 RootEffect::Report(report) => {
-                    checks::in_order(&report, self.fingerprints.len() as Step)?;
+                    c3::in_order(report.commit.commit.step, self.fingerprints.len() as Step)?;
                     if let Some(reference) = self.reference {
-                        checks::same_bits(&report, reference)?;
+                        c1::same_bits(report.commit.commit.step, &report.fingerprint, reference)?;
                     }
                     let step = report.commit.commit.step;
                     self.note(format!("step {step} {}", report.fingerprint));
@@ -281,7 +305,7 @@ impl World {
         match &record {
             // They are reported again.
             Record::Doubt(after) => self.fingerprints.truncate(*after as usize),
-            Record::Epoch { table, .. } if table.primaries.iter().all(Option::is_none) => {
+            Record::Epoch { table, .. } if c2::goes_back(table) => {
                 self.announced = self.announced.min(table.base);
             }
             Record::Epoch { .. } | Record::Commit(_) => {}
@@ -306,7 +330,7 @@ impl World {
     pub(super) fn check_announced(&mut self, bundle: &[Envelope]) -> Result<(), Broken> {
         for envelope in bundle {
             if let Body::Commit(commit) = &envelope.body {
-                checks::durable(commit.step, self.disk.records())?;
+                c2::durable(commit.step, self.disk.records())?;
                 self.announced = self.announced.max(commit.step);
             }
         }

@@ -1,6 +1,6 @@
 //! The simulated world: a queue of events in order of time, and what each does.
 
-use super::checks::Broken;
+use super::contracts::{Broken, c3};
 use super::coverage::Coverage;
 use super::disk::Disk;
 use super::draws::Draws;
@@ -95,6 +95,8 @@ pub(super) struct World {
     pub(super) files: Files,
     /// The disk takes so many times as long until then.
     pub(super) slow_disk: (u64, u64),
+    /// A bit of a file is to flip when the next checkpoint exists.
+    pub(super) flip_file: bool,
     /// A bit of a file flipped: perhaps no checkpoint can be read.
     pub(super) file_flipped: bool,
     /// Microseconds by which the supervisor's clock is ahead.
@@ -153,6 +155,7 @@ impl World {
             disk: Disk::default(),
             files: Files::default(),
             slow_disk: (1, 0),
+            flip_file: false,
             file_flipped: false,
             ahead: 0,
             reference,
@@ -228,7 +231,11 @@ impl World {
             self.step(event).map_err(|broken| self.violation(broken))?;
             match self.finished.take() {
                 None => {}
-                Some(Ok(())) => return self.all_reported(),
+                Some(Ok(())) => {
+                    let (reported, steps) = (self.fingerprints.len() as Step, self.materials.spec.steps);
+                    c3::all_reported(reported, steps).map_err(|broken| self.violation(broken))?;
+                    return Ok(self.summary());
+                }
                 // Nobody holds the state, and no checkpoint is whole: nothing is left that could go on (SU-8).
                 Some(Err(why)) if self.file_flipped && why.starts_with("no checkpoint can be read") => {
                     self.coverage.nothing_left += 1;
@@ -245,15 +252,6 @@ impl World {
             }
         }
         Err(self.violation(("progress", format!("the job is stuck: {state}"))))
-    }
-
-    fn all_reported(&self) -> Result<Summary, Violation> {
-        let steps = self.materials.spec.steps as usize;
-        if self.fingerprints.len() == steps {
-            return Ok(self.summary());
-        }
-        let what = format!("{} of {steps} steps were reported", self.fingerprints.len());
-        Err(self.violation(("C3", what)))
     }
 
     fn summary(&self) -> Summary {

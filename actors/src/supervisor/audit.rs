@@ -17,6 +17,7 @@ use super::{Happening, Record, Supervisor, SupervisorEffect};
 use crate::audit::is_due;
 use crate::ids::{ActorId, Address, NodeId, Step};
 use crate::message::Body;
+use crate::plant::{Bug, planted};
 use crate::table::Entry;
 use std::collections::VecDeque;
 use std::time::Duration;
@@ -85,6 +86,7 @@ impl Supervisor {
         // A spare decides if nobody else can: the one that is given up leaves it a place.
         let elsewhere = match made.len() {
             1 => self.elsewhere(from.actor, &nodes, &self.working()),
+            2 if planted(Bug::SpareNotAsked) => self.elsewhere(from.actor, &nodes, &self.working()),
             2 => [self.working(), self.ready()].iter().find_map(|among| self.elsewhere(from.actor, &nodes, among)),
             _ => None,
         };
@@ -139,9 +141,13 @@ impl Supervisor {
 
     /// AU-3.
     fn differs(&mut self, actor: ActorId, step: Step, made: &[(NodeId, u128)]) -> Vec<SupervisorEffect> {
-        let alone = |digest: u128| made.iter().filter(|(_, other)| *other == digest).count() == 1;
+        let alone = |digest: u128| {
+            let is_alone = made.iter().filter(|(_, other)| *other == digest).count() == 1;
+            is_alone != planted(Bug::ManyBlamed)
+        };
         let wrong = match made.iter().filter(|(_, digest)| alone(*digest)).collect::<Vec<_>>()[..] {
             [(node, _)] => Some(*node),
+            [(node, _), _] if planted(Bug::ManyBlamed) => Some(*node),
             _ => None,
         };
         let said: Vec<String> = made.iter().map(|(node, digest)| format!("{digest:032x} on {node}")).collect();

@@ -91,7 +91,12 @@ impl Supervisor {
             }
         };
         self.last = Some(commit);
-        let send = self.reducers().map(|to| SupervisorEffect::Send(to, Body::Commit(commit.commit))).collect();
+        // Primaries first: a node's stages wait for what they hand out, nobody for what their mirrors do on the same threads.
+        let mut copies: Vec<ActorId> = self.reducers().collect();
+        let table = &self.table;
+        copies
+            .sort_by_key(|copy| matches!(copy, ActorId::Reducer { shard, .. } if table.primary(*shard) != Some(*copy)));
+        let send = copies.into_iter().map(|to| SupervisorEffect::Send(to, Body::Commit(commit.commit))).collect();
         effects.extend(self.log(Record::Commit(commit), send));
         if commit.commit.skipped {
             let why = "the gradient's norm is not finite".to_owned();

@@ -160,6 +160,8 @@ pub(crate) struct Targets {
     pub(crate) kill_all: bool,
     /// Start another node.
     pub(crate) join: bool,
+    /// End the job, and why.
+    pub(crate) give_up: Option<String>,
 }
 
 /// See the module.
@@ -261,8 +263,12 @@ impl Launcher {
                 steps,
                 kill_all: false,
                 join: false,
+                give_up: None,
             };
             act(&mut targets);
+            if let Some(why) = targets.give_up {
+                break End::Failed(why);
+            }
             if targets.join {
                 self.add_node()?;
             }

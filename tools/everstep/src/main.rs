@@ -133,12 +133,19 @@ enum Command {
         #[command(subcommand)]
         request: Admin,
     },
-    /// Train while processes are killed, and compare every fingerprint with the undisturbed run.
+    /// Train while things fail, and compare every fingerprint with the undisturbed run.
     Chaos {
-        /// The plan of the kills.
+        /// The plan of the faults.
         plan: PathBuf,
-        /// The configuration.
-        config: PathBuf,
+        /// The configuration of a job to start.
+        #[arg(required_unless_present = "attach", conflicts_with = "attach")]
+        config: Option<PathBuf>,
+        /// The run folder of a job that runs already.
+        #[arg(long, value_name = "RUN")]
+        attach: Option<PathBuf>,
+        /// A run of the same job to compare fingerprints with.
+        #[arg(long, value_name = "RUN", requires = "attach")]
+        against: Option<PathBuf>,
         /// Override a key of the configuration.
         #[arg(long = "set", value_name = "KEY=VALUE")]
         set: Vec<String>,
@@ -265,7 +272,10 @@ fn run(command: Command) -> Result<ExitCode> {
             println!("{}", text.trim_end());
             Ok(ExitCode::SUCCESS)
         }
-        Command::Chaos { plan, config, set } => chaos::run(&plan, &config, &set),
+        Command::Chaos { plan, attach: Some(run), against, .. } => {
+            chaos::attach(&plan, RunFolder(run), against.map(RunFolder))
+        }
+        Command::Chaos { plan, config, set, .. } => chaos::run(&plan, &config.context("CONFIG")?, &set),
         Command::Simulate(options) => simulate::run(&options),
         Command::Fingerprint { run, step } => {
             println!("{}", fingerprint::of_step(&RunFolder(run), step)?);

@@ -1,5 +1,6 @@
 //! report.html: how a run went, as pictures and a table. One file, nothing from outside.
 
+use crate::chaos::Kill;
 use crate::recoveries::{self, Recovery};
 use anyhow::Result;
 use everstep_actors::{MetricsLine, RunFolder};
@@ -26,8 +27,13 @@ pub(crate) fn write(run: &RunFolder) -> Result<()> {
             last.step, last.loss, last.fingerprint
         )?;
     }
-    write!(html, "<h2>Loss (nats per byte)</h2>{}", curve(&loss)?)?;
-    write!(html, "<h2>Tokens per second</h2>{}", curve(&rate)?)?;
+    let faults = Kill::read_all(run);
+    write!(html, "<h2>Loss (nats per byte)</h2>{}", curve(&loss, &faults)?)?;
+    if !faults.is_empty() {
+        let (n, colour) = (faults.len(), "#c33");
+        write!(html, "<p><span style=\"color:{colour}\">|</span> one of {n} faults that chaos made</p>")?;
+    }
+    write!(html, "<h2>Tokens per second</h2>{}", curve(&rate, &faults)?)?;
     let events = recoveries::events(run).unwrap_or_default();
     write!(html, "<h2>Recoveries</h2>{}", bars(&recoveries::among(&events)?)?)?;
     html.push_str("<h2>What happened</h2><table><tr><th>event</th><th>details</th></tr>");
@@ -76,8 +82,8 @@ fn bars(all: &[Recovery]) -> Result<String> {
     Ok(html)
 }
 
-/// A line over the steps, as SVG.
-fn curve(points: &[(f64, f64)]) -> Result<String> {
+/// A line over the steps, as SVG, with a mark at each fault.
+fn curve(points: &[(f64, f64)], faults: &[Kill]) -> Result<String> {
     let finite: Vec<(f64, f64)> = points.iter().copied().filter(|(_, y)| y.is_finite()).collect();
     let Some(last) = finite.last() else { return Ok("<p>no data</p>".to_owned()) };
     let top = finite.iter().fold(0.0f64, |m, (_, y)| m.max(*y)) * 1.05;
@@ -90,8 +96,27 @@ fn curve(points: &[(f64, f64)]) -> Result<String> {
             .y_label_area_size(56)
             .build_cartesian_2d(0.0..last.0.max(1.0), 0.0..top.max(1e-9))?;
         chart.configure_mesh().light_line_style(RGBColor(240, 240, 240)).x_desc("step").draw()?;
+        let mark = |kill: &Kill| {
+            let at = kill.step as f64;
+            PathElement::new(vec![(at, 0.0), (at, top * 0.06)], RGBColor(204, 51, 51))
+        };
+        chart.draw_series(faults.iter().map(mark))?;
         chart.draw_series(LineSeries::new(finite.iter().copied(), RGBColor(30, 100, 200).stroke_width(2)))?;
         area.present()?;
     }
     Ok(svg)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::chaos::Target;
+
+    #[test]
+    fn faults_are_marked_on_the_curve() {
+        let points: Vec<(f64, f64)> = (1..50).map(|n| (f64::from(n), 3.0 / f64::from(n))).collect();
+        let fault = |step| Kill { time: 0, target: Target::Cut, step };
+        let marks = |faults: &[Kill]| curve(&points, faults).unwrap().matches("#CC3333").count();
+        assert_eq!([marks(&[]), marks(&[fault(7), fault(30)])], [0, 2]);
+    }
 }

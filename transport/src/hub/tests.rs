@@ -28,11 +28,11 @@ async fn tensors_arrive_whole_and_small_messages_pass_them() {
     let address = b.address().unwrap();
     assert_eq!(a.dial(address).await.unwrap(), 2);
     let region = Arc::new((0..10_000_000).map(|i| i as f32).collect::<Vec<f32>>());
-    a.send(2, Lane::Bulk, Message { header: b"big".to_vec(), regions: vec![Arc::clone(&region)] });
+    a.send(2, Lane::Bulk, Message { header: b"big".to_vec().into(), regions: vec![Arc::clone(&region)] });
     a.send(2, Lane::Control, Message::small(b"small".to_vec()));
-    assert_eq!(next_message(&mut b_events).await.header, b"small", "40 MB must not delay a control message");
+    assert_eq!(next_message(&mut b_events).await.header[..], b"small"[..], "40 MB must not delay a control message");
     let big = next_message(&mut b_events).await;
-    assert!(big.header == b"big" && big.regions == [region]);
+    assert!(big.header[..] == b"big"[..] && big.regions == [region]);
 }
 
 /// HU-1.
@@ -50,14 +50,63 @@ async fn a_session_survives_its_links() {
             a.dial(address).await.unwrap();
         }
         let region = Arc::new(vec![n as f32; 100_000]);
-        a.send(2, Lane::Bulk, Message { header: n.to_le_bytes().to_vec(), regions: vec![region] });
+        a.send(2, Lane::Bulk, Message { header: n.to_le_bytes().to_vec().into(), regions: vec![region] });
     }
     a.keep(2, address);
     for n in 0..200u32 {
         let message = next_message(&mut b_events).await;
-        assert_eq!(message.header, n.to_le_bytes());
+        assert_eq!(message.header[..], n.to_le_bytes());
         assert_eq!(*message.regions[0], vec![n as f32; 100_000]);
     }
+}
+
+/// HU-1: a wire that loses, delays and is cut for a while costs time, and no message.
+#[tokio::test(flavor = "multi_thread")]
+async fn a_bad_wire_loses_no_message() {
+    let folder = tempfile::tempdir().unwrap();
+    Credentials::create(folder.path()).unwrap();
+    let (a, mut a_events) = hub(folder.path(), 1);
+    let (b, mut b_events) = hub(folder.path(), 2);
+    let address = b.address().unwrap();
+    a.keep(2, address);
+    let broken = Arc::new(AtomicU64::new(0));
+    let count = Arc::clone(&broken);
+    tokio::spawn(async move {
+        while let Some(event) = a_events.recv().await {
+            count.fetch_add(u64::from(matches!(event, HubEvent::Down(_))), Ordering::Relaxed);
+        }
+    });
+    let bad = Disturbance {
+        with: None,
+        lost_percent: 0,
+        both_ways: true,
+        delay: Duration::ZERO,
+        lasts: Duration::from_millis(700),
+    };
+    let of = move |n: u32| match n {
+        20 => Some(Disturbance { lost_percent: 20, ..bad }),
+        60 => Some(Disturbance { delay: Duration::from_millis(30), ..bad }),
+        // One way, with one other: longer than a link may be silent.
+        100 => Some(Disturbance { lost_percent: 100, both_ways: false, with: Some(address), ..bad }),
+        140 => Some(Disturbance { lost_percent: 100, ..bad }),
+        _ => None,
+    };
+    let sender = a.clone();
+    tokio::spawn(async move {
+        for n in 0..200u32 {
+            if let Some(disturbance) = of(n) {
+                sender.disturb(disturbance);
+            }
+            let region = Arc::new(vec![n as f32; 10_000]);
+            sender.send(2, Lane::Bulk, Message { header: n.to_le_bytes().to_vec().into(), regions: vec![region] });
+            tokio::time::sleep(Duration::from_millis(10)).await;
+        }
+    });
+    for n in 0..200u32 {
+        let message = tokio::time::timeout(Duration::from_secs(20), next_message(&mut b_events)).await.unwrap();
+        assert_eq!((&message.header[..], message.regions[0][0]), (&n.to_le_bytes()[..], n as f32));
+    }
+    assert!(broken.load(Ordering::Relaxed) > 0, "a cut wire breaks its link");
 }
 
 /// Passes datagrams between whoever sends some here and `to`, and flips a bit in one of so many. Counts those.
@@ -106,11 +155,11 @@ async fn bits_that_flip_on_the_wire_change_nothing() {
     a.keep(2, address);
     for n in 0..100u32 {
         let region = Arc::new((0..50_000).map(|i| (n * 50_000 + i) as f32).collect::<Vec<f32>>());
-        a.send(2, Lane::Bulk, Message { header: n.to_le_bytes().to_vec(), regions: vec![region] });
+        a.send(2, Lane::Bulk, Message { header: n.to_le_bytes().to_vec().into(), regions: vec![region] });
     }
     for n in 0..100u32 {
         let message = next_message(&mut b_events).await;
-        assert_eq!(message.header, n.to_le_bytes());
+        assert_eq!(message.header[..], n.to_le_bytes());
         assert!(message.regions[0].iter().enumerate().all(|(i, x)| *x == (n * 50_000 + i as u32) as f32));
     }
     assert!(garbled.load(Ordering::Relaxed) > 100);
@@ -126,7 +175,7 @@ async fn a_forgotten_session_is_broken_on_both_sides() {
     let address = b.address().unwrap();
     a.dial(address).await.unwrap();
     a.send(2, Lane::Control, Message::small(b"once".to_vec()));
-    assert_eq!(next_message(&mut b_events).await.header, b"once");
+    assert_eq!(next_message(&mut b_events).await.header[..], b"once"[..]);
     b.close(1);
     while !matches!(a_events.recv().await, Some(HubEvent::Down(2))) {}
     // Far fewer messages than a window: nothing was acknowledged yet.
@@ -163,11 +212,11 @@ async fn memory_and_quic_carry_one_session() {
             _ => {}
         }
         let region = Arc::new(vec![n as f32; 300_000]);
-        a.send(2, Lane::Bulk, Message { header: n.to_le_bytes().to_vec(), regions: vec![region] });
+        a.send(2, Lane::Bulk, Message { header: n.to_le_bytes().to_vec().into(), regions: vec![region] });
     }
     for n in 0..60u32 {
         let message = next_message(&mut b_events).await;
-        assert_eq!((message.header, message.regions[0][0]), (n.to_le_bytes().to_vec(), n as f32));
+        assert_eq!((&message.header[..], message.regions[0][0]), (&n.to_le_bytes()[..], n as f32));
     }
 }
 
@@ -188,7 +237,7 @@ async fn a_slow_receiver_slows_its_sender_and_loses_nothing() {
     let waiting = SEND_QUEUE - a.session(2).messages[at(Lane::Bulk)].capacity();
     assert!(waiting > count - EVENTS - 600, "only {waiting} of {count} still wait at the sender");
     for n in 0..count {
-        assert_eq!(next_message(&mut b_events).await.header, (n as u32).to_le_bytes());
+        assert_eq!(next_message(&mut b_events).await.header[..], (n as u32).to_le_bytes());
     }
 }
 
@@ -214,6 +263,21 @@ async fn a_foreign_job_is_refused_and_both_sides_say_so() {
     let error = a.dial(b.address().unwrap()).await.unwrap_err();
     assert!(matches!(error, QuicError::ForeignJob { .. }), "{error}");
     assert!(matches!(b_events.recv().await, Some(HubEvent::Refused(_))));
+}
+
+/// A certificate of the job's own authority that has expired, at either end.
+#[tokio::test(flavor = "multi_thread")]
+async fn an_expired_certificate_is_refused_and_both_sides_say_so() {
+    let (good, old) = (tempfile::tempdir().unwrap(), tempfile::tempdir().unwrap());
+    crate::credentials::with_expired(good.path(), old.path());
+    let (a, mut a_events) = hub(old.path(), 1);
+    let (b, mut b_events) = hub(good.path(), 2);
+    for (from, to, events) in [(&a, &b, &mut b_events), (&b, &a, &mut a_events)] {
+        let error = from.dial(to.address().unwrap()).await.unwrap_err();
+        assert!(matches!(error, QuicError::Expired { .. }), "{error}");
+        let refused = tokio::time::timeout(Duration::from_secs(5), events.recv()).await.unwrap();
+        assert!(matches!(&refused, Some(HubEvent::Refused(why)) if why.contains("expired")), "{refused:?}");
+    }
 }
 
 #[tokio::test(flavor = "multi_thread")]

@@ -15,7 +15,7 @@ use std::time::Instant;
 
 const REPETITIONS: usize = 9;
 
-fn median(mut times: Vec<f64>) -> f64 {
+pub(crate) fn median(mut times: Vec<f64>) -> f64 {
     times.sort_by(f64::total_cmp);
     times[times.len() / 2]
 }

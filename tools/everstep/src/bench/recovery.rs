@@ -86,8 +86,11 @@ mod tests {
     fn a_kill_costs_what_its_interval_and_those_after_it_take_longer() {
         let intervals: Vec<(u64, f64)> =
             [(1000, 100.0), (1100, 100.0), (1350, 250.0), (1470, 120.0), (1570, 100.0), (1900, 330.0)].to_vec();
-        let kills = [(1150, Target::Node), (1600, Target::Stage), (2000, Target::Expert)]
-            .map(|(time, target)| Kill { time, target });
+        let kills = [(1150, Target::Node), (1600, Target::Stage), (2000, Target::Expert)].map(|(time, target)| Kill {
+            time,
+            target,
+            step: 0,
+        });
         let all = costs(&intervals, &kills, 100.0);
         assert_eq!(all, [(Target::Node, 150.0, 170.0), (Target::Stage, 230.0, 230.0)]);
         assert!(costs(&intervals, &kills[2..], 100.0).is_empty());
