@@ -99,14 +99,15 @@ chaos-scale: build
 JOBS ?= 1
 LONG ?= 40000
 chaos-long: build
-	mkdir -p target/chaos
+	rm -rf target/chaos && mkdir -p target/chaos
 	for n in $$(seq $(JOBS)); do for plan in kills faults; do \
 		sed "s/^seed = .*/seed = $$n/" configs/chaos/$$plan.toml > target/chaos/$$plan-$$n.toml; \
 		$(PROGRAM) chaos target/chaos/$$plan-$$n.toml configs/tiny.toml --set run.folder=runs/long-$(NOW)/$$plan-$$n \
-			--set train.steps=$(LONG) --set checkpoint.every=200 > target/chaos/$$plan-$$n.txt 2>&1 & \
+			--set train.steps=$(LONG) --set checkpoint.every=200 > target/chaos/$$plan-$$n.txt 2>&1 \
+			|| touch target/chaos/$$plan-$$n.failed & \
 	done; done; wait
 	tail -n 3 target/chaos/*.txt
-	! grep -L ' equal, 0 different' target/chaos/*.txt | grep .
+	! ls target/chaos/*.failed 2>/dev/null
 
 ## Many seeds of the simulated job, then each planted bug, in a program that holds them.
 simulate: build

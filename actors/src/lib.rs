@@ -57,7 +57,7 @@ pub use plant::Bug;
 pub use reducer::first_state;
 pub use shell::{
     AnyError, ControlPlane, MetricsLine, NodeEnd, NodeOptions, RunFolder, RunIdentity, Seat, SupervisorEnd,
-    SupervisorOptions, Took, find_supervisor, hash_hex, milliseconds, new_name, run_node, run_supervisor,
+    SupervisorOptions, Took, find_supervisor, hash_hex, machine, milliseconds, new_name, run_node, run_supervisor,
     verify_tokens,
 };
 pub use spec::{JobSpec, Layout, OptimizerSpec};

@@ -66,6 +66,10 @@ bugs! {
     PublishedIncomplete = "published-incomplete",
     /// A new supervisor takes the newest checkpoint without a look at it.
     DamageOverlooked = "damage-overlooked",
+    /// Damaged checkpoints end a job whatever its copies hold.
+    EndedTooSoon = "ended-too-soon",
+    /// A new supervisor begins from nothing where there is a checkpoint.
+    CheckpointForgotten = "checkpoint-forgotten",
     /// A store that fails for a moment ends the job.
     FailureNotTriedAgain = "failure-not-tried-again",
     /// An audit that finds a difference takes those who agree for wrong.

@@ -134,7 +134,7 @@ impl NoCheckpoint {
 pub(crate) struct Newest {
     /// The newest good checkpoint (0: there is none), or why none of those that were there can be read.
     pub(crate) step: Result<Step, String>,
-    /// What is wrong with newer ones, which are put aside.
+    /// What is wrong with newer ones. These are put aside, if there is a good one.
     pub(crate) wrong: Vec<String>,
 }
 
@@ -146,6 +146,7 @@ pub(crate) fn newest(store: &Store, spec: &JobSpec) -> Result<Newest, NoCheckpoi
         store.newest_good()?
     };
     let wrong: Vec<String> = wrong.iter().map(ToString::to_string).collect();
+    let good = good.filter(|_| !planted(Bug::CheckpointForgotten));
     if good.is_none() && !wrong.is_empty() {
         // Their manifests stay where they are: whoever has the chunks elsewhere can bring them back.
         return Ok(Newest { step: Err(format!("no checkpoint can be read: {}", wrong.join("; "))), wrong });

@@ -1,7 +1,7 @@
 //! Chunks: pieces of tensors, addressed by the BLAKE3 hash of their bytes.
 //!
 //! - CH-1: a chunk that is there under its name is whole (PC-1).
-//! - CH-2: a chunk that exists whole is not written again; a damaged one is.
+//! - CH-2: a chunk that exists whole is not written again; a damaged one is (in a bucket: one of another length).
 //! - CH-3: reading verifies the hash; a wrong chunk is an error that names it, never data.
 
 use crate::error::StoreError;

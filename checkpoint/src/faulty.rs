@@ -75,6 +75,7 @@ impl Medium for Faulty {
     }
 
     fn make(&self, folder: &str) -> io::Result<()> {
+        self.switch.read()?;
         self.inner.make(folder)
     }
 
@@ -105,6 +106,7 @@ impl Medium for Faulty {
     }
 
     fn remove_all(&self, names: &mut (dyn Iterator<Item = String> + Send)) -> Result<(), NamedError> {
+        self.switch.change(false).map_err(|error| (String::new(), error))?;
         self.inner.remove_all(names)
     }
 

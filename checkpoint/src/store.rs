@@ -279,7 +279,12 @@ impl Store {
         // A chunk goes only if neither the catalogue nor a manifest names it.
         let mut named: BTreeSet<String> = self.catalogue.chunks()?;
         for step in kept {
-            named.extend(self.reader.manifest(*step)?.chunks().map(|hash| ChunkHash(*hash).to_string()));
+            match self.reader.manifest(*step) {
+                Ok(manifest) => named.extend(manifest.chunks().map(|hash| ChunkHash(*hash).to_string())),
+                // It is of no use, and in the way of nothing: whoever begins next puts it aside, or says so.
+                Err(error) if error.is_damage() => {}
+                Err(error) => return Err(error),
+            }
         }
         let pending = self.pending.values().flat_map(BTreeMap::values).flat_map(TensorEntry::chunks);
         named.extend(pending.map(|hash| ChunkHash(*hash).to_string()));

@@ -181,7 +181,7 @@ pub async fn find(hub: &Hub, addresses: &[SocketAddr], wait: Duration) -> Result
     while let Some(looked) = looking.join_next().await {
         match looked? {
             Ok(peer) => return Ok(peer),
-            Err(error @ QuicError::ForeignJob { .. }) => return Err(error.into()),
+            Err(error @ (QuicError::ForeignJob { .. } | QuicError::Expired { .. })) => return Err(error.into()),
             Err(error) => last = error.to_string(),
         }
     }

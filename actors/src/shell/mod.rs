@@ -83,7 +83,7 @@ pub fn new_name() -> Peer {
 
 /// This machine's boot and the namespace of its process numbers: processes with the same can watch each
 /// other. Empty if that cannot be known.
-fn machine() -> String {
+pub fn machine() -> String {
     let boot = std::fs::read_to_string("/proc/sys/kernel/random/boot_id");
     let namespace = std::fs::read_link("/proc/self/ns/pid");
     match (boot, namespace) {

@@ -61,6 +61,11 @@ impl State {
         let lasts = Duration::from_millis(ms.into());
         match what {
             Disturbed::Wire(node, bad) => {
+                let nodes = &self.root.supervisor.table().nodes;
+                if let Some(gone) = [Some(node), bad.with].into_iter().flatten().find(|node| !nodes.contains_key(node))
+                {
+                    return format!("{gone} is not in the job");
+                }
                 let Some(peer) = self.peer_of(node) else { return format!("{node} is not in the job") };
                 tell(&self.hub, peer, Control::Disturb(bad, ms));
             }
@@ -72,11 +77,15 @@ impl State {
 
     fn tree(&self) -> String {
         let (table, machine) = (self.root.supervisor.table(), machine());
-        let mut text = format!("supervisor, process {}: {}\n", std::process::id(), self.root.supervisor.describe());
+        // Numbers of processes say something only on the machine that they are of.
+        let process = |pid: u32, of: &str| {
+            if of.is_empty() || of != machine { String::new() } else { format!(", process {pid}") }
+        };
+        let me = process(std::process::id(), &machine);
+        let mut text = format!("supervisor on machine '{machine}'{me}: {}\n", self.root.supervisor.describe());
         for (node, info) in &table.nodes {
             let leaving = if table.leaving.contains(node) { ", leaving" } else { "" };
-            // Of other machines numbers of processes say nothing here.
-            let process = if info.machine == machine { format!(", process {}", info.pid) } else { String::new() };
+            let process = process(info.pid, &info.machine);
             let _ = writeln!(text, "{node} at {}{process}{leaving}", info.address);
             for address in table.actors_of(*node) {
                 let primary = match address.actor {

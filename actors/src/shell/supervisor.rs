@@ -161,7 +161,7 @@ impl Actor for SupervisorProcess {
             end,
         };
         for why in restored.notes {
-            tracing::warn!(why, "a checkpoint is not readable, an older one is used");
+            tracing::warn!(why, "a checkpoint is not readable");
             state.note(&Happening::CheckpointRefused { why });
         }
         state.perform(effects);

@@ -119,9 +119,10 @@ impl World {
                     self.break_link(a.min(b), a.max(b), micros);
                 }
             }
-            Fault::OneWay { slot, other, micros } => {
+            Fault::OneWay { slot, other, back, micros } => {
                 if let Some((a, b)) = self.ends(slot, other) {
-                    self.lose_one_way(a, b, micros);
+                    let (from, to) = if back { (b, a) } else { (a, b) };
+                    self.lose_one_way(from, to, micros);
                 }
             }
             Fault::SlowLinks { slot, more, micros } => {

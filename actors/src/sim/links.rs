@@ -33,6 +33,12 @@ impl World {
         if !self.alive(a) || !self.alive(b) {
             return Ok(());
         }
+        let lost = [(a, b), (b, a)].iter().filter_map(|way| self.network.one_way.get(way).copied()).max().unwrap_or(0);
+        if lost > self.now {
+            // Dialling needs both ways.
+            self.after(lost - self.now, SimEvent::LinkUp(a, b));
+            return Ok(());
+        }
         let Some(link) = self.network.links.get_mut(&(a, b)) else { return Ok(()) };
         link.number += 1;
         link.up = true;

@@ -80,10 +80,11 @@ pub(super) enum Fault {
         other: End,
         micros: u64,
     },
-    /// What one sends to the other is lost for so long. The link breaks once the other has heard nothing for too long.
+    /// What one sends to the other, or what that sends back, is lost for so long. The link breaks once the other has heard nothing for too long.
     OneWay {
         slot: usize,
         other: End,
+        back: bool,
         micros: u64,
     },
     /// Frames from and to a node take so much longer, for so long.
@@ -247,7 +248,7 @@ fn draw(draws: &mut Draws, slots: u64) -> Fault {
         27..=29 => Fault::Leave { slot },
         30 => Fault::Join,
         31..=34 => Fault::Cut { slot, other, micros: while_(draws, 3_000_000) },
-        35..=36 => Fault::OneWay { slot, other, micros: while_(draws, 2_000_000) },
+        35..=36 => Fault::OneWay { slot, other, back: draws.below(2) == 0, micros: while_(draws, 2_000_000) },
         37 => Fault::SlowLinks { slot, more: draws.below(50_000), micros: while_(draws, 1_000_000) },
         38 => Fault::Lossy { slot, of: 2 + draws.below(20), micros: while_(draws, 1_000_000) },
         39..=41 => Fault::Flip { choice },

@@ -22,6 +22,7 @@ use std::collections::{BTreeMap, VecDeque};
 use std::sync::Arc;
 use std::time::Duration;
 
+const JOB: &str = "sim";
 /// Checkpoints that the store keeps.
 const KEEP: usize = 2;
 /// Microseconds until a store that failed is tried again.
@@ -30,7 +31,7 @@ const AGAIN: u64 = 100_000;
 impl World {
     pub(super) fn start_root(&mut self) -> Result<(), Broken> {
         let spec = Arc::clone(&self.materials.spec);
-        let opened = Store::open(Place::on(self.files.clone()), None, "sim", KEEP);
+        let opened = Store::open(Place::on(self.files.clone()), None, JOB, KEEP);
         let found = opened.map_err(NoCheckpoint::from).and_then(|store| Ok((newest(&store, &spec)?, store)));
         let (Newest { step: checkpoint, wrong }, store) = match found {
             Ok(found) if !self.files.died() => found,
@@ -103,6 +104,9 @@ impl World {
                 let Some(root) = &mut self.root else { return Ok(()) };
                 let Some(write) = root.writes.front() else { return Ok(()) };
                 let done = write.perform(&mut root.store, &layout);
+                if let Write::Store { step, .. } = write {
+                    self.put.insert(*step);
+                }
                 if done.is_ok() {
                     root.writes.pop_front();
                 }
@@ -155,13 +159,14 @@ impl World {
 
     /// A checkpoint exists: C2, read by somebody else. Then a bit of the store may flip.
     fn check_published(&mut self, step: Step) -> Result<(), Broken> {
-        if let Some(reference) = self.reference.filter(|_| !self.file_flipped) {
-            self.check_stored(step, reference)?;
+        if let Some(reference) = self.reference.filter(|_| !self.spoilt.contains(&step)) {
+            c2::stored(step, self.read_back(step), reference)?;
         }
         // One alone: of two that were damaged nothing might be left.
         let flips = std::mem::take(&mut self.flip_file) && !self.file_flipped;
         if let Some(name) = flips.then(|| self.files.flip(&mut self.draws)).flatten() {
             self.file_flipped = true;
+            self.spoilt = self.put.clone();
             self.note(format!("a bit of {name} flips"));
             // Nobody would see it if the job did not go back.
             let (delay, choice) = (self.draw(300_000), self.draw(1 << 20) as u32);
@@ -170,17 +175,26 @@ impl World {
         Ok(())
     }
 
-    fn check_stored(&self, step: Step, reference: &[String]) -> Result<(), Broken> {
+    /// The fingerprint of a checkpoint, as somebody else reads it.
+    fn read_back(&self, step: Step) -> Result<String, String> {
         let layout = &self.materials.layout;
         let trouble = self.files.set(None);
-        let reader = Reader::new(Place::on(self.files.clone()), "sim");
+        let reader = Reader::new(Place::on(self.files.clone()), JOB);
         let names: Vec<_> = layout.parameters.iter().map(|p| (p.name.to_string(), p.rows, p.columns)).collect();
         let read = reader.read(step, &names).map_err(|error| error.to_string()).map(|tensors| {
             let sum = |(n, tensor)| (n as u32, state_sum(&state_of(tensor)));
             fingerprint::root(layout, &tensors.into_iter().enumerate().map(sum).collect())
         });
         self.files.set(trouble);
-        c2::stored(step, read, reference)
+        read
+    }
+
+    /// The newest checkpoint that can be read, if there is one.
+    pub(super) fn whole_checkpoint(&self) -> Option<Step> {
+        let trouble = self.files.set(None);
+        let steps = Reader::new(Place::on(self.files.clone()), JOB).steps().unwrap_or_default();
+        self.files.set(trouble);
+        steps.into_iter().rev().find(|step| self.read_back(*step).is_ok())
     }
 
     /// Something for the present life of the supervisor's process.
@@ -241,7 +255,7 @@ impl World {
                 return Ok(());
             }
             match effect {
-                RootEffect::Append(record) => self.append(record),
+                RootEffect::Append(record) => self.append(record)?,
                 RootEffect::Tell(node, control) => {
                     if let Some(peer) = self.life_of_node(node) {
                         self.transmit(life, peer, Unit::Control(control))?;
@@ -275,6 +289,9 @@ impl World {
                 }
                 RootEffect::Note(happening) => {
                     self.rollbacks += usize::from(matches!(happening, Happening::RolledBack { .. }));
+                    if let Happening::CheckpointStored { step } = happening {
+                        self.told = self.told.max(step);
+                    }
                     self.note(format!("{happening:?}"));
                 }
                 RootEffect::Write(mut write) => {
@@ -301,16 +318,20 @@ impl World {
         Ok(())
     }
 
-    fn append(&mut self, record: Record) {
+    fn append(&mut self, record: Record) -> Result<(), Broken> {
         match &record {
             // They are reported again.
             Record::Doubt(after) => self.fingerprints.truncate(*after as usize),
             Record::Epoch { table, .. } if c2::goes_back(table) => {
+                if !self.file_flipped {
+                    c2::newest(table.base, self.told)?;
+                }
                 self.announced = self.announced.min(table.base);
             }
             Record::Epoch { .. } | Record::Commit(_) => {}
         }
         self.write(Line::Record(record));
+        Ok(())
     }
 
     fn write(&mut self, line: Line) {

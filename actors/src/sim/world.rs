@@ -1,6 +1,6 @@
 //! The simulated world: a queue of events in order of time, and what each does.
 
-use super::contracts::{Broken, c3};
+use super::contracts::{Broken, c2, c3};
 use super::coverage::Coverage;
 use super::disk::Disk;
 use super::draws::Draws;
@@ -21,7 +21,7 @@ use crate::tokens::Tokens;
 use crate::worker::Materials;
 use everstep_kernels::Philox;
 use std::cmp::Reverse;
-use std::collections::{BTreeMap, BinaryHeap, VecDeque};
+use std::collections::{BTreeMap, BTreeSet, BinaryHeap, VecDeque};
 use std::fmt::Write;
 use std::panic::{AssertUnwindSafe, catch_unwind};
 use std::sync::Arc;
@@ -97,6 +97,12 @@ pub(super) struct World {
     pub(super) slow_disk: (u64, u64),
     /// A bit of a file is to flip when the next checkpoint exists.
     pub(super) flip_file: bool,
+    /// Steps of which something had been stored when a bit of a file flipped: it may be in them.
+    pub(super) spoilt: BTreeSet<Step>,
+    /// Steps of which something has been stored.
+    pub(super) put: BTreeSet<Step>,
+    /// The newest checkpoint that the job was told of.
+    pub(super) told: Step,
     /// A bit of a file flipped: perhaps no checkpoint can be read.
     pub(super) file_flipped: bool,
     /// Microseconds by which the supervisor's clock is ahead.
@@ -155,6 +161,9 @@ impl World {
             disk: Disk::default(),
             files: Files::default(),
             slow_disk: (1, 0),
+            spoilt: BTreeSet::new(),
+            put: BTreeSet::new(),
+            told: 0,
             flip_file: false,
             file_flipped: false,
             ahead: 0,
@@ -238,6 +247,8 @@ impl World {
                 }
                 // Nobody holds the state, and no checkpoint is whole: nothing is left that could go on (SU-8).
                 Some(Err(why)) if self.file_flipped && why.starts_with("no checkpoint can be read") => {
+                    let table = self.root.as_ref().map(|r| r.root.supervisor.table().clone()).unwrap_or_default();
+                    c2::nothing_left(&table, self.whole_checkpoint()).map_err(|broken| self.violation(broken))?;
                     self.coverage.nothing_left += 1;
                     return Ok(self.summary());
                 }

@@ -110,6 +110,26 @@ async fn a_journal_is_made_short_again() {
     assert_eq!((held(&mut again).await, again.get_log_state().await.unwrap()), (before, state));
 }
 
+/// JO-2: of entries that were written together a disk may keep the end without the beginning.
+#[tokio::test]
+async fn what_is_written_together_is_there_together() {
+    let folder = tempfile::tempdir().unwrap();
+    let path = folder.path().join("log");
+    let mut journal = Journal::open(&path, all()).unwrap();
+    journal.blocking_append(words(3)).await.unwrap();
+    let before = (held(&mut journal).await, std::fs::read(&path).unwrap().len());
+    journal.blocking_append(words(9).split_off(3)).await.unwrap();
+    drop(journal);
+    let whole = std::fs::read(&path).unwrap();
+    for missing in [1, 40, whole.len() - before.1 - 1] {
+        let mut bytes = whole.clone();
+        bytes[before.1..][..missing].fill(0);
+        std::fs::write(&path, bytes).unwrap();
+        let mut again = Journal::open(&path, all()).unwrap();
+        assert_eq!(held(&mut again).await, before.0, "without {missing} bytes");
+    }
+}
+
 fn words(count: u64) -> Vec<Entry<Types>> {
     let word = |n: u64| match n % 3 {
         0 => Word::Record(Record::Epoch { table: Table { epoch: n, ..Table::default() }, next_node: n }),

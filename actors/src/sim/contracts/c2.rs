@@ -26,6 +26,21 @@ pub(in crate::sim) fn remembered(announced: Step, committed: Step) -> Result<(),
     if committed >= announced { Ok(()) } else { Err(("C2", what())) }
 }
 
+/// A job goes back to the newest checkpoint that it was told of.
+pub(in crate::sim) fn newest(base: Step, told: Step) -> Result<(), Broken> {
+    let what = || format!("the job goes back to step {base}, and there is a checkpoint of step {told}");
+    if base >= told { Ok(()) } else { Err(("C2", what())) }
+}
+
+/// A job ends because no checkpoint can be read: only if somebody must begin from one, and none of those that are there is whole.
+pub(in crate::sim) fn nothing_left(table: &Table, whole: Option<Step>) -> Result<(), Broken> {
+    if !table.primaries.contains(&None) {
+        return Err(("C2", "the job ended for want of a checkpoint, and every shard has a primary".to_owned()));
+    }
+    let what = |step| format!("the job ended for want of a checkpoint, and that of step {step} is whole");
+    whole.map_or(Ok(()), |step| Err(("C2", what(step))))
+}
+
 /// A checkpoint is made known only once all of it is stored, with the bits of its step: `read` is what somebody else reads.
 pub(in crate::sim) fn stored(step: Step, read: Result<String, String>, reference: &[String]) -> Result<(), Broken> {
     let expected = reference.get(step as usize - 1);
@@ -56,6 +71,10 @@ mod tests {
         assert!(durable(2, &[commit(1)]).is_err());
         assert!(durable(2, &[commit(2), epoch(None), commit(1)]).is_err(), "it was done before the job went back");
         assert!(remembered(3, 3).is_ok() && remembered(3, 2).is_err());
+        assert!(newest(3, 3).is_ok() && newest(0, 3).is_err());
+        let table = |primary| Table { primaries: vec![primary], ..Table::default() };
+        assert!(nothing_left(&table(None), None).is_ok());
+        assert!(nothing_left(&table(Some(0)), None).is_err() && nothing_left(&table(None), Some(2)).is_err());
         let reference = ["a".to_owned()];
         assert!(stored(1, Ok("a".to_owned()), &reference).is_ok());
         assert!(

@@ -13,9 +13,11 @@ pub(super) fn ask(run: &RunFolder, request: AdminRequest) -> Result<String> {
 /// A job as an operator's tree shows it.
 #[derive(Debug, Default, PartialEq, Eq)]
 pub(super) struct Tree {
-    /// The process of the supervisor that answers.
+    /// The machine of the supervisor that answers: that of all processes here.
+    pub(super) machine: String,
+    /// Its process.
     pub(super) supervisor: Option<u32>,
-    /// Nodes with their processes, if they are of the supervisor's machine.
+    /// Nodes with their processes, if they are of that machine.
     pub(super) nodes: Vec<(NodeId, Option<u32>)>,
     /// Actors that have a place.
     pub(super) actors: Vec<ActorId>,
@@ -32,7 +34,8 @@ impl Tree {
         let process = |line: &str| line.split_once(", process ")?.1.split([',', ':']).next()?.trim().parse().ok();
         for line in text.lines() {
             let node = || line.strip_prefix("node ")?.split_once(' ')?.0.parse().ok();
-            if line.starts_with("supervisor") {
+            if let Some((_, rest)) = line.split_once("supervisor on machine '") {
+                tree.machine = rest.split_once('\'').map_or(String::new(), |(machine, _)| machine.to_owned());
                 tree.supervisor = process(line);
             } else if let Some(number) = node() {
                 tree.nodes.push((NodeId(number), process(line)));
@@ -68,10 +71,10 @@ mod tests {
 
     #[test]
     fn a_tree_is_read() {
-        let text = "supervisor, process 7: epoch 3, 2 nodes\nnode 1 at 127.0.0.1:9, process 12, leaving\n  stage.0.1#4\n\
+        let text = "supervisor on machine 'm 1', process 7: epoch 3, 2 nodes\nnode 1 at 127.0.0.1:9, process 12, leaving\n  stage.0.1#4\n\
                     node 4 at 10.0.0.1:9\n  reducer.2.5#1  primary\n";
         let tree = Tree::parse(text);
-        assert_eq!(tree.supervisor, Some(7));
+        assert_eq!((&tree.machine[..], tree.supervisor), ("m 1", Some(7)));
         assert_eq!(tree.nodes, [(NodeId(1), Some(12)), (NodeId(4), None)]);
         let names: Vec<String> = tree.actors.iter().map(ToString::to_string).collect();
         assert_eq!(names, ["stage.0.1", "reducer.2.5"]);

@@ -5,8 +5,9 @@ use super::killer::Killer;
 use super::plan::Plan;
 use super::{equal, say_equal, told};
 use crate::launcher::Targets;
+use crate::signals::Signals;
 use anyhow::{Context, Result, bail};
-use everstep_actors::{MetricsLine, RunFolder};
+use everstep_actors::{Config, MetricsLine, RunFolder, machine};
 use std::path::Path;
 use std::process::ExitCode;
 use std::time::{Duration, Instant};
@@ -22,30 +23,35 @@ const SILENT: Duration = Duration::from_secs(30);
 pub(crate) fn attach(plan: &Path, run: RunFolder, against: Option<RunFolder>) -> Result<ExitCode> {
     let plan = Plan::read(plan)?;
     plan.without_launcher()?;
-    let planned = plan.kills;
-    let first = steps(&run);
+    let (planned, first) = (plan.kills, steps(&run));
+    let text = std::fs::read_to_string(run.config()).context("--attach")?;
+    let last = Config::parse(&text, &run.config().display().to_string(), &[])?.spec.steps;
+    // A signal ends it like its last fault: what is held goes on.
+    let mut signals = Signals::new()?;
     let mut killer = Killer::new(plan, run.clone())?;
     let (mut heard, mut asked) = (Instant::now(), None::<Instant>);
-    let mut targets =
-        Targets { supervisors: Vec::new(), nodes: Vec::new(), steps: 0, kill_all: false, join: false, give_up: None };
-    while planned.is_none_or(|kills| (killer.kills.len() as u64) < kills) {
+    let mut targets = Targets {
+        supervisors: Vec::new(),
+        nodes: Vec::new(),
+        steps: first,
+        kill_all: false,
+        join: false,
+        give_up: None,
+    };
+    while planned.is_none_or(|kills| (killer.kills.len() as u64) < kills) && signals.received().is_none() {
         std::thread::sleep(LOOK);
         if asked.is_none_or(|at| at.elapsed() > ASK) {
             asked = Some(Instant::now());
+            targets.steps = steps(&run);
             match Tree::of(&run) {
                 Ok(tree) => {
                     heard = Instant::now();
-                    targets.supervisors = tree.supervisor.into_iter().collect();
-                    targets.nodes = tree.nodes.iter().filter_map(|(_, process)| *process).collect();
-                    targets.steps = steps(&run);
+                    (targets.supervisors, targets.nodes) = processes(&tree);
                 }
-                Err(error) if heard.elapsed() > SILENT && targets.steps == 0 => return Err(error),
-                Err(_) if heard.elapsed() > SILENT => break,
+                Err(_) if targets.steps == last => break,
+                Err(error) if heard.elapsed() > SILENT => return Err(error),
                 Err(_) => continue,
             }
-        }
-        if targets.supervisors.is_empty() {
-            continue;
         }
         killer.act(&mut targets);
         if let Some(why) = targets.give_up.take() {
@@ -55,24 +61,31 @@ pub(crate) fn attach(plan: &Path, run: RunFolder, against: Option<RunFolder>) ->
     let all = MetricsLine::read_all(&run.metrics())?.0;
     let since: Vec<MetricsLine> = all.into_iter().filter(|line| line.step > first).collect();
     told::tell(&run, &since, &killer.kills)?;
+    let done = killer.kills.len() as u64;
+    if let Some(planned) = planned.filter(|planned| done < *planned) {
+        bail!("the job or chaos ended after {done} of {planned} faults");
+    }
     let Some(against) = against else { return Ok(ExitCode::SUCCESS) };
-    Ok(if compare(&run, &against)? { ExitCode::SUCCESS } else { ExitCode::FAILURE })
+    let compared = equal(&run, &against, true)?;
+    if compared.as_ref().is_ok_and(|[steps, _]| steps.last().is_none_or(|line| line.step <= first)) {
+        bail!("--against: {} has no step that was disturbed", against.0.display());
+    }
+    Ok(if say_equal(compared) { ExitCode::SUCCESS } else { ExitCode::FAILURE })
+}
+
+/// Processes of this machine, of the supervisor and of nodes: numbers of others are those of strangers here.
+fn processes(tree: &Tree) -> (Vec<u32>, Vec<u32>) {
+    if tree.machine.is_empty() || tree.machine != machine() {
+        return (Vec::new(), Vec::new());
+    }
+    let is_ours = |pid: &u32| {
+        let command = std::fs::read(format!("/proc/{pid}/cmdline")).unwrap_or_default();
+        command.split(|byte| *byte == 0).skip(1).any(|word| matches!(word, b"node" | b"supervisor"))
+    };
+    let nodes = tree.nodes.iter().filter_map(|(_, process)| *process).filter(is_ours).collect();
+    (tree.supervisor.into_iter().filter(is_ours).collect(), nodes)
 }
 
 fn steps(run: &RunFolder) -> u64 {
     MetricsLine::read_all(&run.metrics()).map_or(0, |(lines, _)| lines.last().map_or(0, |line| line.step))
-}
-
-/// The job may go on: steps that only one of the two has are not compared.
-fn compare(run: &RunFolder, against: &RunFolder) -> Result<bool> {
-    let both = [run, against].map(|run| MetricsLine::read_all(&run.metrics()));
-    let [got, want] = both;
-    let common = got?.0.len().min(want.context("--against")?.0.len());
-    if let Err((same, _)) = equal(run, against)?
-        && same == common
-    {
-        println!("fingerprints: {same} equal, 0 different");
-        return Ok(true);
-    }
-    Ok(say_equal(equal(run, against)?, common))
 }

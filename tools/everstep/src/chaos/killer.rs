@@ -4,7 +4,7 @@ use super::asks::{self, Tree};
 use super::held::HeldProcesses;
 use super::plan::{Plan, Target};
 use crate::launcher::{self, Targets};
-use anyhow::{Context, Result};
+use anyhow::{Context, Result, bail};
 use everstep_actors::{ActorId, AdminRequest, BadWire, Disturbed, NodeId, RunFolder, Trouble, milliseconds};
 use everstep_kernels::Philox;
 use rustix::process::{Pid, Resource, Rlimit, Signal, getrlimit, prlimit};
@@ -17,6 +17,8 @@ use std::time::{Duration, Instant};
 const PURPOSE_CHAOS: u32 = 4;
 /// What met nobody is tried again after so long.
 const AGAIN: Duration = Duration::from_millis(200);
+/// Tries before a target is left to the next turn.
+const TRIES_MAX: u64 = 25;
 /// A process that was stopped joins again before the next fault.
 const REST: Duration = Duration::from_secs(1);
 /// Bytes that a node without memory may still get.
@@ -48,6 +50,9 @@ pub(crate) struct Killer {
     pub(crate) plan: Plan,
     run: RunFolder,
     random: Philox,
+    /// Targets of the plan that had their turn, and tries of the present one.
+    turn: u64,
+    tries: u64,
     next: Instant,
     held: HeldProcesses,
     /// When what lasts on nodes is over.
@@ -67,14 +72,15 @@ impl Killer {
         let log = OpenOptions::new().create(true).append(true).open(&path);
         let log = log.with_context(|| format!("cannot write {}", path.display()))?;
         let now = Instant::now();
-        let (held, lasting, kills) = (HeldProcesses::default(), Vec::new(), Vec::new());
-        let mut killer = Self { plan, run, random, next: now, held, lasting, moved: (0, now), log, kills };
+        let (held, lasting, kills) = (HeldProcesses::new()?, Vec::new(), Vec::new());
+        let (turn, tries) = (0, 0);
+        let mut killer = Self { plan, run, random, turn, tries, next: now, held, lasting, moved: (0, now), log, kills };
         killer.wait();
         Ok(killer)
     }
 
     fn draw(&self, salt: u64) -> u64 {
-        (self.random.uniform(self.kills.len() as u64 * 4 + salt) * 1e9) as u64
+        (self.random.uniform((self.turn * TRIES_MAX + self.tries) * 4 + salt) * 1e9) as u64
     }
 
     fn wait(&mut self) {
@@ -85,7 +91,7 @@ impl Killer {
 
     /// Does what is due.
     pub(crate) fn act(&mut self, targets: &mut Targets) {
-        if self.held.look() {
+        if self.held.has_let_go() {
             self.next = self.next.max(Instant::now() + REST);
         }
         let now = Instant::now();
@@ -100,21 +106,26 @@ impl Killer {
         // The first step shows that the job runs.
         let done = self.kills.len() as u64;
         let over = self.plan.kills.is_some_and(|kills| done == kills);
-        if over || targets.steps == 0 || targets.nodes.is_empty() || now < self.next {
+        if over || targets.steps == 0 || now < self.next {
             return;
         }
-        let target = self.plan.targets[done as usize % self.plan.targets.len()];
+        let target = self.plan.targets[self.turn as usize % self.plan.targets.len()];
         if self.is_too_much(target) {
             return;
         }
         // What is done counts from before it.
         let time = milliseconds();
         match self.inflict(target, targets) {
-            Ok(()) => {}
+            Ok(()) => (self.turn, self.tries) = (self.turn + 1, 0),
             Err(error) => {
                 // Nobody was met: it counts only when somebody is.
                 eprintln!("{target:?} met nobody: {error:#}");
                 self.next = Instant::now() + AGAIN;
+                self.tries += 1;
+                if self.tries == TRIES_MAX {
+                    eprintln!("{target:?} is given up this time");
+                    (self.turn, self.tries) = (self.turn + 1, 0);
+                }
                 return;
             }
         }
@@ -153,9 +164,13 @@ impl Killer {
 
     fn inflict(&mut self, target: Target, targets: &mut Targets) -> Result<()> {
         let n = targets.nodes.len() as u64;
-        let first = self.draw(1) % n;
-        let node = targets.nodes[first as usize];
-        let second = targets.nodes[((first + 1) % n) as usize];
+        let first = self.draw(1) % n.max(1);
+        // Zero is no process: where none of the nodes is on this machine, nothing is done to one.
+        let [node, second] =
+            [first, (first + 1) % n.max(1)].map(|at| targets.nodes.get(at as usize).copied().unwrap_or(0));
+        if node == 0 && target.needs_node() {
+            bail!("no node is on this machine");
+        }
         let two = || [node, second].into_iter().for_each(|pid| launcher::kill(pid, Signal::KILL));
         let stop = Duration::from_millis(self.plan.stop_ms);
         let lasts = Duration::from_millis(self.plan.fault_ms.into());
@@ -167,7 +182,7 @@ impl Killer {
             Target::Wrong => self.ask_actor(AdminRequest::Flip, |a| matches!(a, ActorId::Stage { .. }))?,
             Target::Node => launcher::kill(node, Signal::KILL),
             Target::TwoNodes => two(),
-            Target::Supervisor => launcher::kill(self.leader(targets), Signal::KILL),
+            Target::Supervisor => launcher::kill(self.leader(targets)?, Signal::KILL),
             Target::Everything => targets.kill_all = true,
             Target::Join => targets.join = true,
             Target::Leave => launcher::kill(node, Signal::TERM),
@@ -180,7 +195,7 @@ impl Killer {
                 self.lasts(lasts);
                 self.held.hold(node, lasts, self.plan.cpu_percent);
             }
-            Target::StopSupervisor => self.held.hold(self.leader(targets), stop, 0),
+            Target::StopSupervisor => self.held.hold(self.leader(targets)?, stop, 0),
             Target::Cut | Target::OneWay | Target::Isolate | Target::Loss | Target::Delay => {
                 self.spoil_wire(target)?;
                 self.lasts(lasts);
@@ -192,7 +207,7 @@ impl Killer {
             }
             Target::FlipFile => {
                 flip_file(&self.run, self.draw(2))?;
-                launcher::kill(self.leader(targets), Signal::KILL);
+                launcher::kill(self.leader(targets)?, Signal::KILL);
             }
             Target::Clock => self.disturb(Disturbed::Clock(LATE))?,
         }
@@ -200,14 +215,21 @@ impl Killer {
     }
 
     /// The supervisor that leads, or the only one: metrics.jsonl stands for that of the leader.
-    fn leader(&self, targets: &Targets) -> u32 {
+    fn leader(&self, targets: &Targets) -> Result<u32> {
+        if targets.supervisors.is_empty() {
+            bail!("no supervisor is on this machine");
+        }
         let target = fs::read_link(self.run.metrics()).ok();
         let number = target.and_then(|t| t.parent()?.file_name()?.to_string_lossy().parse::<usize>().ok());
-        targets.supervisors[number.map_or(0, |n| n - 1).min(targets.supervisors.len() - 1)]
+        Ok(targets.supervisors[number.map_or(0, |n| n - 1).min(targets.supervisors.len() - 1)])
     }
 
     fn ask(&self, request: AdminRequest) -> Result<()> {
-        eprintln!("{}", asks::ask(&self.run, request)?);
+        let said = asks::ask(&self.run, request)?;
+        eprintln!("{said}");
+        if said.contains("is not in the job") || said.contains("has no place") {
+            bail!("{said}");
+        }
         Ok(())
     }
 

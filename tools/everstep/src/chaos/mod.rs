@@ -66,44 +66,59 @@ pub(crate) fn both(plan: Plan, config: &Path, set: &[String], alone: Option<usiz
     Ok(Both { disturbed, undisturbed, kills: std::mem::take(&mut killer.kills), memory })
 }
 
-/// The steps of two runs of one job, those of the first first, if every fingerprint is the same; else how many are equal, and
-/// what differs.
-type Compared = Result<[Vec<MetricsLine>; 2], (usize, String)>;
+/// What two runs of one job have not in common.
+struct Difference {
+    /// Steps with the same fingerprint.
+    equal: usize,
+    /// Others, in either.
+    different: usize,
+    /// The first of them, or what else is wrong.
+    why: String,
+}
 
-fn equal(first: &RunFolder, second: &RunFolder) -> Result<Compared> {
-    let got = MetricsLine::read_all(&first.metrics())?.0;
-    let want = MetricsLine::read_all(&second.metrics())?.0;
-    let same = |(a, b): (&MetricsLine, &MetricsLine)| (a.step, &a.fingerprint) == (b.step, &b.fingerprint);
-    let equal = got.iter().zip(&want).filter(|pair| same(*pair)).count();
-    for (run, lines) in [(first, &got), (second, &want)] {
+/// The steps of two runs of one job, those of the first first, if every fingerprint is the same. `running`: one of the two may
+/// have more steps, which are not compared.
+fn equal(first: &RunFolder, second: &RunFolder, running: bool) -> Result<Result<[Vec<MetricsLine>; 2], Difference>> {
+    let mut got = MetricsLine::read_all(&first.metrics())?.0;
+    let mut want = MetricsLine::read_all(&second.metrics())?.0;
+    let doubled = |run: &RunFolder, lines: &[MetricsLine]| -> Result<Option<String>> {
         let written = MetricsLine::written(&run.metrics())?;
         // Only steps that an audit doubts are reported again.
         let doubted = recoveries::events(run)?.iter().any(|event| event["event"] == "corrupted");
-        if written != lines.len() && !doubted {
-            let why = format!("{}: {written} lines of {} steps", run.metrics().display(), lines.len());
-            return Ok(Err((equal, why)));
-        }
+        let why = format!("{}: {written} lines of {} steps", run.metrics().display(), lines.len());
+        // A job that runs has written more since.
+        Ok((written != lines.len() && !doubted && !running).then_some(why))
+    };
+    let doubled = doubled(first, &got)?.or(doubled(second, &want)?);
+    if running {
+        let common = got.len().min(want.len());
+        got.truncate(common);
+        want.truncate(common);
     }
-    if let Some((got, want)) = got.iter().zip(&want).find(|pair| !same(*pair)) {
+    let same = |(a, b): &(&MetricsLine, &MetricsLine)| (a.step, &a.fingerprint) == (b.step, &b.fingerprint);
+    let equal = got.iter().zip(&want).filter(same).count();
+    let different = got.len().max(want.len()) - equal;
+    let first = got.iter().zip(&want).find(|pair| !same(pair)).map(|(got, want)| {
         let (step, got, want) = (got.step, &got.fingerprint, &want.fingerprint);
-        return Ok(Err((equal, format!("step {step}: fingerprint {got} under faults, {want} undisturbed"))));
+        format!("step {step}: fingerprint {got} under faults, {want} undisturbed")
+    });
+    let lengths = || format!("{} steps under faults, {} undisturbed", got.len(), want.len());
+    match doubled.or(first).or_else(|| (different > 0).then(lengths)) {
+        Some(why) => Ok(Err(Difference { equal, different: different.max(1), why })),
+        None => Ok(Ok([got, want])),
     }
-    if got.len() != want.len() {
-        return Ok(Err((equal, format!("{} steps under faults, {} undisturbed", got.len(), want.len()))));
-    }
-    Ok(Ok([got, want]))
 }
 
 impl Both {
     /// The steps of both runs, under faults first, if every fingerprint is the same; else what differs.
     pub(crate) fn equal(&self) -> Result<Result<[Vec<MetricsLine>; 2], String>> {
-        Ok(equal(&self.disturbed, &self.undisturbed)?.map_err(|(_, why)| why))
+        Ok(equal(&self.disturbed, &self.undisturbed, false)?.map_err(|difference| difference.why))
     }
 }
 
 pub(crate) fn run(plan: &Path, config: &Path, set: &[String]) -> Result<ExitCode> {
     let both = both(Plan::read(plan)?, config, set, Some(1))?;
-    let compared = equal(&both.disturbed, &both.undisturbed)?;
+    let compared = equal(&both.disturbed, &both.undisturbed, false)?;
     let steps = MetricsLine::read_all(&both.disturbed.metrics())?.0;
     told::tell(&both.disturbed, &steps, &both.kills)?;
     both.memory.tell();
@@ -112,19 +127,19 @@ pub(crate) fn run(plan: &Path, config: &Path, set: &[String]) -> Result<ExitCode
     let expected: u64 = (1..=spec.steps).map(|step| u64::from(spec.lanes) * spec.sequences_of_lane(step)).sum();
     println!("ledger: {samples} samples were counted by every copy of every shard, {expected} are in the steps");
     let clean = told::left_behind(&both.disturbed);
-    let same = say_equal(compared, steps.len());
+    let same = say_equal(compared);
     Ok(if same && samples == expected && clean { ExitCode::SUCCESS } else { ExitCode::FAILURE })
 }
 
 /// Prints how many fingerprints are equal, and what differs.
-fn say_equal(compared: Compared, steps: usize) -> bool {
+fn say_equal(compared: Result<[Vec<MetricsLine>; 2], Difference>) -> bool {
     match compared {
         Ok([steps, _]) => {
             println!("fingerprints: {} equal, 0 different", steps.len());
             true
         }
-        Err((equal, why)) => {
-            println!("{why}\nfingerprints: {equal} equal, {} different", steps.max(equal) - equal);
+        Err(Difference { equal, different, why }) => {
+            println!("{why}\nfingerprints: {equal} equal, {different} different");
             false
         }
     }

@@ -59,6 +59,12 @@ pub(crate) enum Target {
 }
 
 impl Target {
+    /// Whether it is done to a node's process.
+    pub(super) fn needs_node(self) -> bool {
+        use Target::{Cpu, Leave, Memory, Node, Stop, TwoNodes, Unreadable};
+        matches!(self, Node | TwoNodes | Leave | Memory | Stop | Cpu | Unreadable)
+    }
+
     /// Whether it needs the launcher that started the job.
     pub(super) fn needs_launcher(self) -> bool {
         matches!(self, Self::Everything | Self::Join)
