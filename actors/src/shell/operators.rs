@@ -14,39 +14,29 @@ const OPERATORS_MAX: usize = 256;
 
 impl State {
     pub(super) fn on_admin(&mut self, operator: Peer, ticket: u64, request: AdminRequest) {
-        let (actor, request) = match request {
-            AdminRequest::Tree => {
-                tell(&self.hub, operator, Control::Described { ticket, text: self.tree() });
-                return;
-            }
-            AdminRequest::Inspect(ActorId::Supervisor) => {
-                let store = self.store_fails.as_ref().map_or(String::new(), |why| format!("; checkpoints wait: {why}"));
-                let refused = self.root.router().refused();
-                let text = format!("{}; {refused} messages refused{store}", self.root.supervisor.describe());
-                tell(&self.hub, operator, Control::Described { ticket, text });
-                return;
-            }
+        let asked = match request {
+            AdminRequest::Tree => Err(self.tree()),
+            AdminRequest::Inspect(ActorId::Supervisor) => Err(self.inspect()),
             AdminRequest::Drain(node) => {
                 let text = self.root.supervisor.parting(node);
                 self.supervise(SupervisorEvent::Leave(node));
-                tell(&self.hub, operator, Control::Described { ticket, text });
-                return;
+                Err(text)
             }
-            AdminRequest::Disturb(what, ms) => {
-                let text = self.disturb(what, ms);
-                tell(&self.hub, operator, Control::Described { ticket, text });
-                return;
-            }
-            AdminRequest::Inspect(actor) => (actor, ActorRequest::Describe),
-            AdminRequest::Kill(actor) => (actor, ActorRequest::Panic),
-            AdminRequest::Flip(actor) => (actor, ActorRequest::Flip),
+            AdminRequest::Disturb(what, ms) => Err(self.disturb(what, ms)),
+            AdminRequest::Inspect(actor) => Ok((actor, ActorRequest::Describe)),
+            AdminRequest::Kill(actor) => Ok((actor, ActorRequest::Panic)),
+            AdminRequest::Flip(actor) => Ok((actor, ActorRequest::Flip)),
         };
-        let table = self.root.supervisor.table();
-        let target = table.address(actor).zip(table.node_of(actor));
-        let Some((address, peer)) = target.and_then(|(a, node)| Some((a, self.peer_of(node)?))) else {
-            let text = format!("{actor} has no place on a node");
-            tell(&self.hub, operator, Control::Described { ticket, text });
-            return;
+        // What nodes need not be asked is answered at once.
+        let asked = asked.and_then(|(actor, request)| {
+            let table = self.root.supervisor.table();
+            let target = table.address(actor).zip(table.node_of(actor));
+            let found = target.and_then(|(address, node)| Some((address, self.peer_of(node)?, request)));
+            found.ok_or_else(|| format!("{actor} has no place on a node"))
+        });
+        let (address, peer, request) = match asked {
+            Ok(asked) => asked,
+            Err(text) => return tell(&self.hub, operator, Control::Described { ticket, text }),
         };
         self.next_ticket += 1;
         self.operators.insert(self.next_ticket, (operator, ticket));
@@ -54,6 +44,11 @@ impl State {
             self.operators.pop_first();
         }
         tell(&self.hub, peer, Control::Actor { address, request, ticket: self.next_ticket });
+    }
+
+    fn inspect(&self) -> String {
+        let store = self.store_fails.as_ref().map_or(String::new(), |why| format!("; checkpoints wait: {why}"));
+        format!("{}; {} messages refused{store}", self.root.supervisor.describe(), self.root.router().refused())
     }
 
     /// Makes something go wrong for a while (chaos). Gives what to tell.

@@ -3,6 +3,7 @@
 //! processes needed at most, and what was planned for them.
 
 use super::median;
+use crate::chaos::memory_of;
 use crate::data::Data;
 use crate::launcher::{self, Launcher, Targets};
 use crate::read_config;
@@ -36,7 +37,9 @@ pub(super) fn run(config: &Path, set: &[String]) -> Result<()> {
             let config = read_config(config, &set)?;
             let run = launcher::create(&config, &data, |_, _| Ok(()))?;
             let [peak, planned] = &mut bytes[n];
-            let look = |targets: &mut Targets| *peak = targets.nodes.iter().map(|p| peak_of(*p)).fold(*peak, u64::max);
+            let look = |targets: &mut Targets| {
+                *peak = targets.nodes.iter().filter_map(|pid| memory_of(*pid, "VmHWM:")).fold(*peak, u64::max)
+            };
             Launcher::start(run.clone(), config.nodes, false)?.wait(look)?.finished()?;
             let outlook = Outlook::new(&config.spec, config.nodes, 0);
             *planned = outlook.fullest.map_or(0, |bytes| bytes + outlook.process);
@@ -59,12 +62,4 @@ pub(super) fn run(config: &Path, set: &[String]) -> Result<()> {
         println!("{line}");
     }
     Ok(())
-}
-
-/// Bytes of memory that a process had at most; 0 if it is gone.
-fn peak_of(pid: u32) -> u64 {
-    let status = std::fs::read_to_string(format!("/proc/{pid}/status")).unwrap_or_default();
-    let line = status.lines().find_map(|line| line.strip_prefix("VmHWM:"));
-    let kib = line.and_then(|rest| rest.split_whitespace().next()?.parse::<u64>().ok());
-    kib.unwrap_or(0) << 10
 }

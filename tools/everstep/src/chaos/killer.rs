@@ -268,7 +268,7 @@ fn limit_memory(pid: u32) -> Result<()> {
 }
 
 /// Bytes of memory of a process, by the name of a line in its status.
-pub(super) fn memory_of(pid: u32, name: &str) -> Option<u64> {
+pub(crate) fn memory_of(pid: u32, name: &str) -> Option<u64> {
     let status = fs::read_to_string(format!("/proc/{pid}/status")).ok()?;
     let line = status.lines().find_map(|line| line.strip_prefix(name))?;
     Some(line.split_whitespace().next()?.parse::<u64>().ok()? << 10)

@@ -9,7 +9,7 @@ mod plan;
 mod told;
 
 pub(crate) use attach::attach;
-pub(crate) use killer::Kill;
+pub(crate) use killer::{Kill, memory_of};
 pub(crate) use plan::{Plan, Target};
 pub(crate) use told::percentile;
 
