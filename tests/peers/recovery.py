@@ -5,9 +5,11 @@ after half to one and a half of EVERY, on NODES nodes; the peers have two worker
 as its system does it: torchrun and Everstep's launcher start it again themselves, torchft's replicas are started again at once.
 The model is that of configs/quickstart.toml, the batch too; a worker has one thread. Goodput is the share of an undisturbed
 run's steps on as many workers (for the peers twice those of a run half as long); for torchft also of its samples, since it goes
-on with smaller batches. First steps are waited for, so that starting is no part of it.
+on with smaller batches. First steps are waited for, so that starting is no part of it. Weights are compared by the hash of their
+bits after each step that both the undisturbed and the disturbed run have made, by any worker, first time or again.
 """
 
+import hashlib
 import json
 import os
 import random
@@ -54,6 +56,14 @@ def prepare():
     return torch, model, torch.optim.AdamW(model.parameters(), lr=1e-3), batch, global_batch
 
 
+def fingerprint(model):
+    """A hash of all weights' bits."""
+    bits = hashlib.sha256()
+    for parameter in model.parameters():
+        bits.update(parameter.detach().numpy())
+    return bits.hexdigest()
+
+
 class Log:
     """Lines of what happens, from several processes into one file."""
 
@@ -88,7 +98,7 @@ def torchrun_worker(folder):
         parallel(input_ids=x, labels=x).loss.backward()
         optimizer.step()
         step += 1
-        log.say(what="step", step=step, rank=rank, samples=global_batch)
+        log.say(what="step", step=step, rank=rank, samples=global_batch, fingerprint=fingerprint(model))
         if step % CHECKPOINT_EVERY == 0 and rank == 0:
             state = dict(model=model.state_dict(), optimizer=optimizer.state_dict(), step=step)
             torch.save(state, folder / "checkpoint.new")
@@ -132,7 +142,8 @@ def torchft_worker(folder):
         before = manager.batches_committed()
         managed.step()
         if manager.batches_committed() > before and manager.is_participating():
-            log.say(what="step", step=manager.current_step(), rank=rank, samples=manager.num_participants() * mine)
+            log.say(what="step", step=manager.current_step(), rank=rank, samples=manager.num_participants() * mine,
+                    fingerprint=fingerprint(model))
 
 
 class Peer:
@@ -208,7 +219,7 @@ class Peer:
 
 
 def run_peer(kind, world, seconds, every):
-    """Distinct steps and samples in that time, and for each kill the seconds to the next new step."""
+    """Samples and fingerprints of each step made in that time, and for each kill the seconds to the next new step."""
     folder = Path(tempfile.mkdtemp())
     peer, rng, kills = Peer(kind, world, folder), random.Random(7), []
     try:
@@ -229,14 +240,18 @@ def run_peer(kind, world, seconds, every):
                 next_kill += every
             time.sleep(0.01)
         peer.look()
-        steps = {line["step"]: line["samples"] for line in peer.steps() if line["time"] <= deadline}
+        samples, fingerprints = {}, {}
+        for line in peer.steps():
+            if line["time"] <= deadline:
+                samples[line["step"]] = line["samples"]
+                fingerprints.setdefault(line["step"], set()).add(line["fingerprint"])
         waits = []
         for n, at in enumerate(kills):
             until = kills[n + 1] if n + 1 < len(kills) else deadline
             reached = max((line["step"] for line in peer.steps() if line["time"] <= at), default=0)
             new = [line["time"] - at for line in peer.steps() if at < line["time"] < until and line["step"] > reached]
             waits.append(min(new, default=None))
-        return len(steps), sum(steps.values()), waits
+        return samples, fingerprints, waits
     finally:
         peer.end()
         shutil.rmtree(folder, ignore_errors=True)
@@ -271,12 +286,15 @@ def main():
         print(json.dumps(dict(system="everstep", nodes=int(nodes), **line)), flush=True)
     for kind in ("torchrun", "torchft"):
         # Two workers are the peers' better case on two cores.
-        quiet, quiet_samples, _ = run_peer(kind, 2, seconds / 2, 0)
-        steps, samples, waits = run_peer(kind, 2, seconds, every)
+        quiet, expected, _ = run_peer(kind, 2, seconds / 2, 0)
+        samples, fingerprints, waits = run_peer(kind, 2, seconds, every)
+        both = expected.keys() & fingerprints.keys()
+        equal = sum(expected[step] == fingerprints[step] for step in both)
         new = sorted(w for w in waits if w is not None)
         print(json.dumps(dict(
-            system=kind, workers=2, seconds=seconds, kill_every_s=every, kills=len(waits), steps=steps,
-            goodput=steps / (2 * quiet), goodput_of_samples=samples / (2 * quiet_samples),
+            system=kind, workers=2, seconds=seconds, kill_every_s=every, kills=len(waits), steps=len(samples),
+            goodput=len(samples) / (2 * len(quiet)), goodput_of_samples=sum(samples.values()) / (2 * sum(quiet.values())),
+            fingerprints=dict(equal=equal, different=len(both) - equal),
             new_step_after_s=dict(median=statistics.median(new), longest=new[-1]) if new else None,
             no_step_before_the_next_kill=waits.count(None))), flush=True)
 
