@@ -3,6 +3,8 @@
 NOW := $(shell date +%Y%m%d-%H%M%S)
 CONFIG ?= configs/quickstart.toml
 PROGRAM := target/release/everstep
+# What builds with RDMA: `make release` and all tests; not `make train`.
+RDMA := --features everstep/rdma,everstep-transport/rdma
 PEERS := target/peers
 # Small packages: a compiler of kernels, a trainer of tokenizers.
 PYTHON := target/python
@@ -11,17 +13,18 @@ TEXT := tokio syn rustls zerocopy chrono time quinn-proto winnow clap_builder ra
 	tracing-subscriber rayon
 
 .PHONY: train test kernels conformance precision rate recovery verify bench chaos chaos-full chaos-times chaos-scale \
-	chaos-supervisors chaos-long simulate soak same-logs gpu-check setup setup-test \
-	setup-python setup-store setup-peers build
+	chaos-supervisors chaos-long simulate soak same-logs gpu-check release setup setup-test \
+	setup-python setup-store setup-peers setup-rdma setup-vm build
 
 ## Build, then train the quickstart: a supervisor and three nodes on this machine.
 train: build
 	$(PROGRAM) train $(CONFIG) --set run.folder=runs/train-$(NOW)
 
 ## All tests: units, simulation, whole jobs of real processes, and every GPU kernel compiled.
-test: setup-test setup-store kernels
-	cargo build --workspace
-	cargo nextest run --workspace
+test: setup-test setup-store setup-rdma setup-vm kernels
+	cargo build --workspace $(RDMA)
+	cargo build -p everstep-transport --features rdma --example rdma_check
+	cargo nextest run --workspace $(RDMA)
 
 ## Every kernel of kernels/hopper/ compiled, on any machine: fails where registers go to memory, or where the table is not true.
 kernels: setup setup-python
@@ -62,7 +65,7 @@ precision: build setup-python
 		runs/precision-$(NOW)/fp8 --picture runs/precision-$(NOW)/precision.svg --mean 0.25 --largest 1
 
 ## Formatting, lints, documentation and house rules; edits nothing.
-verify: setup
+verify: setup-rdma
 	cargo xtask verify
 
 ## Figures as JSON lines, each with what bounds it.
@@ -137,10 +140,25 @@ gpu-check: setup
 build: setup
 	cargo build --release
 
+## The program with links over RDMA beside QUIC.
+release: setup-rdma
+	cargo build --release --features rdma
+
 # A C compiler and linker, for crates that hold some C or assembly.
 setup:
 	@command -v cargo >/dev/null || { echo "Rust 1.95 or newer is needed: https://rustup.rs"; exit 1; }
 	@command -v cc >/dev/null || { apt-get update && apt-get install --yes gcc libc6-dev; }
+
+# Headers and libraries of RDMA, and what makes bindings of them.
+setup-rdma: setup
+	@pkg-config --exists libibverbs librdmacm 2>/dev/null && ls /usr/lib/llvm*/lib/libclang*.so* >/dev/null 2>&1 || \
+		{ apt-get update && apt-get install --yes pkg-config libclang-dev libibverbs-dev librdmacm-dev; }
+
+# What the machine with RDMA devices in software is made of.
+setup-vm: setup
+	@command -v qemu-system-x86_64 >/dev/null && command -v rdma >/dev/null && command -v depmod >/dev/null \
+		&& test -x /bin/busybox && apt-cache show linux-image-amd64 >/dev/null 2>&1 || { apt-get update && \
+		apt-get install --yes --no-install-recommends qemu-system-x86 busybox-static rdma-core ibverbs-utils iproute2 kmod; }
 
 setup-python:
 	@python3 -c 'import ensurepip' 2>/dev/null || { apt-get update && apt-get install --yes python3 python3-venv; }

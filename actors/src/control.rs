@@ -72,6 +72,20 @@ pub enum Control {
         /// For the answer.
         ticket: u64,
     },
+    /// Asks a node for the ways of its sessions.
+    Links {
+        /// For the answer.
+        ticket: u64,
+    },
+    /// The way of one of a node's sessions has changed.
+    Way {
+        /// Which node says so.
+        node: NodeId,
+        /// Who is at the other end; none: the supervisor.
+        with: Option<NodeId>,
+        /// Which way, and why.
+        way: String,
+    },
     /// A node's wire is to be bad for so many milliseconds (chaos).
     Disturb(BadWire, u32),
     /// The answer.
@@ -124,6 +138,8 @@ pub enum AdminRequest {
     Tree,
     /// One actor's state.
     Inspect(ActorId),
+    /// The ways of a node's sessions: over QUIC, and why not over RDMA, or over which device.
+    Links(NodeId),
     /// Make an actor panic (chaos).
     Kill(ActorId),
     /// Flip a bit of an actor's state; of a stage: from then on its node's stages compute wrongly (chaos).

@@ -1,9 +1,11 @@
 //! Runs real jobs for the whole-system tests: the `everstep` program, its processes, its files.
 
 mod bucket;
+mod vm;
 mod wires;
 
 pub use bucket::{Bucket, Door};
+pub use vm::{Ran, Vm};
 pub use wires::{Process, Wires};
 
 use anyhow::{Context, Result, bail};

@@ -6,29 +6,34 @@
 //! - HU-3: a message is taken from the peer's grant when the receiver takes its event, so a process that
 //!   does not keep up slows its peers.
 
+mod task;
+
+pub(crate) use task::SessionHandle;
+
 use crate::calls::{self, Call, Caller};
+use crate::choice::Way;
 use crate::credentials::Credentials;
 use crate::disturb::{Disturbance, Disturbances};
 use crate::link::Link;
-use crate::message::{Assembler, Fragment, Message};
-use crate::quic::{self, Greeting, HANDSHAKE, Peer, QuicError, Shaking, explain};
-use crate::session::{Lane, Session, SessionEffect};
+use crate::message::Message;
+use crate::path::Path;
+use crate::quic::{self, HANDSHAKE, Peer, QuicError, explain};
+use crate::rdma::Rdma;
+use crate::session::Lane;
 use quinn::Endpoint;
-use ring::rand::SecureRandom;
 use std::collections::BTreeMap;
 use std::net::SocketAddr;
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::{Arc, Mutex, MutexGuard, OnceLock, PoisonError};
 use std::time::Duration;
+use task::Running;
+use tokio::sync::mpsc;
 use tokio::sync::mpsc::error::TrySendError;
-use tokio::sync::{mpsc, oneshot, watch};
 
 /// Messages that one session may be given and not have sent yet.
 pub const SEND_QUEUE: usize = 65_536;
 /// Messages that wait for the process to take them.
 const EVENTS: usize = 1024;
-/// Links that may wait to be taken by a session.
-const LINK_QUEUE: usize = 16;
 const REDIAL: Duration = Duration::from_millis(50);
 
 /// What happened.
@@ -44,23 +49,8 @@ pub enum HubEvent {
     Broken(Peer, String),
     /// A process that is not of this job tried to connect.
     Refused(String),
-}
-
-/// What a session's task is told about its links.
-enum Command {
-    /// A new link is being made: the old one ends; answered with what the session has.
-    Prepare(oneshot::Sender<(u64, Greeting)>),
-    /// It is there, of that attempt. An attempt that another one has overtaken is not taken up.
-    Up(Link, u64, Greeting),
-}
-
-/// A session's task, seen from outside.
-#[derive(Clone)]
-struct Handle {
-    commands: mpsc::Sender<Command>,
-    /// Messages by lane: a full lane does not hold up the other.
-    messages: [mpsc::Sender<Message>; 2],
-    linked: watch::Receiver<bool>,
+    /// The session with a peer takes this way from now on.
+    Way(Peer, Way),
 }
 
 struct Shared {
@@ -72,9 +62,13 @@ struct Shared {
     /// Whether others may begin sessions.
     open: AtomicBool,
     me: Peer,
-    sessions: Mutex<BTreeMap<Peer, Handle>>,
+    sessions: Mutex<BTreeMap<Peer, Running>>,
     events: mpsc::Sender<HubEvent>,
     disturbances: Disturbances,
+    /// The ways of sessions that have one, and on which connection they were chosen.
+    ways: Mutex<BTreeMap<Peer, (usize, Way)>>,
+    /// RDMA of this process, or why there is none.
+    rdma: Result<Arc<Rdma>, String>,
 }
 
 /// See the module. Clones are handles of the same hub.
@@ -98,8 +92,10 @@ impl Hub {
         let (endpoint, caller) = quic::open(bind, credentials, disturbances.clone())?;
         let (events, receiver) = mpsc::channel(EVENTS);
         let (calls, open) = (OnceLock::new(), AtomicBool::new(true));
-        let sessions = Mutex::default();
-        let hub = Self(Arc::new(Shared { endpoint, caller, calls, open, me, sessions, events, disturbances }));
+        let (sessions, ways) = (Mutex::default(), Mutex::default());
+        let rdma = Rdma::start().map_err(|error| error.to_string());
+        let hub =
+            Self(Arc::new(Shared { endpoint, caller, calls, open, me, sessions, events, disturbances, rdma, ways }));
         tokio::spawn(accept(hub.clone()));
         Ok((hub, receiver))
     }
@@ -136,31 +132,62 @@ impl Hub {
         Caller::new(self.0.endpoint.clone(), self.0.caller.clone(), address)
     }
 
-    /// The session with a peer; a new one if there is none.
-    fn session(&self, peer: Peer) -> Handle {
-        let start = || {
-            let (commands, queue) = mpsc::channel(LINK_QUEUE);
-            let (control, control_queue) = mpsc::channel(SEND_QUEUE);
-            let (bulk, bulk_queue) = mpsc::channel(SEND_QUEUE);
-            let (links, linked) = watch::channel(false);
-            let task = SessionTask {
-                hub: self.clone(),
-                peer,
-                session: Session::new(),
-                name: random_name(),
-                other: 0,
-                attempt: 0,
-                link: None,
-                links,
-                assemblers: Default::default(),
-            };
-            tokio::spawn(task.run(queue, [control_queue, bulk_queue]));
-            Handle { commands, messages: [control, bulk], linked }
-        };
-        self.sessions().entry(peer).or_insert_with(start).clone()
+    /// RDMA of this process, or why there is none.
+    pub(crate) fn rdma(&self) -> &Result<Arc<Rdma>, String> {
+        &self.0.rdma
     }
 
-    fn sessions(&self) -> MutexGuard<'_, BTreeMap<Peer, Handle>> {
+    /// Connections over RDMA that came without a secret that was waited for.
+    pub fn refused_over_rdma(&self) -> u64 {
+        self.0.rdma.as_ref().map_or(0, |rdma| rdma.refused())
+    }
+
+    /// Makes all links over RDMA fail, as their devices would (chaos).
+    pub fn break_rdma(&self) {
+        if let Ok(rdma) = &self.0.rdma {
+            rdma.break_links();
+        }
+    }
+
+    /// The ways of the sessions that have one.
+    pub fn ways(&self) -> BTreeMap<Peer, Way> {
+        self.lock_ways().iter().map(|(peer, (_, way))| (*peer, way.clone())).collect()
+    }
+
+    fn lock_ways(&self) -> MutexGuard<'_, BTreeMap<Peer, (usize, Way)>> {
+        self.0.ways.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
+    /// A session has taken a way, chosen on this connection.
+    pub(crate) async fn on_way(&self, peer: Peer, connection: usize, way: Way) {
+        self.lock_ways().insert(peer, (connection, way.clone()));
+        let _ = self.0.events.send(HubEvent::Way(peer, way)).await;
+    }
+
+    /// A connection is lost, and the way that was chosen on it.
+    pub(crate) fn on_way_lost(&self, peer: Peer, connection: usize) {
+        let mut ways = self.lock_ways();
+        if ways.get(&peer).is_some_and(|(on, _)| *on == connection) {
+            ways.remove(&peer);
+        }
+    }
+
+    /// Where events go.
+    pub(crate) fn events(&self) -> &mpsc::Sender<HubEvent> {
+        &self.0.events
+    }
+
+    /// The session with a peer, for a path; a new one if there is none.
+    pub(crate) fn session_of(&self, peer: Peer) -> SessionHandle {
+        self.session(peer).handle()
+    }
+
+    /// The session with a peer; a new one if there is none.
+    fn session(&self, peer: Peer) -> Running {
+        self.sessions().entry(peer).or_insert_with(|| task::start(self, peer)).clone()
+    }
+
+    fn sessions(&self) -> MutexGuard<'_, BTreeMap<Peer, Running>> {
         self.0.sessions.lock().unwrap_or_else(PoisonError::into_inner)
     }
 
@@ -189,12 +216,9 @@ impl Hub {
     }
 
     async fn dial_unbounded(&self, address: SocketAddr) -> Result<Peer, QuicError> {
-        let (mut shaking, peer, theirs) = Shaking::dial(&self.0.endpoint, address, self.0.me).await?;
-        let session = self.session(peer);
-        let ended = || QuicError::Unreachable { address, reason: "the session has ended".to_owned() };
-        let (attempt, ours) = session.prepare().await.ok_or_else(ended)?;
-        shaking.confirm(ours).await?;
-        session.commands.send(Command::Up(shaking.into_link(), attempt, theirs)).await.map_err(|_| ended())?;
+        let path = Path::dial(self, &self.0.endpoint, address).await?;
+        let peer = path.peer();
+        tokio::spawn(path.run());
         Ok(peer)
     }
 
@@ -227,11 +251,12 @@ impl Hub {
     /// Links two hubs of one process without a network.
     pub async fn link_in_memory(&self, other: &Self) {
         let (ours, theirs) = Link::memory();
-        let (mine, their) = (self.session(other.me()), other.session(self.me()));
-        if let (Some((mine_attempt, a)), Some((their_attempt, b))) = (mine.prepare().await, their.prepare().await) {
+        let (mine, their) = (self.session_of(other.me()), other.session_of(self.me()));
+        if let (Some((my_attempt, a)), Some((their_attempt, b))) = (mine.prepare(None).await, their.prepare(None).await)
+        {
             // A session that ended meanwhile needs no link.
-            let _ = mine.commands.send(Command::Up(ours, mine_attempt, b)).await;
-            let _ = their.commands.send(Command::Up(theirs, their_attempt, a)).await;
+            let _ = mine.up(ours, my_attempt, b, None).await;
+            let _ = their.up(theirs, their_attempt, a, None).await;
         }
     }
 
@@ -239,15 +264,6 @@ impl Hub {
     pub fn shut_down(&self) {
         self.sessions().clear();
         self.0.endpoint.close(quinn::VarInt::from_u32(0), b"the process ends");
-    }
-}
-
-impl Handle {
-    /// Ends the present link, if any, and tells what the session has.
-    async fn prepare(&self) -> Option<(u64, Greeting)> {
-        let (answer, resume) = oneshot::channel();
-        self.commands.send(Command::Prepare(answer)).await.ok()?;
-        resume.await.ok()
     }
 }
 
@@ -279,146 +295,12 @@ async fn admit(hub: &Hub, incoming: quinn::Incoming) -> Result<(), QuicError> {
         connection.close(quinn::VarInt::from_u32(0), b"this process takes no sessions now");
         return Ok(());
     }
-    let (mut shaking, peer) = Shaking::accept(connection).await?;
-    let session = hub.session(peer);
-    let ended = || QuicError::Unreachable { address, reason: "the session has ended".to_owned() };
-    let (attempt, ours) = session.prepare().await.ok_or_else(ended)?;
-    let theirs = shaking.answer(hub.me(), ours).await?;
-    session.commands.send(Command::Up(shaking.into_link(), attempt, theirs)).await.map_err(|_| ended())
-}
-
-fn random_name() -> u64 {
-    let mut bytes = [0; 8];
-    ring::rand::SystemRandom::new().fill(&mut bytes).expect("the system has random numbers");
-    // 0 stands for "not known".
-    u64::from_le_bytes(bytes).max(1)
+    tokio::spawn(Path::accept(hub, connection).await?.run());
+    Ok(())
 }
 
 fn at(lane: Lane) -> usize {
     usize::from(lane == Lane::Bulk)
-}
-
-/// One session: the pure core between commands, a link and the process.
-struct SessionTask {
-    hub: Hub,
-    peer: Peer,
-    session: Session<Fragment>,
-    /// The random name of this half of the session.
-    name: u64,
-    /// That of the other half; 0 until the first link.
-    other: u64,
-    /// Counts the links that were being made.
-    attempt: u64,
-    link: Option<Link>,
-    links: watch::Sender<bool>,
-    assemblers: [Assembler; 2],
-}
-
-impl SessionTask {
-    async fn run(mut self, mut commands: mpsc::Receiver<Command>, messages: [mpsc::Receiver<Message>; 2]) {
-        let [mut control, mut bulk] = messages;
-        loop {
-            // A session that holds a window takes no more of a lane: what waits is bounded by SEND_QUEUE.
-            let room = Lane::ALL.map(|lane| self.session.has_room(lane));
-            let incoming = async {
-                match &mut self.link {
-                    Some(link) => link.incoming.recv().await,
-                    None => std::future::pending().await,
-                }
-            };
-            let result = tokio::select! {
-                // Frames first: they bring the grants that sending waits for. Then what must not wait.
-                biased;
-                frame = incoming => match frame {
-                    Some(frame) => match self.session.on_frame(frame) {
-                        Ok(effects) => self.perform(effects).await,
-                        Err(error) => Err(error.to_string()),
-                    },
-                    None => {
-                        self.unlink().await;
-                        Ok(())
-                    }
-                },
-                command = commands.recv() => match command {
-                    Some(command) => self.command(command).await,
-                    None => return,
-                },
-                Some(message) = control.recv(), if room[0] => self.send(Lane::Control, message).await,
-                Some(message) = bulk.recv(), if room[1] => self.send(Lane::Bulk, message).await,
-            };
-            if let Err(reason) = result {
-                self.hub.close(self.peer);
-                let _ = self.hub.0.events.send(HubEvent::Broken(self.peer, reason)).await;
-                return;
-            }
-        }
-    }
-
-    async fn send(&mut self, lane: Lane, message: Message) -> Result<(), String> {
-        for fragment in message.fragments() {
-            let effects = self.session.send(lane, fragment);
-            self.perform(effects).await?;
-        }
-        Ok(())
-    }
-
-    async fn command(&mut self, command: Command) -> Result<(), String> {
-        match command {
-            Command::Prepare(answer) => {
-                self.unlink().await;
-                let [control, bulk] = self.session.resume();
-                self.attempt += 1;
-                let _ = answer.send((self.attempt, [control, bulk, self.name, self.other]));
-                Ok(())
-            }
-            Command::Up(_, attempt, _) if attempt != self.attempt => Ok(()),
-            Command::Up(link, _, [control, bulk, name, known]) => {
-                // A half that one side has forgotten cannot be resumed: what was in it would come twice.
-                let forgotten = (self.other != 0 && self.other != name) || (known != 0 && known != self.name);
-                if forgotten {
-                    return Err("one side has forgotten the session".to_owned());
-                }
-                self.other = name;
-                self.link = Some(link);
-                let effects = self.session.link_up([control, bulk]).map_err(|e| e.to_string())?;
-                let _ = self.links.send(true);
-                let _ = self.hub.0.events.send(HubEvent::Up(self.peer)).await;
-                self.perform(effects).await
-            }
-        }
-    }
-
-    async fn unlink(&mut self) {
-        if self.link.take().is_some() {
-            self.session.link_down();
-            let _ = self.links.send(false);
-            let _ = self.hub.0.events.send(HubEvent::Down(self.peer)).await;
-        }
-    }
-
-    async fn perform(&mut self, effects: Vec<SessionEffect<Fragment>>) -> Result<(), String> {
-        let mut queue = std::collections::VecDeque::from(effects);
-        while let Some(effect) = queue.pop_front() {
-            match effect {
-                SessionEffect::Transmit(frame) => {
-                    let failed = self.link.as_ref().is_some_and(|link| link.transmit(frame).is_err());
-                    if failed {
-                        self.unlink().await;
-                    }
-                }
-                SessionEffect::Deliver(lane, fragment) => {
-                    let message = self.assemblers[at(lane)].push(&fragment).map_err(|e| e.to_string())?;
-                    if let Some(message) = message
-                        && self.hub.0.events.send(HubEvent::Message(self.peer, message)).await.is_err()
-                    {
-                        return Err("the process takes no more messages".to_owned());
-                    }
-                    queue.extend(self.session.consumed(lane));
-                }
-            }
-        }
-        Ok(())
-    }
 }
 
 #[cfg(test)]

@@ -2,19 +2,29 @@
 //!
 //! From the bottom: a [`Link`] carries frames and may break; a session (pure core: [`Session`]) makes an
 //! ordered, exactly-once, flow-controlled stream of units on two lanes of any number of links; a
-//! [`Hub`] keeps all sessions of a process, over QUIC. Beside them, a [`Call`] is a request with one answer.
+//! [`Hub`] keeps all sessions of a process. Two processes meet over QUIC, and their session stays there, or goes over RDMA as long as that
+//! works: their path's choice. Beside them, a [`Call`] is a request with one answer.
 
 mod calls;
+mod choice;
 mod codec;
 mod credentials;
 mod disturb;
 mod hub;
 mod link;
 mod message;
+mod path;
 mod quic;
+#[cfg(not(feature = "rdma"))]
+#[path = "no_rdma.rs"]
+mod rdma;
+#[cfg(feature = "rdma")]
+mod rdma;
 mod session;
+mod side;
 
 pub use calls::{CALL_MAX, Call, Caller};
+pub use choice::Way;
 pub use codec::FrameError;
 pub use credentials::{Credentials, CredentialsError};
 pub use disturb::Disturbance;

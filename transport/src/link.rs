@@ -1,13 +1,15 @@
 //! A link: what carries a session's frames until it breaks.
 //!
-//! To a session a link is three queues of frames; what is behind them (a task that moves frames over
-//! QUIC, another process's queues in memory, later RDMA writes) does not show. A fragment's number is
+//! To a session a link is three queues of frames; what is behind them (tasks that move frames over QUIC or
+//! RDMA, another process's queues in memory) does not show. A fragment's number is
 //! its grant: the receiver has room for the fragment `sequence % window` of the bulk lane, so a link
 //! with registered memory can place it there without asking.
 
+use crate::choice::Event;
 use crate::message::Fragment;
 use crate::session::{Frame, Lane};
-use tokio::sync::mpsc;
+use tokio::sync::mpsc::error::TrySendError;
+use tokio::sync::{mpsc, oneshot};
 
 /// A session's end of a link. Dropping it closes the link; a closed `incoming` says that it is broken.
 #[derive(Debug)]
@@ -33,20 +35,20 @@ impl Link {
 
     /// Puts a frame into its queue. A full queue means that the windows were not kept, and a closed one
     /// that the link is broken; both end the link.
-    pub(crate) fn transmit(&self, frame: Frame<Fragment>) -> Result<(), LinkClosed> {
+    pub(crate) fn transmit(&self, frame: Frame<Fragment>) -> Result<(), TransmitError> {
         match frame {
             Frame::Data { lane: Lane::Bulk, sequence, unit } => self.send_bulk(Grant { sequence }, unit),
             frame @ (Frame::Data { lane: Lane::Control, .. } | Frame::Grant { .. }) => {
-                self.control.try_send(frame).map_err(|_| LinkClosed)
+                self.control.try_send(frame).map_err(TransmitError::from)
             }
         }
     }
 
     /// Puts regions of memory into the place that the peer granted for them. They are lent, not copied:
     /// the session keeps them until the peer has them.
-    fn send_bulk(&self, grant: Grant, regions: Fragment) -> Result<(), LinkClosed> {
+    fn send_bulk(&self, grant: Grant, regions: Fragment) -> Result<(), TransmitError> {
         let frame = Frame::Data { lane: Lane::Bulk, sequence: grant.sequence, unit: regions };
-        self.bulk.try_send(frame).map_err(|_| LinkClosed)
+        self.bulk.try_send(frame).map_err(TransmitError::from)
     }
 }
 
@@ -56,6 +58,51 @@ struct Grant {
     sequence: u64,
 }
 
-/// The link is broken.
+/// A frame could not be put into its queue.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
-pub(crate) struct LinkClosed;
+pub(crate) enum TransmitError {
+    /// The link is broken.
+    Closed,
+    /// More waits than the windows allow.
+    Full,
+}
+
+impl<T> From<TrySendError<T>> for TransmitError {
+    fn from(error: TrySendError<T>) -> Self {
+        match error {
+            TrySendError::Closed(_) => Self::Closed,
+            TrySendError::Full(_) => Self::Full,
+        }
+    }
+}
+
+/// A link beside a connection that is being proven, or in use.
+pub(crate) struct Trial {
+    /// The session's end, until it is taken.
+    pub(crate) link: Option<Link>,
+    /// Comes when the link is proven.
+    pub(crate) proven: Option<oneshot::Receiver<()>>,
+    /// Says that the session will come this way, with the number of the next fragment that this end lacks.
+    pub(crate) begin: Option<oneshot::Sender<u64>>,
+    /// Comes when the link has ended: why.
+    pub(crate) ended: Option<oneshot::Receiver<String>>,
+    /// The device's name.
+    pub(crate) device: String,
+}
+
+impl Trial {
+    /// That it is proven, then that it has ended; each once.
+    pub(crate) async fn event(&mut self) -> Event {
+        if let Some(proven) = &mut self.proven {
+            let is_proven = proven.await.is_ok();
+            self.proven = None;
+            if is_proven {
+                return Event::Proven(self.device.clone());
+            }
+        }
+        let Some(ended) = &mut self.ended else { return std::future::pending().await };
+        let why = ended.await.unwrap_or_else(|_| "its task has ended".to_owned());
+        self.ended = None;
+        Event::Failed(why)
+    }
+}

@@ -5,7 +5,7 @@
 //! and what it has of the dialler's session, the dialler says what it has of the other's.
 
 use crate::codec::{self, DATA_HEAD, FrameError, GRANT, Kind};
-use crate::credentials::{Credentials, NAME};
+use crate::credentials::Credentials;
 use crate::disturb::{Disturbances, DisturbedSocket};
 use crate::link::{Link, QUEUE};
 use crate::message::Fragment;
@@ -23,12 +23,14 @@ use std::time::Duration;
 use tokio::sync::mpsc;
 
 /// Both ends must speak the same: that of sessions, or that of calls.
-const PROTOCOL: &[u8] = b"everstep/1";
+const PROTOCOL: &[u8] = b"everstep/2";
 const CALLS: &[u8] = b"everstep-calls/1";
 /// Bytes that a stream of a link may hold at its receiver.
 const STREAM_WINDOW: u32 = 16 << 20;
 /// Bytes that a link holds at most beside the messages at its ends: of its two streams one carries tensors.
 pub const LINK_BYTES: u64 = STREAM_WINDOW as u64;
+/// Streams of a connection: that of the way, two of a link, and those of links before that are not closed yet.
+const STREAMS: u32 = 16;
 /// A connection without a sign of life for so long is broken.
 const IDLE: Duration = Duration::from_millis(500);
 const KEEP_ALIVE: Duration = Duration::from_millis(100);
@@ -89,7 +91,7 @@ fn transport() -> Arc<TransportConfig> {
     let idle = IdleTimeout::try_from(IDLE).expect("half a second is a valid time-out");
     config.max_idle_timeout(Some(idle)).keep_alive_interval(Some(KEEP_ALIVE));
     config.stream_receive_window(VarInt::from_u32(STREAM_WINDOW)).receive_window(VarInt::from_u32(64 << 20));
-    config.send_window(64 << 20).max_concurrent_bidi_streams(VarInt::from_u32(4));
+    config.send_window(64 << 20).max_concurrent_bidi_streams(VarInt::from_u32(STREAMS));
     Arc::new(config)
 }
 
@@ -202,14 +204,8 @@ pub(crate) fn explain(address: SocketAddr, error: &quinn::ConnectionError) -> Qu
     }
 }
 
-/// Streams of a connection whose handshake is not over.
-pub(crate) struct Shaking {
-    connection: Connection,
-    control: (SendStream, RecvStream),
-    bulk: (SendStream, RecvStream),
-}
-
-fn broken(connection: &Connection, reason: impl std::fmt::Display) -> QuicError {
+/// Why a connection is of no more use.
+pub(crate) fn broken(connection: &Connection, reason: impl std::fmt::Display) -> QuicError {
     let address = connection.remote_address();
     match connection.close_reason() {
         Some(error) => explain(address, &error),
@@ -217,91 +213,29 @@ fn broken(connection: &Connection, reason: impl std::fmt::Display) -> QuicError 
     }
 }
 
-async fn read_greeting(connection: &Connection, stream: &mut RecvStream) -> Result<Greeting, QuicError> {
-    let mut words = [0; 4];
-    for word in &mut words {
-        *word = read_word(connection, stream).await?;
-    }
-    Ok(words)
+/// A link over two streams, carried by tasks of their own until the session drops it or either stream ends.
+pub(crate) fn link(connection: &Connection, control: (SendStream, RecvStream), bulk: (SendStream, RecvStream)) -> Link {
+    let (control_sender, control_queue) = mpsc::channel(QUEUE);
+    let (bulk_sender, bulk_queue) = mpsc::channel(QUEUE);
+    let (arrived, incoming) = mpsc::channel(256);
+    // Control goes first wherever both lanes have something to send.
+    let _ = control.0.set_priority(1);
+    tokio::spawn(write(control.0, control_queue));
+    tokio::spawn(write(bulk.0, bulk_queue));
+    tokio::spawn(read(connection.clone(), control.1, arrived.clone()));
+    tokio::spawn(read(connection.clone(), bulk.1, arrived));
+    Link { control: control_sender, bulk: bulk_sender, incoming }
 }
 
-async fn read_word(connection: &Connection, stream: &mut RecvStream) -> Result<u64, QuicError> {
-    let mut bytes = [0; 8];
-    stream.read_exact(&mut bytes).await.map_err(|e| broken(connection, e))?;
-    Ok(u64::from_le_bytes(bytes))
-}
-
-impl Shaking {
-    /// Dials and learns who answers, and what it has of our session.
-    pub(crate) async fn dial(
-        endpoint: &Endpoint,
-        address: SocketAddr,
-        me: Peer,
-    ) -> Result<(Self, Peer, Greeting), QuicError> {
-        let connecting = endpoint.connect(address, NAME);
-        let unreachable = |e: &dyn std::fmt::Display| QuicError::Unreachable { address, reason: e.to_string() };
-        let connection = connecting.map_err(|e| unreachable(&e))?.await.map_err(|e| explain(address, &e))?;
-        let mut control = connection.open_bi().await.map_err(|e| explain(address, &e))?;
-        let mut bulk = connection.open_bi().await.map_err(|e| explain(address, &e))?;
-        control.0.write_all(&me.to_le_bytes()).await.map_err(|e| broken(&connection, e))?;
-        bulk.0.write_all(&[1]).await.map_err(|e| broken(&connection, e))?;
-        let peer = read_word(&connection, &mut control.1).await?;
-        let greeting = read_greeting(&connection, &mut control.1).await?;
-        Ok((Self { connection, control, bulk }, peer, greeting))
-    }
-
-    /// Accepts and learns who dials.
-    pub(crate) async fn accept(connection: Connection) -> Result<(Self, Peer), QuicError> {
-        let mut control = connection.accept_bi().await.map_err(|e| explain(connection.remote_address(), &e))?;
-        let peer = read_word(&connection, &mut control.1).await?;
-        let mut bulk = connection.accept_bi().await.map_err(|e| explain(connection.remote_address(), &e))?;
-        let mut mark = [0];
-        bulk.1.read_exact(&mut mark).await.map_err(|e| broken(&connection, e))?;
-        Ok((Self { connection, control, bulk }, peer))
-    }
-
-    /// The accepting side's answer; gives the dialler's.
-    pub(crate) async fn answer(&mut self, me: Peer, greeting: Greeting) -> Result<Greeting, QuicError> {
-        let words = [&[me][..], &greeting].concat();
-        self.say(&words).await?;
-        let connection = self.connection.clone();
-        read_greeting(&connection, &mut self.control.1).await
-    }
-
-    /// The dialling side's last word.
-    pub(crate) async fn confirm(&mut self, greeting: Greeting) -> Result<(), QuicError> {
-        self.say(&greeting).await
-    }
-
-    async fn say(&mut self, words: &[u64]) -> Result<(), QuicError> {
-        let bytes: Vec<u8> = words.iter().flat_map(|w| w.to_le_bytes()).collect();
-        self.control.0.write_all(&bytes).await.map_err(|e| broken(&self.connection, e))
-    }
-
-    /// The link, carried by tasks of their own until either side closes.
-    pub(crate) fn into_link(self) -> Link {
-        let (control, control_queue) = mpsc::channel(QUEUE);
-        let (bulk, bulk_queue) = mpsc::channel(QUEUE);
-        let (arrived, incoming) = mpsc::channel(256);
-        // Control goes first wherever both lanes have something to send.
-        let _ = self.control.0.set_priority(1);
-        let c = self.connection;
-        tokio::spawn(write(c.clone(), self.control.0, control_queue));
-        tokio::spawn(write(c.clone(), self.bulk.0, bulk_queue));
-        tokio::spawn(read(c.clone(), self.control.1, arrived.clone()));
-        tokio::spawn(read(c, self.bulk.1, arrived));
-        Link { control, bulk, incoming }
-    }
-}
-
-async fn write(connection: Connection, mut stream: SendStream, mut queue: mpsc::Receiver<Frame<Fragment>>) {
+async fn write(mut stream: SendStream, mut queue: mpsc::Receiver<Frame<Fragment>>) {
     while let Some(frame) = queue.recv().await {
         let mut pieces = codec::encode(frame);
         if stream.write_all_chunks(&mut pieces).await.is_err() {
-            break;
+            return;
         }
     }
-    connection.close(VarInt::from_u32(0), b"the session's end of the link is gone");
+    // The session goes another way: what is still on this one goes there again.
+    let _ = stream.reset(VarInt::from_u32(0));
 }
 
 /// A stream broke or holds no frames.
@@ -328,8 +262,8 @@ async fn read(connection: Connection, mut stream: RecvStream, arrived: mpsc::Sen
             Err(failure) => {
                 if let ReadFailure::Frame(error) = &failure {
                     tracing::warn!(peer = %connection.remote_address(), %error, "garbage from a member of the job");
+                    connection.close(VarInt::from_u32(1), error.to_string().as_bytes());
                 }
-                connection.close(VarInt::from_u32(1), failure.to_string().as_bytes());
                 return;
             }
         }

@@ -276,7 +276,7 @@ async fn next_control(supervisor: Peer, events: &mut mpsc::Receiver<HubEvent>) -
                 }
             }
             HubEvent::Down(peer) | HubEvent::Broken(peer, _) if peer == supervisor => return Ok(None),
-            HubEvent::Up(_) | HubEvent::Down(_) | HubEvent::Broken(..) | HubEvent::Refused(_) => {}
+            HubEvent::Up(_) | HubEvent::Down(_) | HubEvent::Broken(..) | HubEvent::Refused(_) | HubEvent::Way(..) => {}
         }
     }
 }

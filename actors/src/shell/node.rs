@@ -18,7 +18,7 @@ use crate::router::{Action, Router};
 use crate::tally::Tally;
 use crate::wire::Unit;
 use crate::worker::Materials;
-use everstep_transport::{Disturbance, Hub, HubEvent, Peer};
+use everstep_transport::{Disturbance, Hub, HubEvent, Peer, Way};
 use ractor::{Actor, ActorCell, ActorId as CellId, ActorProcessingErr, ActorRef, SupervisionEvent};
 use std::collections::BTreeMap;
 use std::net::SocketAddr;
@@ -62,6 +62,8 @@ pub(super) struct State {
     lives: BTreeMap<CellId, Address>,
     /// Peers with which a session is kept.
     peers: BTreeMap<NodeId, Peer>,
+    /// The ways of sessions that the supervisor was told of.
+    told: BTreeMap<Peer, Way>,
     looking: bool,
     leaving: bool,
     /// Chaos: what stages compute here is wrong, until the node is given up.
@@ -101,6 +103,7 @@ impl Actor for Node {
             workers: BTreeMap::new(),
             lives: BTreeMap::new(),
             peers: BTreeMap::new(),
+            told: BTreeMap::new(),
             looking: false,
             leaving: false,
             wrong: false,
@@ -222,9 +225,35 @@ impl State {
             }
             HubEvent::Refused(why) => tracing::warn!(why, "a stranger was refused"),
             HubEvent::Up(peer) => self.on_link(peer, true),
-            HubEvent::Down(peer) => self.on_link(peer, false),
+            HubEvent::Down(peer) => {
+                self.told.remove(&peer);
+                self.on_link(peer, false);
+            }
+            HubEvent::Way(peer, way) => self.on_way(peer, way),
             HubEvent::Broken(..) => {}
         }
+    }
+
+    /// Who is at the other end of a session; none: the supervisor.
+    fn with(&self, peer: Peer) -> Option<NodeId> {
+        self.peers.iter().find(|(_, p)| **p == peer).map(|(node, _)| *node)
+    }
+
+    /// Tells the supervisor of a new way, once this node is a member. That a session begins over QUIC is nothing new.
+    fn on_way(&mut self, peer: Peer, way: Way) {
+        let Some(node) = self.router.node() else { return };
+        let before = self.told.get(&peer);
+        if before == Some(&way) || (before.is_none() && matches!(way, Way::Quic(_))) {
+            return;
+        }
+        self.say(Control::Way { node, with: self.with(peer), way: way.to_string() });
+        self.told.insert(peer, way);
+    }
+
+    fn links(&self) -> String {
+        let name = |peer| self.with(peer).map_or("the supervisor".to_owned(), |node| node.to_string());
+        let lines = self.hub.ways().into_iter().map(|(peer, way)| format!("{}: {way}\n", name(peer)));
+        lines.collect()
     }
 
     fn on_link(&self, peer: Peer, up: bool) {
@@ -291,6 +320,7 @@ impl State {
         match control {
             Control::Welcome { node } => {
                 self.router.welcome(node);
+                self.hub.ways().into_iter().for_each(|(peer, way)| self.on_way(peer, way));
             }
             Control::Table(table) => {
                 let actions = self.router.on_table(Arc::clone(&table));
@@ -309,6 +339,7 @@ impl State {
             }
             Control::Actor { address, request, ticket } => self.on_request(myself, address, request, ticket),
             Control::Disturb(bad, ms) => self.disturb(bad, ms),
+            Control::Links { ticket } => self.say(Control::Described { ticket, text: self.links() }),
             // What nodes say to the supervisor, or before joining.
             Control::Enquire
             | Control::Join { .. }
@@ -319,6 +350,7 @@ impl State {
             | Control::TokensWanted { .. }
             | Control::TokensPart { .. }
             | Control::Job { .. }
+            | Control::Way { .. }
             | Control::Admin { .. } => {}
         }
     }

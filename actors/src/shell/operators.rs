@@ -3,7 +3,7 @@
 use super::supervisor::State;
 use super::{clock, machine, tell};
 use crate::control::{ActorRequest, AdminRequest, Control, Disturbed};
-use crate::ids::ActorId;
+use crate::ids::{ActorId, NodeId};
 use crate::supervisor::SupervisorEvent;
 use everstep_transport::Peer;
 use std::fmt::Write;
@@ -15,6 +15,7 @@ const OPERATORS_MAX: usize = 256;
 impl State {
     pub(super) fn on_admin(&mut self, operator: Peer, ticket: u64, request: AdminRequest) {
         let asked = match request {
+            AdminRequest::Links(node) => return self.on_links(operator, ticket, node),
             AdminRequest::Tree => Err(self.tree()),
             AdminRequest::Inspect(ActorId::Supervisor) => Err(self.inspect()),
             AdminRequest::Drain(node) => {
@@ -38,12 +39,26 @@ impl State {
             Ok(asked) => asked,
             Err(text) => return tell(&self.hub, operator, Control::Described { ticket, text }),
         };
+        let ticket = self.remember(operator, ticket);
+        tell(&self.hub, peer, Control::Actor { address, request, ticket });
+    }
+
+    /// Remembers who asked until a node has answered; gives the ticket for the node.
+    fn remember(&mut self, operator: Peer, ticket: u64) -> u64 {
         self.next_ticket += 1;
         self.operators.insert(self.next_ticket, (operator, ticket));
         if self.operators.len() > OPERATORS_MAX {
             self.operators.pop_first();
         }
-        tell(&self.hub, peer, Control::Actor { address, request, ticket: self.next_ticket });
+        self.next_ticket
+    }
+
+    fn on_links(&mut self, operator: Peer, ticket: u64, node: NodeId) {
+        let Some(peer) = self.peer_of(node) else {
+            return tell(&self.hub, operator, Control::Described { ticket, text: format!("{node} is not there") });
+        };
+        let ticket = self.remember(operator, ticket);
+        tell(&self.hub, peer, Control::Links { ticket });
     }
 
     fn inspect(&self) -> String {

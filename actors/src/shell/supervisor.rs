@@ -375,7 +375,8 @@ impl State {
             // Whether a member lives is for its beats and its process to say.
             HubEvent::Down(peer) if !self.peers.values().any(|p| *p == peer) => self.hub.close(peer),
             HubEvent::Broken(peer, why) => self.on_end_of(peer, format!("its session is over: {why}")),
-            HubEvent::Up(_) | HubEvent::Down(_) => {}
+            // The other end tells.
+            HubEvent::Up(_) | HubEvent::Down(_) | HubEvent::Way(..) => {}
         }
     }
 
@@ -423,6 +424,9 @@ impl State {
                 }
             }
             Control::Admin { ticket, request } => self.on_admin(peer, ticket, request),
+            Control::Way { node, with, way } => {
+                self.note(&Happening::WayChanged { node: node.0, with: with.map(|w| w.0), way });
+            }
             Control::Leave { node } => self.supervise(SupervisorEvent::Leave(node)),
             // What only the supervisor says.
             Control::Welcome { .. }
@@ -430,6 +434,7 @@ impl State {
             | Control::Table(_)
             | Control::Fence
             | Control::Actor { .. }
+            | Control::Links { .. }
             | Control::Disturb(..)
             | Control::TokensPart { .. }
             | Control::Job { .. } => {}

@@ -110,26 +110,93 @@ pub struct Report {
 #[serde(tag = "event", rename_all = "snake_case")]
 #[allow(missing_docs)]
 pub enum Happening {
-    NodeJoined { node: u64, address: String },
-    NodeReturned { node: u64 },
-    NodeDead { node: u64, why: String, epoch: u64 },
-    NodeFenced { node: u64 },
-    NodeLeaving { node: u64, actors: usize },
-    NodeLeft { node: u64 },
-    NodeSlow { node: u64, percent: u64 },
-    NodeKeepsUp { node: u64 },
-    ActorFailed { actor: String, incarnation: u32, reason: String, epoch: u64 },
-    Moved { epoch: u64, actors: Vec<String> },
-    Corrupted { why: String },
-    Audited { step: u64, actor: String, nodes: [u64; 2] },
-    RolledBack { to_step: u64, epoch: u64, why: String },
-    CheckpointStored { step: u64 },
-    StoreFails { why: String },
+    NodeJoined {
+        node: u64,
+        address: String,
+    },
+    NodeReturned {
+        node: u64,
+    },
+    NodeDead {
+        node: u64,
+        why: String,
+        epoch: u64,
+    },
+    NodeFenced {
+        node: u64,
+    },
+    NodeLeaving {
+        node: u64,
+        actors: usize,
+    },
+    NodeLeft {
+        node: u64,
+    },
+    NodeSlow {
+        node: u64,
+        percent: u64,
+    },
+    NodeKeepsUp {
+        node: u64,
+    },
+    ActorFailed {
+        actor: String,
+        incarnation: u32,
+        reason: String,
+        epoch: u64,
+    },
+    Moved {
+        epoch: u64,
+        actors: Vec<String>,
+    },
+    Corrupted {
+        why: String,
+    },
+    Audited {
+        step: u64,
+        actor: String,
+        nodes: [u64; 2],
+    },
+    RolledBack {
+        to_step: u64,
+        epoch: u64,
+        why: String,
+    },
+    CheckpointStored {
+        step: u64,
+    },
+    StoreFails {
+        why: String,
+    },
     StoreWorks,
-    SupervisorRestarted { incarnation: u32, committed: u64 },
-    Recovered { step: u64, milliseconds: u64, causes: Vec<String>, lives: usize, microseconds: Phases },
-    Waiting { why: String },
-    Skipped { step: u64, why: String },
-    CheckpointRefused { why: String },
-    StrangerRefused { why: String },
+    SupervisorRestarted {
+        incarnation: u32,
+        committed: u64,
+    },
+    Recovered {
+        step: u64,
+        milliseconds: u64,
+        causes: Vec<String>,
+        lives: usize,
+        microseconds: Phases,
+    },
+    Waiting {
+        why: String,
+    },
+    Skipped {
+        step: u64,
+        why: String,
+    },
+    CheckpointRefused {
+        why: String,
+    },
+    StrangerRefused {
+        why: String,
+    },
+    /// A session goes another way; without `with` it is that with the supervisor.
+    WayChanged {
+        node: u64,
+        with: Option<u64>,
+        way: String,
+    },
 }

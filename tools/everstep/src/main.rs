@@ -180,6 +180,11 @@ enum Admin {
         /// Its number: see tree.
         node: u64,
     },
+    /// The ways of a node's sessions: QUIC, and why not RDMA, or with which device.
+    Links {
+        /// Its number: see tree.
+        node: u64,
+    },
     /// Make an actor panic: it is restarted, and the job goes on.
     Kill {
         /// The actor.
@@ -265,6 +270,7 @@ fn run(command: Command) -> Result<ExitCode> {
             let text = match request {
                 Admin::Tree => ask(AdminRequest::Tree),
                 Admin::Inspect { actor } => ask(AdminRequest::Inspect(actor)),
+                Admin::Links { node } => ask(AdminRequest::Links(NodeId(node))),
                 Admin::Drain { node } => ask(AdminRequest::Drain(NodeId(node))),
                 Admin::Kill { actor } => ask(AdminRequest::Kill(actor)),
                 Admin::Recoveries => Ok(recoveries::table(&recoveries::among(&recoveries::events(&run)?)?)),

@@ -13,7 +13,7 @@ async fn next_message(events: &mut mpsc::Receiver<HubEvent>) -> Message {
     loop {
         match events.recv().await.expect("the hub lives") {
             HubEvent::Message(_, message) => return message,
-            HubEvent::Up(_) | HubEvent::Down(_) => {}
+            HubEvent::Up(_) | HubEvent::Down(_) | HubEvent::Way(..) => {}
             other => panic!("{other:?}"),
         }
     }
@@ -184,7 +184,7 @@ async fn a_forgotten_session_is_broken_on_both_sides() {
         loop {
             match a_events.recv().await.unwrap() {
                 HubEvent::Broken(2, _) => return,
-                HubEvent::Up(_) | HubEvent::Down(_) => {}
+                HubEvent::Up(_) | HubEvent::Down(_) | HubEvent::Way(..) => {}
                 other => panic!("{other:?}"),
             }
         }

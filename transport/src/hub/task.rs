@@ -1,0 +1,268 @@
+//! One session of a hub, as a task: the pure core between commands of its path, a link, and the process.
+
+use super::{Hub, HubEvent, SEND_QUEUE, at};
+use crate::link::{Link, TransmitError};
+use crate::message::{Assembler, Fragment, Message};
+use crate::quic::{Greeting, Peer};
+use crate::session::{Lane, Session, SessionEffect};
+use quinn::{Connection, VarInt};
+use ring::rand::SecureRandom;
+use tokio::sync::{mpsc, oneshot, watch};
+
+/// Links that may wait to be taken by a session.
+const LINK_QUEUE: usize = 16;
+
+/// What a session's task is told about its links.
+enum Command {
+    /// A link is being made, on this connection: the present one ends, if any; answered with the attempt's number and what the
+    /// session has.
+    Prepare(Option<usize>, oneshot::Sender<(u64, Greeting)>),
+    /// It is there, of that attempt, on that connection; the peer has this. An attempt that another one has overtaken is not taken up.
+    Up(Link, u64, Greeting, Option<Connection>),
+    /// A connection is lost.
+    Lost(usize),
+}
+
+/// A session's task, seen from the hub: it ends when the hub drops this.
+#[derive(Clone)]
+pub(super) struct Running {
+    commands: mpsc::Sender<Command>,
+    /// Messages by lane: a full lane does not hold up the other.
+    pub(super) messages: [mpsc::Sender<Message>; 2],
+    /// Whether there is a way to the peer.
+    pub(super) linked: watch::Receiver<bool>,
+}
+
+impl Running {
+    pub(super) fn handle(&self) -> SessionHandle {
+        SessionHandle { commands: self.commands.downgrade(), linked: self.linked.clone() }
+    }
+}
+
+/// A session's task, seen from its path, which does not keep it.
+pub(crate) struct SessionHandle {
+    commands: mpsc::WeakSender<Command>,
+    linked: watch::Receiver<bool>,
+}
+
+impl SessionHandle {
+    /// Lets the session rest for a link on a connection: gives the attempt's number, and what the session has. None: it has ended.
+    pub(crate) async fn prepare(&self, connection: Option<&Connection>) -> Option<(u64, Greeting)> {
+        let (answer, prepared) = oneshot::channel();
+        let command = Command::Prepare(connection.map(Connection::stable_id), answer);
+        self.commands.upgrade()?.send(command).await.ok()?;
+        prepared.await.ok()
+    }
+
+    /// Lets it go on over the link of that attempt, with what the peer has. None: it has ended.
+    pub(crate) async fn up(&self, link: Link, attempt: u64, peer: Greeting, on: Option<Connection>) -> Option<()> {
+        self.commands.upgrade()?.send(Command::Up(link, attempt, peer, on)).await.ok()
+    }
+
+    /// Tells it that a connection is lost.
+    pub(crate) async fn lost(&self, connection: &Connection) {
+        if let Some(commands) = self.commands.upgrade() {
+            let _ = commands.send(Command::Lost(connection.stable_id())).await;
+        }
+    }
+
+    /// Waits for its end.
+    pub(crate) async fn ended(&mut self) {
+        while self.linked.changed().await.is_ok() {}
+    }
+}
+
+/// Starts a session with a peer.
+pub(super) fn start(hub: &Hub, peer: Peer) -> Running {
+    let (commands, queue) = mpsc::channel(LINK_QUEUE);
+    let (control, control_queue) = mpsc::channel(SEND_QUEUE);
+    let (bulk, bulk_queue) = mpsc::channel(SEND_QUEUE);
+    let (links, linked) = watch::channel(false);
+    let task = SessionTask {
+        hub: hub.clone(),
+        peer,
+        session: Session::new(),
+        name: random_name(),
+        other: 0,
+        attempt: 0,
+        link: None,
+        connection: None,
+        preparing: None,
+        links,
+        assemblers: Default::default(),
+    };
+    tokio::spawn(task.run(queue, [control_queue, bulk_queue]));
+    Running { commands, messages: [control, bulk], linked }
+}
+
+fn random_name() -> u64 {
+    let mut bytes = [0; 8];
+    ring::rand::SystemRandom::new().fill(&mut bytes).expect("the system has random numbers");
+    // 0 stands for "not known".
+    u64::from_le_bytes(bytes).max(1)
+}
+
+struct SessionTask {
+    hub: Hub,
+    peer: Peer,
+    session: Session<Fragment>,
+    /// The random name of this half of the session.
+    name: u64,
+    /// That of the other half; 0 until the first link.
+    other: u64,
+    /// Counts the links that were being made.
+    attempt: u64,
+    link: Option<Link>,
+    /// The connection to the peer, whichever way the session takes beside it; none for a link in memory.
+    connection: Option<Connection>,
+    /// The connection of the last attempt.
+    preparing: Option<usize>,
+    links: watch::Sender<bool>,
+    assemblers: [Assembler; 2],
+}
+
+impl SessionTask {
+    async fn run(mut self, mut commands: mpsc::Receiver<Command>, messages: [mpsc::Receiver<Message>; 2]) {
+        let [mut control, mut bulk] = messages;
+        loop {
+            // A session that holds a window takes no more of a lane: what waits is bounded by SEND_QUEUE.
+            let room = Lane::ALL.map(|lane| self.session.has_room(lane));
+            let incoming = async {
+                match &mut self.link {
+                    Some(link) => link.incoming.recv().await,
+                    None => std::future::pending().await,
+                }
+            };
+            let result = tokio::select! {
+                // Frames first: they bring the grants that sending waits for. Then what must not wait.
+                biased;
+                frame = incoming => match frame {
+                    Some(frame) => match self.session.on_frame(frame) {
+                        Ok(effects) => self.perform(effects).await,
+                        Err(error) => Err(error.to_string()),
+                    },
+                    None => {
+                        self.on_link_end().await;
+                        Ok(())
+                    }
+                },
+                command = commands.recv() => match command {
+                    Some(command) => self.command(command).await,
+                    None => return,
+                },
+                Some(message) = control.recv(), if room[0] => self.send(Lane::Control, message).await,
+                Some(message) = bulk.recv(), if room[1] => self.send(Lane::Bulk, message).await,
+            };
+            if let Err(reason) = result {
+                self.hub.close(self.peer);
+                let _ = self.hub.events().send(HubEvent::Broken(self.peer, reason)).await;
+                return;
+            }
+        }
+    }
+
+    async fn send(&mut self, lane: Lane, message: Message) -> Result<(), String> {
+        for fragment in message.fragments() {
+            let effects = self.session.send(lane, fragment);
+            self.perform(effects).await?;
+        }
+        Ok(())
+    }
+
+    async fn command(&mut self, command: Command) -> Result<(), String> {
+        match command {
+            Command::Prepare(on, answer) => {
+                // On the connection that there is, it only goes another way.
+                if on != self.connection.as_ref().map(Connection::stable_id) {
+                    self.lose().await;
+                }
+                self.rest();
+                self.preparing = on;
+                let [control, bulk] = self.session.resume();
+                self.attempt += 1;
+                let _ = answer.send((self.attempt, [control, bulk, self.name, self.other]));
+                Ok(())
+            }
+            Command::Up(_, attempt, _, connection) if attempt != self.attempt => {
+                // A connection that another one has overtaken is of no use any more.
+                if let Some(late) = connection.filter(|c| Some(c.stable_id()) != self.preparing) {
+                    late.close(VarInt::from_u32(0), b"the session goes over another connection");
+                }
+                Ok(())
+            }
+            Command::Up(link, _, [control, bulk, name, known], connection) => {
+                // A half that one side has forgotten cannot be resumed: what was in it would come twice.
+                let forgotten = (self.other != 0 && self.other != name) || (known != 0 && known != self.name);
+                if forgotten {
+                    return Err("one side has forgotten the session".to_owned());
+                }
+                self.other = name;
+                self.link = Some(link);
+                self.connection = connection;
+                let effects = self.session.link_up([control, bulk]).map_err(|e| e.to_string())?;
+                if !self.links.send_replace(true) {
+                    let _ = self.hub.events().send(HubEvent::Up(self.peer)).await;
+                }
+                self.perform(effects).await
+            }
+            Command::Lost(on) => {
+                if self.connection.as_ref().is_some_and(|c| c.stable_id() == on) {
+                    self.lose().await;
+                }
+                Ok(())
+            }
+        }
+    }
+
+    /// Its path makes another one, or tells that the connection is lost. A link in memory has none.
+    async fn on_link_end(&mut self) {
+        self.rest();
+        if self.connection.is_none() {
+            self.lose().await;
+        }
+    }
+
+    /// Drops the link: there will be another one, or the connection is lost.
+    fn rest(&mut self) {
+        if self.link.take().is_some() {
+            self.session.link_down();
+        }
+    }
+
+    /// There is no way to the peer any more.
+    async fn lose(&mut self) {
+        self.rest();
+        if let Some(connection) = self.connection.take() {
+            connection.close(VarInt::from_u32(0), b"the session has left this connection");
+        }
+        if self.links.send_replace(false) {
+            let _ = self.hub.events().send(HubEvent::Down(self.peer)).await;
+        }
+    }
+
+    async fn perform(&mut self, effects: Vec<SessionEffect<Fragment>>) -> Result<(), String> {
+        let mut queue = std::collections::VecDeque::from(effects);
+        while let Some(effect) = queue.pop_front() {
+            match effect {
+                SessionEffect::Transmit(frame) => {
+                    match self.link.as_ref().map_or(Ok(()), |link| link.transmit(frame)) {
+                        Ok(()) => {}
+                        Err(TransmitError::Closed) => self.on_link_end().await,
+                        // More waits than the windows allow.
+                        Err(TransmitError::Full) => self.lose().await,
+                    }
+                }
+                SessionEffect::Deliver(lane, fragment) => {
+                    let message = self.assemblers[at(lane)].push(&fragment).map_err(|e| e.to_string())?;
+                    if let Some(message) = message
+                        && self.hub.events().send(HubEvent::Message(self.peer, message)).await.is_err()
+                    {
+                        return Err("the process takes no more messages".to_owned());
+                    }
+                    queue.extend(self.session.consumed(lane));
+                }
+            }
+        }
+        Ok(())
+    }
+}

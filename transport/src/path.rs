@@ -1,0 +1,327 @@
+//! A connection between two processes, and the way that their session takes: streams of the connection, or RDMA beside it.
+//!
+//! The connection stays as long as the session has a peer to talk to, whichever way that is: it is the sign of life, and the way
+//! back. On it: one stream for what the ends say about the way ([`crate::side`]), then two for each link of the session over QUIC.
+
+use crate::choice::{Choice, Effect, Event};
+use crate::hub::{Hub, SessionHandle};
+use crate::link::{Link, Trial};
+use crate::quic::{self, Greeting, HANDSHAKE, Peer, QuicError, broken, explain};
+use crate::rdma::Rdma;
+use crate::side::{HEAD, Said, SaidError};
+use quinn::{Connection, Endpoint, RecvStream, SendStream, VarInt};
+use ring::rand::SecureRandom;
+use std::collections::VecDeque;
+use std::io;
+use std::net::SocketAddr;
+use std::pin::Pin;
+use std::sync::Arc;
+use tokio::sync::mpsc;
+use tokio::time::{Instant, sleep_until, timeout};
+
+/// What the other end said and this one has not looked at.
+const HEARD: usize = 16;
+
+/// A path over RDMA that is being made.
+type Making = Pin<Box<dyn Future<Output = io::Result<Trial>> + Send + Sync>>;
+
+/// Two streams of a link, before its session takes them.
+struct Streams {
+    control: (SendStream, RecvStream),
+    bulk: (SendStream, RecvStream),
+}
+
+/// A connection on which both ends know each other.
+pub(crate) struct Path {
+    connection: Connection,
+    hub: Hub,
+    peer: Peer,
+    session: SessionHandle,
+    say: SendStream,
+    hear: Option<RecvStream>,
+    dials: bool,
+    choice: Choice,
+    began: Instant,
+    making: Option<Making>,
+    trial: Option<Trial>,
+    /// The attempt for which the session rests.
+    attempt: u64,
+}
+
+fn unable(rdma: &Result<Arc<Rdma>, String>) -> Result<(), String> {
+    rdma.as_ref().map(|_| ()).map_err(Clone::clone)
+}
+
+impl Path {
+    /// Dials, learns who answers, and gives the session its first link.
+    pub(crate) async fn dial(hub: &Hub, endpoint: &Endpoint, address: SocketAddr) -> Result<Self, QuicError> {
+        let unreachable = |e: &dyn std::fmt::Display| QuicError::Unreachable { address, reason: e.to_string() };
+        let connecting = endpoint.connect(address, crate::credentials::NAME);
+        let connection = connecting.map_err(|e| unreachable(&e))?.await.map_err(|e| explain(address, &e))?;
+        let (mut say, mut hear) = connection.open_bi().await.map_err(|e| explain(address, &e))?;
+        say.write_all(&hub.me().to_le_bytes()).await.map_err(|e| broken(&connection, e))?;
+        let streams = Streams::open(&connection).await?;
+        let peer = read_word(&connection, &mut hear).await?;
+        let mut path = Self::new(hub, connection, peer, (say, hear), true);
+        path.link(streams).await?;
+        Ok(path)
+    }
+
+    /// Accepts, learns who dials, and gives the session its first link.
+    pub(crate) async fn accept(hub: &Hub, connection: Connection) -> Result<Self, QuicError> {
+        let address = connection.remote_address();
+        let (mut say, mut hear) = connection.accept_bi().await.map_err(|e| explain(address, &e))?;
+        let peer = read_word(&connection, &mut hear).await?;
+        say.write_all(&hub.me().to_le_bytes()).await.map_err(|e| broken(&connection, e))?;
+        let mut path = Self::new(hub, connection, peer, (say, hear), false);
+        let control = path.connection.accept_bi().await.map_err(|e| explain(address, &e))?;
+        path.accept_link(control).await?;
+        Ok(path)
+    }
+
+    fn new(hub: &Hub, connection: Connection, peer: Peer, side: (SendStream, RecvStream), dials: bool) -> Self {
+        Self {
+            connection,
+            hub: hub.clone(),
+            peer,
+            session: hub.session_of(peer),
+            say: side.0,
+            hear: Some(side.1),
+            dials,
+            choice: Choice::new(dials, unable(hub.rdma())),
+            began: Instant::now(),
+            making: None,
+            trial: None,
+            attempt: 0,
+        }
+    }
+
+    /// Who is at the other end.
+    pub(crate) fn peer(&self) -> Peer {
+        self.peer
+    }
+
+    fn ended(&self) -> QuicError {
+        QuicError::Unreachable { address: self.connection.remote_address(), reason: "the session has ended".to_owned() }
+    }
+
+    fn late(&self) -> QuicError {
+        QuicError::Unreachable { address: self.connection.remote_address(), reason: "no answer".to_owned() }
+    }
+
+    async fn rest(&mut self) -> Result<Greeting, QuicError> {
+        let (attempt, greeting) = self.session.prepare(Some(&self.connection)).await.ok_or_else(|| self.ended())?;
+        self.attempt = attempt;
+        Ok(greeting)
+    }
+
+    async fn up(&self, link: Link, theirs: Greeting) -> Result<(), QuicError> {
+        let up = self.session.up(link, self.attempt, theirs, Some(self.connection.clone())).await;
+        up.ok_or_else(|| self.ended())
+    }
+
+    /// The dialler's end of a link over new streams.
+    async fn link(&mut self, streams: Streams) -> Result<(), QuicError> {
+        let late = self.late();
+        timeout(HANDSHAKE, self.link_unbounded(streams)).await.unwrap_or(Err(late))
+    }
+
+    async fn link_unbounded(&mut self, mut streams: Streams) -> Result<(), QuicError> {
+        let theirs = read_greeting(&self.connection, &mut streams.control.1).await?;
+        let ours = self.rest().await?;
+        streams.greet(&self.connection, ours).await?;
+        self.up(streams.into_link(&self.connection), theirs).await
+    }
+
+    /// The other end's.
+    async fn accept_link(&mut self, control: (SendStream, RecvStream)) -> Result<(), QuicError> {
+        let late = self.late();
+        timeout(HANDSHAKE, self.accept_link_unbounded(control)).await.unwrap_or(Err(late))
+    }
+
+    async fn accept_link_unbounded(&mut self, mut control: (SendStream, RecvStream)) -> Result<(), QuicError> {
+        read_mark(&self.connection, &mut control.1).await?;
+        let accepted = self.connection.accept_bi().await;
+        let mut bulk = accepted.map_err(|e| explain(self.connection.remote_address(), &e))?;
+        read_mark(&self.connection, &mut bulk.1).await?;
+        let mut streams = Streams { control, bulk };
+        let ours = self.rest().await?;
+        streams.greet(&self.connection, ours).await?;
+        let theirs = read_greeting(&self.connection, &mut streams.control.1).await?;
+        self.up(streams.into_link(&self.connection), theirs).await
+    }
+
+    /// Chooses the session's way until the connection or the session ends; then the session has no link.
+    pub(crate) async fn run(mut self) {
+        let (sender, mut heard) = mpsc::channel(HEARD);
+        if let Some(hear) = self.hear.take() {
+            tokio::spawn(listen(hear, sender));
+        }
+        let mut event = Event::Linked;
+        while let Ok(()) = self.on(event).await {
+            match self.next(&mut heard).await {
+                Some(next) => event = next,
+                None => break,
+            }
+        }
+        self.connection.close(VarInt::from_u32(0), b"this end of the path has ended");
+        self.hub.on_way_lost(self.peer, self.connection.stable_id());
+        self.session.lost(&self.connection).await;
+    }
+
+    /// What happens next; nothing more once the connection is of no use.
+    async fn next(&mut self, heard: &mut mpsc::Receiver<Result<(u32, Said), SaidError>>) -> Option<Event> {
+        loop {
+            let at = self.choice.deadline().map(|at| self.began + at);
+            let (making, trial) = (&mut self.making, &mut self.trial);
+            tokio::select! {
+                _ = self.connection.closed() => return None,
+                () = self.session.ended() => return None,
+                said = heard.recv() => match said? {
+                    Ok((round, said)) => return Some(Event::Said(round, said)),
+                    Err(error) => {
+                        tracing::warn!(peer = %self.connection.remote_address(), %error, "garbage from a member of the job");
+                        return None;
+                    }
+                },
+                control = self.connection.accept_bi(), if !self.dials => {
+                    self.accept_link(control.ok()?).await.ok()?;
+                    return Some(Event::Linked);
+                }
+                made = async { making.as_mut().expect("looked at").await }, if making.is_some() => {
+                    self.making = None;
+                    match made {
+                        Ok(trial) => self.trial = Some(trial),
+                        Err(error) => return Some(Event::Failed(error.to_string())),
+                    }
+                }
+                event = async { trial.as_mut().expect("looked at").event().await }, if trial.is_some() => return Some(event),
+                () = async { sleep_until(at.expect("looked at")).await }, if at.is_some() => return Some(Event::Tick),
+            }
+        }
+    }
+
+    async fn on(&mut self, event: Event) -> Result<(), QuicError> {
+        let mut events = VecDeque::from([event]);
+        while let Some(event) = events.pop_front() {
+            for effect in self.choice.on(self.began.elapsed(), event) {
+                events.extend(self.perform(effect).await?);
+            }
+        }
+        Ok(())
+    }
+
+    async fn perform(&mut self, effect: Effect) -> Result<Option<Event>, QuicError> {
+        match effect {
+            Effect::Say(round, said) => self.say(round, &said).await?,
+            Effect::Listen(round) => {
+                if let Ok(rdma) = self.hub.rdma() {
+                    let token = token();
+                    let said = Said::Listen(token, rdma.addresses().to_vec());
+                    self.making = Some(Box::pin(rdma.expect(token)));
+                    self.say(round, &said).await?;
+                }
+            }
+            Effect::Dial(addresses, token) => {
+                if let Ok(rdma) = self.hub.rdma() {
+                    self.making = Some(Box::pin(rdma.connect(addresses, token)));
+                }
+            }
+            Effect::Rest => {
+                let greeting = self.rest().await?;
+                // The path may have ended meanwhile: its end says so.
+                if let Some(begin) = self.trial.as_mut().and_then(|trial| trial.begin.take()) {
+                    let _ = begin.send(greeting[1]);
+                }
+                return Ok(Some(Event::Rests(greeting)));
+            }
+            Effect::Take(theirs) => {
+                if let Some(link) = self.trial.as_mut().and_then(|trial| trial.link.take()) {
+                    self.up(link, theirs).await?;
+                }
+            }
+            Effect::Drop => (self.making, self.trial) = (None, None),
+            Effect::Return => {
+                let streams = Streams::open(&self.connection).await?;
+                self.link(streams).await?;
+                return Ok(Some(Event::Linked));
+            }
+            Effect::Close => return Err(broken(&self.connection, "no way was found")),
+            Effect::Tell(way) => self.hub.on_way(self.peer, self.connection.stable_id(), way).await,
+        }
+        Ok(None)
+    }
+
+    async fn say(&mut self, round: u32, said: &Said) -> Result<(), QuicError> {
+        self.say.write_all(&said.encode(round)).await.map_err(|e| broken(&self.connection, e))
+    }
+}
+
+impl Streams {
+    async fn open(connection: &Connection) -> Result<Self, QuicError> {
+        let address = connection.remote_address();
+        let mut control = connection.open_bi().await.map_err(|e| explain(address, &e))?;
+        let mut bulk = connection.open_bi().await.map_err(|e| explain(address, &e))?;
+        // A stream is there for the other end when something comes on it.
+        for send in [&mut control.0, &mut bulk.0] {
+            send.write_all(&[1]).await.map_err(|e| broken(connection, e))?;
+        }
+        Ok(Self { control, bulk })
+    }
+
+    async fn greet(&mut self, connection: &Connection, greeting: Greeting) -> Result<(), QuicError> {
+        let bytes: Vec<u8> = greeting.iter().flat_map(|w| w.to_le_bytes()).collect();
+        self.control.0.write_all(&bytes).await.map_err(|e| broken(connection, e))
+    }
+
+    fn into_link(self, connection: &Connection) -> Link {
+        quic::link(connection, self.control, self.bulk)
+    }
+}
+
+async fn listen(mut hear: RecvStream, heard: mpsc::Sender<Result<(u32, Said), SaidError>>) {
+    loop {
+        let mut head = [0; HEAD];
+        if hear.read_exact(&mut head).await.is_err() {
+            return;
+        }
+        let said = match Said::head(&head) {
+            Ok((kind, length, round)) => {
+                let mut rest = vec![0; length];
+                if hear.read_exact(&mut rest).await.is_err() {
+                    return;
+                }
+                Said::decode(kind, &rest).map(|said| (round, said))
+            }
+            Err(error) => Err(error),
+        };
+        if heard.send(said).await.is_err() {
+            return;
+        }
+    }
+}
+
+async fn read_word(connection: &Connection, stream: &mut RecvStream) -> Result<u64, QuicError> {
+    let mut bytes = [0; 8];
+    stream.read_exact(&mut bytes).await.map_err(|e| broken(connection, e))?;
+    Ok(u64::from_le_bytes(bytes))
+}
+
+async fn read_greeting(connection: &Connection, stream: &mut RecvStream) -> Result<Greeting, QuicError> {
+    let mut words = [0; 4];
+    for word in &mut words {
+        *word = read_word(connection, stream).await?;
+    }
+    Ok(words)
+}
+
+async fn read_mark(connection: &Connection, stream: &mut RecvStream) -> Result<(), QuicError> {
+    let mut mark = [0];
+    stream.read_exact(&mut mark).await.map_err(|e| broken(connection, e))
+}
+
+fn token() -> crate::side::Token {
+    let mut token = [0; 32];
+    ring::rand::SystemRandom::new().fill(&mut token).expect("the system has random numbers");
+    token
+}

@@ -1,0 +1,233 @@
+//! Links over RDMA: reliable connections of libibverbs, made by librdmacm (RoCE, InfiniBand and iWARP).
+//!
+//! Two processes that have a session over QUIC agree there on an address and a secret of one use; who dials says the secret, and who
+//! listens takes nobody else. Then each proves the path to the other with a probe. What goes over RDMA is not encrypted: it is for a
+//! network of the job's own, as RDMA's networks are.
+//!
+//! [`protocol`] decides, [`packet`] is what its decisions are as bytes, [`link`] carries them out, [`sys`] calls the libraries.
+
+mod link;
+mod packet;
+mod protocol;
+mod sys;
+
+use crate::link::Trial;
+use crate::message::FRAGMENT_MAX;
+use crate::side::Token;
+use bytes::Bytes;
+use std::collections::BTreeMap;
+use std::io;
+use std::net::{IpAddr, Ipv4Addr, Ipv6Addr, SocketAddr};
+use std::sync::atomic::{AtomicU64, Ordering};
+use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
+use std::time::Duration;
+use sys::{CmEventKind, CmId, QueuePair};
+use tokio::runtime::Handle;
+use tokio::sync::{oneshot, watch};
+
+/// Asking the network for an address or a route takes no longer.
+const RESOLVE_MS: i32 = 1000;
+/// A connection must be there by then.
+const CONNECT: Duration = Duration::from_secs(2);
+/// How soon the thread ends when nobody needs it.
+const LOOK: Duration = Duration::from_secs(1);
+/// Requests for connections that may wait.
+const BACKLOG: i32 = 64;
+
+/// Who waits for a connection, by the secret that it must come with.
+type Waiting = Mutex<BTreeMap<Token, oneshot::Sender<CmId>>>;
+
+/// This process's RDMA: a thread of its own, on which calls may take their time, and a listener.
+pub(crate) struct Rdma {
+    runtime: Handle,
+    /// Where it listens.
+    addresses: Vec<SocketAddr>,
+    waiting: Arc<Waiting>,
+    refused: Arc<AtomicU64>,
+    breaks: watch::Sender<()>,
+}
+
+fn locked(waiting: &Waiting) -> MutexGuard<'_, BTreeMap<Token, oneshot::Sender<CmId>>> {
+    waiting.lock().unwrap_or_else(PoisonError::into_inner)
+}
+
+impl Rdma {
+    /// Listens on every RDMA device of this machine, until the last clone of the pointer is dropped. An error says why there is none.
+    pub(crate) fn start() -> io::Result<Arc<Self>> {
+        let of_devices = sys::addresses()?;
+        if of_devices.is_empty() {
+            return Err(io::Error::other("no address of this machine belongs to an RDMA device"));
+        }
+        let listener = CmId::new()?;
+        let any = if of_devices.iter().any(IpAddr::is_ipv6) {
+            Ipv6Addr::UNSPECIFIED.into()
+        } else {
+            Ipv4Addr::UNSPECIFIED.into()
+        };
+        listener.bind(SocketAddr::new(any, 0))?;
+        let port = listener.listen(BACKLOG)?;
+        let runtime = tokio::runtime::Builder::new_current_thread().enable_all().build()?;
+        let (waiting, refused) = (Arc::new(Waiting::default()), Arc::new(AtomicU64::new(0)));
+        let rdma = Arc::new(Self {
+            runtime: runtime.handle().clone(),
+            addresses: of_devices.into_iter().map(|ip| SocketAddr::new(ip, port)).collect(),
+            waiting: Arc::clone(&waiting),
+            refused: Arc::clone(&refused),
+            breaks: watch::Sender::new(()),
+        });
+        let owner = Arc::downgrade(&rdma);
+        std::thread::Builder::new().name("rdma".to_owned()).spawn(move || {
+            runtime.block_on(async {
+                tokio::spawn(listen(listener, waiting, refused));
+                let mut look = tokio::time::interval(LOOK);
+                while owner.strong_count() > 0 {
+                    look.tick().await;
+                }
+            });
+        })?;
+        Ok(rdma)
+    }
+
+    /// Where others find it.
+    pub(crate) fn addresses(&self) -> &[SocketAddr] {
+        &self.addresses
+    }
+
+    /// Connections that came without a secret that was waited for.
+    pub(crate) fn refused(&self) -> u64 {
+        self.refused.load(Ordering::Relaxed)
+    }
+
+    /// Makes all links fail, as their devices would (chaos).
+    pub(crate) fn break_links(&self) {
+        self.breaks.send_replace(());
+    }
+
+    /// Waits from now on for whoever comes with the secret.
+    pub(crate) fn expect(&self, token: Token) -> impl Future<Output = io::Result<Trial>> + Send + use<> {
+        let (sender, receiver) = oneshot::channel();
+        locked(&self.waiting).insert(token, sender);
+        // Whoever gives up waiting takes the secret back.
+        let expected = Expected { waiting: Arc::clone(&self.waiting), token };
+        let breaks = self.breaks.subscribe();
+        self.on_thread(async move {
+            let asked = receiver.await.map_err(|_| io::Error::other("nobody came"))?;
+            let token = expected.token;
+            drop(expected);
+            let pair = QueuePair::new(asked)?;
+            pair.id().accept()?;
+            until(pair.id(), CmEventKind::Established).await?;
+            link::start(pair, token, breaks)
+        })
+    }
+
+    /// Connects to one of the addresses, with the secret.
+    pub(crate) fn connect(
+        &self,
+        addresses: Vec<SocketAddr>,
+        token: Token,
+    ) -> impl Future<Output = io::Result<Trial>> + Send + use<> {
+        let breaks = self.breaks.subscribe();
+        self.on_thread(async move {
+            let mut failure = io::Error::other("the other side has no address");
+            for address in addresses {
+                match dial(address, &token).await {
+                    Ok(pair) => return link::start(pair, token, breaks),
+                    Err(error) => failure = io::Error::other(format!("{address}: {error}")),
+                }
+            }
+            Err(failure)
+        })
+    }
+
+    /// Does it on RDMA's thread, in bounded time. Whoever drops the future ends it.
+    fn on_thread<W>(&self, work: W) -> impl Future<Output = io::Result<Trial>> + Send + use<W>
+    where
+        W: Future<Output = io::Result<Trial>> + Send + 'static,
+    {
+        let mut tasks = tokio::task::JoinSet::new();
+        tasks.spawn_on(
+            async move {
+                let late = || Err(io::Error::other(format!("no connection in {CONNECT:?}")));
+                tokio::time::timeout(CONNECT, work).await.unwrap_or_else(|_| late())
+            },
+            &self.runtime,
+        );
+        async move {
+            let ended = || Err(io::Error::other("RDMA's thread has ended"));
+            tasks
+                .join_next()
+                .await
+                .map_or_else(ended, |joined| joined.unwrap_or_else(|error| Err(io::Error::other(error))))
+        }
+    }
+}
+
+/// Takes its secret back when it is dropped.
+struct Expected {
+    waiting: Arc<Waiting>,
+    token: Token,
+}
+
+impl Drop for Expected {
+    fn drop(&mut self) {
+        locked(&self.waiting).remove(&self.token);
+    }
+}
+
+/// Hands those who come with a secret that is waited for to who waits, once; refuses all others.
+async fn listen(listener: CmId, waiting: Arc<Waiting>, refused: Arc<AtomicU64>) -> io::Result<()> {
+    loop {
+        let Some(event) = next(&listener).await? else { continue };
+        let Some(asking) = event.asking else { continue };
+        let token = event.said.first_chunk::<32>().copied();
+        let waits = token.and_then(|token| locked(&waiting).remove(&token));
+        let refuse = |asking: CmId| {
+            refused.fetch_add(1, Ordering::Relaxed);
+            tracing::warn!("refused an RDMA connection: its secret is not one that is waited for");
+            asking.reject();
+        };
+        match waits {
+            Some(waits) => drop(waits.send(asking).map_err(refuse)),
+            None => refuse(asking),
+        }
+    }
+}
+
+async fn dial(address: SocketAddr, token: &Token) -> io::Result<QueuePair> {
+    let id = CmId::new()?;
+    id.resolve_address(address, RESOLVE_MS)?;
+    until(&id, CmEventKind::AddressResolved).await?;
+    id.resolve_route(RESOLVE_MS)?;
+    until(&id, CmEventKind::RouteResolved).await?;
+    let pair = QueuePair::new(id)?;
+    pair.id().connect(token)?;
+    until(pair.id(), CmEventKind::Established).await?;
+    Ok(pair)
+}
+
+async fn until(id: &CmId, kind: CmEventKind) -> io::Result<()> {
+    loop {
+        match next(id).await?.map(|event| event.kind) {
+            Some(CmEventKind::Ended(why)) => return Err(io::Error::other(why)),
+            Some(got) if got == kind => return Ok(()),
+            _ => {}
+        }
+    }
+}
+
+/// The next event, or none if it was not there yet.
+async fn next(id: &CmId) -> io::Result<Option<sys::CmEvent>> {
+    if let Some(event) = id.event()? {
+        return Ok(Some(event));
+    }
+    id.watch()?.readable().await?;
+    id.event()
+}
+
+/// What is written to prove a path: as long as a fragment can be, and different for each secret.
+fn probe(token: &Token) -> Bytes {
+    let key = ring::hmac::Key::new(ring::hmac::HMAC_SHA256, token);
+    let blocks = (0..(FRAGMENT_MAX / 32) as u32).map(|n| ring::hmac::sign(&key, &n.to_le_bytes()));
+    blocks.flat_map(|block| block.as_ref().to_vec()).collect::<Vec<u8>>().into()
+}
