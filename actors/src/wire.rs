@@ -200,10 +200,10 @@ mod tests {
             assert!(Unit::decode(Message { header: good.header.slice(..cut), regions: good.regions.clone() }).is_err());
         }
         let mut version = good.header.to_vec();
-        version[0] = 9;
+        version[0] = VERSION + 1;
         assert_eq!(
             Unit::decode(Message { header: version.into(), ..good.clone() }).unwrap_err(),
-            WireError::Version { got: 9 }
+            WireError::Version { got: VERSION + 1 }
         );
         let mut short = good.clone();
         short.regions.pop();

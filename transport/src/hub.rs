@@ -39,9 +39,9 @@ const REDIAL: Duration = Duration::from_millis(50);
 /// What happened.
 #[derive(Debug)]
 pub enum HubEvent {
-    /// A link to a peer is there.
+    /// There is a way to a peer.
     Up(Peer),
-    /// The link to a peer is gone; the session goes on when there is another.
+    /// There is none any more; the session goes on when there is another.
     Down(Peer),
     /// A message of a peer.
     Message(Peer, Message),

@@ -2,8 +2,7 @@
 //!
 //! To a session a link is three queues of frames; what is behind them (tasks that move frames over QUIC or
 //! RDMA, another process's queues in memory) does not show. A fragment's number is
-//! its grant: the receiver has room for the fragment `sequence % window` of the bulk lane, so a link
-//! with registered memory can place it there without asking.
+//! its grant by the session: the receiver has room for it. A link with registered memory grants places in that beside it.
 
 use crate::choice::Event;
 use crate::message::Fragment;
@@ -34,7 +33,7 @@ impl Link {
     }
 
     /// Puts a frame into its queue. A full queue means that the windows were not kept, and a closed one
-    /// that the link is broken; both end the link.
+    /// that the link is broken.
     pub(crate) fn transmit(&self, frame: Frame<Fragment>) -> Result<(), TransmitError> {
         match frame {
             Frame::Data { lane: Lane::Bulk, sequence, unit } => self.send_bulk(Grant { sequence }, unit),
@@ -52,7 +51,7 @@ impl Link {
     }
 }
 
-/// The right to fill one place of the receiver's window: place `sequence % window` of the bulk lane.
+/// The right to send one fragment: the receiver's session has room for it.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 struct Grant {
     sequence: u64,

@@ -236,14 +236,15 @@ impl Path {
                 return Ok(Some(Event::Rests(greeting)));
             }
             Effect::Take(theirs) => {
-                if let Some(link) = self.trial.as_mut().and_then(|trial| trial.link.take()) {
-                    self.up(link, theirs).await?;
-                }
+                let link = self.trial.as_mut().and_then(|trial| trial.link.take());
+                let Some(link) = link else { return Ok(Some(Event::Failed("it has ended".to_owned()))) };
+                self.up(link, theirs).await?;
             }
             Effect::Drop => (self.making, self.trial) = (None, None),
             Effect::Return => {
-                let streams = Streams::open(&self.connection).await?;
-                self.link(streams).await?;
+                let late = self.late();
+                let opened = timeout(HANDSHAKE, Streams::open(&self.connection)).await;
+                self.link(opened.unwrap_or(Err(late))?).await?;
                 return Ok(Some(Event::Linked));
             }
             Effect::Close => return Err(broken(&self.connection, "no way was found")),

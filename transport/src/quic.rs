@@ -1,8 +1,8 @@
-//! QUIC beneath a link: one connection, one stream for each lane, TLS 1.3 with both sides proving that
-//! they belong to the job.
+//! QUIC: endpoints, TLS 1.3 with both sides proving that they belong to the job, and links of two streams of a connection, one for each
+//! lane.
 //!
-//! Handshake on the control stream: the dialler says who it is, the other side answers with who it is
-//! and what it has of the dialler's session, the dialler says what it has of the other's.
+//! Before a link is taken, on its control stream: the accepting side says what it has of the dialler's session, then the
+//! dialler says what it has of the other's ([`crate::path`]).
 
 use crate::codec::{self, DATA_HEAD, FrameError, GRANT, Kind};
 use crate::credentials::Credentials;

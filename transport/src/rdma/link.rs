@@ -135,6 +135,11 @@ impl Driver {
     ) -> io::Result<()> {
         let mut waits_for_begin = true;
         loop {
+            // Before what may come because the peer was told.
+            if waits_for_begin && let Ok(first) = begun.try_recv() {
+                waits_for_begin = false;
+                self.core.begin(first);
+            }
             let found = self.take_completions()?;
             self.flush()?;
             if !self.deliver() {
@@ -146,6 +151,10 @@ impl Driver {
             let look = self.waiting.is_empty() && self.looks.again();
             let (room, more) =
                 ([Lane::Control, Lane::Bulk].map(|lane| self.core.has_room(lane)), !self.waiting.is_empty());
+            if more {
+                // The session has no room: what has ended is not looked at.
+                self.progress = Instant::now();
+            }
             let stuck = self.progress + PROGRESS;
             tokio::select! {
                 biased;

@@ -29,6 +29,8 @@ use tokio::sync::{oneshot, watch};
 const RESOLVE_MS: i32 = 1000;
 /// A connection must be there by then.
 const CONNECT: Duration = Duration::from_secs(2);
+/// An error of the listener may be there again at once.
+const AFTER_ERROR: Duration = Duration::from_millis(50);
 /// How soon the thread ends when nobody needs it.
 const LOOK: Duration = Duration::from_secs(1);
 /// Requests for connections that may wait.
@@ -176,9 +178,18 @@ impl Drop for Expected {
 }
 
 /// Hands those who come with a secret that is waited for to who waits, once; refuses all others.
-async fn listen(listener: CmId, waiting: Arc<Waiting>, refused: Arc<AtomicU64>) -> io::Result<()> {
+async fn listen(listener: CmId, waiting: Arc<Waiting>, refused: Arc<AtomicU64>) {
     loop {
-        let Some(event) = next(&listener).await? else { continue };
+        let event = match next(&listener).await {
+            Ok(Some(event)) => event,
+            Ok(None) => continue,
+            // Who asked is not let in; others may be.
+            Err(error) => {
+                tracing::warn!(%error, "a connection over RDMA was not let in");
+                tokio::time::sleep(AFTER_ERROR).await;
+                continue;
+            }
+        };
         let Some(asking) = event.asking else { continue };
         let token = event.said.first_chunk::<32>().copied();
         let waits = token.and_then(|token| locked(&waiting).remove(&token));

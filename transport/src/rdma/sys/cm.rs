@@ -60,9 +60,9 @@ pub(in crate::rdma) struct CmId {
     channel: Arc<Channel>,
 }
 
-// SAFETY: librdmacm locks its identifiers.
+// SAFETY: an identifier may be used by any thread.
 unsafe impl Send for CmId {}
-// SAFETY: as above; what changes an identifier takes it by `&mut` or is a call that locks.
+// SAFETY: its calls are made by RDMA's thread alone; others hold it only so that it lives.
 unsafe impl Sync for CmId {}
 
 impl CmId {
