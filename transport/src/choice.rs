@@ -118,9 +118,8 @@ pub(crate) struct Choice {
 }
 
 impl Choice {
-    /// Of one end, which can do RDMA or not.
-    pub(crate) fn new(dials: bool, able: Result<(), String>) -> Self {
-        let unable = able.err();
+    /// Of one end, which can do RDMA, or why it cannot.
+    pub(crate) fn new(dials: bool, unable: Option<String>) -> Self {
         Self { dials, unable, round: 0, state: State::Returning, since: Duration::ZERO, failures: 0, why: None }
     }
 

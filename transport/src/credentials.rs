@@ -4,6 +4,7 @@
 //! which every process of the job has, and is gone.
 
 use rcgen::{BasicConstraints, CertificateParams, IsCa, Issuer, KeyPair};
+use ring::rand::SecureRandom;
 use rustls::pki_types::pem::PemObject;
 use rustls::pki_types::{CertificateDer, PrivateKeyDer};
 use std::fs;
@@ -97,6 +98,13 @@ pub(crate) fn with_expired(folder: &Path, expired: &Path) {
     let mut old = params();
     (old.not_before, old.not_after) = (rcgen::date_time_ymd(2000, 1, 1), rcgen::date_time_ymd(2001, 1, 1));
     issue(&[(folder, params()), (expired, old)]).expect("a folder to write into");
+}
+
+/// Bytes that nobody can guess.
+pub(crate) fn random<const N: usize>() -> [u8; N] {
+    let mut bytes = [0; N];
+    ring::rand::SystemRandom::new().fill(&mut bytes).expect("the system has random numbers");
+    bytes
 }
 
 /// Writes a file that only its owner can read.

@@ -137,11 +137,6 @@ impl Hub {
         &self.0.rdma
     }
 
-    /// Connections over RDMA that came without a secret that was waited for.
-    pub fn refused_over_rdma(&self) -> u64 {
-        self.0.rdma.as_ref().map_or(0, |rdma| rdma.refused())
-    }
-
     /// Makes all links over RDMA fail, as their devices would (chaos).
     pub fn break_rdma(&self) {
         if let Ok(rdma) = &self.0.rdma {

@@ -19,10 +19,6 @@ impl Rdma {
         match *self {}
     }
 
-    pub(crate) fn refused(&self) -> u64 {
-        match *self {}
-    }
-
     pub(crate) fn break_links(&self) {
         match *self {}
     }

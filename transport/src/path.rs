@@ -4,18 +4,16 @@
 //! back. On it: one stream for what the ends say about the way ([`crate::side`]), then two for each link of the session over QUIC.
 
 use crate::choice::{Choice, Effect, Event};
+use crate::credentials::{NAME, random};
 use crate::hub::{Hub, SessionHandle};
 use crate::link::{Link, Trial};
 use crate::quic::{self, Greeting, HANDSHAKE, Peer, QuicError, broken, explain};
-use crate::rdma::Rdma;
 use crate::side::{HEAD, Said, SaidError};
 use quinn::{Connection, Endpoint, RecvStream, SendStream, VarInt};
-use ring::rand::SecureRandom;
 use std::collections::VecDeque;
 use std::io;
 use std::net::SocketAddr;
 use std::pin::Pin;
-use std::sync::Arc;
 use tokio::sync::mpsc;
 use tokio::time::{Instant, sleep_until, timeout};
 
@@ -48,15 +46,11 @@ pub(crate) struct Path {
     attempt: u64,
 }
 
-fn unable(rdma: &Result<Arc<Rdma>, String>) -> Result<(), String> {
-    rdma.as_ref().map(|_| ()).map_err(Clone::clone)
-}
-
 impl Path {
     /// Dials, learns who answers, and gives the session its first link.
     pub(crate) async fn dial(hub: &Hub, endpoint: &Endpoint, address: SocketAddr) -> Result<Self, QuicError> {
         let unreachable = |e: &dyn std::fmt::Display| QuicError::Unreachable { address, reason: e.to_string() };
-        let connecting = endpoint.connect(address, crate::credentials::NAME);
+        let connecting = endpoint.connect(address, NAME);
         let connection = connecting.map_err(|e| unreachable(&e))?.await.map_err(|e| explain(address, &e))?;
         let (mut say, mut hear) = connection.open_bi().await.map_err(|e| explain(address, &e))?;
         say.write_all(&hub.me().to_le_bytes()).await.map_err(|e| broken(&connection, e))?;
@@ -88,7 +82,7 @@ impl Path {
             say: side.0,
             hear: Some(side.1),
             dials,
-            choice: Choice::new(dials, unable(hub.rdma())),
+            choice: Choice::new(dials, hub.rdma().as_ref().err().cloned()),
             began: Instant::now(),
             making: None,
             trial: None,
@@ -216,7 +210,7 @@ impl Path {
             Effect::Say(round, said) => self.say(round, &said).await?,
             Effect::Listen(round) => {
                 if let Ok(rdma) = self.hub.rdma() {
-                    let token = token();
+                    let token = random();
                     let said = Said::Listen(token, rdma.addresses().to_vec());
                     self.making = Some(Box::pin(rdma.expect(token)));
                     self.say(round, &said).await?;
@@ -319,10 +313,4 @@ async fn read_greeting(connection: &Connection, stream: &mut RecvStream) -> Resu
 async fn read_mark(connection: &Connection, stream: &mut RecvStream) -> Result<(), QuicError> {
     let mut mark = [0];
     stream.read_exact(&mut mark).await.map_err(|e| broken(connection, e))
-}
-
-fn token() -> crate::side::Token {
-    let mut token = [0; 32];
-    ring::rand::SystemRandom::new().fill(&mut token).expect("the system has random numbers");
-    token
 }

@@ -5,7 +5,7 @@
 //! dialler says what it has of the other's ([`crate::path`]).
 
 use crate::codec::{self, DATA_HEAD, FrameError, GRANT, Kind};
-use crate::credentials::Credentials;
+use crate::credentials::{Credentials, random};
 use crate::disturb::{Disturbances, DisturbedSocket};
 use crate::link::{Link, QUEUE};
 use crate::message::Fragment;
@@ -16,7 +16,6 @@ use quinn::{
     Connection, ConnectionId, ConnectionIdGenerator, Endpoint, EndpointConfig, IdleTimeout, RecvStream, Runtime,
     SendStream, TransportConfig, VarInt,
 };
-use ring::rand::SecureRandom;
 use std::net::SocketAddr;
 use std::sync::Arc;
 use std::time::Duration;
@@ -114,9 +113,7 @@ const ID_BYTES: usize = 8;
 
 impl ConnectionIdGenerator for RandomIds {
     fn generate_cid(&mut self) -> ConnectionId {
-        let mut id = [0; ID_BYTES];
-        ring::rand::SystemRandom::new().fill(&mut id).expect("the system has random numbers");
-        ConnectionId::new(&id)
+        ConnectionId::new(&random::<ID_BYTES>())
     }
 
     fn cid_len(&self) -> usize {

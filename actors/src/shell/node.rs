@@ -257,8 +257,8 @@ impl State {
     }
 
     fn on_link(&self, peer: Peer, up: bool) {
-        if let Some((node, _)) = self.peers.iter().find(|(_, p)| **p == peer) {
-            self.pulse.link(*node, up);
+        if let Some(node) = self.with(peer) {
+            self.pulse.link(node, up);
         }
     }
 

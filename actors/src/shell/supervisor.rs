@@ -373,11 +373,9 @@ impl State {
             }
             // An operator, or a node that never joined, has gone.
             // Whether a member lives is for its beats and its process to say.
-            HubEvent::Down(peer) if !self.peers.values().any(|p| *p == peer) => {
-                // It may have come back since.
-                if !self.hub.is_linked(peer) {
-                    self.hub.close(peer);
-                }
+            // It may have come back since.
+            HubEvent::Down(peer) if !self.peers.values().any(|p| *p == peer) && !self.hub.is_linked(peer) => {
+                self.hub.close(peer);
             }
             HubEvent::Broken(peer, why) => self.on_end_of(peer, format!("its session is over: {why}")),
             // The other end tells.

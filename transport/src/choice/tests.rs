@@ -35,7 +35,7 @@ struct World {
 impl World {
     fn new(able: [bool; 2]) -> Self {
         let end = |dials: bool, able: bool| End {
-            choice: Choice::new(dials, able.then_some(()).ok_or_else(|| "no device".to_owned())),
+            choice: Choice::new(dials, (!able).then(|| "no device".to_owned())),
             session: Session::Quic,
             rested: [0; 4],
             events: VecDeque::from([Event::Linked]),

@@ -1,12 +1,12 @@
 //! One session of a hub, as a task: the pure core between commands of its path, a link, and the process.
 
 use super::{Hub, HubEvent, SEND_QUEUE, at};
+use crate::credentials::random;
 use crate::link::{Link, TransmitError};
 use crate::message::{Assembler, Fragment, Message};
 use crate::quic::{Greeting, Peer};
 use crate::session::{Lane, Session, SessionEffect};
 use quinn::{Connection, VarInt};
-use ring::rand::SecureRandom;
 use tokio::sync::{mpsc, oneshot, watch};
 
 /// Links that may wait to be taken by a session.
@@ -96,10 +96,8 @@ pub(super) fn start(hub: &Hub, peer: Peer) -> Running {
 }
 
 fn random_name() -> u64 {
-    let mut bytes = [0; 8];
-    ring::rand::SystemRandom::new().fill(&mut bytes).expect("the system has random numbers");
     // 0 stands for "not known".
-    u64::from_le_bytes(bytes).max(1)
+    u64::from_le_bytes(random()).max(1)
 }
 
 struct SessionTask {

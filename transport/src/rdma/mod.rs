@@ -18,7 +18,6 @@ use bytes::Bytes;
 use std::collections::BTreeMap;
 use std::io;
 use std::net::{IpAddr, Ipv4Addr, Ipv6Addr, SocketAddr};
-use std::sync::atomic::{AtomicU64, Ordering};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::time::Duration;
 use sys::{CmEventKind, CmId, QueuePair};
@@ -45,7 +44,6 @@ pub(crate) struct Rdma {
     /// Where it listens.
     addresses: Vec<SocketAddr>,
     waiting: Arc<Waiting>,
-    refused: Arc<AtomicU64>,
     breaks: watch::Sender<()>,
 }
 
@@ -69,18 +67,17 @@ impl Rdma {
         listener.bind(SocketAddr::new(any, 0))?;
         let port = listener.listen(BACKLOG)?;
         let runtime = tokio::runtime::Builder::new_current_thread().enable_all().build()?;
-        let (waiting, refused) = (Arc::new(Waiting::default()), Arc::new(AtomicU64::new(0)));
+        let waiting = Arc::new(Waiting::default());
         let rdma = Arc::new(Self {
             runtime: runtime.handle().clone(),
             addresses: of_devices.into_iter().map(|ip| SocketAddr::new(ip, port)).collect(),
             waiting: Arc::clone(&waiting),
-            refused: Arc::clone(&refused),
             breaks: watch::Sender::new(()),
         });
         let owner = Arc::downgrade(&rdma);
         std::thread::Builder::new().name("rdma".to_owned()).spawn(move || {
             runtime.block_on(async {
-                tokio::spawn(listen(listener, waiting, refused));
+                tokio::spawn(listen(listener, waiting));
                 let mut look = tokio::time::interval(LOOK);
                 while owner.strong_count() > 0 {
                     look.tick().await;
@@ -93,11 +90,6 @@ impl Rdma {
     /// Where others find it.
     pub(crate) fn addresses(&self) -> &[SocketAddr] {
         &self.addresses
-    }
-
-    /// Connections that came without a secret that was waited for.
-    pub(crate) fn refused(&self) -> u64 {
-        self.refused.load(Ordering::Relaxed)
     }
 
     /// Makes all links fail, as their devices would (chaos).
@@ -178,7 +170,8 @@ impl Drop for Expected {
 }
 
 /// Hands those who come with a secret that is waited for to who waits, once; refuses all others.
-async fn listen(listener: CmId, waiting: Arc<Waiting>, refused: Arc<AtomicU64>) {
+async fn listen(listener: CmId, waiting: Arc<Waiting>) {
+    let mut refused = 0u64;
     loop {
         let event = match next(&listener).await {
             Ok(Some(event)) => event,
@@ -193,14 +186,15 @@ async fn listen(listener: CmId, waiting: Arc<Waiting>, refused: Arc<AtomicU64>) 
         let Some(asking) = event.asking else { continue };
         let token = event.said.first_chunk::<32>().copied();
         let waits = token.and_then(|token| locked(&waiting).remove(&token));
-        let refuse = |asking: CmId| {
-            refused.fetch_add(1, Ordering::Relaxed);
-            tracing::warn!("refused an RDMA connection: its secret is not one that is waited for");
-            asking.reject();
+        // Whoever waited may have given up.
+        let stranger = match waits {
+            Some(waits) => waits.send(asking).err(),
+            None => Some(asking),
         };
-        match waits {
-            Some(waits) => drop(waits.send(asking).map_err(refuse)),
-            None => refuse(asking),
+        if let Some(stranger) = stranger {
+            refused += 1;
+            tracing::warn!(refused, "refused an RDMA connection: nobody waits for its secret");
+            stranger.reject();
         }
     }
 }
