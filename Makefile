@@ -13,7 +13,7 @@ TEXT := tokio syn rustls zerocopy chrono time quinn-proto winnow clap_builder ra
 	tracing-subscriber rayon
 
 .PHONY: train test rdma kernels conformance precision rate recovery verify bench chaos chaos-full chaos-times chaos-scale \
-	chaos-supervisors chaos-long simulate soak same-logs gpu-check release setup setup-test \
+	chaos-supervisors chaos-long simulate soak same-logs fuzz gpu-check release setup setup-test \
 	setup-python setup-store setup-peers setup-rdma setup-vm build
 
 ## Build, then train the quickstart: a supervisor and three nodes on this machine.
@@ -25,11 +25,13 @@ test: setup-test setup-store setup-rdma kernels
 	cargo build --workspace $(RDMA)
 	cargo nextest run --workspace $(RDMA) -E 'not binary(rdma)'
 
-## Sessions and a job over RDMA, in a small machine with devices in software. By itself: an emulated processor wants the cores.
+## Sessions and a job over RDMA, in small machines with devices in software. By itself: an emulated processor wants the cores.
+## RDMA_ROUNDS: how often the wire between two of them is disturbed over RoCE, and over iWARP.
+RDMA_ROUNDS ?= 5
 rdma: setup-test setup-rdma setup-vm
 	cargo build --workspace $(RDMA)
 	cargo build -p everstep-transport --features rdma --example rdma_check
-	cargo nextest run --workspace $(RDMA) -E 'binary(rdma)'
+	RDMA_ROUNDS=$(RDMA_ROUNDS) cargo nextest run --workspace $(RDMA) -E 'binary(rdma)'
 
 ## Every kernel of kernels/hopper/ compiled, on any machine: fails where registers go to memory, or where the table is not true.
 kernels: setup setup-python
@@ -68,6 +70,12 @@ precision: build setup-python
 			--set job.lanes=$$3 --set job.micro_batches=$$4 || exit 1; done
 	$(PROGRAM) compare runs/precision-$(NOW)/fp32 runs/precision-$(NOW)/bf16 runs/precision-$(NOW)/bf16-order \
 		runs/precision-$(NOW)/fp8 --picture runs/precision-$(NOW)/precision.svg --mean 0.25 --largest 1
+
+## Any bytes into every decoder of what comes from outside, for so long each.
+SECONDS_OF_FUZZ ?= 600
+fuzz: setup setup-rdma setup-fuzz
+	cd tests/fuzz && for target in frames way rdma message manifest; do \
+		RUSTC_BOOTSTRAP=1 cargo fuzz run --fuzz-dir . $$target -- -max_total_time=$(SECONDS_OF_FUZZ) -rss_limit_mb=512 -timeout=5 || exit 1; done
 
 ## Formatting, lints, documentation and house rules; edits nothing.
 verify: setup-rdma
@@ -164,6 +172,11 @@ setup-vm: setup
 	@command -v qemu-system-x86_64 >/dev/null && command -v rdma >/dev/null && command -v depmod >/dev/null \
 		&& test -x /bin/busybox && apt-cache show linux-image-amd64 >/dev/null 2>&1 || { apt-get update && \
 		apt-get install --yes --no-install-recommends qemu-system-x86 busybox-static rdma-core ibverbs-utils iproute2 kmod; }
+
+# A fuzzer, whose runtime is C++. The compiler's unstable flags that it needs are allowed for it alone.
+setup-fuzz: setup
+	@command -v cargo-fuzz >/dev/null || cargo install cargo-fuzz --locked
+	@command -v c++ >/dev/null || { apt-get update && apt-get install --yes g++; }
 
 setup-python:
 	@python3 -c 'import ensurepip' 2>/dev/null || { apt-get update && apt-get install --yes python3 python3-venv; }

@@ -172,6 +172,8 @@ pub struct BadWire {
     pub both_ways: bool,
     /// Milliseconds that those that it sends take longer.
     pub delay_ms: u32,
+    /// Its links over RDMA fail, once.
+    pub rdma_fails: bool,
 }
 
 /// What an operator asks of an actor.

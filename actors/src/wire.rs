@@ -9,7 +9,7 @@ use everstep_transport::{HEADER_MAX, Lane, Message};
 use serde::{Deserialize, Serialize};
 
 /// Changes with every change of a wire type.
-const VERSION: u8 = 9;
+const VERSION: u8 = 10;
 
 /// The shape of a tensor whose memory is the message's next region.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]

@@ -7,8 +7,6 @@ use crate::error::StoreError;
 use serde::{Deserialize, Serialize};
 use std::path::Path;
 
-/// The name of the format, and its version.
-const MAGIC: &[u8; 8] = b"EVERMAN3";
 const NAME: usize = 7;
 /// Bytes of a manifest.
 const MANIFEST_MAX: usize = 256 << 20;
@@ -73,6 +71,9 @@ pub struct Manifest {
 }
 
 impl Manifest {
+    /// What a file of one begins with: the name of the format, and its version.
+    pub const MAGIC: &[u8; 8] = b"EVERMAN3";
+
     /// A tensor by its name.
     pub(crate) fn entry(&self, name: &str) -> Option<&TensorEntry> {
         self.tensors.binary_search_by(|t| t.name.as_str().cmp(name)).ok().map(|at| &self.tensors[at])
@@ -84,22 +85,22 @@ impl Manifest {
     }
 
     /// As bytes of a file.
-    pub(crate) fn encode(&self) -> Vec<u8> {
+    pub fn encode(&self) -> Vec<u8> {
         let config = bincode::config::standard().with_limit::<MANIFEST_MAX>();
         let body = bincode::serde::encode_to_vec(self, config).expect("a manifest can be encoded");
         let sum = crc32c::crc32c(&body).to_le_bytes();
-        [MAGIC.as_slice(), &body, &sum].concat()
+        [Self::MAGIC.as_slice(), &body, &sum].concat()
     }
 
     /// Verifies the bytes of `path`, a manifest of `job`.
     pub(crate) fn read(bytes: &[u8], path: &Path, job: &str) -> Result<Self, StoreError> {
         // Of another version it is whole, and not for this program to put aside.
         if let Some(magic) = bytes.first_chunk::<8>()
-            && magic[..NAME] == MAGIC[..NAME]
+            && magic[..NAME] == Self::MAGIC[..NAME]
             && magic[NAME].is_ascii_digit()
-            && magic != MAGIC
+            && magic != Self::MAGIC
         {
-            let [got, expected] = [magic, MAGIC].map(|m| String::from_utf8_lossy(m).into_owned());
+            let [got, expected] = [magic, Self::MAGIC].map(|m| String::from_utf8_lossy(m).into_owned());
             return Err(StoreError::OtherVersion { path: path.to_owned(), got, expected });
         }
         let manifest = Self::decode(bytes).map_err(|reason| StoreError::Invalid {
@@ -115,7 +116,7 @@ impl Manifest {
 
     /// From the bytes of a file. Any bytes give a manifest or an error.
     pub fn decode(bytes: &[u8]) -> Result<Self, String> {
-        let rest = bytes.strip_prefix(MAGIC).ok_or("it does not start with the magic of a manifest")?;
+        let rest = bytes.strip_prefix(Self::MAGIC).ok_or("it does not start with the magic of a manifest")?;
         let (body, sum) = rest.split_last_chunk::<4>().ok_or("it is truncated")?;
         if crc32c::crc32c(body) != u32::from_le_bytes(*sum) {
             return Err("its checksum is wrong: it is truncated or changed".to_owned());

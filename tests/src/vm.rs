@@ -2,20 +2,32 @@
 //!
 //! The first use sets it up under `target/vm`: Debian's kernel is fetched and unpacked (not installed), and the module for iWARP,
 //! which that kernel lacks, is built from its source. In the machine the host's files are seen read-only at their places, with a layer
-//! in memory, so that what was built here runs there; `rxe0` (RoCE) is at 10.99.0.1 and `siw0` (iWARP) at 10.99.1.1.
+//! in memory, so that what was built here runs there; `rxe0` (RoCE) is at 10.99.0.1 and `siw0` (iWARP) at 10.99.1.1. Of two machines that run
+//! together number N is at 10.98.0.N and 10.98.1.N, on wires `wire0` and `wire1` between them.
 
 use anyhow::{Context, Result, bail};
 use std::fs;
 use std::path::{Path, PathBuf};
-use std::process::{Command, Stdio};
+use std::process::{Child, Command, Stdio};
 use std::time::{Duration, Instant};
 
 /// What the kernel needs before it sees the host's files, in this order.
 const EARLY: &[&str] = &["virtio_pci", "virtio_console", "9p", "9pnet_virtio", "overlay"];
 /// What it needs then.
-const LATE: &[&str] =
-    &["dummy", "veth", "sch_netem", "crc32_generic", "crc32c_generic", "rdma_rxe", "ib_uverbs", "rdma_ucm", "siw"];
+const LATE: &[&str] = &[
+    "virtio_net",
+    "dummy",
+    "sch_netem",
+    "crc32_generic",
+    "crc32c_generic",
+    "rdma_rxe",
+    "ib_uverbs",
+    "rdma_ucm",
+    "siw",
+];
 const MEMORY_MB: u32 = 1024;
+/// Wires between two machines.
+const WIRES: u32 = 2;
 
 /// What ran in it.
 #[derive(Debug)]
@@ -127,9 +139,9 @@ impl Vm {
         Ok(files)
     }
 
-    fn copy_modules(&self, names: &[&str], to: &Path) -> Result<()> {
+    fn copy(files: &[PathBuf], to: &Path) -> Result<()> {
         fs::create_dir_all(to)?;
-        for (n, file) in self.modules(names)?.iter().enumerate() {
+        for (n, file) in files.iter().enumerate() {
             let name = file.file_name().context("a module's file")?.to_string_lossy();
             fs::copy(file, to.join(format!("{n:02}-{name}")))?;
         }
@@ -143,9 +155,11 @@ impl Vm {
         for folder in ["bin", "dev", "proc", "sys", "host", "layer", "root"] {
             fs::create_dir_all(root.join(folder))?;
         }
-        self.copy_modules(EARLY, &root.join("modules"))?;
+        let (early, mut late) = (self.modules(EARLY)?, self.modules(LATE)?);
+        late.retain(|file| !early.contains(file));
+        Self::copy(&early, &root.join("modules"))?;
         let _ = fs::remove_dir_all(self.folder.join("modules"));
-        self.copy_modules(LATE, &self.folder.join("modules"))?;
+        Self::copy(&late, &self.folder.join("modules"))?;
         fs::copy("/bin/busybox", root.join("bin/busybox"))?;
         fs::write(root.join("init"), include_str!("../vm/init"))?;
         sh(&root, "chmod +x init; find . | busybox cpio -o -H newc | gzip -1 > ../initial.gz")?;
@@ -155,14 +169,44 @@ impl Vm {
     /// Runs a line of shell in it, in this folder; kills the machine when it takes longer than `limit`.
     pub fn run(&self, line: &str, limit: Duration) -> Result<Ran> {
         let share = tempfile::tempdir()?;
-        let share = share.path();
+        let machine = self.start(line, share.path(), 1, &[])?;
+        finish(machine, share.path(), Instant::now() + limit)
+    }
+
+    /// Runs two lines in two machines with wires between them, at the same time.
+    pub fn run_two(&self, lines: [&str; 2], limit: Duration) -> Result<[Ran; 2]> {
+        let (wires, until) = (tempfile::tempdir()?, Instant::now() + limit);
+        let mut started = Vec::new();
+        for (number, line) in (1..).zip(lines) {
+            let mut network = Vec::new();
+            for wire in 0..WIRES {
+                let path = |of: u32| wires.path().join(format!("{wire}-{of}")).display().to_string();
+                let (mine, other) = (path(number), path(3 - number));
+                network.extend([
+                    "-netdev".to_owned(),
+                    format!("dgram,id=w{wire},local.type=unix,local.path={mine},remote.type=unix,remote.path={other}"),
+                    "-device".to_owned(),
+                    format!("virtio-net-pci,netdev=w{wire},mac=52:54:00:00:0{wire}:0{number}"),
+                ]);
+            }
+            let share = tempfile::tempdir()?;
+            let machine = self.start(line, share.path(), number, &network)?;
+            started.push((machine, share));
+        }
+        let ran = started.into_iter().map(|(machine, share)| finish(machine, share.path(), until));
+        // The second is waited for even if the first went wrong.
+        let [first, second] = <[_; 2]>::try_from(ran.collect::<Vec<_>>()).expect("two were started");
+        Ok([first?, second?])
+    }
+
+    /// Starts it with what is shared with it, and arguments for its network.
+    fn start(&self, line: &str, share: &Path, number: u32, network: &[String]) -> Result<Machine> {
         sh(share, &format!("cp -r {}/modules .", self.folder.display()))?;
-        fs::write(share.join("start"), include_str!("../vm/start"))?;
         let here = std::env::current_dir()?;
+        fs::write(share.join("start"), format!("NUMBER={number}\n{}", include_str!("../vm/start")))?;
         fs::write(share.join("command"), format!("cd '{}'\n{line}\n", here.display()))?;
         let kernel = self.folder.join(format!("kernel/boot/vmlinuz-{}", self.release));
-        let console = share.join("console");
-        let mut machine = Command::new("qemu-system-x86_64")
+        let machine = Command::new("qemu-system-x86_64")
             // A processor without virtual machines of its own may still have /dev/kvm: it would hang.
             .args(["-accel", "tcg,thread=multi", "-smp", "2", "-nodefaults", "-display", "none", "-no-reboot"])
             .args(["-m", &MEMORY_MB.to_string(), "-append", "console=ttyS0 panic=-1 quiet"])
@@ -170,35 +214,44 @@ impl Vm {
             .arg(kernel)
             .arg("-initrd")
             .arg(self.folder.join("initial.gz"))
-            .args(["-serial", &format!("file:{}", console.display())])
+            .args(["-serial", &format!("file:{}", share.join("console").display())])
             .args(["-device", "virtio-serial-pci", "-chardev", "stdio,id=out", "-device", "virtconsole,chardev=out"])
             .args(["-virtfs", "local,path=/,mount_tag=host,security_model=none,readonly=on,multidevs=remap"])
             .args(["-virtfs", &format!("local,path={},mount_tag=vm,security_model=none", share.display())])
+            .args(network)
             .stdin(Stdio::null())
             .stdout(fs::File::create(share.join("output"))?)
             .stderr(fs::File::create(share.join("qemu"))?)
             .spawn()
             .context("qemu-system-x86_64 (package qemu-system-x86)")?;
-        let until = Instant::now() + limit;
-        while machine.try_wait()?.is_none() {
-            if Instant::now() > until {
-                machine.kill()?;
-                machine.wait()?;
-                break;
-            }
-            std::thread::sleep(Duration::from_millis(50));
-        }
-        let read = |name: &str| {
-            fs::read(share.join(name)).map(|b| String::from_utf8_lossy(&b).into_owned()).unwrap_or_default()
-        };
-        match read("status").trim().parse() {
-            Ok(status) => Ok(Ran { status, output: read("output") }),
-            Err(_) => bail!(
-                "the machine ended without a status, or took longer than {limit:?}\n{}\n{}\n{}",
-                read("output"),
-                read("console"),
-                read("qemu")
-            ),
-        }
+        Ok(Machine(machine))
+    }
+}
+
+/// Ends with whoever holds it.
+struct Machine(Child);
+
+impl Drop for Machine {
+    fn drop(&mut self) {
+        let _ = self.0.kill();
+        let _ = self.0.wait();
+    }
+}
+
+fn finish(mut machine: Machine, share: &Path, until: Instant) -> Result<Ran> {
+    while machine.0.try_wait()?.is_none() && Instant::now() < until {
+        std::thread::sleep(Duration::from_millis(50));
+    }
+    drop(machine);
+    let read =
+        |name: &str| fs::read(share.join(name)).map(|b| String::from_utf8_lossy(&b).into_owned()).unwrap_or_default();
+    match read("status").trim().parse() {
+        Ok(status) => Ok(Ran { status, output: read("output") }),
+        Err(_) => bail!(
+            "the machine ended without a status, or it took too long\n{}\n{}\n{}",
+            read("output"),
+            read("console"),
+            read("qemu")
+        ),
     }
 }

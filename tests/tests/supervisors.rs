@@ -47,14 +47,43 @@ impl Job {
     fn supervisor(&self, number: u32) -> Result<Process> {
         let mut command = self.wires.within(&format!("n{number}"), &program().display().to_string());
         command.current_dir(self.place.path()).args(["supervisor", "run", "--among", &Self::among(), "--number"]);
-        command.arg(number.to_string()).stdout(Stdio::null()).stderr(Stdio::null());
+        command.arg(number.to_string()).stdout(Stdio::null()).stderr(self.log(&format!("supervisor-{number}"))?);
         Ok(Process(command.spawn()?))
     }
 
-    fn node(&self) -> Result<Process> {
+    /// Where a process says what goes wrong.
+    fn log(&self, name: &str) -> Result<std::fs::File> {
+        Ok(std::fs::File::options()
+            .create(true)
+            .append(true)
+            .open(self.place.path().join(name).with_extension("log"))?)
+    }
+
+    /// Nothing has failed yet: the first step of a job with three nodes.
+    fn begins(&mut self) -> Result<()> {
+        let began = wait("a first step", || {
+            for number in 1..=3 {
+                if self.ended(number)? {
+                    bail!("supervisor {number} ended before the first step");
+                }
+            }
+            Ok(self.step()? > 0)
+        });
+        began.with_context(|| {
+            let names = (1..=3).flat_map(|n| [format!("supervisor-{n}.log"), format!("node-{n}.log")]);
+            let said = names.map(|name| {
+                let text = std::fs::read_to_string(self.place.path().join(&name)).unwrap_or_default();
+                format!("{name}:\n{text}")
+            });
+            said.collect::<String>()
+        })
+    }
+
+    fn node(&self, number: u32) -> Result<Process> {
         let mut command = self.wires.within("r", &program().display().to_string());
         command.current_dir(self.place.path()).args(["node", "--threads", "1", "--join", &Self::among()]);
-        command.arg("--credentials").arg(self.run.credentials()).stdout(Stdio::null()).stderr(Stdio::null());
+        command.arg("--credentials").arg(self.run.credentials()).stdout(Stdio::null());
+        command.stderr(self.log(&format!("node-{number}"))?);
         Ok(Process(command.spawn()?))
     }
 
@@ -101,8 +130,8 @@ impl Job {
 #[test]
 fn another_supervisor_leads() -> Result<()> {
     let mut job = Job::start()?;
-    let _nodes = [job.node()?, job.node()?, job.node()?];
-    wait("a first step", || Ok(job.step()? > 0))?;
+    let _nodes = [job.node(1)?, job.node(2)?, job.node(3)?];
+    job.begins()?;
 
     let old = job.fails("was cut off", |job, old| {
         [1, 2, 3].into_iter().filter(|n| *n != old).try_for_each(|other| job.wires.cut(old, other, true))

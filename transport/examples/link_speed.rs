@@ -25,6 +25,7 @@ const SMALL: usize = 2_000_000;
 const SMALL_BYTES: usize = 100;
 /// Round trips of a round.
 const TRIPS: usize = 5_000;
+const IDLE: Duration = Duration::from_secs(60);
 
 fn hub(folder: &Path, me: u64) -> Result<(Hub, mpsc::Receiver<HubEvent>), Failure> {
     Ok(Hub::open("127.0.0.1:0".parse()?, &Credentials::load(folder)?, me)?)
@@ -122,6 +123,23 @@ async fn trips(hub: &Hub, events: &mut mpsc::Receiver<HubEvent>) -> Result<Vec<f
     Ok(all)
 }
 
+/// Hundredths of a second of a core that a process has had.
+fn cpu(process: u32) -> Result<u64, Failure> {
+    let text = std::fs::read_to_string(format!("/proc/{process}/stat"))?;
+    // After the name, which may have spaces: user and system time are the 12th and 13th.
+    let (_, rest) = text.rsplit_once(')').ok_or("a stat without a name")?;
+    let times = rest.split_whitespace().skip(11).take(2).map(str::parse::<u64>);
+    Ok(times.sum::<Result<u64, _>>()?)
+}
+
+/// The share of a core that both ends of a session without messages take together, in percent.
+async fn idle(other: u32) -> Result<f64, Failure> {
+    let both = || Ok::<_, Failure>(cpu(std::process::id())? + cpu(other)?);
+    let before = both()?;
+    tokio::time::sleep(IDLE).await;
+    Ok((both()? - before) as f64 / IDLE.as_secs_f64())
+}
+
 /// A certificate of its own for TLS over TCP.
 fn tls() -> Result<(Arc<rustls::ServerConfig>, Arc<rustls::ClientConfig>), Failure> {
     let made = rcgen::generate_simple_self_signed(vec!["localhost".to_owned()])?;
@@ -196,7 +214,7 @@ async fn measure(rounds: usize) -> Result<(), Failure> {
     let (hub, mut events) = hub(&folder, 1)?;
     let mut command = Command::new(std::env::current_exe()?);
     command.arg("--other").arg(&folder).arg(hub.address()?.to_string()).stdin(Stdio::null());
-    let _other = Other(command.spawn()?, folder);
+    let other = Other(command.spawn()?, folder);
     while !hub.is_linked(2) {
         tokio::time::sleep(Duration::from_millis(10)).await;
     }
@@ -213,6 +231,7 @@ async fn measure(rounds: usize) -> Result<(), Failure> {
     println!("tensors of 4 MiB: {quic:.2} GB/s; TLS 1.3 over TCP {tls:.2} GB/s; {:.2} of it", quic / tls);
     println!("messages of {SMALL_BYTES} bytes, one way: {:.2} million/s", median(messages));
     println!("round trips: {:.0} us (median), {:.0} us (99%)", median(half), median(most));
+    println!("without messages: {:.3}% of a core, both ends together", idle(other.0.id()).await?);
     Ok(())
 }
 

@@ -13,16 +13,18 @@
 //! - CH-1: a session rests from when it says what it has until it goes on with what the other has: so nothing is lost or repeated.
 //! - CH-2: whoever finds RDMA of no use says so; then the dialler opens new streams, and both go on over QUIC.
 //! - CH-3: what is said of an earlier round changes nothing.
-//! - CH-4: no state but the two ways lasts longer than [`ROUND`].
-//! - CH-5: after a failure RDMA is tried again, at first after [`FIRST`], then after twice as long each time, up to [`LONGEST`].
+//! - CH-4: no state but the two ways lasts longer than [`ROUND`], and no state in which a session rests longer than [`REST`].
+//! - CH-5: after a failure RDMA is tried again, at first after [`FIRST`], then after twice as long each time, up to [`LONGEST`]; and after
+//!   [`FIRST`] again if it was of use for longer than it was waited for.
 
-use crate::quic::Greeting;
-use crate::side::{Said, Token};
+use crate::side::{Greeting, Said, Token};
 use std::net::SocketAddr;
 use std::time::Duration;
 
-/// A round must be over by then.
-pub(crate) const ROUND: Duration = Duration::from_secs(5);
+/// A path must be proven by then.
+const ROUND: Duration = Duration::from_secs(5);
+/// A session that rests goes on by then, or its connection is given up: sooner than its silence would be taken for a death.
+const REST: Duration = Duration::from_millis(250);
 const FIRST: Duration = Duration::from_secs(1);
 const LONGEST: Duration = Duration::from_secs(60);
 
@@ -128,7 +130,8 @@ impl Choice {
         match self.state {
             State::Quic(again) => again,
             State::Rdma(_) => None,
-            _ => Some(self.since + ROUND),
+            State::Asked | State::Trying(..) => Some(self.since + ROUND),
+            State::Stopping(..) | State::Resting(_) | State::Returning => Some(self.since + REST),
         }
     }
 
@@ -152,12 +155,17 @@ impl Choice {
 
     fn linked(&mut self, now: Duration) -> Vec<Effect> {
         let able = self.dials && self.unable.is_none();
-        let wait = match self.failures {
+        self.enter(now, State::Quic(able.then_some(now + self.wait())));
+        // The dialler may have given a round up of which this end does not know yet.
+        vec![Effect::Drop, Effect::Tell(Way::Quic(self.why.clone().or(self.unable.clone())))]
+    }
+
+    /// How long RDMA is not tried after so many failures.
+    fn wait(&self) -> Duration {
+        match self.failures {
             0 => Duration::ZERO,
             n => FIRST.saturating_mul(1 << (n - 1).min(10)).min(LONGEST),
-        };
-        self.enter(now, State::Quic(able.then_some(now + wait)));
-        vec![Effect::Tell(Way::Quic(self.why.clone().or(self.unable.clone())))]
+        }
     }
 
     fn tick(&mut self, now: Duration) -> Vec<Effect> {
@@ -171,7 +179,11 @@ impl Choice {
                 self.since = now;
                 vec![Effect::Close]
             }
-            _ => self.fail(now, format!("no way over RDMA was found in {ROUND:?}"), true),
+            State::Asked | State::Trying(..) => {
+                self.fail(now, format!("no way over RDMA was found in {ROUND:?}"), true)
+            }
+            State::Stopping(..) | State::Resting(_) => self.fail(now, format!("it was not taken in {REST:?}"), true),
+            State::Rdma(_) => Vec::new(),
         }
     }
 
@@ -208,11 +220,8 @@ impl Choice {
 
     fn offered(&mut self, now: Duration, round: u32) -> Vec<Effect> {
         self.round = round;
-        let mut effects = match self.state {
-            State::Quic(_) => Vec::new(),
-            // The dialler has begun again: its last round is over.
-            _ => vec![Effect::Drop],
-        };
+        // The dialler has begun again: its last round is over.
+        let mut effects = vec![Effect::Drop];
         match &self.unable {
             Some(why) => effects.push(Effect::Say(round, Said::Decline(why.clone()))),
             None => {
@@ -267,8 +276,7 @@ impl Choice {
         let mut effects = Vec::new();
         match self.state {
             State::Quic(_) | State::Returning => return effects,
-            // It was of use for long: a new failure is the first again.
-            State::Rdma(since) if now - since > LONGEST => self.failures = 1,
+            State::Rdma(since) if now - since > self.wait() => self.failures = 1,
             _ => self.failures += 1,
         }
         if say {

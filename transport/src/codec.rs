@@ -6,18 +6,14 @@
 use crate::message::{FRAGMENT_MAX, Fragment};
 use crate::session::{Frame, Lane};
 use bytes::{BufMut, Bytes, BytesMut};
+use std::mem::take;
 
-/// Bytes of a data frame before its payload, without the kind.
-pub(crate) const DATA_HEAD: usize = 14;
-/// Bytes of a grant, without the kind.
-pub(crate) const GRANT: usize = 17;
-
-/// What a stream starts a frame with.
-#[derive(Debug, Clone, Copy, PartialEq, Eq)]
-pub(crate) enum Kind {
-    Data,
-    Grant,
-}
+/// Bytes of a data frame before its payload, with the kind.
+const DATA_HEAD: usize = 15;
+/// Bytes of a grant, with the kind.
+const GRANT: usize = 18;
+/// Bytes of a payload's part that go with what is before and after them in one piece.
+const SHORT: usize = 1024;
 
 /// Bytes that are no frame.
 #[derive(Debug, Clone, PartialEq, Eq, thiserror::Error)]
@@ -36,10 +32,11 @@ pub enum FrameError {
     },
 }
 
-pub(crate) fn kind(byte: u8) -> Result<Kind, FrameError> {
-    match byte {
-        1 => Ok(Kind::Data),
-        2 => Ok(Kind::Grant),
+/// Bytes of a frame's begin, by its kind.
+fn head_length(kind: u8) -> Result<usize, FrameError> {
+    match kind {
+        1 => Ok(DATA_HEAD),
+        2 => Ok(GRANT),
         other => Err(FrameError::Kind(other)),
     }
 }
@@ -56,63 +53,164 @@ fn number(bytes: &[u8]) -> u64 {
     u64::from_le_bytes(*bytes.first_chunk().expect("eight bytes"))
 }
 
-/// Lane, number, whether it is the last, and length of a data frame.
-pub(crate) fn data_head(b: &[u8; DATA_HEAD]) -> Result<(Lane, u64, bool, usize), FrameError> {
-    let got = u32::from_le_bytes(*b[10..].first_chunk().expect("four bytes")) as usize;
-    if got > FRAGMENT_MAX {
-        return Err(FrameError::TooLong { got });
+/// Takes frames off a stream, in whatever pieces it comes. Payloads are slices of the pieces; what is held is of one frame.
+#[derive(Debug, Default)]
+pub(crate) struct FrameReader {
+    head: [u8; GRANT],
+    /// Bytes of the head that came.
+    have: usize,
+    payload: Option<Payload>,
+}
+
+/// The payload of a data frame whose head has come.
+#[derive(Debug)]
+struct Payload {
+    lane: Lane,
+    sequence: u64,
+    missing: usize,
+    unit: Fragment,
+}
+
+impl FrameReader {
+    /// Takes from a piece what belongs to the next frame. None: the whole piece does, and more is to come.
+    pub(crate) fn next(&mut self, piece: &mut Bytes) -> Result<Option<Frame<Fragment>>, FrameError> {
+        loop {
+            if let Some(Payload { missing, unit, .. }) = &mut self.payload {
+                let part = piece.split_to(piece.len().min(*missing));
+                *missing -= part.len();
+                if !part.is_empty() {
+                    unit.parts.push(part);
+                }
+                let whole = self.payload.take_if(|payload| payload.missing == 0);
+                return Ok(whole.map(|Payload { lane, sequence, unit, .. }| Frame::Data { lane, sequence, unit }));
+            }
+            let wanted = if self.have == 0 { 1 } else { head_length(self.head[0])? };
+            let part = piece.split_to(piece.len().min(wanted - self.have));
+            self.head[self.have..][..part.len()].copy_from_slice(&part);
+            self.have += part.len();
+            if self.have < wanted {
+                return Ok(None);
+            }
+            if self.have > 1
+                && let Some(grant) = self.begin()?
+            {
+                return Ok(Some(grant));
+            }
+        }
     }
-    Ok((lane(b[0])?, number(&b[1..]), b[9] != 0, got))
+
+    /// The head is there: that of a payload, or a whole grant.
+    fn begin(&mut self) -> Result<Option<Frame<Fragment>>, FrameError> {
+        self.have = 0;
+        let (lane, rest) = (lane(self.head[1])?, &self.head[2..]);
+        if self.head[0] == 2 {
+            return Ok(Some(Frame::Grant { lane, received: number(rest), limit: number(&rest[8..]) }));
+        }
+        let missing = u32::from_le_bytes(*rest[9..].first_chunk().expect("four bytes")) as usize;
+        if missing > FRAGMENT_MAX {
+            return Err(FrameError::TooLong { got: missing });
+        }
+        let unit = Fragment { parts: Vec::new(), last: rest[8] != 0 };
+        self.payload = Some(Payload { lane, sequence: number(rest), missing, unit });
+        Ok(None)
+    }
 }
 
-pub(crate) fn grant(b: &[u8; GRANT]) -> Result<Frame<Fragment>, FrameError> {
-    Ok(Frame::Grant { lane: lane(b[0])?, received: number(&b[1..]), limit: number(&b[9..]) })
-}
-
-/// A frame as pieces to be written one after another; payloads are not copied.
-pub(crate) fn encode(frame: Frame<Fragment>) -> Vec<Bytes> {
-    let mut head = BytesMut::with_capacity(18);
+/// Frames as pieces to be written one after another. Long parts of payloads are not copied.
+pub(crate) fn encode(frames: impl IntoIterator<Item = Frame<Fragment>>) -> Vec<Bytes> {
+    let (mut pieces, mut open) = (Vec::new(), BytesMut::new());
     let byte = |lane| if lane == Lane::Control { 0 } else { 1 };
-    match frame {
-        Frame::Grant { lane, received, limit } => {
-            head.put_slice(&[2, byte(lane)]);
-            head.put_u64_le(received);
-            head.put_u64_le(limit);
-            vec![head.freeze()]
-        }
-        Frame::Data { lane, sequence, unit } => {
-            head.put_slice(&[1, byte(lane)]);
-            head.put_u64_le(sequence);
-            head.put_u8(u8::from(unit.last));
-            head.put_u32_le(unit.len() as u32);
-            std::iter::once(head.freeze()).chain(unit.parts).collect()
+    for frame in frames {
+        match frame {
+            Frame::Grant { lane, received, limit } => {
+                open.put_slice(&[2, byte(lane)]);
+                open.put_u64_le(received);
+                open.put_u64_le(limit);
+            }
+            Frame::Data { lane, sequence, unit } => {
+                open.put_slice(&[1, byte(lane)]);
+                open.put_u64_le(sequence);
+                open.put_u8(u8::from(unit.last));
+                open.put_u32_le(unit.len() as u32);
+                for part in unit.parts {
+                    if part.len() <= SHORT {
+                        open.put_slice(&part);
+                    } else {
+                        pieces.extend([take(&mut open).freeze(), part]);
+                    }
+                }
+            }
         }
     }
+    if !open.is_empty() {
+        pieces.push(open.freeze());
+    }
+    pieces
 }
 
 #[cfg(test)]
-mod tests {
+pub(crate) mod tests {
     use super::*;
+    use proptest::prelude::*;
 
-    #[test]
-    fn frames_are_read_as_they_are_written() {
-        let unit = Fragment { parts: vec![Bytes::from_static(b"ab"), Bytes::from_static(b"c")], last: true };
-        let bytes = encode(Frame::Data { lane: Lane::Bulk, sequence: 7, unit }).concat();
-        assert_eq!(kind(bytes[0]), Ok(Kind::Data));
-        assert_eq!(data_head(bytes[1..].first_chunk().unwrap()), Ok((Lane::Bulk, 7, true, 3)));
-        let frame = Frame::Grant { lane: Lane::Control, received: 5, limit: 1 << 40 };
-        let bytes = encode(frame.clone()).concat();
-        assert_eq!(kind(bytes[0]), Ok(Kind::Grant));
-        assert_eq!(grant(bytes[1..].first_chunk().unwrap()), Ok(frame));
+    fn frame() -> impl Strategy<Value = Frame<Fragment>> {
+        let lane = || prop::sample::select(&Lane::ALL[..]);
+        let grant = (lane(), any::<u64>(), any::<u64>());
+        let data = (lane(), any::<u64>(), any::<bool>(), prop::collection::vec(0..3 * SHORT, 0..4));
+        prop_oneof![
+            grant.prop_map(|(lane, received, limit)| Frame::Grant { lane, received, limit }),
+            data.prop_map(|(lane, sequence, last, lengths)| {
+                let parts = lengths.into_iter().map(|length| Bytes::from_iter((0..length).map(|n| n as u8))).collect();
+                Frame::Data { lane, sequence, unit: Fragment { parts, last } }
+            }),
+        ]
+    }
+
+    /// Parts do not survive: only their bytes do.
+    pub(crate) fn joined(frame: Frame<Fragment>) -> Frame<Fragment> {
+        match frame {
+            Frame::Data { lane, sequence, unit } => {
+                let parts = vec![unit.parts.concat().into()];
+                Frame::Data { lane, sequence, unit: Fragment { parts, last: unit.last } }
+            }
+            grant => grant,
+        }
+    }
+
+    fn read(pieces: impl IntoIterator<Item = Bytes>) -> Result<Vec<Frame<Fragment>>, FrameError> {
+        let (mut reader, mut frames) = (FrameReader::default(), Vec::new());
+        for mut piece in pieces {
+            while let Some(frame) = reader.next(&mut piece)? {
+                frames.push(joined(frame));
+            }
+            assert!(piece.is_empty());
+        }
+        Ok(frames)
+    }
+
+    proptest! {
+        #[test]
+        fn frames_are_read_as_they_are_written(frames in prop::collection::vec(frame(), 0..5), cut in 1..2000usize) {
+            let bytes: Bytes = encode(frames.clone()).concat().into();
+            let want: Vec<_> = frames.into_iter().map(joined).collect();
+            prop_assert_eq!(&read(bytes.chunks(cut).map(Bytes::copy_from_slice)).unwrap(), &want);
+            prop_assert_eq!(&read([bytes]).unwrap(), &want);
+        }
+
+        #[test]
+        fn any_bytes_are_read_or_refused(bytes in prop::collection::vec(0..4u8, 0..200)) {
+            let _ = read([bytes.into()]);
+        }
     }
 
     #[test]
     fn garbage_is_refused() {
-        assert_eq!(kind(9), Err(FrameError::Kind(9)));
+        let one = |bytes: &[u8]| read([Bytes::copy_from_slice(bytes)]);
+        assert_eq!(one(&[9]).unwrap_err(), FrameError::Kind(9));
         let mut head = [0; DATA_HEAD];
-        head[0] = 3;
-        assert_eq!(data_head(&head), Err(FrameError::Lane(3)));
-        head[13] = 255;
-        assert!(matches!(data_head(&head), Err(FrameError::TooLong { .. })));
+        (head[0], head[1]) = (1, 3);
+        assert_eq!(one(&head).unwrap_err(), FrameError::Lane(3));
+        (head[1], head[14]) = (0, 255);
+        assert!(matches!(one(&head), Err(FrameError::TooLong { .. })));
     }
 }

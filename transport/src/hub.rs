@@ -6,17 +6,19 @@
 //! - HU-3: a message is taken from the peer's grant when the receiver takes its event, so a process that
 //!   does not keep up slows its peers.
 
+mod refusals;
 mod task;
 
+pub(crate) use refusals::Refusals;
 pub(crate) use task::SessionHandle;
 
 use crate::calls::{self, Call, Caller};
 use crate::choice::Way;
+use crate::connection::PeerConnection;
 use crate::credentials::Credentials;
 use crate::disturb::{Disturbance, Disturbances};
 use crate::link::Link;
 use crate::message::Message;
-use crate::path::Path;
 use crate::quic::{self, HANDSHAKE, Peer, QuicError, explain};
 use crate::rdma::Rdma;
 use crate::session::Lane;
@@ -47,7 +49,7 @@ pub enum HubEvent {
     Message(Peer, Message),
     /// The session with a peer is over: one of the two broke the protocol.
     Broken(Peer, String),
-    /// A process that is not of this job tried to connect.
+    /// A process that is not of this job tried to connect, or a member sent what no correct one sends.
     Refused(String),
     /// The session with a peer takes this way from now on.
     Way(Peer, Way),
@@ -65,8 +67,9 @@ struct Shared {
     sessions: Mutex<BTreeMap<Peer, Running>>,
     events: mpsc::Sender<HubEvent>,
     disturbances: Disturbances,
-    /// The ways of sessions that have one, and on which connection they were chosen.
-    ways: Mutex<BTreeMap<Peer, (usize, Way)>>,
+    refusals: Refusals,
+    /// The ways of sessions that have one, and by which attempt at a link they were chosen.
+    ways: Mutex<BTreeMap<Peer, (u64, Way)>>,
     /// RDMA of this process, or why there is none.
     rdma: Result<Arc<Rdma>, String>,
 }
@@ -93,9 +96,21 @@ impl Hub {
         let (events, receiver) = mpsc::channel(EVENTS);
         let (calls, open) = (OnceLock::new(), AtomicBool::new(true));
         let (sessions, ways) = (Mutex::default(), Mutex::default());
-        let rdma = Rdma::start().map_err(|error| error.to_string());
-        let hub =
-            Self(Arc::new(Shared { endpoint, caller, calls, open, me, sessions, events, disturbances, rdma, ways }));
+        let refusals = Refusals::new(events.clone());
+        let rdma = Rdma::start(refusals.clone()).map_err(|error| error.to_string());
+        let hub = Self(Arc::new(Shared {
+            endpoint,
+            caller,
+            calls,
+            open,
+            me,
+            sessions,
+            events,
+            disturbances,
+            refusals,
+            ways,
+            rdma,
+        }));
         tokio::spawn(accept(hub.clone()));
         Ok((hub, receiver))
     }
@@ -132,6 +147,15 @@ impl Hub {
         Caller::new(self.0.endpoint.clone(), self.0.caller.clone(), address)
     }
 
+    /// How often something was refused ([`HubEvent::Refused`]).
+    pub fn refused(&self) -> u64 {
+        self.0.refusals.count()
+    }
+
+    pub(crate) fn refusals(&self) -> &Refusals {
+        &self.0.refusals
+    }
+
     /// RDMA of this process, or why there is none.
     pub(crate) fn rdma(&self) -> &Result<Arc<Rdma>, String> {
         &self.0.rdma
@@ -149,20 +173,30 @@ impl Hub {
         self.lock_ways().iter().map(|(peer, (_, way))| (*peer, way.clone())).collect()
     }
 
-    fn lock_ways(&self) -> MutexGuard<'_, BTreeMap<Peer, (usize, Way)>> {
+    fn lock_ways(&self) -> MutexGuard<'_, BTreeMap<Peer, (u64, Way)>> {
         self.0.ways.lock().unwrap_or_else(PoisonError::into_inner)
     }
 
-    /// A session has taken a way, chosen on this connection.
-    pub(crate) async fn on_way(&self, peer: Peer, connection: usize, way: Way) {
-        self.lock_ways().insert(peer, (connection, way.clone()));
-        let _ = self.0.events.send(HubEvent::Way(peer, way)).await;
+    /// A session has taken a way, by that attempt at a link; not if a later one has.
+    pub(crate) async fn on_way(&self, peer: Peer, attempt: u64, way: Way) {
+        if self.note_way(peer, attempt, &way) {
+            let _ = self.0.events.send(HubEvent::Way(peer, way)).await;
+        }
     }
 
-    /// A connection is lost, and the way that was chosen on it.
-    pub(crate) fn on_way_lost(&self, peer: Peer, connection: usize) {
+    fn note_way(&self, peer: Peer, attempt: u64, way: &Way) -> bool {
         let mut ways = self.lock_ways();
-        if ways.get(&peer).is_some_and(|(on, _)| *on == connection) {
+        let is_last = ways.get(&peer).is_none_or(|(last, _)| *last <= attempt);
+        if is_last {
+            ways.insert(peer, (attempt, way.clone()));
+        }
+        is_last
+    }
+
+    /// The connection of that attempt is lost, and the way that was chosen on it.
+    pub(crate) fn on_way_lost(&self, peer: Peer, attempt: u64) {
+        let mut ways = self.lock_ways();
+        if ways.get(&peer).is_some_and(|(last, _)| *last <= attempt) {
             ways.remove(&peer);
         }
     }
@@ -172,7 +206,7 @@ impl Hub {
         &self.0.events
     }
 
-    /// The session with a peer, for a path; a new one if there is none.
+    /// The session with a peer, for a connection; a new one if there is none.
     pub(crate) fn session_of(&self, peer: Peer) -> SessionHandle {
         self.session(peer).handle()
     }
@@ -202,6 +236,7 @@ impl Hub {
     /// Ends the session with a peer.
     pub fn close(&self, peer: Peer) {
         self.sessions().remove(&peer);
+        self.lock_ways().remove(&peer);
     }
 
     /// Dials once. Gives the name of who answered.
@@ -211,9 +246,9 @@ impl Hub {
     }
 
     async fn dial_unbounded(&self, address: SocketAddr) -> Result<Peer, QuicError> {
-        let path = Path::dial(self, &self.0.endpoint, address).await?;
-        let peer = path.peer();
-        tokio::spawn(path.run());
+        let connection = PeerConnection::dial(self, &self.0.endpoint, address).await?;
+        let peer = connection.peer();
+        tokio::spawn(connection.run());
         Ok(peer)
     }
 
@@ -271,7 +306,7 @@ async fn accept(hub: Hub) {
             let late = QuicError::Unreachable { address, reason: "the handshake took too long".to_owned() };
             let result = tokio::time::timeout(HANDSHAKE, admit(&hub, incoming)).await.unwrap_or(Err(late));
             if let Err(error @ (QuicError::ForeignJob { .. } | QuicError::Expired { .. })) = result {
-                let _ = hub.0.events.send(HubEvent::Refused(error.to_string())).await;
+                hub.0.refusals.add(error.to_string());
             }
         });
     }
@@ -290,7 +325,7 @@ async fn admit(hub: &Hub, incoming: quinn::Incoming) -> Result<(), QuicError> {
         connection.close(quinn::VarInt::from_u32(0), b"this process takes no sessions now");
         return Ok(());
     }
-    tokio::spawn(Path::accept(hub, connection).await?.run());
+    tokio::spawn(PeerConnection::accept(hub, connection).await?.run());
     Ok(())
 }
 

@@ -3,17 +3,19 @@
 //! From the bottom: a [`Link`] carries frames and may break; a session (pure core: [`Session`]) makes an
 //! ordered, exactly-once, flow-controlled stream of units on two lanes of any number of links; a
 //! [`Hub`] keeps all sessions of a process. Two processes meet over QUIC, and their session stays there, or goes over RDMA as long as that
-//! works: their path's choice. Beside them, a [`Call`] is a request with one answer.
+//! works: their connection's choice. Beside them, a [`Call`] is a request with one answer.
 
 mod calls;
 mod choice;
 mod codec;
+mod connection;
 mod credentials;
 mod disturb;
+#[cfg(feature = "fuzz")]
+pub mod fuzz;
 mod hub;
 mod link;
 mod message;
-mod path;
 mod quic;
 #[cfg(not(feature = "rdma"))]
 #[path = "no_rdma.rs"]

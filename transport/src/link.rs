@@ -4,11 +4,10 @@
 //! RDMA, another process's queues in memory) does not show. A fragment's number is
 //! its grant by the session: the receiver has room for it. A link with registered memory grants places in that beside it.
 
-use crate::choice::Event;
 use crate::message::Fragment;
 use crate::session::{Frame, Lane};
+use tokio::sync::mpsc;
 use tokio::sync::mpsc::error::TrySendError;
-use tokio::sync::{mpsc, oneshot};
 
 /// A session's end of a link. Dropping it closes the link; a closed `incoming` says that it is broken.
 #[derive(Debug)]
@@ -72,36 +71,5 @@ impl<T> From<TrySendError<T>> for TransmitError {
             TrySendError::Closed(_) => Self::Closed,
             TrySendError::Full(_) => Self::Full,
         }
-    }
-}
-
-/// A link beside a connection that is being proven, or in use.
-pub(crate) struct Trial {
-    /// The session's end, until it is taken.
-    pub(crate) link: Option<Link>,
-    /// Comes when the link is proven.
-    pub(crate) proven: Option<oneshot::Receiver<()>>,
-    /// Says that the session will come this way, with the number of the next fragment that this end lacks.
-    pub(crate) begin: Option<oneshot::Sender<u64>>,
-    /// Comes when the link has ended: why.
-    pub(crate) ended: Option<oneshot::Receiver<String>>,
-    /// The device's name.
-    pub(crate) device: String,
-}
-
-impl Trial {
-    /// That it is proven, then that it has ended; each once.
-    pub(crate) async fn event(&mut self) -> Event {
-        if let Some(proven) = &mut self.proven {
-            let is_proven = proven.await.is_ok();
-            self.proven = None;
-            if is_proven {
-                return Event::Proven(self.device.clone());
-            }
-        }
-        let Some(ended) = &mut self.ended else { return std::future::pending().await };
-        let why = ended.await.unwrap_or_else(|_| "its task has ended".to_owned());
-        self.ended = None;
-        Event::Failed(why)
     }
 }

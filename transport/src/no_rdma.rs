@@ -1,6 +1,7 @@
 //! A build without the feature `rdma`: peers hear that, and sessions stay with QUIC.
 
-use crate::link::Trial;
+use crate::connection::Trial;
+use crate::hub::Refusals;
 use crate::side::Token;
 use std::future::Ready;
 use std::io;
@@ -11,7 +12,7 @@ use std::sync::Arc;
 pub(crate) enum Rdma {}
 
 impl Rdma {
-    pub(crate) fn start() -> io::Result<Arc<Self>> {
+    pub(crate) fn start(_: Refusals) -> io::Result<Arc<Self>> {
         Err(io::Error::other("this program was built without RDMA"))
     }
 

@@ -2,11 +2,12 @@
 //! lane.
 //!
 //! Before a link is taken, on its control stream: the accepting side says what it has of the dialler's session, then the
-//! dialler says what it has of the other's ([`crate::path`]).
+//! dialler says what it has of the other's ([`crate::connection`]).
 
-use crate::codec::{self, DATA_HEAD, FrameError, GRANT, Kind};
+use crate::codec::{self, FrameReader};
 use crate::credentials::{Credentials, random};
 use crate::disturb::{Disturbances, DisturbedSocket};
+use crate::hub::Refusals;
 use crate::link::{Link, QUEUE};
 use crate::message::Fragment;
 use crate::session::Frame;
@@ -33,15 +34,13 @@ const STREAMS: u32 = 16;
 /// A connection without a sign of life for so long is broken.
 const IDLE: Duration = Duration::from_millis(500);
 const KEEP_ALIVE: Duration = Duration::from_millis(100);
+/// Frames that are written, or pieces that are read, with one look at a stream.
+const BATCH: usize = 64;
 /// A handshake must be over by then.
 pub(crate) const HANDSHAKE: Duration = Duration::from_secs(3);
 
 /// One life of a process, by its random name.
 pub type Peer = u64;
-
-/// What both sides tell each other on a new link: units received by lane, the random name of one's own
-/// half of the session, and that of the other half as far as it is known (0: not yet).
-pub(crate) type Greeting = [u64; 4];
 
 /// A link could not be made.
 #[derive(Debug, thiserror::Error)]
@@ -201,6 +200,11 @@ pub(crate) fn explain(address: SocketAddr, error: &quinn::ConnectionError) -> Qu
     }
 }
 
+/// Of a peer that has a certificate of the job, and yet sent this.
+pub(crate) fn garbage(connection: &Connection, error: &dyn std::fmt::Display) -> String {
+    format!("garbage from a member of the job, {}: {error}", connection.remote_address())
+}
+
 /// Why a connection is of no more use.
 pub(crate) fn broken(connection: &Connection, reason: impl std::fmt::Display) -> QuicError {
     let address = connection.remote_address();
@@ -211,7 +215,12 @@ pub(crate) fn broken(connection: &Connection, reason: impl std::fmt::Display) ->
 }
 
 /// A link over two streams, carried by tasks of their own until the session drops it or either stream ends.
-pub(crate) fn link(connection: &Connection, control: (SendStream, RecvStream), bulk: (SendStream, RecvStream)) -> Link {
+pub(crate) fn link(
+    connection: &Connection,
+    control: (SendStream, RecvStream),
+    bulk: (SendStream, RecvStream),
+    refusals: &Refusals,
+) -> Link {
     let (control_sender, control_queue) = mpsc::channel(QUEUE);
     let (bulk_sender, bulk_queue) = mpsc::channel(QUEUE);
     let (arrived, incoming) = mpsc::channel(256);
@@ -219,14 +228,15 @@ pub(crate) fn link(connection: &Connection, control: (SendStream, RecvStream), b
     let _ = control.0.set_priority(1);
     tokio::spawn(write(control.0, control_queue));
     tokio::spawn(write(bulk.0, bulk_queue));
-    tokio::spawn(read(connection.clone(), control.1, arrived.clone()));
-    tokio::spawn(read(connection.clone(), bulk.1, arrived));
+    tokio::spawn(read(connection.clone(), control.1, arrived.clone(), refusals.clone()));
+    tokio::spawn(read(connection.clone(), bulk.1, arrived, refusals.clone()));
     Link { control: control_sender, bulk: bulk_sender, incoming }
 }
 
 async fn write(mut stream: SendStream, mut queue: mpsc::Receiver<Frame<Fragment>>) {
-    while let Some(frame) = queue.recv().await {
-        let mut pieces = codec::encode(frame);
+    let mut frames = Vec::with_capacity(BATCH);
+    while queue.recv_many(&mut frames, BATCH).await > 0 {
+        let mut pieces = codec::encode(frames.drain(..));
         if stream.write_all_chunks(&mut pieces).await.is_err() {
             return;
         }
@@ -235,59 +245,31 @@ async fn write(mut stream: SendStream, mut queue: mpsc::Receiver<Frame<Fragment>
     let _ = stream.reset(VarInt::from_u32(0));
 }
 
-/// A stream broke or holds no frames.
-#[derive(Debug, thiserror::Error)]
-enum ReadFailure {
-    #[error(transparent)]
-    Stream(#[from] quinn::ReadExactError),
-    #[error(transparent)]
-    Chunk(#[from] quinn::ReadError),
-    #[error("the stream ended in the middle of a frame")]
-    Ended,
-    #[error(transparent)]
-    Frame(#[from] FrameError),
-}
-
-async fn read(connection: Connection, mut stream: RecvStream, arrived: mpsc::Sender<Frame<Fragment>>) {
-    loop {
-        match read_frame(&mut stream).await {
-            Ok(frame) => {
-                if arrived.send(frame).await.is_err() {
-                    return;
+async fn read(
+    connection: Connection,
+    mut stream: RecvStream,
+    arrived: mpsc::Sender<Frame<Fragment>>,
+    refusals: Refusals,
+) {
+    let (mut reader, mut pieces) = (FrameReader::default(), [const { Bytes::new() }; BATCH]);
+    while let Ok(Some(count)) = stream.read_chunks(&mut pieces).await {
+        for piece in &mut pieces[..count] {
+            let mut piece = std::mem::take(piece);
+            loop {
+                match reader.next(&mut piece) {
+                    Ok(None) => break,
+                    Ok(Some(frame)) => {
+                        if arrived.send(frame).await.is_err() {
+                            return;
+                        }
+                    }
+                    Err(error) => {
+                        refusals.add(garbage(&connection, &error));
+                        connection.close(VarInt::from_u32(1), error.to_string().as_bytes());
+                        return;
+                    }
                 }
             }
-            Err(failure) => {
-                if let ReadFailure::Frame(error) = &failure {
-                    tracing::warn!(peer = %connection.remote_address(), %error, "garbage from a member of the job");
-                    connection.close(VarInt::from_u32(1), error.to_string().as_bytes());
-                }
-                return;
-            }
-        }
-    }
-}
-
-async fn read_frame(stream: &mut RecvStream) -> Result<Frame<Fragment>, ReadFailure> {
-    let mut first = [0];
-    stream.read_exact(&mut first).await?;
-    match codec::kind(first[0])? {
-        Kind::Grant => {
-            let mut bytes = [0; GRANT];
-            stream.read_exact(&mut bytes).await?;
-            Ok(codec::grant(&bytes)?)
-        }
-        Kind::Data => {
-            let mut bytes = [0; DATA_HEAD];
-            stream.read_exact(&mut bytes).await?;
-            let (lane, sequence, last, length) = codec::data_head(&bytes)?;
-            let mut parts: Vec<Bytes> = Vec::new();
-            let mut missing = length;
-            while missing > 0 {
-                let chunk = stream.read_chunk(missing, true).await?.ok_or(ReadFailure::Ended)?;
-                missing -= chunk.bytes.len();
-                parts.push(chunk.bytes);
-            }
-            Ok(Frame::Data { lane, sequence, unit: Fragment { parts, last } })
         }
     }
 }

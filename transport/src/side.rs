@@ -3,8 +3,27 @@
 //! A message: kind (u8), length of the rest (u16), round (u32), the rest. All little-endian. The dialler counts rounds: what is
 //! said of another than the present one comes too late.
 
-use crate::quic::Greeting;
 use std::net::{IpAddr, Ipv6Addr, SocketAddr};
+
+/// What both sides tell each other when a session is to go on: units received by lane, the random name of one's own half of the
+/// session, and that of the other half as far as it is known (0: not yet).
+pub(crate) type Greeting = [u64; 4];
+/// Bytes of a greeting.
+pub(crate) const GREETING: usize = 32;
+
+/// As bytes.
+pub(crate) fn greeting_bytes(greeting: Greeting) -> [u8; GREETING] {
+    let mut bytes = [0; GREETING];
+    for (place, word) in bytes.chunks_exact_mut(8).zip(greeting) {
+        place.copy_from_slice(&word.to_le_bytes());
+    }
+    bytes
+}
+
+/// From bytes.
+pub(crate) fn greeting(bytes: &[u8; GREETING]) -> Greeting {
+    std::array::from_fn(|w| u64::from_le_bytes(*bytes[8 * w..].first_chunk().expect("eight bytes")))
+}
 
 /// A secret of one use.
 pub(crate) type Token = [u8; 32];
@@ -80,7 +99,7 @@ impl Said {
             Self::Decline(why) | Self::Back(why) => {
                 rest.extend(&why.as_bytes()[..why.floor_char_boundary(WHY_MAX)]);
             }
-            Self::Proven(greeting) | Self::Go(greeting) => rest.extend(greeting.iter().flat_map(|w| w.to_le_bytes())),
+            Self::Proven(greeting) | Self::Go(greeting) => rest.extend(greeting_bytes(*greeting)),
         }
         let head = [&[self.kind()][..], &(rest.len() as u16).to_le_bytes(), &round.to_le_bytes()];
         [head.concat(), rest].concat()
@@ -102,10 +121,7 @@ impl Said {
     pub(crate) fn decode(kind: u8, rest: &[u8]) -> Result<Self, SaidError> {
         let wrong = || SaidError::Length { kind, got: rest.len() };
         let text = || String::from_utf8(rest.to_vec()).map_err(|_| SaidError::Text);
-        let greeting = || -> Result<Greeting, SaidError> {
-            let words: &[u8; 32] = rest.try_into().map_err(|_| wrong())?;
-            Ok(std::array::from_fn(|w| u64::from_le_bytes(*words[8 * w..].first_chunk().expect("eight bytes"))))
-        };
+        let greeting = || rest.try_into().map(greeting).map_err(|_| wrong());
         match kind {
             1 if rest.is_empty() => Ok(Self::Offer),
             2 => {

@@ -116,7 +116,7 @@ impl Actor for Node {
         match message {
             Msg::Hub(event, _place) => state.on_hub(&myself, event).await,
             Msg::Effects { from, effects } => state.perform(&myself, from, effects).await,
-            Msg::SupervisorFound(peer) => state.on_supervisor(peer),
+            Msg::SupervisorFound(peer) => state.on_supervisor(&myself, peer),
             Msg::SupervisorGone(why) => {
                 state.finish(NodeEnd::Dismissed(why));
             }
@@ -212,7 +212,10 @@ impl State {
                     self.hub.close(peer);
                 }
             },
-            HubEvent::Down(peer) if peer == self.supervisor => self.look(myself),
+            HubEvent::Down(peer) if peer == self.supervisor => {
+                self.told.remove(&peer);
+                self.look(myself);
+            }
             HubEvent::Broken(peer, why) if peer == self.supervisor => {
                 // The supervisor has forgotten the session: for it this node is dead.
                 tracing::warn!(why, "the session with the supervisor is over");
@@ -223,7 +226,7 @@ impl State {
                 tracing::warn!(peer, why, "the session with a node is over");
                 self.finish(NodeEnd::Fenced);
             }
-            HubEvent::Refused(why) => tracing::warn!(why, "a stranger was refused"),
+            HubEvent::Refused(why) => tracing::warn!(why, refused = self.hub.refused(), "refused"),
             HubEvent::Up(peer) => self.on_link(peer, true),
             HubEvent::Down(peer) => {
                 self.told.remove(&peer);
@@ -234,7 +237,7 @@ impl State {
         }
     }
 
-    /// Who is at the other end of a session; none: the supervisor.
+    /// The node at the other end of a session, if it is one that is known.
     fn with(&self, peer: Peer) -> Option<NodeId> {
         self.peers.iter().find(|(_, p)| **p == peer).map(|(node, _)| *node)
     }
@@ -242,18 +245,31 @@ impl State {
     /// Tells the supervisor of a new way, once this node is a member. That a session begins over QUIC is nothing new.
     fn on_way(&mut self, peer: Peer, way: Way) {
         let Some(node) = self.router.node() else { return };
+        let with = self.with(peer);
+        // Another node may dial before the table has it: [`Self::meet_peers`] tells then.
+        if with.is_none() && peer != self.supervisor {
+            return;
+        }
         let before = self.told.get(&peer);
         if before == Some(&way) || (before.is_none() && matches!(way, Way::Quic(_))) {
             return;
         }
-        self.say(Control::Way { node, with: self.with(peer), way: way.to_string() });
+        self.say(Control::Way { node, with, way: way.to_string() });
         self.told.insert(peer, way);
     }
 
+    fn tell_ways(&mut self) {
+        self.hub.ways().into_iter().for_each(|(peer, way)| self.on_way(peer, way));
+    }
+
     fn links(&self) -> String {
-        let name = |peer| self.with(peer).map_or("the supervisor".to_owned(), |node| node.to_string());
+        let name = |peer| match self.with(peer) {
+            Some(node) => node.to_string(),
+            None if peer == self.supervisor => "the supervisor".to_owned(),
+            None => format!("a process that no table has yet ({peer:x})"),
+        };
         let lines = self.hub.ways().into_iter().map(|(peer, way)| format!("{}: {way}\n", name(peer)));
-        lines.collect()
+        lines.chain([format!("refused: {}\n", self.hub.refused())]).collect()
     }
 
     fn on_link(&self, peer: Peer, up: bool) {
@@ -277,8 +293,12 @@ impl State {
         });
     }
 
-    fn on_supervisor(&mut self, peer: Peer) {
+    fn on_supervisor(&mut self, myself: &ActorRef<Msg>, peer: Peer) {
         self.looking = false;
+        // The link that was found may be down again: that was told while this node was looking.
+        if !self.hub.is_linked(peer) {
+            self.look(myself);
+        }
         if peer == self.supervisor {
             return;
         }
@@ -301,6 +321,9 @@ impl State {
 
     /// The wire is bad for a while (chaos).
     fn disturb(&self, bad: BadWire, ms: u32) {
+        if bad.rdma_fails {
+            self.hub.break_rdma();
+        }
         let address = |node| self.router.table().nodes.get(&node)?.address.parse().ok();
         let with = bad.with.map(address);
         // Of one that is not there any more there is nothing to disturb.
@@ -320,7 +343,7 @@ impl State {
         match control {
             Control::Welcome { node } => {
                 self.router.welcome(node);
-                self.hub.ways().into_iter().for_each(|(peer, way)| self.on_way(peer, way));
+                self.tell_ways();
             }
             Control::Table(table) => {
                 let actions = self.router.on_table(Arc::clone(&table));
@@ -403,6 +426,7 @@ impl State {
                 self.hub.keep(info.peer, address);
             }
         }
+        self.tell_ways();
     }
 
     async fn act(&mut self, myself: &ActorRef<Msg>, actions: Vec<Action>) {

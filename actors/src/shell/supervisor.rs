@@ -367,8 +367,9 @@ impl State {
                 let quiet = self.stranger.is_some_and(|at| at.elapsed() < STRANGERS_EVERY);
                 if !quiet {
                     self.stranger = Some(Instant::now());
-                    tracing::warn!(why, "a stranger was refused");
-                    self.note(&Happening::StrangerRefused { why });
+                    let refused = self.hub.refused();
+                    tracing::warn!(why, refused, "refused");
+                    self.note(&Happening::StrangerRefused { why, refused });
                 }
             }
             // An operator, or a node that never joined, has gone.

@@ -190,8 +190,10 @@ pub enum Happening {
     CheckpointRefused {
         why: String,
     },
+    /// Of strangers, and members that sent garbage; how many this process has refused.
     StrangerRefused {
         why: String,
+        refused: u64,
     },
     /// A session goes another way; without `with` it is that with the supervisor.
     WayChanged {

@@ -1,11 +1,12 @@
-//! One session of a hub, as a task: the pure core between commands of its path, a link, and the process.
+//! One session of a hub, as a task: the pure core between commands of its connection, a link, and the process.
 
 use super::{Hub, HubEvent, SEND_QUEUE, at};
 use crate::credentials::random;
 use crate::link::{Link, TransmitError};
 use crate::message::{Assembler, Fragment, Message};
-use crate::quic::{Greeting, Peer};
+use crate::quic::Peer;
 use crate::session::{Lane, Session, SessionEffect};
+use crate::side::Greeting;
 use quinn::{Connection, VarInt};
 use tokio::sync::{mpsc, oneshot, watch};
 
@@ -17,8 +18,9 @@ enum Command {
     /// A link is being made, on this connection: the present one ends, if any; answered with the attempt's number and what the
     /// session has.
     Prepare(Option<usize>, oneshot::Sender<(u64, Greeting)>),
-    /// It is there, of that attempt, on that connection; the peer has this. An attempt that another one has overtaken is not taken up.
-    Up(Link, u64, Greeting, Option<Connection>),
+    /// It is there, of that attempt, on that connection; the peer has this. Answered when it is taken up: an attempt that another one
+    /// has overtaken is not.
+    Up(Link, u64, Greeting, Option<Connection>, oneshot::Sender<()>),
     /// A connection is lost.
     Lost(usize),
 }
@@ -39,7 +41,7 @@ impl Running {
     }
 }
 
-/// A session's task, seen from its path, which does not keep it.
+/// A session's task, seen from its connection, which does not keep it.
 pub(crate) struct SessionHandle {
     commands: mpsc::WeakSender<Command>,
     linked: watch::Receiver<bool>,
@@ -54,9 +56,11 @@ impl SessionHandle {
         prepared.await.ok()
     }
 
-    /// Lets it go on over the link of that attempt, with what the peer has. None: it has ended.
+    /// Lets it go on over the link of that attempt, with what the peer has. None: it has ended, or goes over another connection.
     pub(crate) async fn up(&self, link: Link, attempt: u64, peer: Greeting, on: Option<Connection>) -> Option<()> {
-        self.commands.upgrade()?.send(Command::Up(link, attempt, peer, on)).await.ok()
+        let (answer, taken) = oneshot::channel();
+        self.commands.upgrade()?.send(Command::Up(link, attempt, peer, on, answer)).await.ok()?;
+        taken.await.ok()
     }
 
     /// Tells it that a connection is lost.
@@ -87,7 +91,6 @@ pub(super) fn start(hub: &Hub, peer: Peer) -> Running {
         attempt: 0,
         link: None,
         connection: None,
-        preparing: None,
         links,
         assemblers: Default::default(),
     };
@@ -113,8 +116,6 @@ struct SessionTask {
     link: Option<Link>,
     /// The connection to the peer, whichever way the session takes beside it; none for a link in memory.
     connection: Option<Connection>,
-    /// The connection of the last attempt.
-    preparing: Option<usize>,
     links: watch::Sender<bool>,
     assemblers: [Assembler; 2],
 }
@@ -175,20 +176,13 @@ impl SessionTask {
                     self.lose().await;
                 }
                 self.rest();
-                self.preparing = on;
                 let [control, bulk] = self.session.resume();
                 self.attempt += 1;
                 let _ = answer.send((self.attempt, [control, bulk, self.name, self.other]));
                 Ok(())
             }
-            Command::Up(_, attempt, _, connection) if attempt != self.attempt => {
-                // A connection that another one has overtaken is of no use any more.
-                if let Some(late) = connection.filter(|c| Some(c.stable_id()) != self.preparing) {
-                    late.close(VarInt::from_u32(0), b"the session goes over another connection");
-                }
-                Ok(())
-            }
-            Command::Up(link, _, [control, bulk, name, known], connection) => {
+            Command::Up(_, attempt, ..) if attempt != self.attempt => Ok(()),
+            Command::Up(link, _, [control, bulk, name, known], connection, answer) => {
                 // A half that one side has forgotten cannot be resumed: what was in it would come twice.
                 let forgotten = (self.other != 0 && self.other != name) || (known != 0 && known != self.name);
                 if forgotten {
@@ -201,6 +195,7 @@ impl SessionTask {
                 if !self.links.send_replace(true) {
                     let _ = self.hub.events().send(HubEvent::Up(self.peer)).await;
                 }
+                let _ = answer.send(());
                 self.perform(effects).await
             }
             Command::Lost(on) => {
@@ -212,7 +207,7 @@ impl SessionTask {
         }
     }
 
-    /// Its path makes another one, or tells that the connection is lost. A link in memory has none.
+    /// Its connection makes another one, or is lost and says so. A link in memory has none.
     async fn on_link_end(&mut self) {
         self.rest();
         if self.connection.is_none() {

@@ -1,5 +1,7 @@
 //! Sessions over real links: QUIC on loopback, and memory.
 
+mod strangers;
+
 use super::*;
 use std::sync::Arc;
 use std::sync::atomic::{AtomicU64, Ordering};
@@ -109,38 +111,31 @@ async fn a_bad_wire_loses_no_message() {
     assert!(broken.load(Ordering::Relaxed) > 0, "a cut wire breaks its link");
 }
 
-/// Passes datagrams between whoever sends some here and `to`, and flips a bit in one of so many. Counts those.
-async fn garbler(to: SocketAddr, one_of: u64) -> (SocketAddr, Arc<AtomicU64>) {
+/// Passes datagrams between whoever sends some here and `to`, and shows each before: whether it is one for `to`, and its bytes.
+async fn relay(to: SocketAddr, mut see: impl FnMut(bool, &mut [u8]) + Send + 'static) -> SocketAddr {
     let near = tokio::net::UdpSocket::bind("127.0.0.1:0").await.unwrap();
     let far = tokio::net::UdpSocket::bind("127.0.0.1:0").await.unwrap();
-    let (address, garbled) = (near.local_addr().unwrap(), Arc::new(AtomicU64::new(0)));
-    let count = Arc::clone(&garbled);
+    let address = near.local_addr().unwrap();
     tokio::spawn(async move {
         let (mut there, mut back, mut client) = ([0; 1 << 16], [0; 1 << 16], None);
-        for n in 1.. {
-            let flip = |bytes: &mut [u8]| {
-                if n % one_of == 0 {
-                    bytes[n as usize % bytes.len()] ^= 1 << (n % 8);
-                    count.fetch_add(1, Ordering::Relaxed);
-                }
-            };
+        loop {
             // A datagram that cannot be passed on is lost, as datagrams are.
             let _ = tokio::select! {
                 got = near.recv_from(&mut there) => {
                     let (length, from) = got.unwrap();
                     client = Some(from);
-                    flip(&mut there[..length]);
+                    see(true, &mut there[..length]);
                     far.send_to(&there[..length], to).await
                 }
                 got = far.recv_from(&mut back) => {
                     let (length, _) = got.unwrap();
-                    flip(&mut back[..length]);
+                    see(false, &mut back[..length]);
                     near.send_to(&back[..length], client.unwrap()).await
                 }
             };
         }
     });
-    (address, garbled)
+    address
 }
 
 /// HU-1: a flipped bit on the wire is a lost datagram, never another message.
@@ -151,8 +146,16 @@ async fn bits_that_flip_on_the_wire_change_nothing() {
     let (a, mut a_events) = hub(folder.path(), 1);
     let (b, mut b_events) = hub(folder.path(), 2);
     tokio::spawn(async move { while a_events.recv().await.is_some() {} });
-    let (address, garbled) = garbler(b.address().unwrap(), 20).await;
-    a.keep(2, address);
+    let garbled = Arc::new(AtomicU64::new(0));
+    let (count, mut n) = (Arc::clone(&garbled), 0usize);
+    let flip_one_of_twenty = move |_, bytes: &mut [u8]| {
+        n += 1;
+        if n.is_multiple_of(20) {
+            bytes[n % bytes.len()] ^= 1 << (n % 8);
+            count.fetch_add(1, Ordering::Relaxed);
+        }
+    };
+    a.keep(2, relay(b.address().unwrap(), flip_one_of_twenty).await);
     for n in 0..100u32 {
         let region = Arc::new((0..50_000).map(|i| (n * 50_000 + i) as f32).collect::<Vec<f32>>());
         a.send(2, Lane::Bulk, Message { header: n.to_le_bytes().to_vec().into(), regions: vec![region] });
@@ -251,33 +254,6 @@ async fn a_sender_out_of_step_loses_the_session() {
         a.send(9, Lane::Bulk, Message::small(Vec::new()));
     }
     assert!(matches!(a_events.recv().await, Some(HubEvent::Broken(9, _))));
-}
-
-#[tokio::test(flavor = "multi_thread")]
-async fn a_foreign_job_is_refused_and_both_sides_say_so() {
-    let (ours, theirs) = (tempfile::tempdir().unwrap(), tempfile::tempdir().unwrap());
-    Credentials::create(ours.path()).unwrap();
-    Credentials::create(theirs.path()).unwrap();
-    let (a, _a_events) = hub(theirs.path(), 1);
-    let (b, mut b_events) = hub(ours.path(), 2);
-    let error = a.dial(b.address().unwrap()).await.unwrap_err();
-    assert!(matches!(error, QuicError::ForeignJob { .. }), "{error}");
-    assert!(matches!(b_events.recv().await, Some(HubEvent::Refused(_))));
-}
-
-/// A certificate of the job's own authority that has expired, at either end.
-#[tokio::test(flavor = "multi_thread")]
-async fn an_expired_certificate_is_refused_and_both_sides_say_so() {
-    let (good, old) = (tempfile::tempdir().unwrap(), tempfile::tempdir().unwrap());
-    crate::credentials::with_expired(good.path(), old.path());
-    let (a, mut a_events) = hub(old.path(), 1);
-    let (b, mut b_events) = hub(good.path(), 2);
-    for (from, to, events) in [(&a, &b, &mut b_events), (&b, &a, &mut a_events)] {
-        let error = from.dial(to.address().unwrap()).await.unwrap_err();
-        assert!(matches!(error, QuicError::Expired { .. }), "{error}");
-        let refused = tokio::time::timeout(Duration::from_secs(5), events.recv()).await.unwrap();
-        assert!(matches!(&refused, Some(HubEvent::Refused(why)) if why.contains("expired")), "{refused:?}");
-    }
 }
 
 #[tokio::test(flavor = "multi_thread")]

@@ -7,7 +7,8 @@ use super::packet::{SLOTS, SlotGrant};
 use super::probe;
 use super::protocol::{Core, Effect};
 use super::sys::{CmEventKind, Done, Granted, Memory, QueuePair, Watch};
-use crate::link::{Link, QUEUE, Trial};
+use crate::connection::Trial;
+use crate::link::{Link, QUEUE};
 use crate::message::{FRAGMENT_MAX, Fragment};
 use crate::session::{Frame, Lane};
 use crate::side::Token;
@@ -18,8 +19,10 @@ use std::time::Duration;
 use tokio::sync::{mpsc, oneshot, watch};
 use tokio::time::Instant;
 
-/// Nothing has ended for so long, though something is on its way: the path is of no use.
-const PROGRESS: Duration = Duration::from_secs(1);
+/// Nothing has arrived for so long, though something is on its way: the path is of no use. Sooner than silence is taken for a death.
+const PROGRESS: Duration = Duration::from_millis(250);
+/// After so long what came is answered (RD-6), if nothing goes back by itself.
+const ANSWER: Duration = Duration::from_millis(50);
 /// Frames that wait for the session.
 const ARRIVED: usize = 256;
 
@@ -50,6 +53,7 @@ pub(super) fn start(pair: QueuePair, token: Token, breaks: watch::Receiver<()>) 
         breaks,
         looks: Looks::default(),
         progress: Instant::now(),
+        answer_at: None,
     };
     for slot in 0..SLOTS as u8 {
         driver.grant(slot, Memory::new(FRAGMENT_MAX))?;
@@ -120,8 +124,10 @@ struct Driver {
     /// Changes when all links are to fail (chaos).
     breaks: watch::Receiver<()>,
     looks: Looks,
-    /// When something ended last, or began while nothing was on its way.
+    /// When something arrived last, or was sent while nothing was on its way.
     progress: Instant,
+    /// When to answer.
+    answer_at: Option<Instant>,
 }
 
 impl Driver {
@@ -140,6 +146,10 @@ impl Driver {
                 waits_for_begin = false;
                 self.core.begin(first);
             }
+            // First what is left, for which there may be room now: nothing is taken while something is left.
+            if !self.deliver() {
+                return Ok(());
+            }
             let found = self.take_completions()?;
             self.flush()?;
             if !self.deliver() {
@@ -148,14 +158,10 @@ impl Driver {
             if found {
                 self.looks.found();
             }
-            let look = self.waiting.is_empty() && self.looks.again();
-            let (room, more) =
-                ([Lane::Control, Lane::Bulk].map(|lane| self.core.has_room(lane)), !self.waiting.is_empty());
-            if more {
-                // The session has no room: what has ended is not looked at.
-                self.progress = Instant::now();
-            }
-            let stuck = self.progress + PROGRESS;
+            let more = !self.waiting.is_empty();
+            let look = !more && self.looks.again();
+            let room = [Lane::Control, Lane::Bulk].map(|lane| self.core.has_room(lane));
+            let wake = self.wake(more)?;
             tokio::select! {
                 biased;
                 // Then there is room, or nobody takes frames any more.
@@ -180,15 +186,30 @@ impl Driver {
                     waits_for_begin = false;
                     self.core.begin(first.map_err(|_| io::Error::other("the trial was given up"))?);
                 }
-                () = tokio::time::sleep_until(stuck), if self.core.in_flight() => {
-                    if Instant::now() >= stuck {
-                        return Err(io::Error::other(format!("nothing has arrived for {PROGRESS:?}")));
-                    }
-                }
+                () = async { tokio::time::sleep_until(wake.expect("looked at")).await }, if wake.is_some() => {}
                 Ok(()) = self.breaks.changed() => self.pair.fail()?,
                 () = tokio::task::yield_now(), if look => {}
             }
         }
+    }
+
+    /// Does what is due, and says when something will be. `more`: the session has no room, and nothing is taken meanwhile.
+    fn wake(&mut self, more: bool) -> io::Result<Option<Instant>> {
+        let now = Instant::now();
+        if more || !self.core.in_flight() {
+            self.progress = now;
+        } else if now >= self.progress + PROGRESS {
+            return Err(io::Error::other(format!("nothing has arrived for {PROGRESS:?}")));
+        }
+        if !more && !self.core.is_unanswered() {
+            self.answer_at = None;
+        } else if *self.answer_at.get_or_insert(now + ANSWER) <= now {
+            self.answer_at = None;
+            self.core.answer();
+            self.flush()?;
+        }
+        let stuck = self.core.in_flight().then(|| self.progress + PROGRESS);
+        Ok(self.answer_at.into_iter().chain(stuck).min())
     }
 
     /// Takes a frame, and those that wait behind it.
@@ -208,7 +229,9 @@ impl Driver {
             && let Some(done) = self.pair.done()?
         {
             found = true;
-            self.progress = Instant::now();
+            if matches!(done, Done::Received(..) | Done::Written(..)) {
+                self.progress = Instant::now();
+            }
             match done {
                 Done::Sent => self.core.sent(),
                 Done::Placed(number) => {

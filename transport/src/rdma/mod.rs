@@ -11,7 +11,8 @@ mod packet;
 mod protocol;
 mod sys;
 
-use crate::link::Trial;
+use crate::connection::Trial;
+use crate::hub::Refusals;
 use crate::message::FRAGMENT_MAX;
 use crate::side::Token;
 use bytes::Bytes;
@@ -28,6 +29,8 @@ use tokio::sync::{oneshot, watch};
 const RESOLVE_MS: i32 = 1000;
 /// A connection must be there by then.
 const CONNECT: Duration = Duration::from_secs(2);
+/// After so long without a connection another address is tried beside those before.
+const NEXT_ADDRESS: Duration = Duration::from_millis(100);
 /// An error of the listener may be there again at once.
 const AFTER_ERROR: Duration = Duration::from_millis(50);
 /// How soon the thread ends when nobody needs it.
@@ -53,7 +56,7 @@ fn locked(waiting: &Waiting) -> MutexGuard<'_, BTreeMap<Token, oneshot::Sender<C
 
 impl Rdma {
     /// Listens on every RDMA device of this machine, until the last clone of the pointer is dropped. An error says why there is none.
-    pub(crate) fn start() -> io::Result<Arc<Self>> {
+    pub(crate) fn start(refusals: Refusals) -> io::Result<Arc<Self>> {
         let of_devices = sys::addresses()?;
         if of_devices.is_empty() {
             return Err(io::Error::other("no address of this machine belongs to an RDMA device"));
@@ -77,7 +80,7 @@ impl Rdma {
         let owner = Arc::downgrade(&rdma);
         std::thread::Builder::new().name("rdma".to_owned()).spawn(move || {
             runtime.block_on(async {
-                tokio::spawn(listen(listener, waiting));
+                tokio::spawn(listen(listener, waiting, refusals));
                 let mut look = tokio::time::interval(LOOK);
                 while owner.strong_count() > 0 {
                     look.tick().await;
@@ -122,16 +125,7 @@ impl Rdma {
         token: Token,
     ) -> impl Future<Output = io::Result<Trial>> + Send + use<> {
         let breaks = self.breaks.subscribe();
-        self.on_thread(async move {
-            let mut failure = io::Error::other("the other side has no address");
-            for address in addresses {
-                match dial(address, &token).await {
-                    Ok(pair) => return link::start(pair, token, breaks),
-                    Err(error) => failure = io::Error::other(format!("{address}: {error}")),
-                }
-            }
-            Err(failure)
-        })
+        self.on_thread(async move { link::start(dial_one_of(addresses, token).await?, token, breaks) })
     }
 
     /// Does it on RDMA's thread, in bounded time. Whoever drops the future ends it.
@@ -170,8 +164,7 @@ impl Drop for Expected {
 }
 
 /// Hands those who come with a secret that is waited for to who waits, once; refuses all others.
-async fn listen(listener: CmId, waiting: Arc<Waiting>) {
-    let mut refused = 0u64;
+async fn listen(listener: CmId, waiting: Arc<Waiting>, refusals: Refusals) {
     loop {
         let event = match next(&listener).await {
             Ok(Some(event)) => event,
@@ -192,9 +185,29 @@ async fn listen(listener: CmId, waiting: Arc<Waiting>) {
             None => Some(asking),
         };
         if let Some(stranger) = stranger {
-            refused += 1;
-            tracing::warn!(refused, "refused an RDMA connection: nobody waits for its secret");
             stranger.reject();
+            refusals.add("a connection over RDMA: nobody waits for its secret".to_owned());
+        }
+    }
+}
+
+/// The first that answers; none waits for one before it that does not.
+async fn dial_one_of(addresses: Vec<SocketAddr>, token: Token) -> io::Result<QueuePair> {
+    let mut failure = io::Error::other("the other side has no address");
+    let (mut addresses, mut dials) = (addresses.into_iter().peekable(), tokio::task::JoinSet::new());
+    loop {
+        if let Some(address) = addresses.next() {
+            dials.spawn(async move {
+                dial(address, &token).await.map_err(|error| io::Error::other(format!("{address}: {error}")))
+            });
+        }
+        tokio::select! {
+            dialled = dials.join_next() => match dialled.transpose()? {
+                Some(Ok(pair)) => return Ok(pair),
+                Some(Err(error)) => failure = error,
+                None => return Err(failure),
+            },
+            () = tokio::time::sleep(NEXT_ADDRESS), if addresses.peek().is_some() => {}
         }
     }
 }
@@ -235,4 +248,40 @@ fn probe(token: &Token) -> Bytes {
     let key = ring::hmac::Key::new(ring::hmac::HMAC_SHA256, token);
     let blocks = (0..(FRAGMENT_MAX / 32) as u32).map(|n| ring::hmac::sign(&key, &n.to_le_bytes()));
     blocks.flat_map(|block| block.as_ref().to_vec()).collect::<Vec<u8>>().into()
+}
+
+/// Packets and words of a peer for a link: how long each is, and whether it is a word, comes before it.
+#[cfg(feature = "fuzz")]
+pub(crate) fn fuzz(bytes: &[u8]) {
+    let Some((kind, mut rest)) = bytes.split_first() else { return };
+    let mut core = protocol::Core::new(kind & 1 == 0, FRAGMENT_MAX as u32);
+    for slot in 0..packet::SLOTS as u8 {
+        core.grant(packet::SlotGrant { slot, address: 0, key: 0 });
+    }
+    core.flush();
+    if kind & 2 == 0 {
+        core.proven();
+        core.begin(0);
+    }
+    while let Some((length, more)) = rest.split_first() {
+        let (piece, more) = more.split_at(more.len().min(usize::from(length >> 1)));
+        rest = more;
+        let effects = match piece.first_chunk() {
+            Some(word) if length & 1 == 1 => core.on_write(u32::from_le_bytes(*word)).map(|effect| vec![effect]),
+            _ => core.on_packet(piece),
+        };
+        let Ok(effects) = effects else { return };
+        for effect in effects {
+            match effect {
+                protocol::Effect::DeliverSlot(_, slot, length, _) | protocol::Effect::Check(slot, length) => {
+                    assert!(usize::from(slot) < packet::SLOTS && length as usize <= FRAGMENT_MAX);
+                    core.grant(packet::SlotGrant { slot, address: 0, key: 0 });
+                }
+                protocol::Effect::Deliver(_) => {}
+                other => panic!("{other:?} comes of what a peer sends"),
+            }
+        }
+        core.posted();
+        core.flush();
+    }
 }

@@ -75,6 +75,11 @@ impl Packet {
         all - buffer.len()
     }
 
+    /// Whether there is more in it than credits.
+    pub(crate) fn is_answered(&self) -> bool {
+        !(self.grants.is_empty() && self.words.is_empty() && self.stream.is_empty())
+    }
+
     /// Reads one.
     pub(crate) fn read(mut bytes: &[u8]) -> Result<Self, PacketError> {
         if !(HEAD..=PACKET).contains(&bytes.len()) {

@@ -8,12 +8,14 @@
 //! - RD-3: what waits is bounded: [`STREAM_MAX`] bytes and [`FRAGMENTS`] fragments.
 //! - RD-4: what no correct peer sends ends the link, and nothing else: it is told as an error.
 //! - RD-5: no frame goes before both ends have proven the path with a probe each, in both ways.
+//! - RD-6: what arrives is answered, at the latest when [`Core::answer`] says that it is time, and answers are not: so whoever is not
+//!   answered knows that what it sent does not arrive. Completions do not say so on all devices: iWARP's tell that TCP has taken it.
 
 use super::packet::{Immediate, Packet, PacketError, SLOTS, SlotGrant, room};
-use crate::codec::{self, DATA_HEAD, FrameError, GRANT, Kind};
+use crate::codec::{self, FrameError, FrameReader};
 use crate::message::Fragment;
 use crate::session::{Frame, Lane};
-use bytes::{Buf, Bytes, BytesMut};
+use bytes::Bytes;
 use std::collections::VecDeque;
 
 /// Receive buffers of each end.
@@ -72,10 +74,15 @@ pub(crate) struct Core {
     immediate: bool,
     /// Bytes of the probe.
     probe: u32,
-    /// Receive buffers that the peer has for us.
-    credits: usize,
-    /// Ours that are there again and that it does not know of.
+    /// What took a receive buffer of the peer's that is not known to be there again, in order: whether it will be answered.
+    taken: VecDeque<bool>,
+    /// How many of those will be.
+    expected: usize,
+    /// Receive buffers of ours that are there again and that the peer does not know of.
     owed: usize,
+    /// Whether something came that is to be answered, and whether it is time.
+    unanswered: bool,
+    answer: bool,
     /// Slots that the peer has granted.
     theirs: VecDeque<SlotGrant>,
     /// Slots to grant.
@@ -89,7 +96,7 @@ pub(crate) struct Core {
     words: VecDeque<u32>,
     packets: usize,
     writes: usize,
-    incoming: BytesMut,
+    incoming: FrameReader,
     /// The number of the next fragment to come; none until the session comes this way.
     next: Option<u64>,
     probe_sent: bool,
@@ -103,8 +110,11 @@ impl Core {
         Self {
             immediate,
             probe,
-            credits: RECEIVES,
+            taken: VecDeque::new(),
+            expected: 0,
             owed: 0,
+            unanswered: false,
+            answer: false,
             theirs: VecDeque::new(),
             grants: VecDeque::new(),
             granted: [false; SLOTS],
@@ -114,7 +124,7 @@ impl Core {
             words: VecDeque::new(),
             packets: 0,
             writes: 0,
-            incoming: BytesMut::new(),
+            incoming: FrameReader::default(),
             next: None,
             probe_sent: false,
             probe_placed: false,
@@ -130,9 +140,30 @@ impl Core {
         }
     }
 
-    /// Whether something was posted of which no completion is known.
+    /// Whether something is on its way, as far as is known.
     pub(crate) fn in_flight(&self) -> bool {
-        self.packets + self.writes > 0
+        self.packets + self.writes + self.expected > 0
+    }
+
+    /// Whether something came that is to be answered: RD-6.
+    pub(crate) fn is_unanswered(&self) -> bool {
+        self.unanswered
+    }
+
+    /// It is time to answer, or to show that this end lives though it takes nothing now.
+    pub(crate) fn answer(&mut self) {
+        self.answer = true;
+    }
+
+    /// Receive buffers that the peer has for us.
+    fn credits(&self) -> usize {
+        RECEIVES - self.taken.len()
+    }
+
+    /// Takes one.
+    fn take(&mut self, is_answered: bool) {
+        self.taken.push_back(is_answered);
+        self.expected += usize::from(is_answered);
     }
 
     /// The session comes this way: the number of the next fragment that it lacks. To be called before the peer hears that it may send.
@@ -145,7 +176,7 @@ impl Core {
         match frame {
             Frame::Data { lane: Lane::Bulk, unit, .. } => self.fragments.push_back(unit),
             frame => {
-                for piece in codec::encode(frame) {
+                for piece in codec::encode([frame]) {
                     self.waiting += piece.len();
                     self.stream.push_back(piece);
                 }
@@ -188,10 +219,12 @@ impl Core {
     /// A packet came.
     pub(crate) fn on_packet(&mut self, bytes: &[u8]) -> Result<Vec<Effect>, CoreError> {
         let packet = Packet::read(bytes)?;
-        self.credits += usize::from(packet.credits);
-        if self.credits > RECEIVES {
-            return Err(CoreError::Credits(self.credits));
+        let credits = usize::from(packet.credits);
+        if credits > self.taken.len() {
+            return Err(CoreError::Credits(self.credits() + credits));
         }
+        self.expected -= self.taken.drain(..credits).filter(|is_answered| *is_answered).count();
+        self.unanswered |= packet.is_answered();
         self.theirs.extend(packet.grants);
         if self.theirs.len() > SLOTS {
             return Err(CoreError::Grants(self.theirs.len()));
@@ -199,9 +232,9 @@ impl Core {
         if !packet.stream.is_empty() && !self.probe_seen {
             return Err(CoreError::Early("a frame"));
         }
-        self.incoming.unsplit(packet.stream);
+        let mut stream = packet.stream.freeze();
         let mut effects = packet.words.into_iter().map(|word| self.on_write(word)).collect::<Result<Vec<_>, _>>()?;
-        while let Some(frame) = read_frame(&mut self.incoming)? {
+        while let Some(frame) = self.incoming.next(&mut stream)? {
             effects.push(Effect::Deliver(frame));
         }
         Ok(effects)
@@ -216,6 +249,7 @@ impl Core {
         if probe {
             return if self.probe_seen { Err(CoreError::Again) } else { Ok(Effect::Check(slot, length)) };
         }
+        self.unanswered = true;
         let next = self.next.as_mut().ok_or(CoreError::Early("a fragment"))?;
         *next += 1;
         Ok(Effect::DeliverSlot(*next - 1, slot, length, last))
@@ -230,7 +264,7 @@ impl Core {
                 effects.push(Effect::Send(self.packet()));
             }
             let words = self.immediate || self.words.len() < WRITES;
-            if self.writes < WRITES && words && self.credits > 1 && !self.theirs.is_empty() {
+            if self.writes < WRITES && words && self.credits() > 1 && !self.theirs.is_empty() {
                 effects.extend(self.write());
             }
             if effects.len() == before {
@@ -242,16 +276,18 @@ impl Core {
     /// RD-2: the last credit is for telling credits.
     fn packet_due(&self) -> bool {
         let something = !self.stream.is_empty() || !self.grants.is_empty() || !self.words.is_empty();
-        (something && self.credits > 1) || (self.owed >= RECEIVES / 4 && self.credits > 0)
+        let credits = self.credits();
+        ((something || self.answer) && credits > 1)
+            || (self.owed >= if self.answer { 1 } else { RECEIVES / 4 } && credits > 0)
     }
 
     fn packet(&mut self) -> Packet {
-        let spare = self.credits > 1;
-        self.credits -= 1;
+        let spare = self.credits() > 1;
         self.packets += 1;
         let mut packet = Packet { credits: self.owed as u16, ..Packet::default() };
-        self.owed = 0;
+        (self.owed, self.answer, self.unanswered) = (0, false, false);
         if !spare {
+            self.take(false);
             return packet;
         }
         packet.grants = self.grants.drain(..).collect();
@@ -271,6 +307,7 @@ impl Core {
                 self.stream.pop_front();
             }
         }
+        self.take(packet.is_answered());
         packet
     }
 
@@ -293,34 +330,11 @@ impl Core {
     fn word(&mut self, slot: u8, length: u32, last: bool, probe: bool) -> Option<u32> {
         let word = Immediate { slot, length, last, probe }.into();
         if self.immediate {
-            self.credits -= 1;
+            self.take(true);
             return Some(word);
         }
         self.words.push_back(word);
         None
-    }
-}
-
-/// Takes the next frame off the stream, when it is whole.
-fn read_frame(stream: &mut BytesMut) -> Result<Option<Frame<Fragment>>, FrameError> {
-    let Some(first) = stream.first() else { return Ok(None) };
-    match codec::kind(*first)? {
-        Kind::Grant => {
-            let Some(bytes) = stream.get(1..).and_then(|rest| rest.first_chunk::<GRANT>()) else { return Ok(None) };
-            let frame = codec::grant(bytes)?;
-            stream.advance(1 + GRANT);
-            Ok(Some(frame))
-        }
-        Kind::Data => {
-            let Some(bytes) = stream.get(1..).and_then(|rest| rest.first_chunk::<DATA_HEAD>()) else { return Ok(None) };
-            let (lane, sequence, last, length) = codec::data_head(bytes)?;
-            if stream.len() < 1 + DATA_HEAD + length {
-                return Ok(None);
-            }
-            stream.advance(1 + DATA_HEAD);
-            let parts = vec![stream.split_to(length).freeze()];
-            Ok(Some(Frame::Data { lane, sequence, unit: Fragment { parts, last } }))
-        }
     }
 }
 

@@ -200,6 +200,7 @@ impl Killer {
                 self.spoil_wire(target)?;
                 self.lasts(lasts);
             }
+            Target::Rdma => self.fail_rdma()?,
             Target::Full => self.disturb(Disturbed::Store(Trouble::Full))?,
             Target::Unreadable => {
                 self.disturb(Disturbed::Store(Trouble::Unreadable))?;
@@ -246,17 +247,28 @@ impl Killer {
     fn spoil_wire(&self, target: Target) -> Result<()> {
         let [node, other] = Tree::of(&self.run)?.pair(self.draw(1))?;
         let wire = |node: NodeId, bad: BadWire| self.disturb(Disturbed::Wire(node, bad));
-        let lost = BadWire { with: None, lost_percent: 100, both_ways: true, delay_ms: 0 };
+        let lost = BadWire { lost_percent: 100, both_ways: true, ..GOOD_WIRE };
         let with = |with: NodeId| BadWire { with: Some(with), ..lost };
         match target {
             Target::Cut => wire(node, with(other)),
             Target::OneWay => wire(node, BadWire { both_ways: false, ..with(other) }),
             Target::Isolate => wire(node, lost),
             Target::Loss => wire(node, BadWire { lost_percent: self.plan.lost_percent, ..lost }),
-            _ => wire(node, BadWire { lost_percent: 0, delay_ms: self.plan.delay_ms, ..lost }),
+            _ => wire(node, BadWire { delay_ms: self.plan.delay_ms, ..GOOD_WIRE }),
         }
     }
+
+    fn fail_rdma(&self) -> Result<()> {
+        let [node, _] = Tree::of(&self.run)?.pair(self.draw(1))?;
+        if !asks::ask(&self.run, AdminRequest::Links(node))?.contains(": rdma (") {
+            bail!("no session of {node} goes over RDMA now");
+        }
+        self.disturb(Disturbed::Wire(node, BadWire { rdma_fails: true, ..GOOD_WIRE }))
+    }
 }
+
+/// Nothing is wrong with it.
+const GOOD_WIRE: BadWire = BadWire { with: None, lost_percent: 0, both_ways: false, delay_ms: 0, rdma_fails: false };
 
 /// A process gets no more memory than it has, but a little.
 fn limit_memory(pid: u32) -> Result<()> {

@@ -48,6 +48,8 @@ pub(crate) enum Target {
     Loss,
     /// What a random node sends takes longer for a while.
     Delay,
+    /// A random node's links over RDMA fail; sessions over QUIC go on as they are.
+    Rdma,
     /// The store of checkpoints is full for a while.
     Full,
     /// The store of checkpoints cannot be read for a while, and two nodes are killed: a job that goes back wants to read it.

@@ -1,6 +1,7 @@
 //! Two ends and a wire that keeps the order of each direction, as a reliable connection does.
 
 use super::*;
+use crate::codec::tests::joined;
 use crate::rdma::packet::PACKET;
 use proptest::prelude::*;
 
@@ -108,7 +109,7 @@ impl Pair {
     fn take(&mut self, at: usize, effect: Effect) {
         let end = &mut self.ends[at];
         match effect {
-            Effect::Deliver(frame) => end.got.push(frame),
+            Effect::Deliver(frame) => end.got.push(joined(frame)),
             Effect::DeliverSlot(sequence, slot, length, last) => {
                 let bytes = Bytes::from(end.slots[usize::from(slot)].clone());
                 assert_eq!(bytes.len(), length as usize);
@@ -209,6 +210,37 @@ fn credits_come_back() {
         while pair.arrive(0) || pair.arrive(1) {}
     }
     assert_eq!(pair.ends[1].got.len(), 20 * RECEIVES);
+}
+
+/// RD-6.
+#[test]
+fn what_arrives_is_answered_and_answers_are_not() {
+    for immediate in [true, false] {
+        let mut pair = Pair::new(immediate);
+        let settle = |pair: &mut Pair| {
+            while let Some(at) = (0..2).find(|at| pair.cores[*at].is_unanswered()) {
+                pair.cores[at].answer();
+                pair.flush(at);
+                while (0..2).any(|at| pair.arrive(at)) {}
+            }
+        };
+        settle(&mut pair);
+        assert!(pair.cores.iter().all(|core| !core.in_flight()));
+        for lane in Lane::ALL {
+            pair.cores[0].send(Frame::Data { lane, sequence: 0, unit: unit(0, 100) });
+            pair.flush(0);
+            while (0..2).any(|at| pair.arrive(at)) {}
+            assert!(pair.cores[0].in_flight() && pair.cores[1].is_unanswered(), "all has gone, and no answer has come");
+            settle(&mut pair);
+            assert!(pair.cores.iter().all(|core| !core.in_flight() && !core.is_unanswered()));
+        }
+        // Whoever takes nothing now shows that it lives.
+        pair.cores[1].answer();
+        assert_eq!(pair.cores[1].flush(), [Effect::Send(Packet::default())]);
+        assert!(pair.cores[1].in_flight(), "until it has gone");
+        pair.cores[1].sent();
+        assert!(!pair.cores[1].in_flight());
+    }
 }
 
 /// RD-4, RD-5.

@@ -5,23 +5,54 @@
 
 use crate::choice::{Choice, Effect, Event};
 use crate::credentials::{NAME, random};
-use crate::hub::{Hub, SessionHandle};
-use crate::link::{Link, Trial};
-use crate::quic::{self, Greeting, HANDSHAKE, Peer, QuicError, broken, explain};
-use crate::side::{HEAD, Said, SaidError};
+use crate::hub::{Hub, Refusals, SessionHandle};
+use crate::link::Link;
+use crate::quic::{self, HANDSHAKE, Peer, QuicError, broken, explain};
+use crate::side::{GREETING, Greeting, HEAD, Said, SaidError, greeting, greeting_bytes};
 use quinn::{Connection, Endpoint, RecvStream, SendStream, VarInt};
 use std::collections::VecDeque;
 use std::io;
 use std::net::SocketAddr;
 use std::pin::Pin;
-use tokio::sync::mpsc;
+use tokio::sync::{mpsc, oneshot};
 use tokio::time::{Instant, sleep_until, timeout};
 
 /// What the other end said and this one has not looked at.
 const HEARD: usize = 16;
 
-/// A path over RDMA that is being made.
+/// A link over RDMA that is being made.
 type Making = Pin<Box<dyn Future<Output = io::Result<Trial>> + Send + Sync>>;
+
+/// A link over RDMA beside the connection, that is being proven, or in use.
+pub(crate) struct Trial {
+    /// The session's end, until it is taken.
+    pub(crate) link: Option<Link>,
+    /// Comes when the link is proven.
+    pub(crate) proven: Option<oneshot::Receiver<()>>,
+    /// Says that the session will come this way, with the number of the next fragment that this end lacks.
+    pub(crate) begin: Option<oneshot::Sender<u64>>,
+    /// Comes when the link has ended: why.
+    pub(crate) ended: Option<oneshot::Receiver<String>>,
+    /// The device's name.
+    pub(crate) device: String,
+}
+
+impl Trial {
+    /// That it is proven, then that it has ended; each once.
+    pub(crate) async fn event(&mut self) -> Event {
+        if let Some(proven) = &mut self.proven {
+            let is_proven = proven.await.is_ok();
+            self.proven = None;
+            if is_proven {
+                return Event::Proven(self.device.clone());
+            }
+        }
+        let Some(ended) = &mut self.ended else { return std::future::pending().await };
+        let why = ended.await.unwrap_or_else(|_| "its task has ended".to_owned());
+        self.ended = None;
+        Event::Failed(why)
+    }
+}
 
 /// Two streams of a link, before its session takes them.
 struct Streams {
@@ -30,7 +61,7 @@ struct Streams {
 }
 
 /// A connection on which both ends know each other.
-pub(crate) struct Path {
+pub(crate) struct PeerConnection {
     connection: Connection,
     hub: Hub,
     peer: Peer,
@@ -46,7 +77,7 @@ pub(crate) struct Path {
     attempt: u64,
 }
 
-impl Path {
+impl PeerConnection {
     /// Dials, learns who answers, and gives the session its first link.
     pub(crate) async fn dial(hub: &Hub, endpoint: &Endpoint, address: SocketAddr) -> Result<Self, QuicError> {
         let unreachable = |e: &dyn std::fmt::Display| QuicError::Unreachable { address, reason: e.to_string() };
@@ -56,9 +87,9 @@ impl Path {
         say.write_all(&hub.me().to_le_bytes()).await.map_err(|e| broken(&connection, e))?;
         let streams = Streams::open(&connection).await?;
         let peer = read_word(&connection, &mut hear).await?;
-        let mut path = Self::new(hub, connection, peer, (say, hear), true);
-        path.link(streams).await?;
-        Ok(path)
+        let mut this = Self::new(hub, connection, peer, (say, hear), true);
+        this.link(streams).await?;
+        Ok(this)
     }
 
     /// Accepts, learns who dials, and gives the session its first link.
@@ -67,10 +98,10 @@ impl Path {
         let (mut say, mut hear) = connection.accept_bi().await.map_err(|e| explain(address, &e))?;
         let peer = read_word(&connection, &mut hear).await?;
         say.write_all(&hub.me().to_le_bytes()).await.map_err(|e| broken(&connection, e))?;
-        let mut path = Self::new(hub, connection, peer, (say, hear), false);
-        let control = path.connection.accept_bi().await.map_err(|e| explain(address, &e))?;
-        path.accept_link(control).await?;
-        Ok(path)
+        let mut this = Self::new(hub, connection, peer, (say, hear), false);
+        let control = this.connection.accept_bi().await.map_err(|e| explain(address, &e))?;
+        this.accept_link(control).await?;
+        Ok(this)
     }
 
     fn new(hub: &Hub, connection: Connection, peer: Peer, side: (SendStream, RecvStream), dials: bool) -> Self {
@@ -96,11 +127,11 @@ impl Path {
     }
 
     fn ended(&self) -> QuicError {
-        QuicError::Unreachable { address: self.connection.remote_address(), reason: "the session has ended".to_owned() }
+        broken(&self.connection, "the session has ended, or goes over another connection")
     }
 
     fn late(&self) -> QuicError {
-        QuicError::Unreachable { address: self.connection.remote_address(), reason: "no answer".to_owned() }
+        broken(&self.connection, "no answer")
     }
 
     async fn rest(&mut self) -> Result<Greeting, QuicError> {
@@ -124,7 +155,7 @@ impl Path {
         let theirs = read_greeting(&self.connection, &mut streams.control.1).await?;
         let ours = self.rest().await?;
         streams.greet(&self.connection, ours).await?;
-        self.up(streams.into_link(&self.connection), theirs).await
+        self.up(streams.into_link(&self.connection, self.hub.refusals()), theirs).await
     }
 
     /// The other end's.
@@ -142,7 +173,7 @@ impl Path {
         let ours = self.rest().await?;
         streams.greet(&self.connection, ours).await?;
         let theirs = read_greeting(&self.connection, &mut streams.control.1).await?;
-        self.up(streams.into_link(&self.connection), theirs).await
+        self.up(streams.into_link(&self.connection, self.hub.refusals()), theirs).await
     }
 
     /// Chooses the session's way until the connection or the session ends; then the session has no link.
@@ -152,45 +183,52 @@ impl Path {
             tokio::spawn(listen(hear, sender));
         }
         let mut event = Event::Linked;
-        while let Ok(()) = self.on(event).await {
-            match self.next(&mut heard).await {
-                Some(next) => event = next,
-                None => break,
+        let why = loop {
+            let next = async {
+                self.on(event).await?;
+                self.next(&mut heard).await
+            };
+            match next.await {
+                Ok(next) => event = next,
+                Err(why) => break why,
             }
-        }
-        self.connection.close(VarInt::from_u32(0), b"this end of the path has ended");
-        self.hub.on_way_lost(self.peer, self.connection.stable_id());
+        };
+        tracing::debug!(peer = self.peer, %why, "a connection has ended");
+        self.connection.close(VarInt::from_u32(0), b"this end of the connection has ended");
+        self.hub.on_way_lost(self.peer, self.attempt);
         self.session.lost(&self.connection).await;
     }
 
-    /// What happens next; nothing more once the connection is of no use.
-    async fn next(&mut self, heard: &mut mpsc::Receiver<Result<(u32, Said), SaidError>>) -> Option<Event> {
+    /// What happens next. An error: the connection is of no use any more.
+    async fn next(&mut self, heard: &mut mpsc::Receiver<Result<(u32, Said), SaidError>>) -> Result<Event, QuicError> {
+        let connection = self.connection.clone();
+        let closed = || broken(&connection, "the connection has closed");
         loop {
             let at = self.choice.deadline().map(|at| self.began + at);
             let (making, trial) = (&mut self.making, &mut self.trial);
             tokio::select! {
-                _ = self.connection.closed() => return None,
-                () = self.session.ended() => return None,
-                said = heard.recv() => match said? {
-                    Ok((round, said)) => return Some(Event::Said(round, said)),
+                _ = self.connection.closed() => return Err(closed()),
+                () = self.session.ended() => return Err(self.ended()),
+                said = heard.recv() => match said.ok_or_else(closed)? {
+                    Ok((round, said)) => return Ok(Event::Said(round, said)),
                     Err(error) => {
-                        tracing::warn!(peer = %self.connection.remote_address(), %error, "garbage from a member of the job");
-                        return None;
+                        self.hub.refusals().add(quic::garbage(&self.connection, &error));
+                        return Err(broken(&self.connection, error));
                     }
                 },
                 control = self.connection.accept_bi(), if !self.dials => {
-                    self.accept_link(control.ok()?).await.ok()?;
-                    return Some(Event::Linked);
+                    self.accept_link(control.map_err(|_| closed())?).await?;
+                    return Ok(Event::Linked);
                 }
                 made = async { making.as_mut().expect("looked at").await }, if making.is_some() => {
                     self.making = None;
                     match made {
                         Ok(trial) => self.trial = Some(trial),
-                        Err(error) => return Some(Event::Failed(error.to_string())),
+                        Err(error) => return Ok(Event::Failed(error.to_string())),
                     }
                 }
-                event = async { trial.as_mut().expect("looked at").event().await }, if trial.is_some() => return Some(event),
-                () = async { sleep_until(at.expect("looked at")).await }, if at.is_some() => return Some(Event::Tick),
+                event = async { trial.as_mut().expect("looked at").event().await }, if trial.is_some() => return Ok(event),
+                () = async { sleep_until(at.expect("looked at")).await }, if at.is_some() => return Ok(Event::Tick),
             }
         }
     }
@@ -223,7 +261,7 @@ impl Path {
             }
             Effect::Rest => {
                 let greeting = self.rest().await?;
-                // The path may have ended meanwhile: its end says so.
+                // The link may have ended meanwhile: its end says so.
                 if let Some(begin) = self.trial.as_mut().and_then(|trial| trial.begin.take()) {
                     let _ = begin.send(greeting[1]);
                 }
@@ -242,7 +280,7 @@ impl Path {
                 return Ok(Some(Event::Linked));
             }
             Effect::Close => return Err(broken(&self.connection, "no way was found")),
-            Effect::Tell(way) => self.hub.on_way(self.peer, self.connection.stable_id(), way).await,
+            Effect::Tell(way) => self.hub.on_way(self.peer, self.attempt, way).await,
         }
         Ok(None)
     }
@@ -265,12 +303,11 @@ impl Streams {
     }
 
     async fn greet(&mut self, connection: &Connection, greeting: Greeting) -> Result<(), QuicError> {
-        let bytes: Vec<u8> = greeting.iter().flat_map(|w| w.to_le_bytes()).collect();
-        self.control.0.write_all(&bytes).await.map_err(|e| broken(connection, e))
+        self.control.0.write_all(&greeting_bytes(greeting)).await.map_err(|e| broken(connection, e))
     }
 
-    fn into_link(self, connection: &Connection) -> Link {
-        quic::link(connection, self.control, self.bulk)
+    fn into_link(self, connection: &Connection, refusals: &Refusals) -> Link {
+        quic::link(connection, self.control, self.bulk, refusals)
     }
 }
 
@@ -303,11 +340,9 @@ async fn read_word(connection: &Connection, stream: &mut RecvStream) -> Result<u
 }
 
 async fn read_greeting(connection: &Connection, stream: &mut RecvStream) -> Result<Greeting, QuicError> {
-    let mut words = [0; 4];
-    for word in &mut words {
-        *word = read_word(connection, stream).await?;
-    }
-    Ok(words)
+    let mut bytes = [0; GREETING];
+    stream.read_exact(&mut bytes).await.map_err(|e| broken(connection, e))?;
+    Ok(greeting(&bytes))
 }
 
 async fn read_mark(connection: &Connection, stream: &mut RecvStream) -> Result<(), QuicError> {
