@@ -12,7 +12,7 @@ PYTHON := target/python
 TEXT := tokio syn rustls zerocopy chrono time quinn-proto winnow clap_builder ractor tokenizers futures-util proptest \
 	tracing-subscriber rayon
 
-.PHONY: train test rdma kernels conformance precision rate recovery verify bench chaos chaos-full chaos-times chaos-scale \
+.PHONY: train test rdma links kernels conformance precision rate recovery verify bench chaos chaos-full chaos-times chaos-scale \
 	chaos-supervisors chaos-long simulate soak same-logs fuzz gpu-check release setup setup-test \
 	setup-python setup-store setup-peers setup-rdma setup-vm build
 
@@ -23,7 +23,7 @@ train: build
 ## All tests: units, simulation, whole jobs of real processes, and every GPU kernel compiled.
 test: setup-test setup-store setup-rdma kernels
 	cargo build --workspace $(RDMA)
-	cargo nextest run --workspace $(RDMA) -E 'not binary(rdma)'
+	cargo nextest run --workspace $(RDMA) -E 'not binary(rdma) and not test(on_a_device)'
 
 ## Sessions and a job over RDMA, in small machines with devices in software. By itself: an emulated processor wants the cores.
 ## RDMA_ROUNDS: how often the wire between two of them is disturbed over RoCE, and over iWARP.
@@ -31,7 +31,9 @@ RDMA_ROUNDS ?= 5
 rdma: setup-test setup-rdma setup-vm
 	cargo build --workspace $(RDMA)
 	cargo build -p everstep-transport --features rdma --example rdma_check
-	RDMA_ROUNDS=$(RDMA_ROUNDS) cargo nextest run --workspace $(RDMA) -E 'binary(rdma)'
+	tests=$$(cargo test -p everstep-transport --features rdma --lib --no-run --message-format=json | \
+		grep -o '"executable":"[^"]*"' | tail -n 1 | cut -d '"' -f 4) && \
+	RDMA_ROUNDS=$(RDMA_ROUNDS) TRANSPORT_TESTS=$$tests cargo nextest run --workspace $(RDMA) -E 'binary(rdma)'
 
 ## Every kernel of kernels/hopper/ compiled, on any machine: fails where registers go to memory, or where the table is not true.
 kernels: setup setup-python
@@ -70,6 +72,14 @@ precision: build setup-python
 			--set job.lanes=$$3 --set job.micro_batches=$$4 || exit 1; done
 	$(PROGRAM) compare runs/precision-$(NOW)/fp32 runs/precision-$(NOW)/bf16 runs/precision-$(NOW)/bf16-order \
 		runs/precision-$(NOW)/fp8 --picture runs/precision-$(NOW)/precision.svg --mean 0.25 --largest 1
+
+## How fast sessions are: over QUIC beside TCP, on this machine; over RDMA beside perftest, in the small one.
+links: setup-rdma setup-vm
+	cargo build --release -p everstep-actors --features rdma --example link_speed
+	target/release/examples/link_speed
+	target/release/examples/link_speed idle
+	@command -v ib_write_bw >/dev/null || { apt-get update && apt-get install --yes perftest; }
+	cargo run -p everstep-tests --example rdma_rate target/release/examples/link_speed
 
 ## Any bytes into every decoder of what comes from outside, for so long each.
 SECONDS_OF_FUZZ ?= 600

@@ -50,7 +50,9 @@ fn a_stopped_node_is_left_behind_and_rejoins_as_new() -> Result<()> {
 /// C6: an actor's panic gives that actor a new life, and no other.
 #[test]
 fn a_panic_restarts_that_actor_alone() -> Result<()> {
-    let place = Place::new()?;
+    let mut place = Place::new()?;
+    // PA-1: names take long to find, and the node sends its beats meanwhile.
+    place.set_environment(vec![("RUST_BACKTRACE".to_owned(), "1".to_owned())]);
     let training = place.start("run", &["train.steps=900", "checkpoint.every=300"])?;
     training.wait_for_step(20)?;
     let path = training.run.0.display().to_string();

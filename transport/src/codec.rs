@@ -3,7 +3,7 @@
 //! Data: `1`, lane, number (u64), whether it is the last fragment, length (u32), bytes.
 //! Grant: `2`, lane, received (u64), limit (u64). All little-endian.
 
-use crate::message::{FRAGMENT_MAX, Fragment};
+use crate::message::{FRAGMENT_MAX, Fragment, Parts};
 use crate::session::{Frame, Lane};
 use bytes::{BufMut, Bytes, BytesMut};
 use std::mem::take;
@@ -12,7 +12,7 @@ use std::mem::take;
 const DATA_HEAD: usize = 15;
 /// Bytes of a grant, with the kind.
 const GRANT: usize = 18;
-/// Bytes of a payload's part that go with what is before and after them in one piece.
+/// Bytes of a payload's parts that go, or are kept, with what is before and after them in one piece.
 const SHORT: usize = 1024;
 
 /// Bytes that are no frame.
@@ -78,8 +78,11 @@ impl FrameReader {
             if let Some(Payload { missing, unit, .. }) = &mut self.payload {
                 let part = piece.split_to(piece.len().min(*missing));
                 *missing -= part.len();
-                if !part.is_empty() {
-                    unit.parts.push(part);
+                match unit.parts.last_mut() {
+                    // A part may keep a whole datagram: many short ones are not kept.
+                    Some(last) if last.len() + part.len() <= SHORT => *last = [&last[..], &part].concat().into(),
+                    _ if part.is_empty() => {}
+                    _ => unit.parts.push(part),
                 }
                 let whole = self.payload.take_if(|payload| payload.missing == 0);
                 return Ok(whole.map(|Payload { lane, sequence, unit, .. }| Frame::Data { lane, sequence, unit }));
@@ -110,7 +113,7 @@ impl FrameReader {
         if missing > FRAGMENT_MAX {
             return Err(FrameError::TooLong { got: missing });
         }
-        let unit = Fragment { parts: Vec::new(), last: rest[8] != 0 };
+        let unit = Fragment { parts: Parts::new(), last: rest[8] != 0 };
         self.payload = Some(Payload { lane, sequence: number(rest), missing, unit });
         Ok(None)
     }
@@ -152,6 +155,7 @@ pub(crate) fn encode(frames: impl IntoIterator<Item = Frame<Fragment>>) -> Vec<B
 pub(crate) mod tests {
     use super::*;
     use proptest::prelude::*;
+    use smallvec::smallvec;
 
     fn frame() -> impl Strategy<Value = Frame<Fragment>> {
         let lane = || prop::sample::select(&Lane::ALL[..]);
@@ -170,7 +174,7 @@ pub(crate) mod tests {
     pub(crate) fn joined(frame: Frame<Fragment>) -> Frame<Fragment> {
         match frame {
             Frame::Data { lane, sequence, unit } => {
-                let parts = vec![unit.parts.concat().into()];
+                let parts = smallvec![unit.parts.concat().into()];
                 Frame::Data { lane, sequence, unit: Fragment { parts, last: unit.last } }
             }
             grant => grant,
@@ -181,6 +185,9 @@ pub(crate) mod tests {
         let (mut reader, mut frames) = (FrameReader::default(), Vec::new());
         for mut piece in pieces {
             while let Some(frame) = reader.next(&mut piece)? {
+                if let Frame::Data { unit, .. } = &frame {
+                    assert!(unit.parts.len() <= 2 * unit.len() / SHORT + 2, "{} parts", unit.parts.len());
+                }
                 frames.push(joined(frame));
             }
             assert!(piece.is_empty());

@@ -222,7 +222,9 @@ impl Hub {
 
     /// Sends to a peer, now or when there is a link. Never waits.
     pub fn send(&self, peer: Peer, lane: Lane, message: Message) {
-        if let Err(error) = self.session(peer).messages[at(lane)].try_send(message) {
+        let start = || task::start(self, peer);
+        let sent = self.sessions().entry(peer).or_insert_with(start).messages[at(lane)].try_send(message);
+        if let Err(error) = sent {
             let why = match error {
                 TrySendError::Full(_) => format!("{SEND_QUEUE} messages wait for its link"),
                 TrySendError::Closed(_) => "it has ended".to_owned(),

@@ -24,6 +24,7 @@ mod rdma;
 mod rdma;
 mod session;
 mod side;
+mod socket;
 
 pub use calls::{CALL_MAX, Call, Caller};
 pub use choice::Way;
@@ -32,6 +33,6 @@ pub use credentials::{Credentials, CredentialsError};
 pub use disturb::Disturbance;
 pub use hub::{Hub, HubEvent, SEND_QUEUE};
 pub use link::Link;
-pub use message::{Assembler, FRAGMENT_MAX, Fragment, HEADER_MAX, Message, MessageError};
+pub use message::{Assembler, FRAGMENT_MAX, Fragment, HEADER_MAX, Message, MessageError, Parts};
 pub use quic::{LINK_BYTES, Peer, QuicError};
-pub use session::{Frame, Lane, Resume, Session, SessionEffect, SessionError};
+pub use session::{Effects, Frame, Lane, Resume, Session, SessionEffect, SessionError};

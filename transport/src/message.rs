@@ -8,6 +8,7 @@
 //! one `u32` length in words for each, header, regions; all little-endian.
 
 use bytes::{BufMut, Bytes, BytesMut};
+use smallvec::{SmallVec, smallvec};
 use std::sync::Arc;
 
 /// Bytes of a fragment: what one grant of the bulk lane stands for.
@@ -30,11 +31,14 @@ pub struct Message {
     pub regions: Vec<Arc<Vec<f32>>>,
 }
 
+/// Mostly there is one.
+pub type Parts = SmallVec<[Bytes; 1]>;
+
 /// A piece of a message; at most [`FRAGMENT_MAX`] bytes in all parts.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct Fragment {
     /// Slices of the message's memory.
-    pub parts: Vec<Bytes>,
+    pub parts: Parts,
     /// Whether the message ends here.
     pub last: bool,
 }
@@ -67,7 +71,7 @@ impl Message {
     }
 
     /// Cuts the message; copies nothing but a short header.
-    pub fn fragments(self) -> Vec<Fragment> {
+    pub fn fragments(self) -> SmallVec<[Fragment; 1]> {
         let short = self.header.len() <= SHORT;
         let copied = if short { self.header.len() } else { 0 };
         let mut start = BytesMut::with_capacity(8 + 4 * self.regions.len() + copied);
@@ -83,12 +87,12 @@ impl Message {
             self.header
         };
         let regions = self.regions.into_iter().filter(|r| !r.is_empty()).map(|r| Bytes::from_owner(RegionBytes(r)));
-        let mut fragments = vec![Fragment { parts: Vec::new(), last: false }];
+        let mut fragments: SmallVec<[Fragment; 1]> = smallvec![Fragment { parts: Parts::new(), last: false }];
         let mut room = FRAGMENT_MAX;
         for mut piece in [start.freeze(), header].into_iter().chain(regions) {
             while !piece.is_empty() {
                 if room == 0 {
-                    fragments.push(Fragment { parts: Vec::new(), last: false });
+                    fragments.push(Fragment { parts: Parts::new(), last: false });
                     room = FRAGMENT_MAX;
                 }
                 let part = piece.split_to(room.min(piece.len()));
@@ -114,6 +118,12 @@ pub enum MessageError {
         /// What is allowed.
         limit: u64,
     },
+    /// There is no memory for a region.
+    #[error("no memory for {words} words of a message")]
+    NoMemory {
+        /// Its length.
+        words: usize,
+    },
     /// It ends before or after its lengths say.
     #[error("a message of {expected} bytes ended after {got}")]
     WrongLength {
@@ -132,16 +142,23 @@ pub struct Assembler {
     lengths: Option<(usize, Vec<usize>)>,
     header: Vec<u8>,
     regions: Vec<Vec<f32>>,
-    /// Bytes of the regions that came.
-    filled: usize,
-    /// The region that is being filled, and its bytes that came.
-    at: (usize, usize),
+    /// The region that is being filled.
+    at: usize,
+    /// Bytes of its next word that came.
+    word: ([u8; 4], usize),
     total: u64,
 }
 
 impl Assembler {
     /// Takes the next fragment; gives the message that it completes.
     pub fn push(&mut self, fragment: &Fragment) -> Result<Option<Message>, MessageError> {
+        if self.total == 0
+            && fragment.last
+            && let [part] = &fragment.parts[..]
+            && let Some(message) = small(part)
+        {
+            return Ok(Some(message));
+        }
         for part in &fragment.parts {
             self.total += part.len() as u64;
             self.take(part)?;
@@ -176,9 +193,8 @@ impl Assembler {
         Ok(())
     }
 
-    fn word(&self, at: usize) -> usize {
-        let bytes = self.start[4 * at..].first_chunk().expect("the start is that long");
-        u32::from_le_bytes(*bytes) as usize
+    fn length(&self, at: usize) -> usize {
+        number(&self.start[4 * at..])
     }
 
     /// Bytes of the start, as far as they are known.
@@ -186,7 +202,7 @@ impl Assembler {
         if self.start.len() < 8 {
             return Ok(8);
         }
-        let (header, regions) = (self.word(0), self.word(1));
+        let (header, regions) = (self.length(0), self.length(1));
         let limit = |what, got: usize, limit: usize| {
             if got <= limit {
                 Ok(())
@@ -203,13 +219,13 @@ impl Assembler {
         if self.start.len() < 8 || self.start.len() < self.start_wanted()? {
             return Ok(());
         }
-        let regions: Vec<usize> = (0..self.word(1)).map(|r| self.word(2 + r)).collect();
+        let regions: Vec<usize> = (0..self.length(1)).map(|r| self.length(2 + r)).collect();
         let words = regions.iter().map(|r| *r as u64).sum::<u64>();
         if words > WORDS_MAX {
             return Err(MessageError::TooLarge { what: "regions", got: words, limit: WORDS_MAX });
         }
         self.regions = regions.iter().map(|_| Vec::new()).collect();
-        self.lengths = Some((self.word(0), regions));
+        self.lengths = Some((self.length(0), regions));
         Ok(())
     }
 
@@ -221,24 +237,53 @@ impl Assembler {
             self.header.extend_from_slice(&part[..take]);
             return Ok(&part[take..]);
         }
-        while self.at.0 < lengths.len() && self.at.1 == 4 * lengths[self.at.0] {
-            self.at = (self.at.0 + 1, 0);
+        while self.at < lengths.len() && self.regions[self.at].len() == lengths[self.at] {
+            self.at += 1;
         }
-        let Some(words) = lengths.get(self.at.0).copied() else {
+        let Some(words) = lengths.get(self.at).copied() else {
             return Err(MessageError::WrongLength { expected: self.total - part.len() as u64, got: self.total });
         };
-        let region = &mut self.regions[self.at.0];
-        if region.is_empty() {
+        let region = &mut self.regions[self.at];
+        if region.capacity() == 0 {
             // Memory is taken when the first byte comes: a claim alone costs nothing.
-            region.resize(words, 0.0);
+            region.try_reserve_exact(words).map_err(|_| MessageError::NoMemory { words })?;
         }
-        let bytes: &mut [u8] = bytemuck::cast_slice_mut(region);
-        let take = (bytes.len() - self.at.1).min(part.len());
-        bytes[self.at.1..][..take].copy_from_slice(&part[..take]);
-        self.at.1 += take;
-        self.filled += take;
-        Ok(&part[take..])
+        let missing = 4 * (words - region.len()) - self.word.1;
+        let (bytes, rest) = part.split_at(missing.min(part.len()));
+        append(region, &mut self.word, bytes);
+        Ok(rest)
     }
+}
+
+/// A message that is one short piece, without regions: what most are.
+fn small(part: &Bytes) -> Option<Message> {
+    let header = part.get(8..).filter(|h| h.len() <= SHORT && h.len() == number(part) && number(&part[4..]) == 0)?;
+    // A copy: the piece may be a small part of much memory.
+    Some(Message::small(Bytes::copy_from_slice(header)))
+}
+
+fn number(bytes: &[u8]) -> usize {
+    u32::from_le_bytes(*bytes.first_chunk().expect("four bytes")) as usize
+}
+
+/// Appends bytes of words, and keeps those of a word that is not whole.
+fn append(words: &mut Vec<f32>, (begun, have): &mut ([u8; 4], usize), mut bytes: &[u8]) {
+    if *have > 0 {
+        let (first, rest) = bytes.split_at(bytes.len().min(4 - *have));
+        begun[*have..][..first.len()].copy_from_slice(first);
+        (*have, bytes) = (*have + first.len(), rest);
+        if *have < 4 {
+            return;
+        }
+        words.push(f32::from_le_bytes(*begun));
+    }
+    let (whole, rest) = bytes.as_chunks::<4>();
+    match bytemuck::try_cast_slice(whole) {
+        Ok(whole) => words.extend_from_slice(whole),
+        Err(_) => words.extend(whole.iter().map(|word| f32::from_le_bytes(*word))),
+    }
+    begun[..rest.len()].copy_from_slice(rest);
+    *have = rest.len();
 }
 
 #[cfg(test)]
@@ -246,13 +291,16 @@ mod tests {
     use super::*;
     use proptest::prelude::*;
 
-    fn pass(message: Message) -> Message {
+    /// Through fragments whose parts come in pieces of so many bytes.
+    fn pass(message: Message, cut: usize) -> Message {
         let mut assembler = Assembler::default();
         let fragments = message.fragments();
         let n = fragments.len();
         for (i, fragment) in fragments.iter().enumerate() {
             assert!(fragment.len() <= FRAGMENT_MAX);
-            match assembler.push(fragment).unwrap() {
+            let pieces = |part: &Bytes| part.chunks(cut).map(Bytes::copy_from_slice).collect::<Vec<_>>();
+            let cut = Fragment { parts: fragment.parts.iter().flat_map(pieces).collect(), last: fragment.last };
+            match assembler.push(&cut).unwrap() {
                 Some(done) if i + 1 == n => return done,
                 None if i + 1 < n => {}
                 other => panic!("{other:?} at {i} of {n}"),
@@ -270,7 +318,9 @@ mod tests {
                     header: (0..header).map(|i| i as u8).collect(),
                     regions: lengths.iter().enumerate().map(region).collect(),
                 };
-                assert_eq!(pass(message.clone()), message);
+                for cut in [5, 1001, usize::MAX] {
+                    assert_eq!(pass(message.clone(), cut), message);
+                }
             }
         }
     }
@@ -281,8 +331,8 @@ mod tests {
         fn garbage_is_an_error(bytes in prop::collection::vec(any::<u8>(), 0..200), cut in 0usize..200) {
             let cut = cut.min(bytes.len());
             let mut assembler = Assembler::default();
-            let first = Fragment { parts: vec![Bytes::copy_from_slice(&bytes[..cut])], last: false };
-            let second = Fragment { parts: vec![Bytes::copy_from_slice(&bytes[cut..])], last: true };
+            let first = Fragment { parts: smallvec![Bytes::copy_from_slice(&bytes[..cut])], last: false };
+            let second = Fragment { parts: smallvec![Bytes::copy_from_slice(&bytes[cut..])], last: true };
             let _ = assembler.push(&first).and_then(|_| assembler.push(&second));
         }
     }

@@ -11,11 +11,12 @@ use crate::hub::Refusals;
 use crate::link::{Link, QUEUE};
 use crate::message::Fragment;
 use crate::session::Frame;
+use crate::socket;
 use bytes::Bytes;
 use quinn::crypto::rustls::{HandshakeData, QuicClientConfig, QuicServerConfig};
 use quinn::{
-    Connection, ConnectionId, ConnectionIdGenerator, Endpoint, EndpointConfig, IdleTimeout, RecvStream, Runtime,
-    SendStream, TransportConfig, VarInt,
+    AckFrequencyConfig, Connection, ConnectionId, ConnectionIdGenerator, Endpoint, EndpointConfig, IdleTimeout,
+    MtuDiscoveryConfig, RecvStream, SendStream, TransportConfig, VarInt,
 };
 use std::net::SocketAddr;
 use std::sync::Arc;
@@ -34,8 +35,11 @@ const STREAMS: u32 = 16;
 /// A connection without a sign of life for so long is broken.
 const IDLE: Duration = Duration::from_millis(500);
 const KEEP_ALIVE: Duration = Duration::from_millis(100);
+/// Packets that one acknowledgement is for, while they come fast.
+const ACKNOWLEDGED: u32 = 8;
 /// Frames that are written, or pieces that are read, with one look at a stream.
-const BATCH: usize = 64;
+const WRITTEN: usize = 256;
+const READ: usize = 64;
 /// A handshake must be over by then.
 pub(crate) const HANDSHAKE: Duration = Duration::from_secs(3);
 
@@ -84,10 +88,18 @@ pub enum QuicError {
     },
 }
 
-fn transport() -> Arc<TransportConfig> {
+/// Of one end: whoever dials gives signs of life, and takes the answers for the other's.
+fn transport(dials: bool) -> Arc<TransportConfig> {
     let mut config = TransportConfig::default();
+    // What the path and the peer take is found out, beginning with what any network takes.
+    let mut search = MtuDiscoveryConfig::default();
+    search.upper_bound(u16::MAX);
+    config.mtu_discovery_config(Some(search));
+    let mut acknowledge = AckFrequencyConfig::default();
+    acknowledge.ack_eliciting_threshold(VarInt::from_u32(ACKNOWLEDGED));
+    config.ack_frequency_config(Some(acknowledge));
     let idle = IdleTimeout::try_from(IDLE).expect("half a second is a valid time-out");
-    config.max_idle_timeout(Some(idle)).keep_alive_interval(Some(KEEP_ALIVE));
+    config.max_idle_timeout(Some(idle)).keep_alive_interval(dials.then_some(KEEP_ALIVE));
     config.stream_receive_window(VarInt::from_u32(STREAM_WINDOW)).receive_window(VarInt::from_u32(64 << 20));
     config.send_window(64 << 20).max_concurrent_bidi_streams(VarInt::from_u32(STREAMS));
     Arc::new(config)
@@ -96,11 +108,12 @@ fn transport() -> Arc<TransportConfig> {
 /// Every process of a job makes the same stateless-reset tokens (RFC 9000, section 10.3) from the job's
 /// key. So the next life of a process on a port tells peers of the last one at their first packet that
 /// the connection is gone; they need not wait for its time-out.
-fn endpoint_config(credentials: &Credentials) -> EndpointConfig {
+fn endpoint_config(credentials: &Credentials, datagram: u16) -> EndpointConfig {
     let secret = ring::digest::digest(&ring::digest::SHA256, credentials.key.secret_der());
     let key = ring::hmac::Key::new(ring::hmac::HMAC_SHA256, secret.as_ref());
     let mut config = EndpointConfig::new(Arc::new(key));
     config.cid_generator(|| Box::new(RandomIds));
+    config.max_udp_payload_size(datagram).expect("more than 1200 bytes");
     config
 }
 
@@ -130,6 +143,13 @@ pub(crate) fn is_for_calls(connection: &Connection) -> bool {
     data.is_some_and(|data| data.protocol.as_deref() == Some(CALLS))
 }
 
+/// AES with keys of 128 bits: no other is as fast with the processor's own instructions.
+fn cipher() -> rustls::crypto::CryptoProvider {
+    let mut provider = rustls::crypto::ring::default_provider();
+    provider.cipher_suites.retain(|suite| suite.suite() == rustls::CipherSuite::TLS13_AES_128_GCM_SHA256);
+    provider
+}
+
 /// Opens an endpoint that accepts and dials members of the job: for sessions, unless a connection is made with the
 /// configuration for calls, which is given beside it.
 pub(crate) fn open(
@@ -138,7 +158,7 @@ pub(crate) fn open(
     disturbances: Disturbances,
 ) -> Result<(Endpoint, quinn::ClientConfig), QuicError> {
     let tls = |e: &dyn std::fmt::Display| QuicError::Tls(e.to_string());
-    let provider = Arc::new(rustls::crypto::ring::default_provider());
+    let provider = Arc::new(cipher());
     let mut roots = rustls::RootCertStore::empty();
     roots.add(credentials.authority.clone()).map_err(|e| tls(&e))?;
     let roots = Arc::new(roots);
@@ -163,23 +183,23 @@ pub(crate) fn open(
     client.alpn_protocols = vec![PROTOCOL.to_vec()];
     let mut server =
         quinn::ServerConfig::with_crypto(Arc::new(QuicServerConfig::try_from(server).map_err(|e| tls(&e))?));
-    server.transport_config(transport());
+    server.transport_config(transport(false));
     let dialler = |tls_config| -> Result<_, QuicError> {
         let mut config =
             quinn::ClientConfig::new(Arc::new(QuicClientConfig::try_from(tls_config).map_err(|e| tls(&e))?));
-        config.transport_config(transport());
+        config.transport_config(transport(true));
         Ok(config)
     };
     let mut caller = client.clone();
     caller.alpn_protocols = vec![CALLS.to_vec()];
     let (client, caller) = (dialler(client)?, dialler(caller)?);
     let bind_error = |source| QuicError::Bind { address: bind, source };
-    let socket = std::net::UdpSocket::bind(bind).map_err(bind_error)?;
     let runtime = Arc::new(quinn::TokioRuntime);
-    let inner = runtime.wrap_udp_socket(socket).map_err(bind_error)?;
+    let (inner, datagram) = socket::open(bind, &*runtime).map_err(bind_error)?;
     let socket = Arc::new(DisturbedSocket { inner, disturbances });
-    let mut endpoint = Endpoint::new_with_abstract_socket(endpoint_config(credentials), Some(server), socket, runtime)
-        .map_err(bind_error)?;
+    let mut endpoint =
+        Endpoint::new_with_abstract_socket(endpoint_config(credentials, datagram), Some(server), socket, runtime)
+            .map_err(bind_error)?;
     endpoint.set_default_client_config(client);
     Ok((endpoint, caller))
 }
@@ -234,8 +254,8 @@ pub(crate) fn link(
 }
 
 async fn write(mut stream: SendStream, mut queue: mpsc::Receiver<Frame<Fragment>>) {
-    let mut frames = Vec::with_capacity(BATCH);
-    while queue.recv_many(&mut frames, BATCH).await > 0 {
+    let mut frames = Vec::with_capacity(WRITTEN);
+    while queue.recv_many(&mut frames, WRITTEN).await > 0 {
         let mut pieces = codec::encode(frames.drain(..));
         if stream.write_all_chunks(&mut pieces).await.is_err() {
             return;
@@ -251,7 +271,7 @@ async fn read(
     arrived: mpsc::Sender<Frame<Fragment>>,
     refusals: Refusals,
 ) {
-    let (mut reader, mut pieces) = (FrameReader::default(), [const { Bytes::new() }; BATCH]);
+    let (mut reader, mut pieces) = (FrameReader::default(), [const { Bytes::new() }; READ]);
     while let Ok(Some(count)) = stream.read_chunks(&mut pieces).await {
         for piece in &mut pieces[..count] {
             let mut piece = std::mem::take(piece);

@@ -8,6 +8,7 @@
 //!   grants of its own.
 //! - SE-4: a frame that no correct peer sends (a gap, a grant that shrinks) ends the link.
 
+use smallvec::{SmallVec, smallvec};
 use std::collections::VecDeque;
 
 /// Which of a session's two streams of units.
@@ -73,6 +74,9 @@ pub enum SessionEffect<U> {
     /// Hand to the receiver, which calls [`Session::consumed`] when it has taken it.
     Deliver(Lane, U),
 }
+
+/// In order. Mostly there is one.
+pub type Effects<U> = SmallVec<[SessionEffect<U>; 1]>;
 
 /// The peer broke the protocol.
 #[derive(Debug, Clone, PartialEq, Eq, thiserror::Error)]
@@ -187,14 +191,14 @@ impl<U: Clone> Session<U> {
     }
 
     /// Sends a unit.
-    pub fn send(&mut self, lane: Lane, unit: U) -> Vec<SessionEffect<U>> {
+    pub fn send(&mut self, lane: Lane, unit: U) -> Effects<U> {
         self.lanes[lane.at()].kept.push_back(unit);
         self.flush(lane)
     }
 
-    fn flush(&mut self, lane: Lane) -> Vec<SessionEffect<U>> {
+    fn flush(&mut self, lane: Lane) -> Effects<U> {
         let state = &mut self.lanes[lane.at()];
-        let mut effects = Vec::new();
+        let mut effects = Effects::new();
         while self.linked && state.next < state.end().min(state.limit) {
             let unit = state.kept[(state.next - state.first) as usize].clone();
             effects.push(SessionEffect::Transmit(Frame::Data { lane, sequence: state.next, unit }));
@@ -203,16 +207,16 @@ impl<U: Clone> Session<U> {
         effects
     }
 
-    fn grant(&mut self, lane: Lane) -> SessionEffect<U> {
+    fn grant(&mut self, lane: Lane) -> Frame<U> {
         let state = &mut self.lanes[lane.at()];
         state.granted = state.consumed + lane.window();
-        SessionEffect::Transmit(Frame::Grant { lane, received: state.received, limit: state.granted })
+        Frame::Grant { lane, received: state.received, limit: state.granted }
     }
 
     /// A link is there and the peer has told what it has.
-    pub fn link_up(&mut self, peer: Resume) -> Result<Vec<SessionEffect<U>>, SessionError> {
+    pub fn link_up(&mut self, peer: Resume) -> Result<Effects<U>, SessionError> {
         self.linked = true;
-        let mut effects = Vec::new();
+        let mut effects = Effects::new();
         for lane in Lane::ALL {
             let received = peer[lane.at()];
             if self.forgetful {
@@ -227,7 +231,7 @@ impl<U: Clone> Session<U> {
                 return Err(SessionError::Gap { lane, expected: state.first, got: received });
             }
             state.next = received;
-            effects.push(self.grant(lane));
+            effects.push(SessionEffect::Transmit(self.grant(lane)));
             effects.extend(self.flush(lane));
         }
         Ok(effects)
@@ -239,7 +243,7 @@ impl<U: Clone> Session<U> {
     }
 
     /// A frame came over the present link.
-    pub fn on_frame(&mut self, frame: Frame<U>) -> Result<Vec<SessionEffect<U>>, SessionError> {
+    pub fn on_frame(&mut self, frame: Frame<U>) -> Result<Effects<U>, SessionError> {
         match frame {
             Frame::Grant { lane, received, limit } => {
                 let state = &mut self.lanes[lane.at()];
@@ -256,20 +260,20 @@ impl<U: Clone> Session<U> {
                     return Err(SessionError::Gap { lane, expected: state.received, got: sequence });
                 }
                 if sequence < state.received {
-                    return Ok(Vec::new());
+                    return Ok(Effects::new());
                 }
                 state.received += 1;
-                Ok(vec![SessionEffect::Deliver(lane, unit)])
+                Ok(smallvec![SessionEffect::Deliver(lane, unit)])
             }
         }
     }
 
-    /// The receiver took a unit. Grants more once a quarter of the window is taken.
-    pub fn consumed(&mut self, lane: Lane) -> Vec<SessionEffect<U>> {
+    /// The receiver took a unit. Grants more, with a frame to send, once a quarter of the window is taken.
+    pub fn consumed(&mut self, lane: Lane) -> Option<Frame<U>> {
         let state = &mut self.lanes[lane.at()];
         state.consumed += 1;
         let due = state.consumed + lane.window() - state.granted >= lane.window() / 4;
-        if due && self.linked { vec![self.grant(lane)] } else { Vec::new() }
+        (due && self.linked).then(|| self.grant(lane))
     }
 }
 
@@ -299,7 +303,7 @@ mod tests {
             pair
         }
 
-        fn take(&mut self, end: usize, effects: Vec<SessionEffect<u32>>) {
+        fn take(&mut self, end: usize, effects: Effects<u32>) {
             for effect in effects {
                 match effect {
                     SessionEffect::Transmit(frame) => self.wires[end].push_back(frame),
@@ -330,8 +334,8 @@ mod tests {
         fn consume(&mut self, end: usize) -> bool {
             let Some((lane, unit)) = self.waiting[end].pop_front() else { return false };
             self.got[end].push((lane, unit));
-            let effects = self.ends[end].consumed(lane);
-            self.take(end, effects);
+            let frame = self.ends[end].consumed(lane);
+            self.wires[end].extend(frame);
             true
         }
 

@@ -6,7 +6,7 @@ use super::world::{SimEvent, World};
 use crate::plant::{Bug, planted};
 use crate::root::RootEvent;
 use crate::wire::Unit;
-use everstep_transport::{Frame, Session, SessionEffect};
+use everstep_transport::{Effects, Frame, Session, SessionEffect};
 
 /// Microseconds after which a link that is silent breaks.
 const IDLE: u64 = 500_000;
@@ -100,20 +100,15 @@ impl World {
     }
 
     /// Carries out what the session that `owner` has with `peer` asks for.
-    pub(super) fn sessioned(
-        &mut self,
-        owner: Life,
-        peer: Life,
-        effects: Vec<SessionEffect<Unit>>,
-    ) -> Result<(), Broken> {
+    pub(super) fn sessioned(&mut self, owner: Life, peer: Life, effects: Effects<Unit>) -> Result<(), Broken> {
         for effect in effects {
             match effect {
                 SessionEffect::Transmit(frame) => self.fly(owner, peer, frame),
                 SessionEffect::Deliver(lane, unit) => {
                     self.receive(owner, peer, unit)?;
                     if self.alive(owner) {
-                        let effects = self.session(owner, peer).consumed(lane);
-                        self.sessioned(owner, peer, effects)?;
+                        let grant = self.session(owner, peer).consumed(lane);
+                        grant.into_iter().for_each(|frame| self.fly(owner, peer, frame));
                     }
                 }
             }

@@ -10,7 +10,7 @@ libfuzzer_sys::fuzz_target!(|bytes: &[u8]| {
     let mut pieces = bytes.chunks(usize::from(*cut) + 1).map(Bytes::copy_from_slice).peekable();
     let mut assembler = Assembler::default();
     while let Some(piece) = pieces.next() {
-        let fragment = Fragment { parts: vec![piece], last: pieces.peek().is_none() };
+        let fragment = Fragment { parts: [piece].into(), last: pieces.peek().is_none() };
         match assembler.push(&fragment) {
             Ok(None) => {}
             Ok(Some(message)) => {

@@ -11,6 +11,7 @@ mod fingerprint;
 mod generate;
 mod hf;
 mod launcher;
+mod panics;
 mod plan;
 mod progress;
 mod recoveries;
@@ -27,7 +28,6 @@ use everstep_actors::{
     ActorId, AdminRequest, Config, NodeEnd, NodeId, NodeOptions, RunFolder, Seat, SupervisorEnd, SupervisorOptions,
 };
 use launcher::{End, Launcher};
-use std::backtrace::{Backtrace, BacktraceStatus};
 use std::io::Write;
 use std::net::SocketAddr;
 use std::os::unix::process::CommandExt;
@@ -197,7 +197,7 @@ fn main() -> ExitCode {
     let filter = tracing_subscriber::EnvFilter::try_from_default_env().unwrap_or_else(|_| "warn,openraft=off".into());
     let log = tracing_subscriber::fmt().with_env_filter(filter).with_writer(std::io::stderr);
     log.log_internal_errors(false).init();
-    say_panics();
+    panics::say();
     let child =
         matches!(cli.command, Command::Supervisor { parent: Some(_), .. } | Command::Node { parent: Some(_), .. });
     match run(cli.command) {
@@ -289,30 +289,6 @@ fn run(command: Command) -> Result<ExitCode> {
         }
         Command::Files(command) => files::run(command),
     }
-}
-
-/// A panic says what and where at once; its backtrace, if one is wanted, comes from a thread of its own. To find the names of
-/// its functions takes longer than a node may be silent, and the thread that panics may be the one that sends beats.
-fn say_panics() {
-    std::panic::set_hook(Box::new(|info| {
-        let thread = std::thread::current();
-        // Not `eprintln`: a panic in here would end the process.
-        let _ = writeln!(std::io::stderr(), "thread '{}' {info}", thread.name().unwrap_or("without a name"));
-        let backtrace = Backtrace::capture();
-        if backtrace.status() != BacktraceStatus::Captured {
-            return;
-        }
-        let say = move || {
-            let _ = writeln!(std::io::stderr(), "{backtrace}");
-        };
-        // The main thread's panic ends the process: nobody waits for it, and another thread might not finish.
-        if thread.name() == Some("main") {
-            say();
-        } else {
-            // Without that thread there are the words before.
-            let _ = std::thread::Builder::new().name("backtrace".to_owned()).spawn(say);
-        }
-    }));
 }
 
 /// What is shown of a model at the end of its training.

@@ -5,11 +5,13 @@ use crate::credentials::random;
 use crate::link::{Link, TransmitError};
 use crate::message::{Assembler, Fragment, Message};
 use crate::quic::Peer;
-use crate::session::{Lane, Session, SessionEffect};
+use crate::session::{Effects, Frame, Lane, Session, SessionEffect};
 use crate::side::Greeting;
 use quinn::{Connection, VarInt};
 use tokio::sync::{mpsc, oneshot, watch};
 
+/// Frames, or messages of a lane, between two looks at what else there is.
+const BATCH: usize = 64;
 /// Links that may wait to be taken by a session.
 const LINK_QUEUE: usize = 16;
 
@@ -136,10 +138,7 @@ impl SessionTask {
                 // Frames first: they bring the grants that sending waits for. Then what must not wait.
                 biased;
                 frame = incoming => match frame {
-                    Some(frame) => match self.session.on_frame(frame) {
-                        Ok(effects) => self.perform(effects).await,
-                        Err(error) => Err(error.to_string()),
-                    },
+                    Some(frame) => self.frames(frame).await,
                     None => {
                         self.on_link_end().await;
                         Ok(())
@@ -149,8 +148,8 @@ impl SessionTask {
                     Some(command) => self.command(command).await,
                     None => return,
                 },
-                Some(message) = control.recv(), if room[0] => self.send(Lane::Control, message).await,
-                Some(message) = bulk.recv(), if room[1] => self.send(Lane::Bulk, message).await,
+                Some(message) = control.recv(), if room[0] => self.messages(Lane::Control, message, &mut control).await,
+                Some(message) = bulk.recv(), if room[1] => self.messages(Lane::Bulk, message, &mut bulk).await,
             };
             if let Err(reason) = result {
                 self.hub.close(self.peer);
@@ -158,6 +157,35 @@ impl SessionTask {
                 return;
             }
         }
+    }
+
+    /// Takes a frame, and some of those that came behind it.
+    async fn frames(&mut self, first: Frame<Fragment>) -> Result<(), String> {
+        let (mut next, mut left) = (Some(first), BATCH);
+        while let Some(frame) = next {
+            let effects = self.session.on_frame(frame).map_err(|error| error.to_string())?;
+            self.perform(effects).await?;
+            left -= 1;
+            next = self.link.as_mut().filter(|_| left > 0).and_then(|link| link.incoming.try_recv().ok());
+        }
+        Ok(())
+    }
+
+    /// Sends a message, and some of those that wait behind it.
+    async fn messages(
+        &mut self,
+        lane: Lane,
+        first: Message,
+        queue: &mut mpsc::Receiver<Message>,
+    ) -> Result<(), String> {
+        let (mut next, mut left) = (Some(first), BATCH);
+        while let Some(message) = next {
+            self.send(lane, message).await?;
+            left -= 1;
+            let room = left > 0 && self.session.has_room(lane);
+            next = if room { queue.try_recv().ok() } else { None };
+        }
+        Ok(())
     }
 
     async fn send(&mut self, lane: Lane, message: Message) -> Result<(), String> {
@@ -233,18 +261,10 @@ impl SessionTask {
         }
     }
 
-    async fn perform(&mut self, effects: Vec<SessionEffect<Fragment>>) -> Result<(), String> {
-        let mut queue = std::collections::VecDeque::from(effects);
-        while let Some(effect) = queue.pop_front() {
+    async fn perform(&mut self, effects: Effects<Fragment>) -> Result<(), String> {
+        for effect in effects {
             match effect {
-                SessionEffect::Transmit(frame) => {
-                    match self.link.as_ref().map_or(Ok(()), |link| link.transmit(frame)) {
-                        Ok(()) => {}
-                        Err(TransmitError::Closed) => self.on_link_end().await,
-                        // More waits than the windows allow.
-                        Err(TransmitError::Full) => self.lose().await,
-                    }
-                }
+                SessionEffect::Transmit(frame) => self.transmit(frame).await,
                 SessionEffect::Deliver(lane, fragment) => {
                     let message = self.assemblers[at(lane)].push(&fragment).map_err(|e| e.to_string())?;
                     if let Some(message) = message
@@ -252,10 +272,21 @@ impl SessionTask {
                     {
                         return Err("the process takes no more messages".to_owned());
                     }
-                    queue.extend(self.session.consumed(lane));
+                    if let Some(grant) = self.session.consumed(lane) {
+                        self.transmit(grant).await;
+                    }
                 }
             }
         }
         Ok(())
+    }
+
+    async fn transmit(&mut self, frame: Frame<Fragment>) {
+        match self.link.as_ref().map_or(Ok(()), |link| link.transmit(frame)) {
+            Ok(()) => {}
+            Err(TransmitError::Closed) => self.on_link_end().await,
+            // More waits than the windows allow.
+            Err(TransmitError::Full) => self.lose().await,
+        }
     }
 }

@@ -148,22 +148,22 @@ async fn bits_that_flip_on_the_wire_change_nothing() {
     tokio::spawn(async move { while a_events.recv().await.is_some() {} });
     let garbled = Arc::new(AtomicU64::new(0));
     let (count, mut n) = (Arc::clone(&garbled), 0usize);
-    let flip_one_of_twenty = move |_, bytes: &mut [u8]| {
+    let flip_one_of_ten = move |_, bytes: &mut [u8]| {
         n += 1;
-        if n.is_multiple_of(20) {
+        if n.is_multiple_of(10) {
             bytes[n % bytes.len()] ^= 1 << (n % 8);
             count.fetch_add(1, Ordering::Relaxed);
         }
     };
-    a.keep(2, relay(b.address().unwrap(), flip_one_of_twenty).await);
+    a.keep(2, relay(b.address().unwrap(), flip_one_of_ten).await);
     for n in 0..100u32 {
-        let region = Arc::new((0..50_000).map(|i| (n * 50_000 + i) as f32).collect::<Vec<f32>>());
+        let region = Arc::new((0..250_000).map(|i| (n * 250_000 + i) as f32).collect::<Vec<f32>>());
         a.send(2, Lane::Bulk, Message { header: n.to_le_bytes().to_vec().into(), regions: vec![region] });
     }
     for n in 0..100u32 {
         let message = next_message(&mut b_events).await;
         assert_eq!(message.header[..], n.to_le_bytes());
-        assert!(message.regions[0].iter().enumerate().all(|(i, x)| *x == (n * 50_000 + i as u32) as f32));
+        assert!(message.regions[0].iter().enumerate().all(|(i, x)| *x == (n * 250_000 + i as u32) as f32));
     }
     assert!(garbled.load(Ordering::Relaxed) > 100);
 }

@@ -13,6 +13,7 @@ use crate::message::{FRAGMENT_MAX, Fragment};
 use crate::session::{Frame, Lane};
 use crate::side::Token;
 use bytes::Bytes;
+use smallvec::smallvec;
 use std::collections::{BTreeSet, VecDeque};
 use std::io;
 use std::time::Duration;
@@ -274,7 +275,7 @@ impl Driver {
                 self.pair.write(grant, fragment.parts, word)?;
             }
             Effect::Probe(grant, word) => {
-                let number = self.pair.write(grant, vec![self.probe.clone()], word)?;
+                let number = self.pair.write(grant, smallvec![self.probe.clone()], word)?;
                 self.probes.insert(number);
             }
             Effect::Check(slot, length) => {
@@ -290,7 +291,7 @@ impl Driver {
             Effect::DeliverSlot(sequence, slot, length, last) => {
                 let memory = Some(self.revoke(slot)?);
                 let written = Written { memory, slot, length: length as usize, back: self.back.clone() };
-                let unit = Fragment { parts: vec![Bytes::from_owner(written)], last };
+                let unit = Fragment { parts: smallvec![Bytes::from_owner(written)], last };
                 self.waiting.push_back(Frame::Data { lane: Lane::Bulk, sequence, unit });
             }
             Effect::Proven => {

@@ -7,6 +7,8 @@
 //! [`protocol`] decides, [`packet`] is what its decisions are as bytes, [`link`] carries them out, [`sys`] calls the libraries.
 
 mod link;
+#[cfg(test)]
+mod on_a_device;
 mod packet;
 mod protocol;
 mod sys;

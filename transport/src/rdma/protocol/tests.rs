@@ -4,6 +4,7 @@ use super::*;
 use crate::codec::tests::joined;
 use crate::rdma::packet::PACKET;
 use proptest::prelude::*;
+use smallvec::smallvec;
 
 /// What is on its way.
 enum Wire {
@@ -113,7 +114,7 @@ impl Pair {
             Effect::DeliverSlot(sequence, slot, length, last) => {
                 let bytes = Bytes::from(end.slots[usize::from(slot)].clone());
                 assert_eq!(bytes.len(), length as usize);
-                let unit = Fragment { parts: vec![bytes], last };
+                let unit = Fragment { parts: smallvec![bytes], last };
                 end.got.push(Frame::Data { lane: Lane::Bulk, sequence, unit });
                 end.held.push(slot);
             }
@@ -145,7 +146,7 @@ impl Pair {
 }
 
 fn unit(n: usize, length: usize) -> Fragment {
-    Fragment { parts: vec![Bytes::from(vec![n as u8; length])], last: n.is_multiple_of(3) }
+    Fragment { parts: smallvec![Bytes::from(vec![n as u8; length])], last: n.is_multiple_of(3) }
 }
 
 proptest! {

@@ -3,6 +3,7 @@
 use super::cm::CmId;
 use super::memory::{Domain, Granted, Key, Lent, Memory};
 use super::{Watch, checked, nonblocking, pointer};
+use crate::message::Parts;
 use crate::rdma::packet::{PACKET, SlotGrant};
 use crate::rdma::protocol::{PACKETS, RECEIVES, WRITES};
 use bytes::{Bytes, BytesMut};
@@ -195,7 +196,7 @@ impl QueuePair {
     }
 
     /// Writes parts one after another to a slot, with a word if there is one; gives the write's number. Long parts are lent, not copied.
-    pub(in crate::rdma) fn write(&mut self, to: SlotGrant, parts: Vec<Bytes>, word: Option<u32>) -> io::Result<u64> {
+    pub(in crate::rdma) fn write(&mut self, to: SlotGrant, parts: Parts, word: Option<u32>) -> io::Result<u64> {
         let parts = joined(parts, self.sge_max);
         let lent: Vec<Lent> = parts.into_iter().map(|p| Lent::new(&self.domain, p)).collect::<io::Result<_>>()?;
         let at =
@@ -293,7 +294,7 @@ fn outcome(completion: &ibv_wc) -> Result<Done, String> {
 }
 
 /// Joins neighbours that are short, and all from where a device takes no more.
-fn joined(parts: Vec<Bytes>, most: usize) -> Vec<Bytes> {
+fn joined(parts: Parts, most: usize) -> Vec<Bytes> {
     let (mut joined, mut short) = (Vec::<Bytes>::new(), BytesMut::new());
     let count = parts.len();
     for (n, part) in parts.into_iter().enumerate() {
@@ -348,7 +349,7 @@ mod tests {
             for lengths in
                 [vec![], vec![9], vec![5000], vec![9, 5000], vec![5000, 9, 9, 5000, 5000, 5000, 1], vec![4096; 9]]
             {
-                let parts: Vec<Bytes> = lengths.iter().enumerate().map(|(n, l)| vec![n as u8; *l].into()).collect();
+                let parts: Parts = lengths.iter().enumerate().map(|(n, l)| vec![n as u8; *l].into()).collect();
                 let whole = parts.concat();
                 let joined = joined(parts, most);
                 assert!(joined.len() <= most, "{lengths:?} in {most}");
@@ -356,7 +357,7 @@ mod tests {
             }
         }
         let long: Bytes = vec![1; 5000].into();
-        let joined = joined(vec![long.clone(), long.clone()], 4);
+        let joined = joined([long.clone(), long.clone()].into_iter().collect(), 4);
         assert!(joined[0].as_ptr() == long.as_ptr(), "what is long is lent");
     }
 }
