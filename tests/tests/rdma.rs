@@ -14,8 +14,14 @@ fn root() -> &'static Path {
     Path::new(concat!(env!("CARGO_MANIFEST_DIR"), "/.."))
 }
 
+/// How often each is disturbed: a share, or as often as `make rdma RDMA_ROUNDS=...` says.
+fn rounds() -> Result<u32> {
+    Ok(std::env::var("RDMA_ROUNDS").map_or(Ok(5), |rounds| rounds.parse())?)
+}
+
 fn in_machine(line: &str) -> Result<String> {
-    let ran = Vm::set_up()?.run(&format!("cd {}\n{line}", root().display()), LIMIT)?;
+    let limit = LIMIT + rounds()? * Duration::from_secs(10);
+    let ran = Vm::set_up()?.run(&format!("cd {}\n{line}", root().display()), limit)?;
     ensure!(ran.status == 0, "status {}:\n{}", ran.status, ran.output);
     Ok(ran.output)
 }
@@ -55,10 +61,11 @@ fn a_job_over_rdma_has_the_bits_that_it_has_over_quic() -> Result<()> {
 /// C1: links fail, and nodes are killed: the undisturbed job's bits.
 #[test]
 fn a_job_over_rdma_with_faults_has_the_bits_of_one_without() -> Result<()> {
-    let plan = r#"seed = 3\nkills = 4\nevery_ms = 3000\ntargets = ["rdma", "node"]\n"#;
+    let (kills, steps) = (rounds()?, 20 * rounds()?);
+    let plan = format!(r#"seed = 3\nkills = {kills}\nevery_ms = 3000\ntargets = ["rdma", "node"]\n"#);
     let output = in_machine(&format!(
         "printf '{plan}' > /tmp/plan.toml\n\
-         {} chaos /tmp/plan.toml configs/tiny.toml --set job.nodes=3 --set train.steps=80 --set 'data.paths=[\"actors/src\"]' \
+         {} chaos /tmp/plan.toml configs/tiny.toml --set job.nodes=3 --set train.steps={steps} --set 'data.paths=[\"actors/src\"]' \
          --set run.folder=/tmp/run 2>&1",
         program().display()
     ))?;
@@ -80,18 +87,22 @@ fn who_breaks_the_rules_is_refused() -> Result<()> {
 /// Queue pairs fail in the middle of tensors.
 #[test]
 fn a_session_whose_queue_pair_fails_goes_on_and_comes_back() -> Result<()> {
-    disturbed(4, "leaves fail true")
+    let rounds = rounds()?;
+    all_came(rounds, 1, &in_machine(&format!("{} {rounds} leaves fail true", check()?))?)
 }
 
 /// The device is removed in the middle of tensors; the session goes on, and then over the other one. With devices in software the
-/// removal itself ends only when the process does: it is not waited for.
+/// removal itself ends only when the process does: it is not waited for, and each has a process of its own.
 #[test]
 fn a_session_whose_device_is_removed_goes_on_and_takes_another() -> Result<()> {
-    disturbed(1, "leaves 'rdma link delete $DEVICE & sleep 1' true")
-}
-
-fn disturbed(rounds: u32, faults: &str) -> Result<()> {
-    all_came(rounds, &in_machine(&format!("{} {rounds} {faults}", check()?))?)
+    let (rounds, check) = (rounds()?, check()?);
+    let output = in_machine(&format!(
+        "add() {{ case $1 in rxe0) rdma link add rxe0 type rxe netdev eth0;; siw0) rdma link add siw0 type siw netdev eth1;; esac; }}\n\
+         for n in $(seq {rounds}); do\n\
+         {check} 1 leaves 'echo $DEVICE > /tmp/removed; rdma link delete $DEVICE & sleep 1' true || exit 1\n\
+         until add $(cat /tmp/removed); do sleep 0.1; done\ndone"
+    ))?;
+    all_came(1, rounds, &output)
 }
 
 fn check() -> Result<String> {
@@ -100,9 +111,10 @@ fn check() -> Result<String> {
     Ok(check.display().to_string())
 }
 
-fn all_came(rounds: u32, output: &str) -> Result<()> {
+/// So many times, of so many rounds each.
+fn all_came(rounds: u32, times: u32, output: &str) -> Result<()> {
     let all = format!("{} messages, each once and in order", 120 * rounds);
-    ensure!(output.lines().any(|line| line == all), "{output}");
+    ensure!(output.lines().filter(|line| *line == all).count() == times as usize, "{output}");
     Ok(())
 }
 
@@ -117,8 +129,7 @@ const OF_LINKS: &str = "leaves 'ip link set wire1 down' 'ip link set wire1 up'";
 /// Between two machines: queue pairs fail, links go down, packets are lost.
 #[test]
 fn a_session_between_machines_goes_on_whatever_their_wire_does() -> Result<()> {
-    let rounds = std::env::var("RDMA_ROUNDS").map_or(Ok(5), |rounds| rounds.parse())?;
-    let (check, folder) = (check()?, tempfile::tempdir()?);
+    let (rounds, check, folder) = (rounds()?, check()?, tempfile::tempdir()?);
     let credentials = folder.path().join("credentials");
     Credentials::create(&credentials)?;
     for (kind, faults) in [("rxe", OF_WIRES.to_owned()), ("siw", format!("{OF_LINKS} {OF_WIRES}"))] {
@@ -134,7 +145,7 @@ fn a_session_between_machines_goes_on_whatever_their_wire_does() -> Result<()> {
         let [given, taken] = Vm::set_up()?.run_two([&line("give", &faults), &line("take", "")], limit)?;
         println!("{kind}:\n{}", given.output);
         ensure!((given.status, taken.status) == (0, 0), "{kind}: {}\n{}", given.output, taken.output);
-        all_came(rounds, &given.output)?;
+        all_came(rounds, 1, &given.output)?;
     }
     Ok(())
 }

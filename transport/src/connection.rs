@@ -7,6 +7,7 @@ use crate::choice::{Choice, Effect, Event};
 use crate::credentials::{NAME, random};
 use crate::hub::{Hub, Refusals, SessionHandle};
 use crate::link::Link;
+use crate::liveness;
 use crate::quic::{self, HANDSHAKE, Peer, QuicError, broken, explain};
 use crate::side::{GREETING, Greeting, HEAD, Said, SaidError, greeting, greeting_bytes};
 use quinn::{Connection, Endpoint, RecvStream, SendStream, VarInt};
@@ -14,11 +15,15 @@ use std::collections::VecDeque;
 use std::io;
 use std::net::SocketAddr;
 use std::pin::Pin;
-use tokio::sync::{mpsc, oneshot};
+use std::sync::Arc;
+use std::time::Duration;
+use tokio::sync::{Notify, mpsc, oneshot};
 use tokio::time::{Instant, sleep_until, timeout};
 
 /// What the other end said and this one has not looked at.
 const HEARD: usize = 16;
+/// Whoever does not answer a dialler by then is dialled again.
+const ANSWER: Duration = Duration::from_secs(1);
 
 /// A link over RDMA that is being made.
 type Making = Pin<Box<dyn Future<Output = io::Result<Trial>> + Send + Sync>>;
@@ -75,6 +80,8 @@ pub(crate) struct PeerConnection {
     trial: Option<Trial>,
     /// The attempt for which the session rests.
     attempt: u64,
+    /// Told whenever something is sent.
+    written: Arc<Notify>,
 }
 
 impl PeerConnection {
@@ -82,7 +89,8 @@ impl PeerConnection {
     pub(crate) async fn dial(hub: &Hub, endpoint: &Endpoint, address: SocketAddr) -> Result<Self, QuicError> {
         let unreachable = |e: &dyn std::fmt::Display| QuicError::Unreachable { address, reason: e.to_string() };
         let connecting = endpoint.connect(address, NAME);
-        let connection = connecting.map_err(|e| unreachable(&e))?.await.map_err(|e| explain(address, &e))?;
+        let connecting = timeout(ANSWER, connecting.map_err(|e| unreachable(&e))?).await;
+        let connection = connecting.map_err(|_| unreachable(&"no answer"))?.map_err(|e| explain(address, &e))?;
         let (mut say, mut hear) = connection.open_bi().await.map_err(|e| explain(address, &e))?;
         say.write_all(&hub.me().to_le_bytes()).await.map_err(|e| broken(&connection, e))?;
         let streams = Streams::open(&connection).await?;
@@ -105,6 +113,8 @@ impl PeerConnection {
     }
 
     fn new(hub: &Hub, connection: Connection, peer: Peer, side: (SendStream, RecvStream), dials: bool) -> Self {
+        let written = Arc::new(Notify::new());
+        tokio::spawn(liveness::watch(connection.clone(), Arc::clone(&written)));
         Self {
             connection,
             hub: hub.clone(),
@@ -118,6 +128,7 @@ impl PeerConnection {
             making: None,
             trial: None,
             attempt: 0,
+            written,
         }
     }
 
@@ -148,6 +159,7 @@ impl PeerConnection {
     /// The dialler's end of a link over new streams.
     async fn link(&mut self, streams: Streams) -> Result<(), QuicError> {
         let late = self.late();
+        self.written.notify_one();
         timeout(HANDSHAKE, self.link_unbounded(streams)).await.unwrap_or(Err(late))
     }
 
@@ -155,12 +167,13 @@ impl PeerConnection {
         let theirs = read_greeting(&self.connection, &mut streams.control.1).await?;
         let ours = self.rest().await?;
         streams.greet(&self.connection, ours).await?;
-        self.up(streams.into_link(&self.connection, self.hub.refusals()), theirs).await
+        self.up(streams.into_link(&self.connection, &self.written, self.hub.refusals()), theirs).await
     }
 
     /// The other end's.
     async fn accept_link(&mut self, control: (SendStream, RecvStream)) -> Result<(), QuicError> {
         let late = self.late();
+        self.written.notify_one();
         timeout(HANDSHAKE, self.accept_link_unbounded(control)).await.unwrap_or(Err(late))
     }
 
@@ -173,7 +186,7 @@ impl PeerConnection {
         let ours = self.rest().await?;
         streams.greet(&self.connection, ours).await?;
         let theirs = read_greeting(&self.connection, &mut streams.control.1).await?;
-        self.up(streams.into_link(&self.connection, self.hub.refusals()), theirs).await
+        self.up(streams.into_link(&self.connection, &self.written, self.hub.refusals()), theirs).await
     }
 
     /// Chooses the session's way until the connection or the session ends; then the session has no link.
@@ -286,6 +299,7 @@ impl PeerConnection {
     }
 
     async fn say(&mut self, round: u32, said: &Said) -> Result<(), QuicError> {
+        self.written.notify_one();
         self.say.write_all(&said.encode(round)).await.map_err(|e| broken(&self.connection, e))
     }
 }
@@ -306,8 +320,8 @@ impl Streams {
         self.control.0.write_all(&greeting_bytes(greeting)).await.map_err(|e| broken(connection, e))
     }
 
-    fn into_link(self, connection: &Connection, refusals: &Refusals) -> Link {
-        quic::link(connection, self.control, self.bulk, refusals)
+    fn into_link(self, connection: &Connection, written: &Arc<Notify>, refusals: &Refusals) -> Link {
+        quic::link(connection, self.control, self.bulk, written, refusals)
     }
 }
 

@@ -15,6 +15,7 @@ mod disturb;
 pub mod fuzz;
 mod hub;
 mod link;
+mod liveness;
 mod message;
 mod quic;
 #[cfg(not(feature = "rdma"))]

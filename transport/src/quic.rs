@@ -21,10 +21,10 @@ use quinn::{
 use std::net::SocketAddr;
 use std::sync::Arc;
 use std::time::Duration;
-use tokio::sync::mpsc;
+use tokio::sync::{Notify, mpsc};
 
 /// Both ends must speak the same: that of sessions, or that of calls.
-const PROTOCOL: &[u8] = b"everstep/2";
+const PROTOCOL: &[u8] = b"everstep/3";
 const CALLS: &[u8] = b"everstep-calls/1";
 /// Bytes that a stream of a link may hold at its receiver.
 const STREAM_WINDOW: u32 = 16 << 20;
@@ -32,9 +32,14 @@ const STREAM_WINDOW: u32 = 16 << 20;
 pub const LINK_BYTES: u64 = STREAM_WINDOW as u64;
 /// Streams of a connection: that of the way, two of a link, and those of links before that are not closed yet.
 const STREAMS: u32 = 16;
-/// A connection without a sign of life for so long is broken.
-const IDLE: Duration = Duration::from_millis(500);
-const KEEP_ALIVE: Duration = Duration::from_millis(100);
+/// A connection without a sign of life for so long is broken. Those of sessions know sooner ([`crate::liveness`]).
+const IDLE: Duration = Duration::from_secs(30);
+const IDLE_OF_CALLS: Duration = Duration::from_millis(500);
+const KEEP_ALIVE_OF_CALLS: Duration = Duration::from_millis(100);
+/// What a round trip is taken for before the first: what is lost of a handshake is sent again after three of these.
+const ROUND_TRIP: Duration = Duration::from_millis(50);
+/// Bytes of datagrams that are kept, and never read: questions whether an end is there.
+const QUESTIONS: usize = 64;
 /// Packets that one acknowledgement is for, while they come fast.
 const ACKNOWLEDGED: u32 = 8;
 /// Frames that are written, or pieces that are read, with one look at a stream.
@@ -88,8 +93,7 @@ pub enum QuicError {
     },
 }
 
-/// Of one end: whoever dials gives signs of life, and takes the answers for the other's.
-fn transport(dials: bool) -> Arc<TransportConfig> {
+fn transport(is_for_calls: bool) -> Arc<TransportConfig> {
     let mut config = TransportConfig::default();
     // What the path and the peer take is found out, beginning with what any network takes.
     let mut search = MtuDiscoveryConfig::default();
@@ -98,8 +102,10 @@ fn transport(dials: bool) -> Arc<TransportConfig> {
     let mut acknowledge = AckFrequencyConfig::default();
     acknowledge.ack_eliciting_threshold(VarInt::from_u32(ACKNOWLEDGED));
     config.ack_frequency_config(Some(acknowledge));
-    let idle = IdleTimeout::try_from(IDLE).expect("half a second is a valid time-out");
-    config.max_idle_timeout(Some(idle)).keep_alive_interval(dials.then_some(KEEP_ALIVE));
+    let idle = if is_for_calls { IDLE_OF_CALLS } else { IDLE };
+    config.max_idle_timeout(Some(IdleTimeout::try_from(idle).expect("some seconds are a valid time-out")));
+    config.keep_alive_interval(is_for_calls.then_some(KEEP_ALIVE_OF_CALLS));
+    config.initial_rtt(ROUND_TRIP).datagram_receive_buffer_size(Some(QUESTIONS));
     config.stream_receive_window(VarInt::from_u32(STREAM_WINDOW)).receive_window(VarInt::from_u32(64 << 20));
     config.send_window(64 << 20).max_concurrent_bidi_streams(VarInt::from_u32(STREAMS));
     Arc::new(config)
@@ -184,15 +190,15 @@ pub(crate) fn open(
     let mut server =
         quinn::ServerConfig::with_crypto(Arc::new(QuicServerConfig::try_from(server).map_err(|e| tls(&e))?));
     server.transport_config(transport(false));
-    let dialler = |tls_config| -> Result<_, QuicError> {
+    let dialler = |tls_config, is_for_calls| -> Result<_, QuicError> {
         let mut config =
             quinn::ClientConfig::new(Arc::new(QuicClientConfig::try_from(tls_config).map_err(|e| tls(&e))?));
-        config.transport_config(transport(true));
+        config.transport_config(transport(is_for_calls));
         Ok(config)
     };
     let mut caller = client.clone();
     caller.alpn_protocols = vec![CALLS.to_vec()];
-    let (client, caller) = (dialler(client)?, dialler(caller)?);
+    let (client, caller) = (dialler(client, false)?, dialler(caller, true)?);
     let bind_error = |source| QuicError::Bind { address: bind, source };
     let runtime = Arc::new(quinn::TokioRuntime);
     let (inner, datagram) = socket::open(bind, &*runtime).map_err(bind_error)?;
@@ -239,6 +245,7 @@ pub(crate) fn link(
     connection: &Connection,
     control: (SendStream, RecvStream),
     bulk: (SendStream, RecvStream),
+    written: &Arc<Notify>,
     refusals: &Refusals,
 ) -> Link {
     let (control_sender, control_queue) = mpsc::channel(QUEUE);
@@ -246,16 +253,17 @@ pub(crate) fn link(
     let (arrived, incoming) = mpsc::channel(256);
     // Control goes first wherever both lanes have something to send.
     let _ = control.0.set_priority(1);
-    tokio::spawn(write(control.0, control_queue));
-    tokio::spawn(write(bulk.0, bulk_queue));
+    tokio::spawn(write(control.0, control_queue, Arc::clone(written)));
+    tokio::spawn(write(bulk.0, bulk_queue, Arc::clone(written)));
     tokio::spawn(read(connection.clone(), control.1, arrived.clone(), refusals.clone()));
     tokio::spawn(read(connection.clone(), bulk.1, arrived, refusals.clone()));
     Link { control: control_sender, bulk: bulk_sender, incoming }
 }
 
-async fn write(mut stream: SendStream, mut queue: mpsc::Receiver<Frame<Fragment>>) {
+async fn write(mut stream: SendStream, mut queue: mpsc::Receiver<Frame<Fragment>>, written: Arc<Notify>) {
     let mut frames = Vec::with_capacity(WRITTEN);
     while queue.recv_many(&mut frames, WRITTEN).await > 0 {
+        written.notify_one();
         let mut pieces = codec::encode(frames.drain(..));
         if stream.write_all_chunks(&mut pieces).await.is_err() {
             return;

@@ -168,6 +168,31 @@ async fn bits_that_flip_on_the_wire_change_nothing() {
     assert!(garbled.load(Ordering::Relaxed) > 100);
 }
 
+/// LI-2: a session without messages costs few packets, and holds.
+#[tokio::test(flavor = "multi_thread")]
+async fn a_session_at_rest_is_quiet() {
+    let folder = tempfile::tempdir().unwrap();
+    Credentials::create(folder.path()).unwrap();
+    let (a, mut a_events) = hub(folder.path(), 1);
+    let (b, mut b_events) = hub(folder.path(), 2);
+    let packets = Arc::new(AtomicU64::new(0));
+    let count = Arc::clone(&packets);
+    let counts = move |_, _: &mut [u8]| {
+        count.fetch_add(1, Ordering::Relaxed);
+    };
+    a.keep(2, relay(b.address().unwrap(), counts).await);
+    b.send(1, Lane::Control, Message::small(b"one".to_vec()));
+    assert_eq!(next_message(&mut a_events).await.header[..], *b"one");
+    // The search for how large datagrams may be ends meanwhile.
+    tokio::time::sleep(Duration::from_secs(2)).await;
+    let before = packets.load(Ordering::Relaxed);
+    tokio::time::sleep(Duration::from_secs(11)).await;
+    let took = packets.load(Ordering::Relaxed) - before;
+    assert!((2..=12).contains(&took), "{took} packets in 11 s");
+    a.send(2, Lane::Control, Message::small(b"two".to_vec()));
+    assert_eq!(next_message(&mut b_events).await.header[..], *b"two");
+}
+
 /// HU-1: a session that one side has closed is not taken up again as if nothing had been said.
 #[tokio::test(flavor = "multi_thread")]
 async fn a_forgotten_session_is_broken_on_both_sides() {

@@ -1,14 +1,13 @@
-//! How fast a session is between two processes of this machine, over RDMA where there is a device, else over QUIC; beside TCP with TLS 1.3
-//! (rustls, one stream) in the same run.
+//! How fast a session is between two processes of this machine, over RDMA where there is a device, else over QUIC. In the same run: TCP with
+//! TLS 1.3 (rustls, one stream), and round trips of a stream of QUIC alone.
 //!
-//! usage: link_speed idle, or link_speed [ROUNDS [MIB [KIB]]]: of so many MiB each, in tensors of so many KiB. It starts itself as the other process. Figures are
-//! medians of the rounds, which take turns. Round trips are between two actors.
+//! usage: link_speed idle, or link_speed [ROUNDS [MIB [KIB]]]: of so many MiB each, in tensors of so many KiB. It starts itself as the
+//! other process. Figures are medians of the rounds, which take turns. Round trips of sessions are between two actors.
+
+mod peers;
 
 use everstep_transport::{Credentials, Hub, HubEvent, Lane, Message, Way};
 use ractor::{Actor, ActorProcessingErr, ActorRef};
-use rustls::pki_types::ServerName;
-use std::io::{Read, Write};
-use std::net::{TcpListener, TcpStream};
 use std::path::{Path, PathBuf};
 use std::process::{Child, Command, Stdio};
 use std::sync::Arc;
@@ -58,6 +57,9 @@ fn order(kind: u8, numbers: [usize; 2]) -> Message {
     let numbers = numbers.iter().flat_map(|n| (*n as u64).to_le_bytes());
     Message::small([kind].into_iter().chain(numbers).collect::<Vec<u8>>())
 }
+
+/// Bytes of an order.
+const ORDER: usize = 17;
 
 fn numbers(order: &[u8]) -> [usize; 2] {
     [1, 9].map(|at| order.get(at..).and_then(|n| n.first_chunk()).map_or(0, |n| u64::from_le_bytes(*n) as usize))
@@ -178,6 +180,10 @@ async fn other(folder: PathBuf, address: String) -> Result<(), Failure> {
                 }
             }
             Some(b't') => answerer.cast(asked)?,
+            Some(b'q') => {
+                let certificate = asked.header[ORDER..].to_vec();
+                tokio::spawn(peers::answer(([127, 0, 0, 1], count as u16).into(), certificate));
+            }
             _ => return Err("asked for something else".into()),
         }
     }
@@ -229,6 +235,14 @@ async fn trips(hub: &Hub, events: &mut mpsc::Receiver<HubEvent>, sizes: Sizes) -
     Ok(took)
 }
 
+/// The same of a stream of QUIC alone.
+async fn raw_trips(hub: &Hub, sizes: Sizes) -> Result<Vec<f64>, Failure> {
+    let asking = peers::Asking::open()?;
+    let asked = order(b'q', [asking.port()?.into(), 0]).header;
+    hub.send(2, Lane::Control, Message::small([&asked[..], asking.certificate()].concat()));
+    asking.trips(sizes.trips, SMALL_BYTES).await
+}
+
 /// Hundredths of a second of a core that a process has had.
 fn cpu(process: u32) -> Result<u64, Failure> {
     let text = std::fs::read_to_string(format!("/proc/{process}/stat"))?;
@@ -244,58 +258,6 @@ async fn idle(other: u32) -> Result<f64, Failure> {
     let before = both()?;
     tokio::time::sleep(IDLE).await;
     Ok((both()? - before) as f64 / IDLE.as_secs_f64())
-}
-
-/// A certificate of its own for TLS over TCP.
-fn tls() -> Result<(Arc<rustls::ServerConfig>, Arc<rustls::ClientConfig>), Failure> {
-    let made = rcgen::generate_simple_self_signed(vec!["localhost".to_owned()])?;
-    let provider = Arc::new(rustls::crypto::ring::default_provider());
-    let mut roots = rustls::RootCertStore::empty();
-    roots.add(made.cert.der().clone())?;
-    let key = rustls::pki_types::PrivateKeyDer::Pkcs8(made.signing_key.serialize_der().into());
-    let server = rustls::ServerConfig::builder_with_provider(Arc::clone(&provider))
-        .with_protocol_versions(&[&rustls::version::TLS13])?
-        .with_no_client_auth()
-        .with_single_cert(vec![made.cert.der().clone()], key)?;
-    let client = rustls::ClientConfig::builder_with_provider(provider)
-        .with_protocol_versions(&[&rustls::version::TLS13])?
-        .with_root_certificates(roots)
-        .with_no_client_auth();
-    Ok((Arc::new(server), Arc::new(client)))
-}
-
-/// Gigabytes a second through one stream of TLS over TCP, from another thread: with no process between, its better case.
-fn tcp(sizes: Sizes) -> Result<f64, Failure> {
-    let (server, client) = tls()?;
-    let listener = TcpListener::bind("127.0.0.1:0")?;
-    let address = listener.local_addr()?;
-    let bytes = sizes.tensors * sizes.words * 4;
-    let sending = std::thread::spawn(move || -> Result<(), Failure> {
-        let connection = rustls::ClientConnection::new(client, ServerName::try_from("localhost")?)?;
-        let mut stream = rustls::StreamOwned::new(connection, TcpStream::connect(address)?);
-        let region = vec![1u8; sizes.words * 4];
-        for _ in 0..sizes.tensors {
-            stream.write_all(&region)?;
-        }
-        stream.flush()?;
-        stream.conn.send_close_notify();
-        stream.flush()?;
-        Ok(())
-    });
-    let (tcp, _) = listener.accept()?;
-    let mut stream = rustls::StreamOwned::new(rustls::ServerConnection::new(server)?, tcp);
-    let (mut got, mut region) = (0, vec![0u8; sizes.words * 4]);
-    let began = Instant::now();
-    while got < bytes {
-        let read = stream.read(&mut region)?;
-        if read == 0 {
-            return Err("the stream ended early".into());
-        }
-        got += read;
-    }
-    let rate = bytes as f64 / began.elapsed().as_secs_f64() / 1e9;
-    sending.join().map_err(|_| "the sender panicked")??;
-    Ok(rate)
 }
 
 fn median(mut values: Vec<f64>) -> f64 {
@@ -339,14 +301,17 @@ async fn measure_idle() -> Result<(), Failure> {
 
 async fn measure(sizes: Sizes) -> Result<(), Failure> {
     let (hub, mut events, _other) = two_processes().await?;
-    let (mut ours, mut tls, mut messages, mut half, mut most) = (vec![], vec![], vec![], vec![], vec![]);
+    let (mut ours, mut tls, mut messages) = (vec![], vec![], vec![]);
+    let (mut half, mut most) = ([vec![], vec![]], [vec![], vec![]]);
     for _ in 0..sizes.rounds {
         ours.push(bulk(&hub, &mut events, sizes).await?);
-        tls.push(tokio::task::spawn_blocking(move || tcp(sizes)).await??);
+        tls.push(tokio::task::spawn_blocking(move || peers::tcp(sizes.tensors, sizes.words * 4)).await??);
         messages.push(small(&hub, &mut events, sizes).await?);
-        let trips = trips(&hub, &mut events, sizes).await?;
-        half.push(trips[sizes.trips / 2]);
-        most.push(trips[sizes.trips * 99 / 100]);
+        let trips = [trips(&hub, &mut events, sizes).await?, raw_trips(&hub, sizes).await?];
+        for (of, trips) in trips.iter().enumerate() {
+            half[of].push(trips[sizes.trips / 2]);
+            most[of].push(trips[sizes.trips * 99 / 100]);
+        }
     }
     let (ours, tls) = (median(ours), median(tls));
     println!(
@@ -355,7 +320,8 @@ async fn measure(sizes: Sizes) -> Result<(), Failure> {
         ours / tls
     );
     println!("messages of {SMALL_BYTES} bytes, one way: {:.3} million/s", median(messages));
-    println!("round trips: {:.0} us (median), {:.0} us (99%)", median(half), median(most));
+    let ([half, raw_half], [most, raw_most]) = (half.map(median), most.map(median));
+    println!("round trips: {half:.0} us (median), {most:.0} us (99%); a stream alone {raw_half:.0}, {raw_most:.0}");
     Ok(())
 }
 
