@@ -22,6 +22,9 @@ pub(crate) const REGIONS_MAX: usize = 65_536;
 /// Words of all regions of a message.
 pub(crate) const WORDS_MAX: u64 = 1 << 32;
 
+/// Words of a region for which memory is taken before they come, or more if as many have come: a claim alone costs no more.
+const AHEAD: usize = 16 << 20;
+
 /// A message between two processes.
 #[derive(Debug, Clone, PartialEq, Default)]
 pub struct Message {
@@ -244,11 +247,11 @@ impl Assembler {
             return Err(MessageError::WrongLength { expected: self.total - part.len() as u64, got: self.total });
         };
         let region = &mut self.regions[self.at];
-        if region.capacity() == 0 {
-            // Memory is taken when the first byte comes: a claim alone costs nothing.
-            region.try_reserve_exact(words).map_err(|_| MessageError::NoMemory { words })?;
+        if region.capacity() == region.len() {
+            let more = (words - region.len()).min(region.len().max(AHEAD));
+            region.try_reserve_exact(more).map_err(|_| MessageError::NoMemory { words })?;
         }
-        let missing = 4 * (words - region.len()) - self.word.1;
+        let missing = 4 * (words.min(region.capacity()) - region.len()) - self.word.1;
         let (bytes, rest) = part.split_at(missing.min(part.len()));
         append(region, &mut self.word, bytes);
         Ok(rest)
@@ -323,6 +326,23 @@ mod tests {
                 }
             }
         }
+    }
+
+    #[test]
+    fn memory_is_taken_as_words_come() {
+        let words = 3 * AHEAD + 5;
+        let start: Vec<u8> = [0, 1, words as u32].iter().flat_map(|n| n.to_le_bytes()).collect();
+        let mut assembler = Assembler::default();
+        let mut push = |bytes: Bytes, last| {
+            let message = assembler.push(&Fragment { parts: smallvec![bytes], last }).unwrap();
+            (message, assembler.regions.first().map_or(0, Vec::capacity))
+        };
+        assert_eq!(push(start.into(), false), (None, 0));
+        assert_eq!(push(vec![0, 0, 0x80].into(), false), (None, AHEAD));
+        assert_eq!(push([&[0x3F][..], &vec![0; 4 * AHEAD - 4]].concat().into(), false), (None, AHEAD));
+        let (message, _) = push(vec![0; 4 * (words - AHEAD)].into(), true);
+        let region = &message.unwrap().regions[0];
+        assert!(region.len() == words && region[0] == 1.0 && region[1..].iter().all(|x| *x == 0.0));
     }
 
     proptest! {
