@@ -1,7 +1,7 @@
 //! A connection between two processes, and the way that their session takes: streams of the connection, or RDMA beside it.
 //!
-//! The connection stays as long as the session has a peer to talk to, whichever way that is: it is the sign of life, and the way
-//! back. On it: one stream for what the ends say about the way ([`crate::side`]), then two for each link of the session over QUIC.
+//! The connection stays as long as the session has a peer to talk to, whichever way that is: it is the way back. On it: one stream
+//! for what the ends say about the way ([`crate::side`]), then two for each link of the session over QUIC.
 
 use crate::choice::{Choice, Effect, Event};
 use crate::credentials::{NAME, random};
@@ -207,7 +207,6 @@ impl PeerConnection {
             }
         };
         tracing::debug!(peer = self.peer, %why, "a connection has ended");
-        self.connection.close(VarInt::from_u32(0), b"this end of the connection has ended");
         self.hub.on_way_lost(self.peer, self.attempt);
         self.session.lost(&self.connection).await;
     }
@@ -301,6 +300,13 @@ impl PeerConnection {
     async fn say(&mut self, round: u32, said: &Said) -> Result<(), QuicError> {
         self.written.notify_one();
         self.say.write_all(&said.encode(round)).await.map_err(|e| broken(&self.connection, e))
+    }
+}
+
+impl Drop for PeerConnection {
+    fn drop(&mut self) {
+        // Whoever watches it would keep it.
+        self.connection.close(VarInt::from_u32(0), b"this end of the connection has ended");
     }
 }
 

@@ -1,9 +1,9 @@
 //! Whether whoever is at the other end of a connection still answers. It is asked while something goes on, and now and then. QUIC's
 //! own signs of life come always as fast, and a job has many sessions on which nothing goes on.
 //!
-//! - LI-1: a connection ends when [`QUESTIONS`] in a row have no answer, half a second after the last sign of life of a peer that
-//!   something was sent to. Whoever did not run meanwhile asks before it judges.
-//! - LI-2: where nothing goes on, there is one question in [`REST`].
+//! - LI-1: a connection ends when [`QUESTIONS`] in a row have no answer, half a second after the last sign of life of a peer with whom
+//!   something went on. Whoever did not run meanwhile asks before it judges.
+//! - LI-2: where nothing goes on, there is one question in [`REST`]; a silent peer is known after twice that.
 
 use bytes::Bytes;
 use quinn::{Connection, VarInt};
@@ -17,16 +17,26 @@ const BEAT: Duration = Duration::from_millis(100);
 const QUESTIONS: u32 = 4;
 const REST: Duration = Duration::from_secs(10);
 
-/// What one end of a connection knows of the other.
+/// What one end of a connection has counted so far.
+#[derive(Debug, Clone, Copy, Default, PartialEq, Eq)]
+struct Counts {
+    /// Frames of streams, both ways: what goes on. Acknowledgements and questions are none.
+    frames: u64,
+    /// Packets that came.
+    heard: u64,
+}
+
+/// What it knows of the other.
 #[derive(Debug, Default)]
 struct Liveness {
-    /// Packets that were sent and that came, at the last look.
-    sent: u64,
-    heard: u64,
+    counts: Counts,
+    /// Whether something went on at the last look.
+    goes_on: bool,
     /// When something had come, at a look.
     heard_at: Duration,
-    /// Questions without an answer, in a row.
+    /// Questions without an answer, in a row, and when the last one was asked.
     unanswered: u32,
+    asked_at: Duration,
 }
 
 /// What is to be done.
@@ -41,25 +51,29 @@ enum Next {
 }
 
 impl Liveness {
-    /// A look at how many packets were sent and came so far.
-    fn on(&mut self, now: Duration, sent: u64, heard: u64) -> Next {
-        let (is_busy, is_answered) = (sent != self.sent, heard != self.heard);
-        (self.sent, self.heard) = (sent, heard);
+    /// A look. `beat`: between two looks, or two questions.
+    fn on(&mut self, now: Duration, beat: Duration, counts: Counts) -> Next {
+        let (is_busy, is_answered) = (counts.frames != self.counts.frames, counts.heard != self.counts.heard);
+        self.counts = counts;
+        // What was sent before the last thing came may have arrived or not: at the end of all that goes on there is a question.
+        let goes_on = std::mem::replace(&mut self.goes_on, is_busy);
         if is_answered {
             (self.heard_at, self.unanswered) = (now, 0);
         }
-        let is_waiting = self.unanswered > 0;
-        let is_due = !is_answered && (is_busy || now >= self.heard_at + REST);
-        if self.unanswered == QUESTIONS {
+        let is_due = !is_answered && (is_busy || goes_on || now >= self.heard_at + REST);
+        if self.unanswered == 0 && !is_due {
+            return if is_busy {
+                Next::Look { ask: false, at: now + beat }
+            } else {
+                Next::Rest { until: self.heard_at + REST }
+            };
+        }
+        if self.unanswered == QUESTIONS && now < self.asked_at + 2 * beat {
             return Next::Silent;
         }
-        if is_waiting || is_due {
-            self.unanswered += 1;
-            // The question is a packet, and no sign that something goes on.
-            self.sent += 1;
-            return Next::Look { ask: true, at: now + BEAT };
-        }
-        if is_busy { Next::Look { ask: false, at: now + BEAT } } else { Next::Rest { until: self.heard_at + REST } }
+        self.unanswered = (self.unanswered + 1).min(QUESTIONS);
+        self.asked_at = now;
+        Next::Look { ask: true, at: now + beat }
     }
 }
 
@@ -68,7 +82,9 @@ pub(crate) async fn watch(connection: Connection, written: Arc<Notify>) {
     let (began, mut liveness) = (Instant::now(), Liveness::default());
     loop {
         let stats = connection.stats();
-        let (at, rests) = match liveness.on(began.elapsed(), stats.udp_tx.datagrams, stats.udp_rx.datagrams) {
+        let counts = Counts { frames: stats.frame_tx.stream + stats.frame_rx.stream, heard: stats.udp_rx.datagrams };
+        // A wire may be so slow that no answer comes within a beat.
+        let (at, rests) = match liveness.on(began.elapsed(), BEAT.max(2 * stats.path.rtt), counts) {
             Next::Look { ask, at } => {
                 if ask {
                     // QUIC acknowledges any datagram; nobody reads it. A closed connection takes none, which is seen below.
@@ -92,26 +108,27 @@ pub(crate) async fn watch(connection: Connection, written: Arc<Notify>) {
 mod tests {
     use super::*;
 
-    /// Looks as it says until `end`; a peer that answers does so at once. What is sent when, in milliseconds, by whom: `true` for us.
-    fn run(packets: &[(u64, bool)], answers_until: u64, end: u64) -> (Vec<u64>, Option<u64>) {
-        let (mut liveness, mut asked, mut sent, mut heard, mut now) = (Liveness::default(), vec![], 0, 0, 0);
+    fn ms(n: u64) -> Duration {
+        Duration::from_millis(n)
+    }
+
+    /// Looks as it says until `end`, and when something is written. Each frame, by when it goes and whether it is ours, is acknowledged
+    /// at once, and so is a question, until the peer dies. Gives when it asked, and when it gave the peer up.
+    fn run(frames: &[(u64, bool)], dies: u64, end: u64) -> (Vec<u64>, Option<u64>) {
+        let (mut liveness, mut asked, mut counts, mut now) = (Liveness::default(), vec![], Counts::default(), 0);
         let written =
-            |now: u64| packets.iter().find(|(at, ours)| *ours && *at >= now).map_or(u64::MAX, |(at, _)| at + 100);
-        let mut packets = packets.iter().peekable();
-        let mut count = |until: u64, sent: &mut u64, heard: &mut u64| {
-            while let Some((at, ours)) = packets.next_if(|(at, _)| *at < until) {
-                *sent += u64::from(*ours || *at < answers_until);
-                *heard += u64::from(!ours || *at < answers_until);
-            }
-        };
+            |now: u64| frames.iter().find(|(at, ours)| *ours && *at >= now).map_or(u64::MAX, |(at, _)| at + 100);
+        let mut coming = frames.iter().filter(|(at, ours)| *ours || *at < dies).peekable();
         while now < end {
-            count(now, &mut sent, &mut heard);
-            match liveness.on(Duration::from_millis(now), sent, heard) {
+            while let Some((at, _)) = coming.next_if(|(at, _)| *at < now) {
+                counts.frames += 1;
+                counts.heard += u64::from(*at < dies);
+            }
+            match liveness.on(ms(now), BEAT, counts) {
                 Next::Look { ask, at } => {
                     if ask {
                         asked.push(now);
-                        sent += 1;
-                        heard += u64::from(now < answers_until);
+                        counts.heard += u64::from(now < dies);
                     }
                     now = at.as_millis() as u64;
                 }
@@ -131,14 +148,18 @@ mod tests {
         assert_eq!(run(&traffic, u64::MAX, 60_000), (vec![], None));
     }
 
-    /// LI-1: of a peer that dies while something goes on, and while nothing does.
+    /// LI-1: of a peer that dies while something goes on, at its end, and while nothing does.
     #[test]
     fn a_silent_peer_is_given_up() {
-        for died in [1000, 1030, 1090] {
+        for dies in [1000, 1030, 1090] {
             let traffic: Vec<(u64, bool)> = (0..600).map(|n| (n * 10, true)).collect();
-            let (_, silent) = run(&traffic, died, 60_000);
-            let took = silent.unwrap() - died;
+            let (_, silent) = run(&traffic, dies, 60_000);
+            let took = silent.unwrap() - dies;
             assert!((400..=650).contains(&took), "{took}");
+        }
+        for ours in [true, false] {
+            let (_, silent) = run(&[(20, true), (50, ours), (70, ours)], 60, 60_000);
+            assert!((400..=700).contains(&silent.unwrap()), "{silent:?}");
         }
         let (asked, silent) = run(&[], 25_000, 60_000);
         assert_eq!(silent.unwrap(), asked[asked.len() - QUESTIONS as usize] + 400);
@@ -148,12 +169,11 @@ mod tests {
     #[test]
     fn whoever_did_not_run_asks_before_it_judges() {
         let mut liveness = Liveness::default();
-        let asks = |next| matches!(next, Next::Look { ask: true, .. });
-        assert!(asks(liveness.on(Duration::from_millis(0), 5, 0)));
-        assert!(asks(liveness.on(Duration::from_secs(30), 6, 0)));
-        assert_eq!(
-            liveness.on(Duration::from_millis(30_100), 7, 1),
-            Next::Rest { until: Duration::from_millis(40_100) }
-        );
+        let mut look = |now, heard| liveness.on(ms(now), BEAT, Counts { frames: 1, heard });
+        for n in 0..4 {
+            assert_eq!(look(100 * n, 0), Next::Look { ask: true, at: ms(100 * n + 100) });
+        }
+        assert_eq!(look(30_000, 0), Next::Look { ask: true, at: ms(30_100) });
+        assert_eq!(look(30_100, 1), Next::Rest { until: ms(40_100) });
     }
 }

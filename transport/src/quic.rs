@@ -13,6 +13,7 @@ use crate::message::Fragment;
 use crate::session::Frame;
 use crate::socket;
 use bytes::Bytes;
+use quinn::congestion::CubicConfig;
 use quinn::crypto::rustls::{HandshakeData, QuicClientConfig, QuicServerConfig};
 use quinn::{
     AckFrequencyConfig, Connection, ConnectionId, ConnectionIdGenerator, Endpoint, EndpointConfig, IdleTimeout,
@@ -38,6 +39,8 @@ const IDLE_OF_CALLS: Duration = Duration::from_millis(500);
 const KEEP_ALIVE_OF_CALLS: Duration = Duration::from_millis(100);
 /// What a round trip is taken for before the first: what is lost of a handshake is sent again after three of these.
 const ROUND_TRIP: Duration = Duration::from_millis(50);
+/// Bytes on their way at first: probes for how large datagrams may be are among them, and leave room for others.
+const WINDOW: u64 = 256 << 10;
 /// Bytes of datagrams that are kept, and never read: questions whether an end is there.
 const QUESTIONS: usize = 64;
 /// Packets that one acknowledgement is for, while they come fast.
@@ -99,6 +102,9 @@ fn transport(is_for_calls: bool) -> Arc<TransportConfig> {
     let mut search = MtuDiscoveryConfig::default();
     search.upper_bound(u16::MAX);
     config.mtu_discovery_config(Some(search));
+    let mut congestion = CubicConfig::default();
+    congestion.initial_window(WINDOW);
+    config.congestion_controller_factory(Arc::new(congestion));
     let mut acknowledge = AckFrequencyConfig::default();
     acknowledge.ack_eliciting_threshold(VarInt::from_u32(ACKNOWLEDGED));
     config.ack_frequency_config(Some(acknowledge));

@@ -28,14 +28,15 @@ pub(crate) fn open(bind: SocketAddr, runtime: &dyn Runtime) -> io::Result<(Arc<d
         .or_else(|_| sockopt::set_socket_send_buffer_size(&socket, BUFFER));
     let takes = if sockopt::socket_recv_buffer_size(&socket)? >= LARGE_NEED { LARGE } else { SMALL };
     let inner = runtime.wrap_udp_socket(socket)?;
-    Ok((Arc::new(Socket { inner, segment: AtomicUsize::new(1) }), takes))
+    Ok((Arc::new(Socket { inner, takes, segment: AtomicUsize::new(1) }), takes))
 }
 
 /// The system takes 64 KiB at a time, in whatever segments; quinn gives it so many segments, whatever their size.
 #[derive(Debug)]
 struct Socket {
     inner: Arc<dyn AsyncUdpSocket>,
-    /// Bytes of the largest segment that was sent.
+    takes: u16,
+    /// Bytes of the largest segment of a batch that was sent.
     segment: AtomicUsize,
 }
 
@@ -46,7 +47,10 @@ impl AsyncUdpSocket for Socket {
 
     fn try_send(&self, transmit: &Transmit<'_>) -> io::Result<()> {
         let segment = transmit.segment_size.unwrap_or(transmit.contents.len()).max(1);
-        self.segment.fetch_max(segment, Ordering::Relaxed);
+        // Of batches alone: a single one may be a probe, larger than the network takes.
+        if transmit.segment_size.is_some() {
+            self.segment.fetch_max(segment, Ordering::Relaxed);
+        }
         let most = (usize::from(LARGE) / segment).max(1) * segment;
         // More than the system takes only when datagrams have just become larger. If there is no room for the rest, all of them are
         // sent again, and the peer drops those that it has.
@@ -75,8 +79,9 @@ impl AsyncUdpSocket for Socket {
         self.inner.max_transmit_segments().min(fit.max(1))
     }
 
+    /// For how many there is room wherever a datagram is received. The system joins segments to no more than a large one.
     fn max_receive_segments(&self) -> usize {
-        self.inner.max_receive_segments()
+        if self.takes == LARGE { 1 } else { self.inner.max_receive_segments() }
     }
 
     fn may_fragment(&self) -> bool {

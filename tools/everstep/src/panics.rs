@@ -2,7 +2,8 @@
 //!
 //! To find the names of its functions takes longer than a node may be silent, and the thread that panics, or one that logs,
 //! may be the one that sends beats.
-//! - PA-1: neither a thread that panics nor one that writes to standard error waits for names.
+//! - PA-1: neither a thread that panics nor one that writes to standard error waits for names. (Who takes a backtrace for an error does: the
+//!   library lets one at a time. Nothing that beats depend on takes any.)
 
 use std::backtrace::{Backtrace, BacktraceStatus};
 use std::io::Write;
