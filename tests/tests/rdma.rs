@@ -19,9 +19,12 @@ fn rounds() -> Result<u32> {
     Ok(std::env::var("RDMA_ROUNDS").map_or(Ok(5), |rounds| rounds.parse())?)
 }
 
+fn limit() -> Result<Duration> {
+    Ok(LIMIT + rounds()? * Duration::from_secs(10))
+}
+
 fn in_machine(line: &str) -> Result<String> {
-    let limit = LIMIT + rounds()? * Duration::from_secs(10);
-    let ran = Vm::set_up()?.run(&format!("cd {}\n{line}", root().display()), limit)?;
+    let ran = Vm::set_up()?.run(&format!("cd {}\n{line}", root().display()), limit()?)?;
     ensure!(ran.status == 0, "status {}:\n{}", ran.status, ran.output);
     Ok(ran.output)
 }
@@ -141,8 +144,7 @@ fn a_session_between_machines_goes_on_whatever_their_wire_does() -> Result<()> {
                 credentials.display(),
             )
         };
-        let limit = LIMIT + rounds * Duration::from_secs(10);
-        let [given, taken] = Vm::set_up()?.run_two([&line("give", &faults), &line("take", "")], limit)?;
+        let [given, taken] = Vm::set_up()?.run_two([&line("give", &faults), &line("take", "")], limit()?)?;
         println!("{kind}:\n{}", given.output);
         ensure!((given.status, taken.status) == (0, 0), "{kind}: {}\n{}", given.output, taken.output);
         all_came(rounds, 1, &given.output)?;

@@ -113,15 +113,7 @@ async fn pass(mut send: SendStream, mut receive: RecvStream, calls: &mpsc::Sende
 #[cfg(test)]
 mod tests {
     use super::*;
-    use crate::{Credentials, Hub, HubEvent};
-
-    fn hubs() -> [(Hub, mpsc::Receiver<HubEvent>); 2] {
-        let folder = tempfile::tempdir().unwrap();
-        let path = folder.path().join("credentials");
-        Credentials::create(&path).unwrap();
-        let credentials = Credentials::load(&path).unwrap();
-        [1, 2].map(|me| Hub::open("127.0.0.1:0".parse().unwrap(), &credentials, me).unwrap())
-    }
+    use crate::hub::tests::hubs;
 
     #[tokio::test]
     async fn calls_are_answered_in_any_order_and_again_after_a_lost_connection() {

@@ -79,9 +79,9 @@ impl FrameReader {
                 let part = piece.split_to(piece.len().min(*missing));
                 *missing -= part.len();
                 match unit.parts.last_mut() {
+                    _ if part.is_empty() => {}
                     // A part may keep a whole datagram: many short ones are not kept.
                     Some(last) if last.len() + part.len() <= SHORT => *last = [&last[..], &part].concat().into(),
-                    _ if part.is_empty() => {}
                     _ => unit.parts.push(part),
                 }
                 let whole = self.payload.take_if(|payload| payload.missing == 0);

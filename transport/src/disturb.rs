@@ -1,6 +1,7 @@
 //! A socket that loses or delays datagrams when it is told to (chaos): whatever is above it meets a bad wire. Undisturbed it
 //! costs a look at a flag.
 
+use crate::socket::segment;
 use quinn::udp::{RecvMeta, Transmit};
 use quinn::{AsyncUdpSocket, UdpPoller};
 use std::fmt;
@@ -110,8 +111,7 @@ impl AsyncUdpSocket for DisturbedSocket {
             return self.inner.try_send(transmit);
         }
         // One by one: each is lost or delayed by itself.
-        let size = transmit.segment_size.unwrap_or(transmit.contents.len()).max(1);
-        for contents in transmit.contents.chunks(size) {
+        for contents in transmit.contents.chunks(segment(transmit)) {
             if !self.disturbances.is_lost(lost) {
                 self.send_late(&Transmit { contents, ..*transmit }, delay);
             }

@@ -336,4 +336,4 @@ fn at(lane: Lane) -> usize {
 }
 
 #[cfg(test)]
-mod tests;
+pub(crate) mod tests;

@@ -31,6 +31,11 @@ pub(crate) fn open(bind: SocketAddr, runtime: &dyn Runtime) -> io::Result<(Arc<d
     Ok((Arc::new(Socket { inner, takes, segment: AtomicUsize::new(1) }), takes))
 }
 
+/// Bytes of each datagram of a batch; the last may be shorter.
+pub(crate) fn segment(transmit: &Transmit<'_>) -> usize {
+    transmit.segment_size.unwrap_or(transmit.contents.len()).max(1)
+}
+
 /// The system takes 64 KiB at a time, in whatever segments; quinn gives it so many segments, whatever their size.
 #[derive(Debug)]
 struct Socket {
@@ -46,7 +51,7 @@ impl AsyncUdpSocket for Socket {
     }
 
     fn try_send(&self, transmit: &Transmit<'_>) -> io::Result<()> {
-        let segment = transmit.segment_size.unwrap_or(transmit.contents.len()).max(1);
+        let segment = segment(transmit);
         // Of batches alone: a single one may be a probe, larger than the network takes.
         if transmit.segment_size.is_some() {
             self.segment.fetch_max(segment, Ordering::Relaxed);

@@ -11,6 +11,13 @@ fn hub(folder: &std::path::Path, me: Peer) -> (Hub, mpsc::Receiver<HubEvent>) {
     Hub::open("127.0.0.1:0".parse().unwrap(), &credentials, me).unwrap()
 }
 
+/// Two hubs of a job, named 1 and 2.
+pub(crate) fn hubs() -> [(Hub, mpsc::Receiver<HubEvent>); 2] {
+    let folder = tempfile::tempdir().unwrap();
+    Credentials::create(folder.path()).unwrap();
+    [1, 2].map(|me| hub(folder.path(), me))
+}
+
 async fn next_message(events: &mut mpsc::Receiver<HubEvent>) -> Message {
     loop {
         match events.recv().await.expect("the hub lives") {
@@ -23,10 +30,7 @@ async fn next_message(events: &mut mpsc::Receiver<HubEvent>) -> Message {
 
 #[tokio::test(flavor = "multi_thread")]
 async fn tensors_arrive_whole_and_small_messages_pass_them() {
-    let folder = tempfile::tempdir().unwrap();
-    Credentials::create(folder.path()).unwrap();
-    let (a, _a_events) = hub(folder.path(), 1);
-    let (b, mut b_events) = hub(folder.path(), 2);
+    let [(a, _a_events), (b, mut b_events)] = hubs();
     let address = b.address().unwrap();
     assert_eq!(a.dial(address).await.unwrap(), 2);
     let region = Arc::new((0..10_000_000).map(|i| i as f32).collect::<Vec<f32>>());
@@ -40,10 +44,7 @@ async fn tensors_arrive_whole_and_small_messages_pass_them() {
 /// HU-1.
 #[tokio::test(flavor = "multi_thread")]
 async fn a_session_survives_its_links() {
-    let folder = tempfile::tempdir().unwrap();
-    Credentials::create(folder.path()).unwrap();
-    let (a, mut a_events) = hub(folder.path(), 1);
-    let (b, mut b_events) = hub(folder.path(), 2);
+    let [(a, mut a_events), (b, mut b_events)] = hubs();
     let address = b.address().unwrap();
     tokio::spawn(async move { while a_events.recv().await.is_some() {} });
     for n in 0..200u32 {
@@ -65,10 +66,7 @@ async fn a_session_survives_its_links() {
 /// HU-1: a wire that loses, delays and is cut for a while costs time, and no message.
 #[tokio::test(flavor = "multi_thread")]
 async fn a_bad_wire_loses_no_message() {
-    let folder = tempfile::tempdir().unwrap();
-    Credentials::create(folder.path()).unwrap();
-    let (a, mut a_events) = hub(folder.path(), 1);
-    let (b, mut b_events) = hub(folder.path(), 2);
+    let [(a, mut a_events), (b, mut b_events)] = hubs();
     let address = b.address().unwrap();
     a.keep(2, address);
     let broken = Arc::new(AtomicU64::new(0));
@@ -141,10 +139,7 @@ async fn relay(to: SocketAddr, mut see: impl FnMut(bool, &mut [u8]) + Send + 'st
 /// HU-1: a flipped bit on the wire is a lost datagram, never another message.
 #[tokio::test(flavor = "multi_thread")]
 async fn bits_that_flip_on_the_wire_change_nothing() {
-    let folder = tempfile::tempdir().unwrap();
-    Credentials::create(folder.path()).unwrap();
-    let (a, mut a_events) = hub(folder.path(), 1);
-    let (b, mut b_events) = hub(folder.path(), 2);
+    let [(a, mut a_events), (b, mut b_events)] = hubs();
     tokio::spawn(async move { while a_events.recv().await.is_some() {} });
     let garbled = Arc::new(AtomicU64::new(0));
     let (count, mut n) = (Arc::clone(&garbled), 0usize);
@@ -171,10 +166,7 @@ async fn bits_that_flip_on_the_wire_change_nothing() {
 /// LI-2: a session without messages costs few packets, and holds.
 #[tokio::test(flavor = "multi_thread")]
 async fn a_session_at_rest_is_quiet() {
-    let folder = tempfile::tempdir().unwrap();
-    Credentials::create(folder.path()).unwrap();
-    let (a, mut a_events) = hub(folder.path(), 1);
-    let (b, mut b_events) = hub(folder.path(), 2);
+    let [(a, mut a_events), (b, mut b_events)] = hubs();
     let packets = Arc::new(AtomicU64::new(0));
     let count = Arc::clone(&packets);
     let counts = move |_, _: &mut [u8]| {
@@ -196,10 +188,7 @@ async fn a_session_at_rest_is_quiet() {
 /// HU-1: a session that one side has closed is not taken up again as if nothing had been said.
 #[tokio::test(flavor = "multi_thread")]
 async fn a_forgotten_session_is_broken_on_both_sides() {
-    let folder = tempfile::tempdir().unwrap();
-    Credentials::create(folder.path()).unwrap();
-    let (a, mut a_events) = hub(folder.path(), 1);
-    let (b, mut b_events) = hub(folder.path(), 2);
+    let [(a, mut a_events), (b, mut b_events)] = hubs();
     let address = b.address().unwrap();
     a.dial(address).await.unwrap();
     a.send(2, Lane::Control, Message::small(b"once".to_vec()));
@@ -226,10 +215,7 @@ async fn a_forgotten_session_is_broken_on_both_sides() {
 /// A session may go from one kind of link to another in the middle of a message.
 #[tokio::test(flavor = "multi_thread")]
 async fn memory_and_quic_carry_one_session() {
-    let folder = tempfile::tempdir().unwrap();
-    Credentials::create(folder.path()).unwrap();
-    let (a, mut a_events) = hub(folder.path(), 1);
-    let (b, mut b_events) = hub(folder.path(), 2);
+    let [(a, mut a_events), (b, mut b_events)] = hubs();
     tokio::spawn(async move { while a_events.recv().await.is_some() {} });
     for n in 0..60u32 {
         match n % 20 {
@@ -251,10 +237,7 @@ async fn memory_and_quic_carry_one_session() {
 /// HU-2, HU-3: a receiver that takes nothing stops its sender's session, not the call that sends.
 #[tokio::test(flavor = "multi_thread")]
 async fn a_slow_receiver_slows_its_sender_and_loses_nothing() {
-    let folder = tempfile::tempdir().unwrap();
-    Credentials::create(folder.path()).unwrap();
-    let (a, _a_events) = hub(folder.path(), 1);
-    let (b, mut b_events) = hub(folder.path(), 2);
+    let [(a, _a_events), (b, mut b_events)] = hubs();
     a.dial(b.address().unwrap()).await.unwrap();
     let count = 3 * EVENTS;
     for n in 0..count {
