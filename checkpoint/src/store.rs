@@ -266,6 +266,11 @@ impl Store {
     }
 
     fn prune(&self) -> Result<(), StoreError> {
+        // Nobody else writes manifests in this process's turn: what has another name is of a write that was interrupted.
+        for name in self.reader.place.names(MANIFESTS)?.iter().filter(|name| name.starts_with('.')) {
+            self.turn()?;
+            self.reader.place.remove(&format!("{MANIFESTS}/{name}"))?;
+        }
         let steps = self.reader.steps()?;
         let (old, kept) = steps.split_at(steps.len().saturating_sub(self.keep));
         if old.is_empty() {

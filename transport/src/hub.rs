@@ -5,6 +5,8 @@
 //!   it; a sender beyond that is out of step with its protocol, and loses the session (an event says so).
 //! - HU-3: a message is taken from the peer's grant when the receiver takes its event, so a process that
 //!   does not keep up slows its peers.
+//! - HU-4: a hub that was opened for calls has no session, from its first moment until [`Hub::take_sessions`]: what a peer
+//!   said before somebody listens would be lost, and the peer would wait for an answer.
 
 mod refusals;
 mod task;
@@ -91,10 +93,28 @@ impl Hub {
         credentials: &Credentials,
         me: Peer,
     ) -> Result<(Self, mpsc::Receiver<HubEvent>), QuicError> {
+        Self::start(bind, credentials, me, true)
+    }
+
+    /// As [`Hub::open`]; it only answers calls until [`Hub::take_sessions`] (HU-4).
+    pub fn open_for_calls(
+        bind: SocketAddr,
+        credentials: &Credentials,
+        me: Peer,
+    ) -> Result<(Self, mpsc::Receiver<HubEvent>), QuicError> {
+        Self::start(bind, credentials, me, false)
+    }
+
+    fn start(
+        bind: SocketAddr,
+        credentials: &Credentials,
+        me: Peer,
+        open: bool,
+    ) -> Result<(Self, mpsc::Receiver<HubEvent>), QuicError> {
         let disturbances = Disturbances::default();
         let (endpoint, caller) = quic::open(bind, credentials, disturbances.clone())?;
         let (events, receiver) = mpsc::channel(EVENTS);
-        let (calls, open) = (OnceLock::new(), AtomicBool::new(true));
+        let (calls, open) = (OnceLock::new(), AtomicBool::new(open));
         let (sessions, ways) = (Mutex::default(), Mutex::default());
         let refusals = Refusals::new(events.clone());
         let rdma = Rdma::start(refusals.clone()).map_err(|error| error.to_string());
@@ -130,9 +150,9 @@ impl Hub {
         self.0.disturbances.add(disturbance);
     }
 
-    /// Whether others may begin sessions with this process from now on; at first they may.
-    pub fn take_sessions(&self, open: bool) {
-        self.0.open.store(open, Ordering::Relaxed);
+    /// Others may begin sessions with this process from now on.
+    pub fn take_sessions(&self) {
+        self.0.open.store(true, Ordering::Relaxed);
     }
 
     /// Calls of others from now on. Whoever asks first answers them; before, and without, they are refused.

@@ -98,10 +98,10 @@ fn replace(path: &Path, make: impl FnOnce(&Path) -> std::io::Result<()>) -> std:
 pub async fn run_supervisor(run: RunFolder, options: &SupervisorOptions) -> Result<SupervisorEnd, AnyError> {
     let ready = Ready::read(run, options.nodes)?;
     let credentials = Credentials::load(&ready.run.credentials())?;
-    let open = || Hub::open(options.listen, &credentials, new_name());
+    let (listen, name) = (options.listen, new_name());
     match &options.seat {
-        None => alone(ready, open).await,
-        Some(seat) => among(ready, seat, open).await,
+        None => alone(ready, || Hub::open(listen, &credentials, name)).await,
+        Some(seat) => among(ready, seat, || Hub::open_for_calls(listen, &credentials, name)).await,
     }
 }
 
@@ -161,7 +161,6 @@ async fn begin(
     std::fs::create_dir_all(folder)?;
     let _locks = ready.run.lock_seat(seat.number)?;
     let (hub, events) = open()?;
-    hub.take_sessions(false);
     let replicated = Replicated::start(folder, seat, &hub).await?;
     let end = follow_and_lead(ready, seat, &replicated, (hub.clone(), events)).await;
     // Whoever is deposed may have been cut off, or stopped for a while: it says nothing more.
@@ -244,6 +243,6 @@ async fn lead_among(
     });
     let restored = restoring.await??;
     let addresses: Vec<String> = seat.addresses.iter().map(ToString::to_string).collect();
-    hub.take_sessions(true);
+    hub.take_sessions();
     ready.lead(restored, Sink::Replicated(replicated.clone()), (hub, events), &addresses.join(",")).await
 }

@@ -86,6 +86,20 @@ fn a_checkpoint_that_is_being_made_keeps_its_chunks_when_an_older_one_is_publish
     assert_eq!(store.newest_good().unwrap().0, Some(3));
 }
 
+#[test]
+fn what_an_interrupted_write_left_goes_with_the_next_checkpoint() {
+    let folder = tempfile::tempdir().unwrap();
+    let mut store = open(&folder, 3).unwrap();
+    save(&mut store, 1, 1.0);
+    let manifests = store.reader().path();
+    fs::write(manifests.join(".2.7.new"), b"half").unwrap();
+    fs::write(manifests.join("2.refused"), b"kept").unwrap();
+    save(&mut store, 3, 3.0);
+    let mut names: Vec<_> = fs::read_dir(&manifests).unwrap().map(|entry| entry.unwrap().file_name()).collect();
+    names.sort();
+    assert_eq!(names, ["1", "2.refused", "3"]);
+}
+
 /// DS-1, DS-3, CH-2, PC-1, PC-2.
 #[test]
 fn what_is_stored_is_read_and_old_ones_go_with_their_chunks() {

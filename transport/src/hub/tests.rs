@@ -28,6 +28,29 @@ async fn next_message(events: &mut mpsc::Receiver<HubEvent>) -> Message {
     }
 }
 
+/// HU-4.
+#[tokio::test(flavor = "multi_thread")]
+async fn a_hub_that_was_opened_for_calls_has_no_session_before_it_takes_them() {
+    let folder = tempfile::tempdir().unwrap();
+    Credentials::create(folder.path()).unwrap();
+    let (a, _a_events) = hub(folder.path(), 1);
+    let credentials = Credentials::load(folder.path()).unwrap();
+    let (b, mut b_events) = Hub::open_for_calls("127.0.0.1:0".parse().unwrap(), &credentials, 2).unwrap();
+    let address = b.address().unwrap();
+    let early = (0..20).map(|_| {
+        let a = a.clone();
+        tokio::spawn(async move { a.dial(address).await })
+    });
+    for dialled in early.collect::<Vec<_>>() {
+        let said = dialled.await.unwrap().unwrap_err().to_string();
+        assert!(said.contains("takes no sessions now"), "{said}");
+    }
+    assert!(b_events.try_recv().is_err() && b.ways().is_empty());
+    b.take_sessions();
+    assert_eq!(a.dial(address).await.unwrap(), 2);
+    assert!(matches!(b_events.recv().await, Some(HubEvent::Up(1))));
+}
+
 #[tokio::test(flavor = "multi_thread")]
 async fn tensors_arrive_whole_and_small_messages_pass_them() {
     let [(a, _a_events), (b, mut b_events)] = hubs();
