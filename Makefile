@@ -56,7 +56,7 @@ rate: build setup-peers
 recovery: build setup-peers
 	$(PEERS)/bin/pip install --quiet torchft==0.2.0
 	$(PROGRAM) bench recovery --set run.folder=runs/recovery-$(NOW) --set job.nodes=4 --set job.pace=5e9 \
-		--set train.steps=1050
+		--set train.steps=1400
 	$(PEERS)/bin/python tests/peers/recovery.py $(PROGRAM) 600 20
 	$(PEERS)/bin/python tests/peers/recovery.py $(PROGRAM) 600 5
 
@@ -102,7 +102,7 @@ chaos: build
 ## Three supervisors, of which the one that leads is stopped or killed, 20 times.
 chaos-supervisors: build
 	$(PROGRAM) chaos configs/chaos/supervisors.toml $(CONFIG) --set run.folder=runs/chaos-supervisors-$(NOW) \
-		--set recovery.supervisors=3 --set job.nodes=3 --set train.steps=700
+		--set recovery.supervisors=3 --set job.nodes=3 --set train.steps=1000
 
 ## The same with 50 kills on the tiny model.
 chaos-full: build

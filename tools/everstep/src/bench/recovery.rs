@@ -75,7 +75,7 @@ pub(super) fn run(plan: &Path, config: &Path, set: &[String]) -> Result<()> {
         "recoveries": recovered.len(), "phase_medians_ms": phases(&recovered),
     });
     println!("{line}");
-    Ok(())
+    both.all_faults()
 }
 
 #[cfg(test)]

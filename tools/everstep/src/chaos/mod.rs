@@ -28,6 +28,8 @@ pub(crate) struct Both {
     pub(crate) disturbed: RunFolder,
     pub(crate) undisturbed: RunFolder,
     pub(crate) kills: Vec<Kill>,
+    /// Faults that there should have been.
+    planned: Option<u64>,
     memory: Memory,
 }
 
@@ -59,11 +61,8 @@ pub(crate) fn both(plan: Plan, config: &Path, set: &[String], alone: Option<usiz
     eprintln!("the same job undisturbed");
     let (undisturbed, launcher) = start("undisturbed", alone)?;
     launcher.wait(|_| {})?.finished()?;
-    let done = killer.kills.len() as u64;
-    if let Some(planned) = killer.plan.kills.filter(|planned| done < *planned) {
-        bail!("the job ended after {done} of {planned} faults: give it more steps");
-    }
-    Ok(Both { disturbed, undisturbed, kills: std::mem::take(&mut killer.kills), memory })
+    let (kills, planned) = (std::mem::take(&mut killer.kills), killer.plan.kills);
+    Ok(Both { disturbed, undisturbed, kills, planned, memory })
 }
 
 /// What two runs of one job have not in common.
@@ -114,6 +113,17 @@ impl Both {
     pub(crate) fn equal(&self) -> Result<Result<[Vec<MetricsLine>; 2], String>> {
         Ok(equal(&self.disturbed, &self.undisturbed, false)?.map_err(|difference| difference.why))
     }
+
+    /// An error if the job was over before all faults of the plan. To be asked last: what there is to tell is told before.
+    pub(crate) fn all_faults(&self) -> Result<()> {
+        let done = self.kills.len() as u64;
+        match self.planned {
+            Some(planned) if done < planned => {
+                bail!("the job ended after {done} of {planned} faults: give it more steps")
+            }
+            _ => Ok(()),
+        }
+    }
 }
 
 pub(crate) fn run(plan: &Path, config: &Path, set: &[String]) -> Result<ExitCode> {
@@ -128,6 +138,7 @@ pub(crate) fn run(plan: &Path, config: &Path, set: &[String]) -> Result<ExitCode
     println!("ledger: {samples} samples were counted by every copy of every shard, {expected} are in the steps");
     let clean = told::left_behind(&both.disturbed);
     let same = say_equal(compared);
+    both.all_faults()?;
     Ok(if same && samples == expected && clean { ExitCode::SUCCESS } else { ExitCode::FAILURE })
 }
 
