@@ -10,7 +10,7 @@ use crate::link::Link;
 use crate::liveness;
 use crate::quic::{self, HANDSHAKE, Peer, QuicError, broken, explain};
 use crate::side::{GREETING, Greeting, HEAD, Said, SaidError, greeting, greeting_bytes};
-use quinn::{Connection, ConnectionError, Endpoint, RecvStream, SendStream, VarInt};
+use quinn::{Connection, Endpoint, RecvStream, SendStream, VarInt};
 use std::collections::VecDeque;
 use std::io;
 use std::net::SocketAddr;
@@ -74,8 +74,6 @@ pub(crate) struct PeerConnection {
     say: SendStream,
     hear: Option<RecvStream>,
     dials: bool,
-    /// Whether this end looks for the other when the connection is lost: who accepted does, since who dialled may not know of it.
-    looks_back: bool,
     choice: Choice,
     began: Instant,
     making: Option<Making>,
@@ -88,12 +86,7 @@ pub(crate) struct PeerConnection {
 
 impl PeerConnection {
     /// Dials, learns who answers, and gives the session its first link.
-    pub(crate) async fn dial(
-        hub: &Hub,
-        endpoint: &Endpoint,
-        address: SocketAddr,
-        looks_back: bool,
-    ) -> Result<Self, QuicError> {
+    pub(crate) async fn dial(hub: &Hub, endpoint: &Endpoint, address: SocketAddr) -> Result<Self, QuicError> {
         let unreachable = |e: &dyn std::fmt::Display| QuicError::Unreachable { address, reason: e.to_string() };
         let connecting = endpoint.connect(address, NAME);
         let connecting = timeout(ANSWER, connecting.map_err(|e| unreachable(&e))?).await;
@@ -103,7 +96,6 @@ impl PeerConnection {
         let streams = Streams::open(&connection).await?;
         let peer = read_word(&connection, &mut hear).await?;
         let mut this = Self::new(hub, connection, peer, (say, hear), true);
-        this.looks_back = looks_back;
         this.link(streams).await?;
         Ok(this)
     }
@@ -131,7 +123,6 @@ impl PeerConnection {
             say: side.0,
             hear: Some(side.1),
             dials,
-            looks_back: !dials,
             choice: Choice::new(dials, hub.rdma().as_ref().err().cloned()),
             began: Instant::now(),
             making: None,
@@ -218,10 +209,6 @@ impl PeerConnection {
         tracing::debug!(peer = self.peer, %why, "a connection has ended");
         self.hub.on_way_lost(self.peer, self.attempt);
         self.session.lost(&self.connection).await;
-        let is_over = matches!(self.connection.close_reason(), Some(ConnectionError::ApplicationClosed(_)));
-        if self.looks_back && !is_over {
-            self.hub.look_for(self.peer, self.connection.remote_address());
-        }
     }
 
     /// What happens next. An error: the connection is of no use any more.

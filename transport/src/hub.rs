@@ -263,13 +263,12 @@ impl Hub {
 
     /// Dials once. Gives the name of who answered.
     pub async fn dial(&self, address: SocketAddr) -> Result<Peer, QuicError> {
-        self.dial_once(address, false).await
+        let unreachable = QuicError::Unreachable { address, reason: "no answer".to_owned() };
+        tokio::time::timeout(HANDSHAKE, self.dial_unbounded(address)).await.unwrap_or(Err(unreachable))
     }
 
-    async fn dial_once(&self, address: SocketAddr, looks_back: bool) -> Result<Peer, QuicError> {
-        let late = QuicError::Unreachable { address, reason: "no answer".to_owned() };
-        let dialling = PeerConnection::dial(self, &self.0.endpoint, address, looks_back);
-        let connection = tokio::time::timeout(HANDSHAKE, dialling).await.unwrap_or(Err(late))?;
+    async fn dial_unbounded(&self, address: SocketAddr) -> Result<Peer, QuicError> {
+        let connection = PeerConnection::dial(self, &self.0.endpoint, address).await?;
         let peer = connection.peer();
         tokio::spawn(connection.run());
         Ok(peer)
@@ -296,21 +295,6 @@ impl Hub {
                     }
                     Ok(_) => return,
                     Err(_) => tokio::time::sleep(REDIAL).await,
-                }
-            }
-        });
-    }
-
-    /// Dials who dialled before and may not know that the connection is lost, until the session has a link or is closed.
-    pub(crate) fn look_for(&self, peer: Peer, address: SocketAddr) {
-        let hub = self.clone();
-        tokio::spawn(async move {
-            loop {
-                // Who knows of it has dialled again by then.
-                tokio::time::sleep(2 * REDIAL).await;
-                let is_over = hub.is_linked(peer) || !hub.sessions().contains_key(&peer);
-                if is_over || hub.dial_once(address, true).await.is_ok() {
-                    return;
                 }
             }
         });
