@@ -5,6 +5,8 @@ CONFIG ?= configs/quickstart.toml
 PROGRAM := target/release/everstep
 # What builds with RDMA: `make release` and all tests; not `make train`.
 RDMA := --features everstep/rdma,everstep-transport/rdma
+# Program, tests and examples in one build: apart, half of the packages would be built twice, as tests ask more of tokio.
+BUILD_ALL := cargo build --workspace --all-targets $(RDMA)
 PEERS := target/peers
 # Small packages: a compiler of kernels, a trainer of tokenizers.
 PYTHON := target/python
@@ -22,24 +24,24 @@ train: build
 
 ## All tests: units, simulation, whole jobs of real processes, and every GPU kernel compiled.
 test: setup-test setup-store setup-rdma kernels
-	cargo build --workspace $(RDMA)
+	$(BUILD_ALL)
 	cargo nextest run --workspace $(RDMA) -E 'not binary(rdma) and not test(on_a_device)'
 
 ## Sessions and a job over RDMA, in small machines with devices in software. By itself: an emulated processor wants the cores.
 ## RDMA_ROUNDS: how often the wire between two of them is disturbed over RoCE, and over iWARP.
 RDMA_ROUNDS ?= 5
 rdma: setup-test setup-rdma setup-vm
-	cargo build --workspace $(RDMA)
-	cargo build -p everstep-transport --features rdma --example rdma_check
+	$(BUILD_ALL)
 	tests=$$(cargo test -p everstep-transport --features rdma --lib --no-run --message-format=json | \
 		grep -o '"executable":"[^"]*"' | tail -n 1 | cut -d '"' -f 4) && \
 	RDMA_ROUNDS=$(RDMA_ROUNDS) TRANSPORT_TESTS=$$tests cargo nextest run --workspace $(RDMA) -E 'binary(rdma)'
 
 ## Every kernel of kernels/hopper/ compiled, on any machine: fails where registers go to memory, or where the table is not true.
-kernels: setup setup-python
+kernels: setup-rdma setup-python
 	$(PYTHON)/bin/pip install --quiet nvidia-cuda-nvrtc==13.0.88
+	$(BUILD_ALL)
 	LD_LIBRARY_PATH=$$(echo $(PYTHON)/lib/python3*/site-packages/nvidia/cu13/lib) \
-		cargo run -p everstep-kernels --features cuda --example compile_kernels > target/kernels.md
+		target/debug/examples/compile_kernels > target/kernels.md
 	grep '^|' docs/measurements/hopper-resources.md | diff - target/kernels.md
 
 ## The model against Hugging Face transformers on fresh models (some 3 GB of packages the first time).
@@ -109,11 +111,13 @@ chaos-full: build
 	$(PROGRAM) chaos configs/chaos/full.toml configs/tiny.toml --set run.folder=runs/chaos-full-$(NOW) \
 		--set train.steps=8000 --set checkpoint.every=100
 
-## How soon deaths and hangs are known, and how soon the job goes on: 200 of each on the tiny model.
+## How soon deaths, hangs and cut links are known, and how soon the job goes on: 200 of each on the tiny model.
 chaos-times: build
 	$(PROGRAM) chaos configs/chaos/deaths.toml configs/tiny.toml --set run.folder=runs/deaths-$(NOW) \
 		--set train.steps=30000 --set checkpoint.every=500
 	$(PROGRAM) chaos configs/chaos/stops.toml configs/tiny.toml --set run.folder=runs/stops-$(NOW) \
+		--set train.steps=60000 --set checkpoint.every=500
+	$(PROGRAM) chaos configs/chaos/cuts.toml configs/tiny.toml --set run.folder=runs/cuts-$(NOW) \
 		--set train.steps=60000 --set checkpoint.every=500
 
 ## From one node to eight and back to one, with kills on the way, on the tiny model.
@@ -129,7 +133,7 @@ chaos-long: build
 	for n in $$(seq $(JOBS)); do for plan in kills faults; do \
 		sed "s/^seed = .*/seed = $$n/" configs/chaos/$$plan.toml > target/chaos/$$plan-$$n.toml; \
 		$(PROGRAM) chaos target/chaos/$$plan-$$n.toml configs/tiny.toml --set run.folder=runs/long-$(NOW)/$$plan-$$n \
-			--set train.steps=$(LONG) --set checkpoint.every=200 > target/chaos/$$plan-$$n.txt 2>&1 \
+			--set train.steps=$(LONG) --set checkpoint.every=20 > target/chaos/$$plan-$$n.txt 2>&1 \
 			|| touch target/chaos/$$plan-$$n.failed & \
 	done; done; wait
 	tail -n 3 target/chaos/*.txt

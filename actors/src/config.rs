@@ -346,5 +346,7 @@ mod tests {
         ] {
             assert!(set(bad).is_err(), "{bad}");
         }
+        let large = set("model.dense_inner=400000000").unwrap_err().to_string();
+        assert!(large.contains("job.shards = ") && large.contains("expected more shards"), "{large}");
     }
 }

@@ -80,6 +80,11 @@ pub trait Core: Send + std::fmt::Debug {
     /// Chaos: flips a bit of its state, if it has any, as bad memory would.
     fn flip(&mut self) {}
 
+    /// Messages that it keeps for its receivers' next lives.
+    fn kept(&self) -> usize {
+        0
+    }
+
     /// One line about its state, for operators.
     fn describe(&self) -> String;
 }

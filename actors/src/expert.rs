@@ -331,6 +331,10 @@ impl Core for ExpertCore {
         }
     }
 
+    fn kept(&self) -> usize {
+        self.outbox.len()[0]
+    }
+
     fn describe(&self) -> String {
         format!(
             "step {}, {} rows, {} of {} micro-batches summed; {} early, {} made again, {} kept",
@@ -340,7 +344,7 @@ impl Core for ExpertCore {
             self.micro_batches(),
             self.early.len(),
             self.again.len(),
-            self.outbox.len()[0]
+            self.kept()
         )
     }
 }

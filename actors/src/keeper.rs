@@ -8,6 +8,7 @@
 //! - KE-3: snapshots of [`WAITING_MAX`] steps at most wait for the disk, and those of the job's last.
 //! - KE-4: a snapshot that is not its shard's state, as the layout has it, is not stored.
 //! - KE-2: a snapshot is acknowledged when the checkpoint that it is part of exists.
+//! - KE-6: a job that goes back begins from no checkpoint of what it goes back from: one that was on its way is put aside.
 
 use crate::ids::{ActorId, Address, Step};
 use crate::message::{Body, ParameterState};
@@ -50,6 +51,8 @@ pub(crate) enum KeeperEvent {
     },
     /// A manifest is on disk.
     Published(Step),
+    /// Manifests were put aside.
+    Refused,
     /// A shard's state was read.
     Loaded {
         /// The step.
@@ -118,7 +121,10 @@ impl KeeperCore {
                     self.attempt += 1;
                     self.storing.clear();
                     self.verified.clear();
-                    self.asked = table.base;
+                    let refused = (self.asked > table.base).then_some(KeeperEffect::Write(Write::Refuse(table.base)));
+                    (self.asked, self.published) = (table.base, self.published.min(table.base));
+                    self.table = table;
+                    return refused.into_iter().collect();
                 }
                 self.table = table;
                 Vec::new()
@@ -140,6 +146,7 @@ impl KeeperCore {
             }
             // The job went back while it was written: it is made again.
             KeeperEvent::Published(step) if step > self.asked => Vec::new(),
+            KeeperEvent::Refused => Vec::new(),
             KeeperEvent::Published(step) => {
                 self.published = self.published.max(step);
                 self.storing.retain(|s, _| *s > step);
@@ -321,6 +328,23 @@ mod tests {
         all.into_iter().for_each(|event| assert!(keeper.on(event).is_empty()));
         let good = snapshot(&keeper, 3, 0);
         assert_eq!(keeper.on(good).len(), 1);
+    }
+
+    /// KE-6.
+    #[test]
+    fn a_checkpoint_that_is_on_its_way_when_the_job_goes_back_is_put_aside() {
+        let mut keeper = of_shards(2, 0);
+        let table = table(&materials());
+        keeper.on(KeeperEvent::Table(Arc::new(table.clone())));
+        keeper.on(KeeperEvent::Verified(3, of_all(&keeper)));
+        (0..2).for_each(|shard| drop(give(&mut keeper, 3, shard)));
+        keeper.on(stored(&keeper, 3, 0));
+        let effects = keeper.on(stored(&keeper, 3, 1));
+        assert!(matches!(effects[..], [KeeperEffect::Write(Write::Publish(3))]), "{effects:?}");
+        let back = Table { epoch: table.epoch + 1, primaries: vec![None; 2], ..table };
+        let effects = keeper.on(KeeperEvent::Table(Arc::new(back)));
+        assert!(matches!(effects[..], [KeeperEffect::Write(Write::Refuse(0))]), "{effects:?}");
+        assert!(keeper.on(KeeperEvent::Published(3)).is_empty() && keeper.on(KeeperEvent::Refused).is_empty());
     }
 
     /// KE-1, KE-2: published when all shards are stored, acknowledged when it is published.

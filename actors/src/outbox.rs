@@ -96,6 +96,9 @@ impl Outbox {
 
     /// Forgets messages of committed steps.
     pub(crate) fn forget_until(&mut self, committed: Step) {
+        if planted(Bug::OutboxNeverFreed) {
+            return;
+        }
         let forget = |kept: &mut Kept| {
             kept.retain(|(step, _)| *step > committed);
             !kept.is_empty()

@@ -22,12 +22,16 @@ macro_rules! bugs {
 bugs! {
     /// Messages of and to replaced actors are taken.
     FenceSkipped = "fence-skipped",
+    /// Messages to replaced actors are.
+    ReceiverUnfenced = "receiver-unfenced",
     /// A message of a life that is not announced yet is refused, not held.
     EarlyMessageRefused = "early-message-refused",
     /// A new life of a receiver gets all that was kept for it but the last.
     OutboxEntryForgotten = "outbox-entry-forgotten",
     /// What was sent to an actor is not kept until the commit.
     OutboxForgottenEarly = "outbox-forgotten-early",
+    /// What was sent to an actor is kept for ever.
+    OutboxNeverFreed = "outbox-never-freed",
     /// A new copy of a shard does not get what the others got.
     NewCopyNotServed = "new-copy-not-served",
     /// A new life of an expert does not get the last rows that were made for it.
@@ -50,12 +54,18 @@ bugs! {
     AcknowledgedBeforeSynced = "acknowledged-before-synced",
     /// A new supervisor overlooks the last commit of its log.
     LastCommitOverlooked = "last-commit-overlooked",
+    /// When an actor fails, all of its node get a new life.
+    NodeRestarted = "node-restarted",
     /// A failed actor gets no new life.
     FailureOverlooked = "failure-overlooked",
     /// A silent node is not given up.
     SilenceOverlooked = "silence-overlooked",
     /// A copy that has no state may become the primary.
     StatelessElected = "stateless-elected",
+    /// A copy that has the state does not become the primary.
+    MirrorOverlooked = "mirror-overlooked",
+    /// A step is said to be in as many copies as are wanted.
+    CopiesOverstated = "copies-overstated",
     /// Actors keep their lives when the job goes back to a checkpoint.
     LivesKeptGoingBack = "lives-kept-going-back",
     /// A node is let go while actors live on it.
@@ -78,6 +88,8 @@ bugs! {
     SpareNotAsked = "spare-not-asked",
     /// A session forgets what was not acknowledged when its link breaks.
     LostAtReconnect = "lost-at-reconnect",
+    /// A session delivers what comes again.
+    DeliveredAgain = "delivered-again",
 }
 
 #[cfg(any(test, feature = "plant"))]

@@ -399,6 +399,10 @@ impl Core for StageCore {
         self.wrong = true;
     }
 
+    fn kept(&self) -> usize {
+        self.outbox.len()[0]
+    }
+
     fn describe(&self) -> String {
         let doing = match &self.phase {
             Phase::Weights => "waits for weights".to_owned(),

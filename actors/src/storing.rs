@@ -7,6 +7,7 @@ use crate::message::ParameterState;
 use crate::plant::{Bug, planted};
 use crate::spec::{JobSpec, Layout};
 use crate::stored::{element, state_of, stored};
+use crate::supervisor::Record;
 use everstep_checkpoint::{Element, Reader, Store, StoreError, TensorEntry};
 use everstep_kernels::{Tensor, state_sum};
 
@@ -26,6 +27,8 @@ pub(crate) enum Write {
     },
     /// The manifest of a step.
     Publish(Step),
+    /// Puts manifests of steps after this one aside.
+    Refuse(Step),
 }
 
 /// A shard's state to be read, and for whom.
@@ -64,6 +67,7 @@ impl Write {
                 Ok(KeeperEvent::Stored { attempt, step, shard, sums })
             }
             Self::Publish(step) => store.publish(step).map(|()| KeeperEvent::Published(step)),
+            Self::Refuse(step) => store.refuse_after(step).map(|()| KeeperEvent::Refused),
         }
     }
 
@@ -138,8 +142,11 @@ pub(crate) struct Newest {
     pub(crate) wrong: Vec<String>,
 }
 
-/// Verifies checkpoints, the newest first.
-pub(crate) fn newest(store: &Store, spec: &JobSpec) -> Result<Newest, NoCheckpoint> {
+/// Verifies checkpoints, the newest first; of a job with a log, those of steps that it has reached (KE-6).
+pub(crate) fn newest(store: &Store, spec: &JobSpec, log: &[Record]) -> Result<Newest, NoCheckpoint> {
+    if let Some(reached) = Record::reached(log) {
+        store.refuse_after(reached)?;
+    }
     let (good, wrong) = if planted(Bug::DamageOverlooked) {
         (store.reader().steps()?.pop(), Vec::new())
     } else {

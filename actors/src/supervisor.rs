@@ -36,8 +36,8 @@ use lives::Wait;
 use membership::{Membership, Silent};
 pub use outlook::{Limit, Outlook};
 pub(crate) use record::RECORDS_MAX;
-use record::unsettled;
 pub use record::{CommitRecord, Record};
+use record::{is_pending, unfinished, unsettled};
 use speed::Speeds;
 pub use timeline::Phases;
 use timeline::Timeline;
@@ -127,8 +127,8 @@ pub struct Supervisor {
     admitted: BTreeSet<NodeId>,
     /// A node came that may take over work at the next commit.
     uneven: bool,
-    /// Actors that a step needs and that have no room on any node, and the bytes that they need.
-    no_room: Option<(u64, u64)>,
+    /// Actors that have no room on any node.
+    no_room: Option<Wait>,
     /// What operators were last told that the job waits for.
     told_wait: Option<Wait>,
     /// When this life began.
@@ -196,12 +196,7 @@ impl Supervisor {
             now,
             spec,
         };
-        for record in log {
-            s.replay(record);
-        }
-        if let Some(Record::Doubt(after)) = unsettled(log) {
-            s.doubt(*after);
-        }
+        s.replay(log);
         let life = s.table.entries.get(&ActorId::Supervisor).map_or(Incarnation(1), |e| e.incarnation.next());
         for actor in [ActorId::Supervisor, ActorId::Keeper] {
             s.table.entries.insert(actor, Entry { node: SUPERVISOR_NODE, incarnation: life });
@@ -223,6 +218,9 @@ impl Supervisor {
         if s.table.primaries.contains(&None) && s.table.base > s.checkpoint {
             // The checkpoint that reducers were to start from turned out to be damaged.
             s.roll_back("its checkpoint is not readable any more".to_owned());
+        }
+        if is_pending(log) {
+            s.roll_back("an audit had found a difference when the supervisor ended".to_owned());
         }
         let mut effects = s.publish(Vec::new());
         if restarted {
@@ -258,20 +256,28 @@ impl Supervisor {
         &self.table
     }
 
-    fn replay(&mut self, record: &Record) {
-        match record {
-            Record::Epoch { table, next_node } => {
-                if table.primaries.iter().all(Option::is_none) {
-                    // The job went back: what was committed after the checkpoint is to be done again.
-                    self.last = None;
+    fn replay(&mut self, log: &[Record]) {
+        for record in log {
+            match record {
+                Record::Epoch { table, next_node } => {
+                    if table.primaries.iter().all(Option::is_none) {
+                        // The job went back: what was committed after the checkpoint is to be done again.
+                        self.last = None;
+                    }
+                    self.table = table.clone();
+                    self.next_node = *next_node;
                 }
-                self.table = table.clone();
-                self.next_node = *next_node;
+                Record::Commit(_) if planted(Bug::LastCommitOverlooked) => {}
+                Record::Commit(commit) => self.last = Some(*commit),
+                // Settled by what follows, or not.
+                Record::Doubt(_) | Record::Audit { .. } => {}
             }
-            Record::Commit(_) if planted(Bug::LastCommitOverlooked) => {}
-            Record::Commit(commit) => self.last = Some(*commit),
-            // Settled by what follows, or not: see `unsettled`.
-            Record::Doubt(_) => {}
+        }
+        if let Some(Record::Doubt(after)) = unsettled(log) {
+            self.doubt(*after);
+        }
+        if let Some(Record::Audit { step, actor, made }) = unfinished(log) {
+            self.go_on_with_audit(*step, *actor, made.clone());
         }
     }
 
@@ -457,8 +463,10 @@ impl Supervisor {
         let busy = self.table.entries.values().map(|e| e.node).filter(|n| self.table.nodes.contains_key(n)).collect();
         let silence = |node| self.membership.silence(self.now, node);
         let Some((node, others)) = self.links.victim(self.now, &busy, silence) else { return Vec::new() };
+        let down = self.links.since(node, &others).map_or(Duration::ZERO, |since| self.now.saturating_sub(since));
+        let down = down.max(silence(node));
         let others: Vec<String> = others.iter().map(ToString::to_string).collect();
-        self.dead(&[(node, format!("it has no link to {}", others.join(", ")), silence(node))])
+        self.dead(&[(node, format!("it has no link to {}", others.join(", ")), down)])
     }
 
     fn finish(&mut self, result: Result<(), String>) -> Vec<SupervisorEffect> {

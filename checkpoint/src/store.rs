@@ -66,6 +66,13 @@ fn name_of(step: u64) -> String {
     format!("{MANIFESTS}/{step}")
 }
 
+/// Steps among names of manifests, ascending. Anything else was refused, or is what an interrupted write left behind.
+fn steps_of(names: &[String]) -> Vec<u64> {
+    let mut steps: Vec<u64> = names.iter().filter_map(|name| name.parse().ok()).collect();
+    steps.sort_unstable();
+    steps
+}
+
 impl Reader {
     /// Of `job` in a place.
     pub fn new(place: Place, job: &str) -> Self {
@@ -83,11 +90,7 @@ impl Reader {
 
     /// Steps of the checkpoints that exist, ascending.
     pub fn steps(&self) -> Result<Vec<u64>, StoreError> {
-        // Anything else was refused, or is what an interrupted write left behind.
-        let names = self.place.names(MANIFESTS)?;
-        let mut steps: Vec<u64> = names.iter().filter_map(|name| name.parse().ok()).collect();
-        steps.sort_unstable();
-        Ok(steps)
+        Ok(steps_of(&self.place.names(MANIFESTS)?))
     }
 
     /// Reads a manifest.
@@ -266,12 +269,13 @@ impl Store {
     }
 
     fn prune(&self) -> Result<(), StoreError> {
-        // Nobody else writes manifests in this process's turn: what has another name is of a write that was interrupted.
-        for name in self.reader.place.names(MANIFESTS)?.iter().filter(|name| name.starts_with('.')) {
+        let names = self.reader.place.names(MANIFESTS)?;
+        // Nobody else writes manifests in this process's turn: a name with a dot before it is of a write that was interrupted.
+        for name in names.iter().filter(|name| name.starts_with('.')) {
             self.turn()?;
             self.reader.place.remove(&format!("{MANIFESTS}/{name}"))?;
         }
-        let steps = self.reader.steps()?;
+        let steps = steps_of(&names);
         let (old, kept) = steps.split_at(steps.len().saturating_sub(self.keep));
         if old.is_empty() {
             return Ok(());

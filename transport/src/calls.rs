@@ -2,12 +2,14 @@
 //! what was lost by themselves: a call that fails may have arrived or not.
 //!
 //! - CA-1: a request and an answer have at most [`CALL_MAX`] bytes; who sends more loses the connection.
-//! - CA-2: at most [`QUEUE`] calls wait for whoever answers; further ones wait in their streams.
+//! - CA-2: at most [`QUEUE`] calls wait for whoever answers; further ones wait unread in their streams. One whose request does not come in
+//!   [`READ`] ends.
 
 use crate::credentials::NAME;
 use crate::quic::{QuicError, explain};
 use quinn::{Connection, Endpoint, RecvStream, SendStream, VarInt};
 use std::net::SocketAddr;
+use std::time::Duration;
 use tokio::sync::{mpsc, oneshot};
 use tokio::task::JoinHandle;
 
@@ -15,6 +17,9 @@ use tokio::task::JoinHandle;
 pub const CALL_MAX: usize = 64 << 20;
 /// Calls that may wait to be answered.
 pub(crate) const QUEUE: usize = 64;
+
+/// Until a request has come.
+const READ: Duration = Duration::from_secs(10);
 
 /// A request of another process.
 #[derive(Debug)]
@@ -96,9 +101,11 @@ pub(crate) async fn serve(connection: Connection, calls: mpsc::Sender<Call>) {
 }
 
 async fn pass(mut send: SendStream, mut receive: RecvStream, calls: &mpsc::Sender<Call>) -> Result<(), String> {
-    let request = receive.read_to_end(CALL_MAX).await.map_err(|e| e.to_string())?;
+    let place = calls.reserve().await.map_err(|_| "nobody answers any more".to_owned())?;
+    let read = tokio::time::timeout(READ, receive.read_to_end(CALL_MAX)).await;
+    let request = read.map_err(|_| format!("a request took longer than {READ:?}"))?.map_err(|e| e.to_string())?;
     let (answer, answered) = oneshot::channel();
-    calls.send(Call { request, answer }).await.map_err(|_| "nobody answers any more".to_owned())?;
+    place.send(Call { request, answer });
     let Ok(answer) = answered.await else {
         // It is not answered: the caller's stream ends without one.
         let _ = send.reset(VarInt::from_u32(0));

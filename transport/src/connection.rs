@@ -18,6 +18,7 @@ use std::pin::Pin;
 use std::sync::Arc;
 use std::time::Duration;
 use tokio::sync::{Notify, mpsc, oneshot};
+use tokio::task::JoinHandle;
 use tokio::time::{Instant, sleep_until, timeout};
 
 /// What the other end said and this one has not looked at.
@@ -74,6 +75,12 @@ pub(crate) struct PeerConnection {
     say: SendStream,
     hear: Option<RecvStream>,
     dials: bool,
+    /// Whether this end looks for the other when that has become silent: who accepted does, since who dialled may not know of it.
+    looks_back: bool,
+    /// No way was found back from RDMA: the connection is as silent as that was.
+    gave_up: bool,
+    /// Gives whether the other end has become silent.
+    watch: JoinHandle<bool>,
     choice: Choice,
     began: Instant,
     making: Option<Making>,
@@ -85,17 +92,32 @@ pub(crate) struct PeerConnection {
 }
 
 impl PeerConnection {
-    /// Dials, learns who answers, and gives the session its first link.
-    pub(crate) async fn dial(hub: &Hub, endpoint: &Endpoint, address: SocketAddr) -> Result<Self, QuicError> {
+    /// Dials, learns who answers, and gives the session its first link. `sought`: that peer alone, if its session lacks a link still.
+    pub(crate) async fn dial(
+        hub: &Hub,
+        endpoint: &Endpoint,
+        address: SocketAddr,
+        sought: Option<Peer>,
+    ) -> Result<Self, QuicError> {
         let unreachable = |e: &dyn std::fmt::Display| QuicError::Unreachable { address, reason: e.to_string() };
         let connecting = endpoint.connect(address, NAME);
         let connecting = timeout(ANSWER, connecting.map_err(|e| unreachable(&e))?).await;
         let connection = connecting.map_err(|_| unreachable(&"no answer"))?.map_err(|e| explain(address, &e))?;
         let (mut say, mut hear) = connection.open_bi().await.map_err(|e| explain(address, &e))?;
         say.write_all(&hub.me().to_le_bytes()).await.map_err(|e| broken(&connection, e))?;
-        let streams = Streams::open(&connection).await?;
-        let peer = read_word(&connection, &mut hear).await?;
+        // Another life of who is sought is not to make room for a link: it is asked for its name first.
+        let (streams, peer) = if sought.is_some() {
+            let peer = read_word(&connection, &mut hear).await?;
+            if sought != Some(peer) || !hub.lacks(peer) {
+                return Err(QuicError::NotSought { address });
+            }
+            (Streams::open(&connection).await?, peer)
+        } else {
+            let streams = Streams::open(&connection).await?;
+            (streams, read_word(&connection, &mut hear).await?)
+        };
         let mut this = Self::new(hub, connection, peer, (say, hear), true);
+        this.looks_back = sought.is_some();
         this.link(streams).await?;
         Ok(this)
     }
@@ -114,7 +136,7 @@ impl PeerConnection {
 
     fn new(hub: &Hub, connection: Connection, peer: Peer, side: (SendStream, RecvStream), dials: bool) -> Self {
         let written = Arc::new(Notify::new());
-        tokio::spawn(liveness::watch(connection.clone(), Arc::clone(&written)));
+        let watch = tokio::spawn(liveness::watch(connection.clone(), Arc::clone(&written)));
         Self {
             connection,
             hub: hub.clone(),
@@ -123,6 +145,9 @@ impl PeerConnection {
             say: side.0,
             hear: Some(side.1),
             dials,
+            looks_back: !dials,
+            gave_up: false,
+            watch,
             choice: Choice::new(dials, hub.rdma().as_ref().err().cloned()),
             began: Instant::now(),
             making: None,
@@ -209,6 +234,15 @@ impl PeerConnection {
         tracing::debug!(peer = self.peer, %why, "a connection has ended");
         self.hub.on_way_lost(self.peer, self.attempt);
         self.session.lost(&self.connection).await;
+        self.close();
+        let silent = (&mut self.watch).await.unwrap_or(false) || self.gave_up;
+        if silent && self.looks_back {
+            self.hub.look_for(self.peer, self.connection.remote_address());
+        }
+    }
+
+    fn close(&self) {
+        self.connection.close(VarInt::from_u32(0), b"this end of the connection has ended");
     }
 
     /// What happens next. An error: the connection is of no use any more.
@@ -291,7 +325,10 @@ impl PeerConnection {
                 self.link(opened.unwrap_or(Err(late))?).await?;
                 return Ok(Some(Event::Linked));
             }
-            Effect::Close => return Err(broken(&self.connection, "no way was found")),
+            Effect::Close => {
+                self.gave_up = true;
+                return Err(broken(&self.connection, "no way was found"));
+            }
             Effect::Tell(way) => self.hub.on_way(self.peer, self.attempt, way).await,
         }
         Ok(None)
@@ -306,7 +343,7 @@ impl PeerConnection {
 impl Drop for PeerConnection {
     fn drop(&mut self) {
         // Whoever watches it would keep it.
-        self.connection.close(VarInt::from_u32(0), b"this end of the connection has ended");
+        self.close();
     }
 }
 

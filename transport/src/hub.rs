@@ -31,14 +31,18 @@ use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::{Arc, Mutex, MutexGuard, OnceLock, PoisonError};
 use std::time::Duration;
 use task::Running;
-use tokio::sync::mpsc;
 use tokio::sync::mpsc::error::TrySendError;
+use tokio::sync::{Semaphore, mpsc};
 
 /// Messages that one session may be given and not have sent yet.
 pub const SEND_QUEUE: usize = 65_536;
 /// Messages that wait for the process to take them.
 const EVENTS: usize = 1024;
 const REDIAL: Duration = Duration::from_millis(50);
+/// Between two dials of who is looked for, at most.
+const LOOK_MAX: Duration = Duration::from_secs(1);
+/// Handshakes at one time: more than the first are asked to come again, more than the second are refused.
+const HANDSHAKES: [usize; 2] = [64, 1024];
 
 /// What happened.
 #[derive(Debug)]
@@ -263,12 +267,13 @@ impl Hub {
 
     /// Dials once. Gives the name of who answered.
     pub async fn dial(&self, address: SocketAddr) -> Result<Peer, QuicError> {
-        let unreachable = QuicError::Unreachable { address, reason: "no answer".to_owned() };
-        tokio::time::timeout(HANDSHAKE, self.dial_unbounded(address)).await.unwrap_or(Err(unreachable))
+        self.dial_for(address, None).await
     }
 
-    async fn dial_unbounded(&self, address: SocketAddr) -> Result<Peer, QuicError> {
-        let connection = PeerConnection::dial(self, &self.0.endpoint, address).await?;
+    async fn dial_for(&self, address: SocketAddr, sought: Option<Peer>) -> Result<Peer, QuicError> {
+        let late = QuicError::Unreachable { address, reason: "no answer".to_owned() };
+        let dialling = PeerConnection::dial(self, &self.0.endpoint, address, sought);
+        let connection = tokio::time::timeout(HANDSHAKE, dialling).await.unwrap_or(Err(late))?;
         let peer = connection.peer();
         tokio::spawn(connection.run());
         Ok(peer)
@@ -300,6 +305,30 @@ impl Hub {
         });
     }
 
+    /// Whether there is a session with a peer that has no link.
+    pub(crate) fn lacks(&self, peer: Peer) -> bool {
+        self.sessions().get(&peer).is_some_and(|session| !*session.linked.borrow())
+    }
+
+    /// Dials who dialled before and may not know that the connection is lost, until the session has a link or is closed, or somebody
+    /// else answers.
+    pub(crate) fn look_for(&self, peer: Peer, address: SocketAddr) {
+        let hub = self.clone();
+        tokio::spawn(async move {
+            // Who knows of it has dialled again by then.
+            let mut again = 2 * REDIAL;
+            loop {
+                tokio::time::sleep(again).await;
+                again = (2 * again).min(LOOK_MAX);
+                let unreachable =
+                    |result: Result<Peer, QuicError>| matches!(result, Err(QuicError::Unreachable { .. }));
+                if !hub.lacks(peer) || !unreachable(hub.dial_for(address, Some(peer)).await) {
+                    return;
+                }
+            }
+        });
+    }
+
     /// Links two hubs of one process without a network.
     pub async fn link_in_memory(&self, other: &Self) {
         let (ours, theirs) = Link::memory();
@@ -319,12 +348,47 @@ impl Hub {
     }
 }
 
-/// Accepts connections until the endpoint closes.
+/// What becomes of a handshake beside so many others.
+#[derive(Debug, PartialEq, Eq)]
+enum Door {
+    Open,
+    /// It is to come again with a proof that its address is its own.
+    Retry,
+    Shut,
+}
+
+fn door(taken: usize, is_proven: bool) -> Door {
+    let [few, most] = HANDSHAKES;
+    match taken {
+        _ if taken >= most => Door::Shut,
+        _ if taken >= few && !is_proven => Door::Retry,
+        _ => Door::Open,
+    }
+}
+
+/// Accepts connections until the endpoint closes. Handshakes are bounded: of many at once only those go on whose address is shown to be
+/// theirs, and of too many none.
 async fn accept(hub: Hub) {
+    let places = Arc::new(Semaphore::new(HANDSHAKES[1]));
     while let Some(incoming) = hub.0.endpoint.accept().await {
+        let taken = HANDSHAKES[1] - places.available_permits();
+        match door(taken, incoming.remote_address_validated()) {
+            Door::Open => {}
+            Door::Retry => {
+                // One that may not be asked has been.
+                let _ = incoming.retry();
+                continue;
+            }
+            Door::Shut => {
+                incoming.refuse();
+                continue;
+            }
+        }
+        let place = Arc::clone(&places).try_acquire_owned();
         let hub = hub.clone();
         let address = incoming.remote_address();
         tokio::spawn(async move {
+            let _place = place;
             let late = QuicError::Unreachable { address, reason: "the handshake took too long".to_owned() };
             let result = tokio::time::timeout(HANDSHAKE, admit(&hub, incoming)).await.unwrap_or(Err(late));
             if let Err(error @ (QuicError::ForeignJob { .. } | QuicError::Expired { .. })) = result {

@@ -34,6 +34,8 @@ pub use credentials::{Credentials, CredentialsError};
 pub use disturb::Disturbance;
 pub use hub::{Hub, HubEvent, SEND_QUEUE};
 pub use link::Link;
-pub use message::{Assembler, FRAGMENT_MAX, Fragment, HEADER_MAX, Message, MessageError, Parts};
+pub use message::{
+    Assembler, FRAGMENT_MAX, Fragment, HEADER_MAX, Message, MessageError, Parts, REGIONS_MAX, WORDS_MAX,
+};
 pub use quic::{LINK_BYTES, Peer, QuicError};
-pub use session::{Effects, Frame, Lane, Resume, Session, SessionEffect, SessionError};
+pub use session::{Effects, Frame, Lane, Resume, Session, SessionBug, SessionEffect, SessionError};

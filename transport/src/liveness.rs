@@ -77,8 +77,9 @@ impl Liveness {
     }
 }
 
-/// Closes a connection whose other end has become silent; ends when it is closed. `written`: something is sent on it.
-pub(crate) async fn watch(connection: Connection, written: Arc<Notify>) {
+/// Closes a connection whose other end has become silent; ends when it is closed, and gives whether that was why. `written`:
+/// something is sent on it.
+pub(crate) async fn watch(connection: Connection, written: Arc<Notify>) -> bool {
     let (began, mut liveness) = (Instant::now(), Liveness::default());
     loop {
         let stats = connection.stats();
@@ -93,10 +94,14 @@ pub(crate) async fn watch(connection: Connection, written: Arc<Notify>) {
                 (at, false)
             }
             Next::Rest { until } => (until, true),
-            Next::Silent => return connection.close(VarInt::from_u32(0), b"the other end has become silent"),
+            Next::Silent => {
+                connection.close(VarInt::from_u32(0), b"the other end has become silent");
+                return true;
+            }
         };
         tokio::select! {
-            _ = connection.closed() => return,
+            biased;
+            _ = connection.closed() => return false,
             () = sleep_until(began + at) => {}
             // What was written is on its way at the next look.
             () = written.notified(), if rests => tokio::time::sleep(BEAT).await,

@@ -18,9 +18,9 @@ pub const HEADER_MAX: usize = 16 << 20;
 /// Bytes of a header that goes with the start in one piece.
 const SHORT: usize = 4096;
 /// Regions of a message.
-pub(crate) const REGIONS_MAX: usize = 65_536;
+pub const REGIONS_MAX: usize = 65_536;
 /// Words of all regions of a message.
-pub(crate) const WORDS_MAX: u64 = 1 << 32;
+pub const WORDS_MAX: u64 = 1 << 32;
 
 /// Words of a region for which memory is taken before they come, or more if as many have come: a claim alone costs no more.
 const AHEAD: usize = 16 << 20;

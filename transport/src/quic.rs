@@ -86,6 +86,12 @@ pub enum QuicError {
         /// What TLS said.
         reason: String,
     },
+    /// Somebody else answers than who was looked for, or that one is not looked for any more.
+    #[error("nobody is looked for at {address} any more")]
+    NotSought {
+        /// Where.
+        address: SocketAddr,
+    },
     /// Nobody answers, or the connection broke.
     #[error("no link to {address}: {reason}")]
     Unreachable {

@@ -149,13 +149,21 @@ impl<U> LaneState<U> {
     }
 }
 
+/// A bug of a session, for the simulator to find.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum SessionBug {
+    /// It forgets units that were not acknowledged when it reconnects: SE-2 is broken.
+    Forgets,
+    /// It delivers a unit that comes again: SE-1 is.
+    Repeats,
+}
+
 /// See the module.
 #[derive(Debug)]
 pub struct Session<U> {
     lanes: [LaneState<U>; 2],
     linked: bool,
-    /// A planted bug of the simulator: forgets unacknowledged units when it reconnects.
-    forgetful: bool,
+    bug: Option<SessionBug>,
 }
 
 impl<U: Clone> Default for Session<U> {
@@ -167,12 +175,12 @@ impl<U: Clone> Default for Session<U> {
 impl<U: Clone> Session<U> {
     /// A session on which nothing was sent.
     pub fn new() -> Self {
-        Self { lanes: Lane::ALL.map(LaneState::new), linked: false, forgetful: false }
+        Self { lanes: Lane::ALL.map(LaneState::new), linked: false, bug: None }
     }
 
-    /// A session with a bug, for the simulator to find: it breaks SE-2.
-    pub fn forgetful() -> Self {
-        Self { forgetful: true, ..Self::new() }
+    /// A session with a planted bug.
+    pub fn with(bug: SessionBug) -> Self {
+        Self { bug: Some(bug), ..Self::new() }
     }
 
     /// What to tell the peer first on a new link.
@@ -219,7 +227,7 @@ impl<U: Clone> Session<U> {
         let mut effects = Effects::new();
         for lane in Lane::ALL {
             let received = peer[lane.at()];
-            if self.forgetful {
+            if self.bug == Some(SessionBug::Forgets) {
                 let state = &mut self.lanes[lane.at()];
                 state.kept.clear();
                 state.first = received;
@@ -260,7 +268,8 @@ impl<U: Clone> Session<U> {
                     return Err(SessionError::Gap { lane, expected: state.received, got: sequence });
                 }
                 if sequence < state.received {
-                    return Ok(Effects::new());
+                    let again = self.bug == Some(SessionBug::Repeats);
+                    return Ok(again.then_some(SessionEffect::Deliver(lane, unit)).into_iter().collect());
                 }
                 state.received += 1;
                 Ok(smallvec![SessionEffect::Deliver(lane, unit)])
@@ -391,6 +400,17 @@ mod tests {
         pair.take(0, effects);
         while pair.pass(1) {}
         assert_eq!(pair.waiting[1].back(), Some(&(Lane::Control, 7)));
+    }
+
+    /// SE-1.
+    #[test]
+    fn what_comes_again_is_delivered_once() {
+        let mut s: Session<u32> = Session::new();
+        s.link_up([0, 0]).unwrap();
+        let data = |sequence| Frame::Data { lane: Lane::Bulk, sequence, unit: 7 };
+        assert_eq!(s.on_frame(data(0)).unwrap()[..], [SessionEffect::Deliver(Lane::Bulk, 7)]);
+        assert!(s.on_frame(data(0)).unwrap().is_empty());
+        assert_eq!(s.resume(), [0, 1]);
     }
 
     /// SE-4.

@@ -3,6 +3,8 @@
 use super::raw::{Raw, RawData, RawJob, RawModel, RawOptimizer};
 use super::{ConfigError, line_of};
 use crate::pieces::Pieces;
+use crate::spec::Layout;
+use everstep_transport::{REGIONS_MAX, WORDS_MAX};
 
 /// One rule: whether it holds, the key to blame, its value, and what is expected.
 type Rule = (bool, &'static str, String, String);
@@ -18,7 +20,10 @@ pub(super) fn check(raw: &Raw, text: &str, origin: &str, overrides: &[String]) -
     }
     rules.extend(optimizer_rules(&raw.optimizer));
     rules.extend(data_rules(&raw.data, raw));
-    let Some((_, key, value, reason)) = rules.into_iter().find(|(holds, ..)| !holds) else { return Ok(()) };
+    let broken = rules.into_iter().find(|(holds, ..)| !holds);
+    // Only of what can be laid out.
+    let broken = broken.or_else(|| Some(shard_rule(raw)).filter(|(holds, ..)| !holds));
+    let Some((_, key, value, reason)) = broken else { return Ok(()) };
     let set = overrides.iter().rev().find(|o| o.split('=').next().is_some_and(|k| k.trim() == key));
     match set {
         Some(_) => Err(ConfigError::Override { text: format!("{key}={value}"), reason }),
@@ -27,6 +32,25 @@ pub(super) fn check(raw: &Raw, text: &str, origin: &str, overrides: &[String]) -
             Err(ConfigError::Value { origin, line, key, value, reason })
         }
     }
+}
+
+/// A shard's state travels as one message.
+fn shard_rule(raw: &Raw) -> Rule {
+    let spec = super::spec(raw);
+    let (layout, parts) = (Layout::new(&spec), spec.parts().len() as u64);
+    let size = |shard| {
+        let numbers = layout.of_shard(shard);
+        let words: u64 = numbers.iter().map(|n| layout.parameters[*n as usize].len() as u64).sum();
+        (numbers.len() as u64 * parts, words * parts)
+    };
+    let largest = |(regions, words): (u64, u64), (r, w): (u64, u64)| (regions.max(r), words.max(w));
+    let (regions, words) = (0..spec.shards).map(size).fold((0, 0), largest);
+    let holds = regions <= REGIONS_MAX as u64 && words <= WORDS_MAX;
+    let reason = format!(
+        "the largest shard's state has {regions} tensors and {words} words, a message {REGIONS_MAX} and {WORDS_MAX} at most: \
+         expected more shards"
+    );
+    (holds, "job.shards", raw.job.shards.to_string(), reason)
 }
 
 /// Sizes that must not be zero.

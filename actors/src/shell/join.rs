@@ -2,7 +2,7 @@
 
 use super::node::{Args, Msg, Node};
 use super::pool::Pool;
-use super::run_folder::{RunFolder, open_tokens};
+use super::run_folder::{RunFolder, open_tokens, verify_tokens};
 use super::{AnyError, machine, new_name, pump, tell};
 use crate::config::Config;
 use crate::control::Control;
@@ -45,6 +45,8 @@ pub struct NodeOptions {
     pub domain: String,
     /// See [`NodeInfo::memory`].
     pub memory: u64,
+    /// Its launcher has compared the hashes of the run's text.
+    pub verified: bool,
 }
 
 /// How being a node ended.
@@ -114,7 +116,7 @@ async fn join(options: &NodeOptions) -> Result<Option<Member>, AnyError> {
     }
     let (hub, mut events) = Hub::open(listen, &credentials, new_name())?;
     let supervisor = find(&hub, &options.join, SUPERVISOR_WAIT).await?;
-    let Some((materials, pace)) = receive_job(&hub, supervisor, &mut events).await? else {
+    let Some((materials, pace)) = receive_job(&hub, supervisor, &mut events, options.verified).await? else {
         return Ok(None);
     };
     let backend: Arc<dyn Backend> = Arc::new(CpuBackend::new(materials.spec.precision));
@@ -205,11 +207,12 @@ async fn find_at(hub: Hub, address: SocketAddr, deadline: tokio::time::Instant) 
 }
 
 /// Asks for the job and the pace at which it is to be computed, opens its sources of text or asks for them. None: the
-/// supervisor went away meanwhile, there may be another.
+/// supervisor went away meanwhile, there may be another. `verified`: of those on this machine.
 async fn receive_job(
     hub: &Hub,
     supervisor: Peer,
     events: &mut mpsc::Receiver<HubEvent>,
+    verified: bool,
 ) -> Result<Option<(Materials, Option<f64>)>, AnyError> {
     tell(hub, supervisor, Control::Enquire);
     let mut job: Option<(Arc<JobSpec>, Vec<SourceInfo>)> = None;
@@ -232,10 +235,20 @@ async fn receive_job(
                 pace = config.pace;
                 let spec = Arc::new(config.spec);
                 let run = RunFolder(folder.into());
-                if theirs == machine()
-                    && let Ok(here) = open_tokens(&run, &sources)
-                {
-                    tokens = here;
+                if theirs == machine() {
+                    let wanted = sources.clone();
+                    let open = move || {
+                        if !verified {
+                            verify_tokens(&run, &wanted)?;
+                        }
+                        open_tokens(&run, &wanted)
+                    };
+                    match tokio::task::spawn_blocking(open).await? {
+                        Ok(here) => tokens = here,
+                        Err(error) => {
+                            tracing::warn!(%error, "the run's text on this machine is of no use: it is asked for")
+                        }
+                    }
                 }
                 if let Some(big) = sources.iter().skip(tokens.len()).find(|s| s.bytes() > TOKENS_MAX) {
                     return Err(NodeError::Job(format!("a source of text has {} bytes", big.bytes())).into());

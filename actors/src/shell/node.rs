@@ -214,7 +214,9 @@ impl State {
             },
             HubEvent::Down(peer) if peer == self.supervisor => {
                 self.told.remove(&peer);
-                self.look(myself);
+                if !self.hub.is_linked(peer) {
+                    self.look(myself);
+                }
             }
             HubEvent::Broken(peer, why) if peer == self.supervisor => {
                 // The supervisor has forgotten the session: for it this node is dead.

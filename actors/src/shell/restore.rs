@@ -53,7 +53,7 @@ pub(super) fn restore(
     records: Vec<Record>,
     metrics: &Path,
 ) -> Result<Restored, AnyError> {
-    let Newest { step: checkpoint, wrong: notes } = newest(&store, &config.spec)?;
+    let Newest { step: checkpoint, wrong: notes } = newest(&store, &config.spec, &records)?;
     let reported = MetricsLine::read_all(metrics)?.0.into_iter().map(|l| (l.step, l.fingerprint)).collect();
     Ok(Restored { records, checkpoint, reported, store, notes })
 }

@@ -9,7 +9,7 @@
 
 use super::supervisor::Msg;
 use crate::keeper::KeeperEvent;
-use crate::spec::Layout;
+use crate::spec::{JobSpec, Layout};
 use crate::storing::{Failure, Read, Write};
 use crate::supervisor::Record;
 use everstep_checkpoint::{Log, Store, StoreError};
@@ -91,13 +91,22 @@ pub(super) struct Checkpoints {
 }
 
 impl Checkpoints {
-    pub(super) fn start(mut store: Store, layout: Arc<Layout>, to: &ActorRef<Msg>) -> std::io::Result<Self> {
+    /// Of a store that takes or gives nothing for long the keeper asks no more than has room here (KE-3): each shard's snapshots,
+    /// and for each copy its state, again with each way back. The supervisor never waits for it.
+    pub(super) fn start(
+        mut store: Store,
+        spec: &JobSpec,
+        layout: Arc<Layout>,
+        to: &ActorRef<Msg>,
+    ) -> std::io::Result<Self> {
+        let shards = spec.shards as usize;
+        let (writes, reads) = (QUEUE + 8 * shards, QUEUE + 8 * shards * (spec.mirrors as usize + 1));
         let (reader, of_reader) = (store.reader().clone(), Arc::clone(&layout));
         let read = move |wish: &Read| wish.perform(&reader, &of_reader);
         let write = move |wish: &Write| wish.perform(&mut store, &layout);
         Ok(Self {
-            reads: serve("states", to.clone(), Read::failure, read)?,
-            writes: serve("checkpoints", to.clone(), Write::failure, write)?,
+            reads: serve("states", reads, to.clone(), Read::failure, read)?,
+            writes: serve("checkpoints", writes, to.clone(), Write::failure, write)?,
         })
     }
 
@@ -115,11 +124,12 @@ impl Checkpoints {
 /// A thread for wishes, one after another; one that fails is tried again for as long as it may heal.
 fn serve<W: Send + 'static>(
     name: &str,
+    room: usize,
     to: ActorRef<Msg>,
     means: fn(&StoreError) -> Failure,
     mut serve: impl FnMut(&W) -> Result<KeeperEvent, StoreError> + Send + 'static,
 ) -> std::io::Result<SyncSender<W>> {
-    let (sender, wishes) = sync_channel::<W>(QUEUE);
+    let (sender, wishes) = sync_channel::<W>(room);
     // None: nobody waits for it any more.
     let mut at_last = move |wish: &W, to: &ActorRef<Msg>| {
         let mut again = AGAIN[0];

@@ -8,7 +8,6 @@ use super::supervisor::{Args, Msg, Sink, SupervisorEnd, SupervisorProcess};
 use super::{AnyError, new_name, pump};
 use crate::config::Config;
 use crate::storing::NoCheckpoint;
-use crate::supervisor::Record;
 use crate::tokens::Tokens;
 use everstep_checkpoint::{Store, StoreError, Switch};
 use everstep_kernels::{Backend, CpuBackend};
@@ -45,6 +44,9 @@ impl Ready {
     fn read(run: RunFolder, nodes: Option<usize>) -> Result<Self, AnyError> {
         let text = std::fs::read_to_string(run.config())?;
         let mut config = Config::parse(&text, &run.config().display().to_string(), &[])?;
+        if nodes == Some(0) {
+            return Err("--nodes 0: a job waits for one at least".into());
+        }
         config.nodes = nodes.unwrap_or(config.nodes);
         let identity = RunIdentity::read(&run)?;
         let class = CpuBackend::new(config.spec.precision).class().0;
@@ -111,7 +113,16 @@ async fn alone(ready: Ready, open: impl FnOnce() -> Opened) -> Result<Supervisor
     let run = &ready.run;
     let _lock = run.lock()?;
     let (records, files) = restore_log(run)?;
-    let restored = restore_at_last(&ready, &records).await?;
+    let has_begun = !records.is_empty();
+    let (folder, config, job) = (run.clone(), ready.config.clone(), ready.identity.job.clone());
+    let switch = ready.switch.clone();
+    let restore = move || {
+        let place = folder.store(&config, &job).map(|place| place.with_switch(switch.clone()));
+        let store = place.and_then(|place| Store::open(place, Some(&folder.catalogue()), &job, config.keep))?;
+        restore(store, &config, records.clone(), &folder.metrics())
+    };
+    let restored = tokio::task::spawn_blocking(move || at_last(has_begun, || true, restore).map_err(|e| e.to_string()));
+    let restored = restored.await??;
     let (hub, events) = open()?;
     let address = hub.address()?.to_string();
     let end = ready.lead(restored, Sink::Alone(files), (hub.clone(), events), &address).await;
@@ -119,29 +130,43 @@ async fn alone(ready: Ready, open: impl FnOnce() -> Opened) -> Result<Supervisor
     end
 }
 
-/// An object store that is out of reach is waited for so long: less than nodes wait for their supervisor.
+/// A store that is out of reach is waited for so long: less than nodes wait for their supervisor.
 const STORE_WAIT: Duration = SUPERVISOR_WAIT.saturating_sub(Duration::from_secs(20));
 
-/// Restores, and tries again for a while if the job has begun and its object store is out of reach: a supervisor's new life
-/// need not end it.
-async fn restore_at_last(ready: &Ready, records: &[Record]) -> Result<Restored, AnyError> {
-    let (run, config, job) = (&ready.run, &ready.config, &ready.identity.job);
+/// Tries again for a while what needs a store that is out of reach, if the job `has_begun`: a supervisor's new life need not end it.
+/// `leads`: whether anybody still wants to know. To be called where waiting is allowed.
+fn at_last(
+    has_begun: bool,
+    leads: impl Fn() -> bool,
+    restored: impl Fn() -> Result<Restored, AnyError>,
+) -> Result<Restored, AnyError> {
     let began = Instant::now();
     loop {
-        let place = run.store(config, job).map(|place| place.with_switch(ready.switch.clone()));
-        let opened = place.and_then(|place| Store::open(place, Some(&run.catalogue()), job, config.keep));
-        let restored =
-            opened.map_err(AnyError::from).and_then(|store| restore(store, config, records.to_vec(), &run.metrics()));
-        let Err(error) = restored else { return restored };
-        let again = config.store.is_some() && !records.is_empty() && began.elapsed() < STORE_WAIT;
-        let opening = error.downcast_ref::<StoreError>().is_some_and(StoreError::is_out_of_reach);
-        let reading = error.downcast_ref::<NoCheckpoint>().is_some_and(NoCheckpoint::is_out_of_reach);
-        if !again || !(opening || reading) {
+        let error = match restored() {
+            Ok(restored) => return Ok(restored),
+            Err(error) => error,
+        };
+        if !(has_begun && began.elapsed() < STORE_WAIT && leads() && may_heal(&error)) {
             return Err(error);
         }
         tracing::warn!(%error, "the store of checkpoints is out of reach: it is tried again");
-        tokio::time::sleep(Duration::from_secs(1)).await;
+        std::thread::sleep(Duration::from_secs(1));
     }
+}
+
+/// Whether a store may be there later. What stands in its place does not go away by itself.
+fn may_heal(error: &AnyError) -> bool {
+    let opening = error.downcast_ref::<StoreError>();
+    let reading = error.downcast_ref::<NoCheckpoint>().and_then(|error| match error {
+        NoCheckpoint::Store(error) => Some(error),
+        NoCheckpoint::OtherParts { .. } => None,
+    });
+    let lasts = |error: &StoreError| {
+        use std::io::ErrorKind::{AlreadyExists, IsADirectory, NotADirectory, PermissionDenied};
+        let StoreError::File { source, .. } = error else { return false };
+        matches!(source.kind(), AlreadyExists | IsADirectory | NotADirectory | PermissionDenied)
+    };
+    opening.or(reading).is_some_and(|error| error.is_out_of_reach() && !lasts(error))
 }
 
 /// One of several. What goes wrong here is no end of the job: the others go on, and this process begins anew.
@@ -224,13 +249,15 @@ async fn lead_among(
     let (number, switch) = (seat.number, ready.switch.clone());
     // A large checkpoint is verified for long, and meanwhile others want signs of life.
     let restoring = tokio::task::spawn_blocking(move || -> Result<Restored, String> {
-        let holds = lease.clone();
-        let mine = Arc::new(move || holds.holds());
-        let place = run.store(&config, &job).map(|place| place.with_switch(switch));
-        let store = place.and_then(|p| Store::in_turn(p, Some(&folder.join("catalogue")), &job, config.keep, mine));
-        let restored =
-            store.map_err(AnyError::from).and_then(|s| restore(s, &config, records, &folder.join("metrics.jsonl")));
-        let restored = restored.map_err(|e| e.to_string())?;
+        let restore = || {
+            let holds = lease.clone();
+            let mine = Arc::new(move || holds.holds());
+            let place = run.store(&config, &job).map(|place| place.with_switch(switch.clone()));
+            let catalogue = folder.join("catalogue");
+            let store = place.and_then(|place| Store::in_turn(place, Some(&catalogue), &job, config.keep, mine))?;
+            restore(store, &config, records.clone(), &folder.join("metrics.jsonl"))
+        };
+        let restored = at_last(!records.is_empty(), || lease.holds(), restore).map_err(|e| e.to_string())?;
         if !lease.holds() {
             return Err("another supervisor may lead".to_owned());
         }

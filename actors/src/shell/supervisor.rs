@@ -135,6 +135,7 @@ impl Actor for SupervisorProcess {
         let (supervisor, first) =
             Supervisor::new(spec, nodes, &restored.records, checkpoint, restored.reported, Duration::ZERO);
         let (root, effects) = Root::new(supervisor, first, keeper);
+        let store = Checkpoints::start(restored.store, &config.spec, layout, &myself)?;
         let mut state = State {
             root,
             config,
@@ -150,7 +151,7 @@ impl Actor for SupervisorProcess {
                 Sink::Alone(files) => start_scribe(files, myself.clone())?,
                 Sink::Replicated(replicated) => replicated.writer(myself.clone()),
             },
-            store: Checkpoints::start(restored.store, layout, &myself)?,
+            store,
             peers: BTreeMap::new(),
             reported_at: None,
             operators: BTreeMap::new(),
@@ -251,7 +252,7 @@ impl State {
     }
 
     fn kept(&mut self, event: KeeperEvent) {
-        let written = matches!(event, KeeperEvent::Stored { .. } | KeeperEvent::Published(_));
+        let written = matches!(event, KeeperEvent::Stored { .. } | KeeperEvent::Published(_) | KeeperEvent::Refused);
         if written && self.store_fails.take().is_some() {
             self.note(&Happening::StoreWorks);
         }

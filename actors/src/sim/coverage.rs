@@ -1,5 +1,5 @@
-//! What a generator of faults has reached: kinds of faults, and which messages were lost to what. What is missing is what it is
-//! blind for.
+//! What a generator of faults has reached: kinds of faults that met something, which messages were lost to what and in which state of
+//! the job, and how long queues became. What is missing is what it is blind for.
 
 use super::plan::Fault;
 use crate::message::Body;
@@ -10,12 +10,38 @@ use std::collections::BTreeMap;
 /// See the module.
 #[derive(Debug, Clone, Default, PartialEq, Eq)]
 pub struct Coverage {
-    /// Faults by kind.
+    /// Faults by kind: those that met something.
     pub faults: BTreeMap<&'static str, u64>,
-    /// Messages that were on their way, by kind and by what they were lost to.
-    pub lost: BTreeMap<(&'static str, &'static str), u64>,
+    /// Faults that met nothing: their process was not there, their message never came.
+    pub missed: u64,
+    /// Messages that were on their way, by kind, by what they were lost to, and by what the job was doing.
+    pub lost: BTreeMap<(&'static str, &'static str, State), u64>,
+    /// The most that each queue held.
+    pub lengths: BTreeMap<&'static str, usize>,
     /// Jobs that ended because nobody held their state and no checkpoint was whole.
     pub nothing_left: u64,
+}
+
+/// What a job is doing.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord)]
+pub enum State {
+    /// It has no supervisor.
+    Headless,
+    /// Nobody has its state: it begins, or goes back to a checkpoint.
+    Stateless,
+    /// Somebody has a new life or place, and no step was committed since.
+    Recovering,
+    /// None of these.
+    Stepping,
+}
+
+impl State {
+    const ALL: [(Self, &str); 4] = [
+        (Self::Headless, "without a supervisor"),
+        (Self::Stateless, "without a state"),
+        (Self::Recovering, "in a new epoch"),
+        (Self::Stepping, "in a step"),
+    ];
 }
 
 /// What messages are lost to.
@@ -27,9 +53,9 @@ impl Coverage {
     }
 
     /// A frame on its way is lost: to its link, or to the end of its receiver.
-    pub(super) fn lose(&mut self, frame: &Frame<Unit>, receiver_ended: bool) {
+    pub(super) fn lose(&mut self, frame: &Frame<Unit>, receiver_ended: bool, state: State) {
         let to = TO[usize::from(receiver_ended)];
-        let mut lose = |kind| *self.lost.entry((kind, to)).or_default() += 1;
+        let mut lose = |kind| *self.lost.entry((kind, to, state)).or_default() += 1;
         match frame {
             Frame::Data { unit: Unit::Bundle(bundle), .. } => bundle.iter().for_each(|e| lose(e.body.kind())),
             Frame::Data { unit: Unit::Control(_), .. } => lose("control"),
@@ -37,22 +63,35 @@ impl Coverage {
         }
     }
 
+    pub(super) fn length(&mut self, what: &'static str, length: usize) {
+        let most = self.lengths.entry(what).or_default();
+        *most = length.max(*most);
+    }
+
     /// Adds another seed's.
     pub fn add(&mut self, other: &Self) {
         other.faults.iter().for_each(|(kind, n)| *self.faults.entry(kind).or_default() += n);
-        self.nothing_left += other.nothing_left;
+        (self.missed, self.nothing_left) = (self.missed + other.missed, self.nothing_left + other.nothing_left);
         other.lost.iter().for_each(|(key, n)| *self.lost.entry(*key).or_default() += n);
+        other.lengths.iter().for_each(|(what, n)| self.length(what, *n));
     }
 
-    /// All that there could be, with how often it was: faults, then messages and what they were lost to.
+    /// All that there could be, with how often it was: faults, then messages, by what they were lost to and when; then the longest
+    /// queues.
     pub fn table(&self) -> Vec<(String, u64)> {
-        let faults =
-            Fault::KINDS.into_iter().map(|kind| (kind.to_owned(), self.faults.get(kind).copied().unwrap_or(0)));
+        let of_kind = |kind| self.faults.get(kind).copied().unwrap_or(0);
+        let faults = Fault::KINDS.into_iter().map(|kind| (kind.to_owned(), of_kind(kind)));
+        let others = [
+            ("faults that met nothing".to_owned(), self.missed),
+            ("jobs of which nothing was left".to_owned(), self.nothing_left),
+        ];
         let kinds = Body::<()>::KINDS.into_iter().chain(["control", "grant"]);
-        let lost = kinds
-            .flat_map(|kind| TO.map(|to| (kind, to)))
-            .map(|(kind, to)| (format!("{kind} lost to {to}"), self.lost.get(&(kind, to)).copied().unwrap_or(0)));
-        let nothing_left = [("jobs of which nothing was left".to_owned(), self.nothing_left)];
-        faults.chain(nothing_left).chain(lost).collect()
+        let lost = kinds.flat_map(|kind| TO.map(|to| State::ALL.map(|state| (kind, to, state)))).flatten();
+        let lost = lost.map(|(kind, to, (state, words))| {
+            let times = self.lost.get(&(kind, to, state)).copied().unwrap_or(0);
+            (format!("{kind} lost to {to} {words}"), times)
+        });
+        let lengths = self.lengths.iter().map(|(what, most)| (format!("at most: {what}"), *most as u64));
+        faults.chain(others).chain(lost).chain(lengths).collect()
     }
 }

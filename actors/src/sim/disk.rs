@@ -49,7 +49,11 @@ impl Disk {
                 self.log.extend(frame(&record.encode()));
                 self.records.push(record);
             }
-            Line::Metrics(step, fingerprint) => drop(self.metrics.insert(step, fingerprint)),
+            // A step that comes again takes the place of all since, as whoever reads the lines does it.
+            Line::Metrics(step, fingerprint) => {
+                self.metrics.split_off(&step);
+                self.metrics.insert(step, fingerprint);
+            }
         }
     }
 

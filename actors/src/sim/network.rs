@@ -25,15 +25,27 @@ pub(super) struct Link {
     pub(super) up: bool,
     /// When the last frame in each direction arrives: a link keeps the order.
     pub(super) last: BTreeMap<Life, u64>,
+    /// It did not keep it.
+    pub(super) mixed: bool,
 }
 
 /// What is wrong with the links of a process.
 #[derive(Debug, Clone, Copy)]
-pub(super) struct Impaired {
+pub(super) enum Ill {
     /// Frames take so many microseconds more.
-    pub(super) more: u64,
-    /// One of so many is lost and sent again (0: none).
-    pub(super) of: u64,
+    Slow(u64),
+    /// One of so many is lost and sent again.
+    Loses(u64),
+    /// One of so many comes twice.
+    Doubles(u64),
+    /// One of so many is overtaken by those behind it.
+    Mixes(u64),
+}
+
+/// The same, and until when.
+#[derive(Debug, Clone, Copy)]
+pub(super) struct Impaired {
+    pub(super) how: Ill,
     pub(super) until: u64,
 }
 
@@ -45,6 +57,8 @@ pub(super) struct Network {
     /// By (lower, higher).
     pub(super) links: BTreeMap<(Life, Life), Link>,
     pub(super) impaired: BTreeMap<Life, Impaired>,
+    /// Units that were delivered to the first by its session with the second, by lane.
+    pub(super) delivered: BTreeMap<(Life, Life), [u64; 2]>,
     /// What the first sends to the second is lost until then.
     pub(super) one_way: BTreeMap<(Life, Life), u64>,
 }
@@ -58,6 +72,7 @@ impl Network {
     pub(super) fn end(&mut self, life: Life) {
         self.links.retain(|(a, b), _| *a != life && *b != life);
         self.sessions.retain(|(owner, _), _| *owner != life);
+        self.delivered.retain(|(owner, _), _| *owner != life);
         self.impaired.remove(&life);
         self.one_way.retain(|(a, b), _| *a != life && *b != life);
         for ((_, peer), session) in &mut self.sessions {

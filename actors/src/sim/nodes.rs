@@ -2,6 +2,7 @@
 
 use super::contracts::{Broken, c4, c5, c6};
 use super::network::{Life, Network};
+use super::plan::Fault;
 use super::process::{Cell, SimActor, is_over};
 use super::world::{HEARTBEAT, SimEvent, World};
 use crate::compute::{Job, attempt};
@@ -37,7 +38,7 @@ impl World {
                     peer: life,
                     pid: 0,
                     machine: String::new(),
-                    domain: String::new(),
+                    domain: if self.racks { format!("rack {}", self.slot_of(life) % 2) } else { String::new() },
                     memory: 0,
                 };
                 Control::Join { info, device_class: String::new() }
@@ -192,9 +193,11 @@ impl World {
             target.awake = false;
             return Ok(());
         };
-        c5::bounded(|| format!("the mailbox of {actor}"), target.mailbox.len(), c5::MAILBOX)?;
+        let waiting = target.mailbox.len();
         let effects = target.core.on(event);
-        let me = Address { actor, incarnation: target.incarnation };
+        let (kept, me) = (target.core.kept(), Address { actor, incarnation: target.incarnation });
+        self.bounded("events in a mailbox", waiting, c5::MAILBOX)?;
+        self.bounded("messages in an outbox", kept, c5::OUTBOX)?;
         self.perform(life, (me, cell), effects)?;
         let delay = self.until_run();
         self.after(delay, SimEvent::Wake(life, actor, cell));
@@ -208,7 +211,8 @@ impl World {
         if over {
             let slot = self.slot_of(life);
             self.note(format!("life {life} dies between two effects"));
-            self.kill_node(slot, true);
+            let met = self.kill_node(slot, true);
+            self.met(Fault::KillAtEffect { slot, effects: 0 }, met);
         }
         over
     }

@@ -99,6 +99,18 @@ pub(super) enum Fault {
         of: u64,
         micros: u64,
     },
+    /// One of some frames from and to a node comes twice, for so long.
+    Doubling {
+        slot: usize,
+        of: u64,
+        micros: u64,
+    },
+    /// One of some frames from and to a node is overtaken by those behind it, for so long: a link that does not keep the order ends.
+    Mixing {
+        slot: usize,
+        of: u64,
+        micros: u64,
+    },
     /// When a message of a kind is next on its way, its link breaks, or its receiver is killed.
     Ambush {
         kind: &'static str,
@@ -135,7 +147,7 @@ pub(super) enum Fault {
 
 impl Fault {
     /// For people: every kind.
-    pub(super) const KINDS: [&str; 29] = [
+    pub(super) const KINDS: [&str; 31] = [
         "a node is killed",
         "two nodes are killed",
         "a node dies between two effects",
@@ -165,6 +177,8 @@ impl Fault {
         "the disk is slow",
         "a link breaks under a message",
         "a message's receiver is killed",
+        "frames come twice",
+        "frames overtake others",
     ];
 
     /// Its kind.
@@ -199,6 +213,8 @@ impl Fault {
             Self::SlowDisk { .. } => 26,
             Self::Ambush { kill: false, .. } => 27,
             Self::Ambush { kill: true, .. } => 28,
+            Self::Doubling { .. } => 29,
+            Self::Mixing { .. } => 30,
         };
         Self::KINDS[at]
     }
@@ -208,8 +224,15 @@ impl Fault {
 pub(super) fn plan(seed: u64, slots: usize) -> Vec<(u64, Fault)> {
     let mut draws = Draws::new(seed, PURPOSE);
     if slots >= 3 && draws.below(16) == 0 {
-        // Alone: an audit that another fault interrupts decides nothing (AU-2).
-        return vec![(draws.below(UNTIL / 10), Fault::Wrong { slot: draws.below(slots as u64) as usize })];
+        // Of what else goes wrong only the supervisor's death: who ends before it has told what it made is not audited (AU-2).
+        let at = draws.below(UNTIL / 10);
+        let wrong = (at, Fault::Wrong { slot: draws.below(slots as u64) as usize });
+        let later = at + draws.below(UNTIL / 5);
+        return match draws.below(3) {
+            0 => vec![wrong],
+            1 => vec![wrong, (later, Fault::KillSupervisor)],
+            _ => vec![wrong, (later, Fault::KillSupervisorAtEffect { effects: draws.below(40) })],
+        };
     }
     let mut faults: Vec<(u64, Fault)> = Vec::new();
     for _ in 0..1 + draws.below(FAULTS_MAX as u64) {
@@ -232,7 +255,7 @@ fn draw(draws: &mut Draws, slots: u64) -> Fault {
     };
     let while_ = |draws: &mut Draws, most: u64| 10_000 + draws.below(most);
     let choice = draws.below(1 << 20) as u32;
-    match draws.below(62) {
+    match draws.below(64) {
         0..=3 => Fault::Kill { slot, seen: true },
         4 => Fault::Kill { slot, seen: false },
         5 => Fault::KillTwo { first: slot, second: draws.below(slots) as usize },
@@ -264,6 +287,8 @@ fn draw(draws: &mut Draws, slots: u64) -> Fault {
             let kind = kinds[draws.below(kinds.len() as u64) as usize];
             Fault::Ambush { kind, kill: draws.below(2) == 0 }
         }
+        61 => Fault::Doubling { slot, of: 1 + draws.below(20), micros: while_(draws, 1_000_000) },
+        62 => Fault::Mixing { slot, of: 2 + draws.below(200), micros: while_(draws, 1_000_000) },
         _ => Fault::SlowDisk { times: 2 + draws.below(50), micros: while_(draws, 1_000_000) },
     }
 }

@@ -1,6 +1,6 @@
 //! What the simulated world does for the supervisor's process: its disk, its clock, its words.
 
-use super::contracts::{Broken, c1, c2, c3};
+use super::contracts::{Broken, c1, c2, c3, c4, c6};
 use super::disk::Line;
 use super::network::Life;
 use super::plan::Fault;
@@ -8,13 +8,14 @@ use super::process::{SimRoot, is_over};
 use super::world::{ForRoot, SimEvent, TICK, World};
 use crate::control::Control;
 use crate::fingerprint;
-use crate::ids::{NodeId, Step};
+use crate::ids::{Address, NodeId, Step};
 use crate::keeper::{KeeperCore, KeeperEvent};
 use crate::message::{Body, Envelope};
 use crate::root::{Root, RootEffect, RootEvent};
 use crate::stored::state_of;
 use crate::storing::{Failure, Newest, NoCheckpoint, Read, Write, newest};
-use crate::supervisor::{Happening, Nodes, Record, Supervisor, SupervisorEvent};
+use crate::supervisor::{Happening, Nodes, Record, Report, Supervisor, SupervisorEvent};
+use crate::table::Table;
 use crate::wire::Unit;
 use everstep_checkpoint::{Place, Reader, Store, StoreError};
 use everstep_kernels::state_sum;
@@ -32,25 +33,31 @@ impl World {
     pub(super) fn start_root(&mut self) -> Result<(), Broken> {
         let spec = Arc::clone(&self.materials.spec);
         let opened = Store::open(Place::on(self.files.clone()), None, JOB, KEEP);
-        let found = opened.map_err(NoCheckpoint::from).and_then(|store| Ok((newest(&store, &spec)?, store)));
+        let log = self.disk.open(false).map_err(|why| ("C2", why))?;
+        let found = opened.map_err(NoCheckpoint::from).and_then(|store| Ok((newest(&store, &spec, log)?, store)));
+        let died = self.files.died();
         let (Newest { step: checkpoint, wrong }, store) = match found {
-            Ok(found) if !self.files.died() => found,
-            Err(error) if !self.files.died() && !error.is_out_of_reach() => return Err(("C2", error.to_string())),
+            Ok(found) if !died => found,
+            Err(error) if !died && !error.is_out_of_reach() => return Err(("C2", error.to_string())),
             _ => {
+                self.met(Fault::KillInWrite { changes: 0 }, died);
                 self.after(AGAIN, SimEvent::StartRoot);
                 return Ok(());
             }
         };
         wrong.into_iter().for_each(|why| self.note(why));
+        self.whole = self.whole_checkpoint();
         let life = self.new_life();
         // Made short in every other life: that changes nothing.
         self.disk.open(life.is_multiple_of(2)).map_err(|why| ("C2", why))?;
-        self.fingerprints.truncate(self.disk.metrics().len());
         let nodes = Nodes { wanted: self.wanted, spares: self.spares, relieve: false };
         let (records, metrics) = (self.disk.records(), self.disk.metrics().clone());
         let (supervisor, first) =
             Supervisor::new(Arc::clone(&spec), nodes, records, checkpoint.clone(), metrics, Duration::ZERO);
         self.note(format!("the supervisor starts as life {life} with step {} committed", supervisor.committed()));
+        self.fingerprints = supervisor.reported().values().cloned().collect();
+        (self.table, self.stepped) = (supervisor.table().clone(), false);
+        self.copies = c2::Copies::new(supervisor.committed());
         // Of a job that was going back nobody holds the state: if its checkpoint turns out to be damaged it goes back further,
         // or ends (SU-8).
         let back = |r: &Record| if let Record::Epoch { table, .. } = r { Some(c2::goes_back(table)) } else { None };
@@ -76,13 +83,15 @@ impl World {
         self.perform_root(effects)
     }
 
-    pub(super) fn kill_root(&mut self) {
-        let Some(root) = self.root.take() else { return };
+    /// Gives whether there was one.
+    pub(super) fn kill_root(&mut self) -> bool {
+        let Some(root) = self.root.take() else { return false };
         self.network.end(root.life);
         self.stopped.remove(&root.life);
         self.disk.crash(&mut self.draws);
         let delay = 20_000 + self.draw(300_000);
         self.after(delay, SimEvent::StartRoot);
+        true
     }
 
     pub(super) fn root_step(&mut self, event: ForRoot) -> Result<(), Broken> {
@@ -130,7 +139,8 @@ impl World {
     ) -> Result<(), Broken> {
         if self.files.died() {
             self.note("the supervisor dies in a write".to_owned());
-            self.kill_root();
+            let met = self.kill_root();
+            self.met(Fault::KillInWrite { changes: 0 }, met);
             return Ok(());
         }
         let error = match done {
@@ -166,6 +176,7 @@ impl World {
         let flips = std::mem::take(&mut self.flip_file) && !self.file_flipped;
         if let Some(name) = flips.then(|| self.files.flip(&mut self.draws)).flatten() {
             self.file_flipped = true;
+            self.met(Fault::FlipFile, true);
             self.spoilt = self.put.clone();
             self.note(format!("a bit of {name} flips"));
             // Nobody would see it if the job did not go back.
@@ -220,7 +231,10 @@ impl World {
                 SupervisorEvent::Heartbeat { node, operations, rates, down }
             }
             Control::Leave { node } => SupervisorEvent::Leave(node),
-            Control::ActorFailed { address, reason } => SupervisorEvent::ActorFailed { address, reason },
+            Control::ActorFailed { address, reason } => {
+                self.failed.insert(address);
+                SupervisorEvent::ActorFailed { address, reason }
+            }
             _ => return Ok(()),
         };
         self.tell_root(RootEvent::Supervisor(event))
@@ -230,7 +244,13 @@ impl World {
         let Some(root) = &mut self.root else { return Ok(()) };
         // Its clock begins with it.
         let now = Duration::from_micros(self.now + self.ahead - root.began);
+        let stale = match &event {
+            RootEvent::Arrived(bundle) => c4::stale(bundle, root.root.router().table()),
+            RootEvent::Supervisor(_) | RootEvent::Keeper(_) => 0,
+        };
+        let before = root.root.router().refused();
         let effects = root.root.on(now, event);
+        c4::refused(stale, root.root.router().refused() - before)?;
         self.perform_root(effects)
     }
 
@@ -251,7 +271,8 @@ impl World {
             let life = root.life;
             if is_over(&mut root.effects_left) {
                 self.note("the supervisor dies between two effects".to_owned());
-                self.kill_root();
+                let met = self.kill_root();
+                self.met(Fault::KillSupervisorAtEffect { effects: 0 }, met);
                 return Ok(());
             }
             match effect {
@@ -277,16 +298,7 @@ impl World {
                         root.lives.retain(|node, _| !nodes.contains(node));
                     }
                 }
-                RootEffect::Report(report) => {
-                    c3::in_order(report.commit.commit.step, self.fingerprints.len() as Step)?;
-                    if let Some(reference) = self.reference {
-                        c1::same_bits(report.commit.commit.step, &report.fingerprint, reference)?;
-                    }
-                    let step = report.commit.commit.step;
-                    self.note(format!("step {step} {}", report.fingerprint));
-                    self.fingerprints.push(report.fingerprint.clone());
-                    self.write(Line::Metrics(step, report.fingerprint));
-                }
+                RootEffect::Report(report) => self.reported(report)?,
                 RootEffect::Note(happening) => {
                     self.rollbacks += usize::from(matches!(happening, Happening::RolledBack { .. }));
                     if let Happening::CheckpointStored { step } = happening {
@@ -299,6 +311,7 @@ impl World {
                         && std::mem::take(&mut self.flip_stored)
                     {
                         self.flips += 1;
+                        self.met(Fault::FlipStored, true);
                         parameters[0][0] = crate::audit::wrong(&parameters[0][0]);
                     }
                     let Some(root) = &mut self.root else { return Ok(()) };
@@ -318,20 +331,62 @@ impl World {
         Ok(())
     }
 
+    fn reported(&mut self, report: Report) -> Result<(), Broken> {
+        let step = report.commit.commit.step;
+        c3::in_order(step, self.fingerprints.len() as Step)?;
+        c3::all_samples(step, report.commit.samples, &self.materials.spec)?;
+        if let Some(reference) = self.reference {
+            c1::same_bits(step, &report.fingerprint, reference)?;
+        }
+        self.note(format!("step {step} {}", report.fingerprint));
+        self.fingerprints.push(report.fingerprint.clone());
+        self.write(Line::Metrics(step, report.fingerprint));
+        Ok(())
+    }
+
     fn append(&mut self, record: Record) -> Result<(), Broken> {
         match &record {
             // They are reported again.
-            Record::Doubt(after) => self.fingerprints.truncate(*after as usize),
-            Record::Epoch { table, .. } if c2::goes_back(table) => {
-                if !self.file_flipped {
-                    c2::newest(table.base, self.told)?;
-                }
-                self.announced = self.announced.min(table.base);
+            Record::Doubt(after) => {
+                self.fingerprints.truncate(*after as usize);
+                self.announced = self.announced.min(*after);
             }
-            Record::Epoch { .. } | Record::Commit(_) => {}
+            Record::Audit { .. } => {}
+            Record::Epoch { table, .. } => self.epoch(table)?,
+            Record::Commit(record) => {
+                self.copies.committed(record.commit.step, record.copies, &self.table)?;
+                self.stepped = true;
+            }
         }
         self.write(Line::Record(record));
         Ok(())
+    }
+
+    fn epoch(&mut self, table: &Table) -> Result<(), Broken> {
+        let before = std::mem::replace(&mut self.table, table.clone());
+        self.stepped = false;
+        if c2::goes_back(table) {
+            // Bits that flipped send a job back whatever its copies hold.
+            if self.flips == 0 {
+                self.copies.lost(&before, |copy| self.lives_on(copy, &before))?;
+            }
+            if !self.file_flipped {
+                c2::newest(table.base, self.told)?;
+            }
+            self.announced = self.announced.min(table.base);
+            self.copies.went_back(table.base);
+        } else if !c2::goes_back(&before) && self.materials.spec.audit == 0 {
+            // An audit gives lives to those who have not failed.
+            c6::local(&before, table, &self.failed)?;
+        }
+        Ok(())
+    }
+
+    /// Whether a copy of the last epoch lives, on a node that is in the next one too.
+    fn lives_on(&self, copy: Address, before: &Table) -> bool {
+        let node = before.node_of(copy.actor).and_then(|node| self.table.nodes.get(&node));
+        let process = node.and_then(|info| self.nodes.iter().flatten().find(|node| node.life == info.peer));
+        process.and_then(|node| node.actors.get(&copy.actor)).is_some_and(|actor| actor.incarnation == copy.incarnation)
     }
 
     fn write(&mut self, line: Line) {

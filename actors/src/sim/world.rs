@@ -1,10 +1,12 @@
 //! The simulated world: a queue of events in order of time, and what each does.
 
-use super::contracts::{Broken, c2, c3};
-use super::coverage::Coverage;
+use super::contracts::c2::{self, Copies};
+use super::contracts::{Broken, c3, c5};
+use super::coverage::{Coverage, State};
 use super::disk::Disk;
 use super::draws::Draws;
 use super::files::Files;
+use super::log::Log;
 use super::network::{Flight, Life, Network};
 use super::plan::Fault;
 use super::process::{Cell, SimNode, SimRoot};
@@ -12,16 +14,17 @@ use super::{Summary, Violation};
 use crate::compute::{Outcome, words_of_panic};
 use crate::data::Corpus;
 use crate::effect::Event;
-use crate::ids::{ActorId, NodeId, Step};
+use crate::ids::{ActorId, Address, NodeId, Step};
 use crate::root::RootEvent;
 use crate::spec::{JobSpec, Layout};
 use crate::storing::Read;
 use crate::supervisor::{Nodes, SupervisorEvent};
+use crate::table::Table;
 use crate::tokens::Tokens;
 use crate::worker::Materials;
 use everstep_kernels::Philox;
 use std::cmp::Reverse;
-use std::collections::{BTreeMap, BTreeSet, BinaryHeap, VecDeque};
+use std::collections::{BTreeMap, BTreeSet, BinaryHeap};
 use std::fmt::Write;
 use std::panic::{AssertUnwindSafe, catch_unwind};
 use std::sync::Arc;
@@ -30,7 +33,6 @@ use std::sync::Arc;
 const HORIZON: u64 = 60_000_000;
 pub(super) const HEARTBEAT: u64 = 50_000;
 pub(super) const TICK: u64 = 50_000;
-const TRAIL: usize = 60;
 
 #[derive(Debug)]
 pub(super) enum SimEvent {
@@ -46,6 +48,7 @@ pub(super) enum SimEvent {
     Ambush {
         from: Life,
         to: Life,
+        kind: &'static str,
         kill: bool,
     },
     Wake(Life, ActorId, Cell),
@@ -83,6 +86,8 @@ pub(super) struct World {
     pub(super) materials: Materials,
     /// Processes of nodes: those that the job wants, spares, and those that came later.
     pub(super) slots: usize,
+    /// Every other node is in the same rack.
+    pub(super) racks: bool,
     pub(super) wanted: usize,
     pub(super) spares: usize,
     pub(super) nodes: Vec<Option<SimNode>>,
@@ -103,6 +108,9 @@ pub(super) struct World {
     pub(super) put: BTreeSet<Step>,
     /// The newest checkpoint that the job was told of.
     pub(super) told: Step,
+    /// The newest checkpoint that was whole when the supervisor began. One that becomes whole again, as its chunks are written
+    /// again, is found by whoever resumes the job.
+    pub(super) whole: Option<Step>,
     /// A bit of a file flipped: perhaps no checkpoint can be read.
     pub(super) file_flipped: bool,
     /// Microseconds by which the supervisor's clock is ahead.
@@ -110,6 +118,12 @@ pub(super) struct World {
     pub(super) reference: Option<&'static [String]>,
     pub(super) fingerprints: Vec<String>,
     pub(super) announced: Step,
+    /// The newest epoch that the supervisor decided on, and whether a step was committed since.
+    pub(super) table: Table,
+    pub(super) stepped: bool,
+    pub(super) copies: Copies,
+    /// Lives that the supervisor was told have failed.
+    pub(super) failed: BTreeSet<Address>,
     pub(super) coverage: Coverage,
     /// The kind of message that something waits for: its link is to break, or its receiver is to be killed.
     pub(super) ambush: Option<(&'static str, bool)>,
@@ -120,8 +134,7 @@ pub(super) struct World {
     /// Bits that flipped.
     pub(super) flips: usize,
     pub(super) finished: Option<Result<(), String>>,
-    pub(super) trail: VecDeque<String>,
-    pub(super) hasher: blake3::Hasher,
+    pub(super) log: Log,
     pub(super) count: u64,
     /// Events for processes that are stopped.
     pub(super) stopped: BTreeMap<Life, Vec<SimEvent>>,
@@ -151,6 +164,7 @@ impl World {
             events: BTreeMap::new(),
             materials,
             slots,
+            racks: seed.is_multiple_of(5),
             wanted: nodes.wanted,
             spares: nodes.spares,
             nodes: (0..slots).map(|_| None).collect(),
@@ -165,11 +179,16 @@ impl World {
             put: BTreeSet::new(),
             told: 0,
             flip_file: false,
+            whole: None,
             file_flipped: false,
             ahead: 0,
             reference,
             fingerprints: Vec::new(),
             announced: 0,
+            table: Table::default(),
+            stepped: false,
+            copies: Copies::default(),
+            failed: BTreeSet::new(),
             coverage: Coverage::default(),
             ambush: None,
             flip_stored: false,
@@ -177,8 +196,7 @@ impl World {
             recipes: 0,
             flips: 0,
             finished: None,
-            trail: VecDeque::new(),
-            hasher: blake3::Hasher::new(),
+            log: Log::default(),
             count: 0,
             stopped: BTreeMap::new(),
         };
@@ -203,20 +221,34 @@ impl World {
     }
 
     pub(super) fn note(&mut self, text: String) {
-        self.hasher.update(text.as_bytes());
-        if self.trail.len() == TRAIL {
-            self.trail.pop_front();
+        self.log.note(self.now, &text);
+    }
+
+    /// A queue has become so long.
+    pub(super) fn bounded(&mut self, what: &'static str, length: usize, bound: usize) -> Result<(), Broken> {
+        self.coverage.length(what, length);
+        c5::bounded(what, length, bound)
+    }
+
+    /// What the job is doing.
+    pub(super) fn state(&self) -> State {
+        match (&self.root, c2::goes_back(&self.table), self.stepped) {
+            (None, ..) => State::Headless,
+            (Some(_), true, _) => State::Stateless,
+            (Some(_), false, false) => State::Recovering,
+            (Some(_), false, true) => State::Stepping,
         }
-        self.trail.push_back(format!("{:>10} us  {text}", self.now));
     }
 
     pub(super) fn violation(&self, broken: Broken) -> Violation {
         Violation {
             seed: self.seed,
+            plant: None,
             only: None,
+            faults: Box::default(),
             contract: broken.0,
             what: broken.1,
-            trail: self.trail.iter().cloned().collect(),
+            trail: self.log.trail(),
         }
     }
 
@@ -237,6 +269,7 @@ impl World {
                 break;
             }
             let event = self.events.remove(&number).expect("a queued event");
+            self.log.event(at, number, &event);
             self.step(event).map_err(|broken| self.violation(broken))?;
             match self.finished.take() {
                 None => {}
@@ -248,11 +281,11 @@ impl World {
                 // Nobody holds the state, and no checkpoint is whole: nothing is left that could go on (SU-8).
                 Some(Err(why)) if self.file_flipped && why.starts_with("no checkpoint can be read") => {
                     let table = self.root.as_ref().map(|r| r.root.supervisor.table().clone()).unwrap_or_default();
-                    c2::nothing_left(&table, self.whole_checkpoint()).map_err(|broken| self.violation(broken))?;
+                    c2::nothing_left(&table, self.whole).map_err(|broken| self.violation(broken))?;
                     self.coverage.nothing_left += 1;
                     return Ok(self.summary());
                 }
-                Some(Err(why)) => return Err(self.violation(("C3", format!("the job ended: {why}")))),
+                Some(Err(why)) => return Err(self.violation(("progress", format!("the job ended: {why}")))),
             }
         }
         let mut state = self.root.as_ref().map_or("no supervisor".to_owned(), |r| r.root.supervisor.describe());
@@ -267,7 +300,7 @@ impl World {
 
     fn summary(&self) -> Summary {
         Summary {
-            log: self.hasher.finalize().to_hex().to_string(),
+            log: self.log.hash(),
             coverage: self.coverage.clone(),
             events: self.count,
             milliseconds: self.now / 1000,
@@ -318,8 +351,8 @@ impl World {
         match event {
             SimEvent::Arrive(flight) => self.arrive(flight),
             SimEvent::LinkUp(a, b) => self.link_up(a, b),
-            SimEvent::Ambush { from, to, kill } => {
-                self.spring(from, to, kill);
+            SimEvent::Ambush { from, to, kind, kill } => {
+                self.spring(from, to, kind, kill);
                 Ok(())
             }
             SimEvent::Silent { from, to, link } => {

@@ -4,8 +4,9 @@
 //! step as after a failure, and that one tells its hash too. What it sends twice is dropped by those who have it, so an
 //! audit that finds nothing changes nothing.
 //! - AU-1: who is audited is a pure function of seed, step and actor: one in `recovery.audit` on the average.
-//! - AU-2: a step is committed only when all hashes of its audits are equal. An actor that dies meanwhile is not audited
-//!   in this step: its next life was made for another reason.
+//! - AU-2: a step is committed only when all hashes of its audits are equal. Of an actor that has told its hash the next life is
+//!   asked, whatever ended the last one and whoever is supervisor meanwhile. One that dies before it has told is not audited in
+//!   this step: nobody knows what it made.
 //! - AU-3: of two that differ a third node decides. The one that is alone with its hash is given up, and the job goes back
 //!   to the newest checkpoint: others may have worked with what it made. The verdict supposes that all three had the same
 //!   inputs: if a primary's weights changed in memory after it handed them out, or a sender was made again in this step
@@ -57,9 +58,13 @@ impl Supervisor {
         let lives = |actor: ActorId| {
             table.address(actor).filter(|_| table.node_of(actor).is_some_and(|n| table.nodes.contains_key(&n)))
         };
-        audit.subject.take_if(|subject| lives(subject.asked.actor) != Some(subject.asked));
-        if audit.subject.is_some() {
-            return Some(Vec::new());
+        audit.subject.take_if(|subject| subject.made.is_empty() && lives(subject.asked.actor) != Some(subject.asked));
+        if let Some(subject) = &mut audit.subject {
+            let Some(asked) = lives(subject.asked.actor).filter(|present| *present != subject.asked) else {
+                return Some(Vec::new());
+            };
+            subject.asked = asked;
+            return Some(self.after_sync(vec![SupervisorEffect::Send(asked.actor, Body::Audit { step })]));
         }
         let asked = std::iter::from_fn(|| audit.due.pop_front()).find_map(lives)?;
         audit.subject = Some(Subject { asked, made: Vec::new() });
@@ -73,7 +78,10 @@ impl Supervisor {
         let audit = self.audit.as_mut().filter(|audit| audit.step == step);
         let subject = audit.and_then(|audit| audit.subject.as_mut()).filter(|subject| subject.asked == from);
         let Some(subject) = subject else { return Vec::new() };
-        subject.made.push((node, digest));
+        // A node that has told already tells nothing new.
+        if subject.made.iter().all(|(told, _)| *told != node) {
+            subject.made.push((node, digest));
+        }
         let made = subject.made.clone();
         if let [(first_node, first), (second_node, second)] = made[..]
             && first == second
@@ -99,6 +107,14 @@ impl Supervisor {
             }
             None => self.differs(from.actor, step, &made),
         }
+    }
+
+    /// Goes on with the audit that the supervisor before this one had begun.
+    pub(super) fn go_on_with_audit(&mut self, step: Step, actor: ActorId, made: Vec<(NodeId, u128)>) {
+        let mut due = self.due(step);
+        while due.pop_front().is_some_and(|before| before != actor) {}
+        let subject = self.table.address(actor).map(|asked| Subject { asked, made });
+        self.audit = Some(Audit { step, due, subject });
     }
 
     /// What the audited actor is asked, if it is on this node: it may not have come to it.
@@ -129,12 +145,15 @@ impl Supervisor {
         let Some(entry) = self.table.entries.get_mut(&actor) else { return Vec::new() };
         *entry = Entry { node, incarnation: entry.incarnation.next() };
         let asked = Address { actor, incarnation: entry.incarnation };
+        let mut made = Vec::new();
         if let Some(subject) = self.audit.as_mut().and_then(|audit| audit.subject.as_mut()) {
             subject.asked = asked;
+            made.clone_from(&subject.made);
         }
         // It may stay there; the load is evened out with the commit.
         self.uneven = true;
-        let mut effects = self.settle(Vec::new());
+        let mut effects = self.log(Record::Audit { step, actor, made }, Vec::new());
+        effects.extend(self.settle(Vec::new()));
         effects.extend(self.after_sync(vec![SupervisorEffect::Send(actor, Body::Audit { step })]));
         effects
     }
@@ -154,7 +173,7 @@ impl Supervisor {
         let verdict =
             wrong.map_or("which is right nobody can say".to_owned(), |node| format!("{node} computes wrongly"));
         let why = format!("what {actor} made in step {step} has hashes {}: {verdict}", said.join(", "));
-        // AU-4. One epoch gives the node up and goes back: a crash keeps both or none.
+        // AU-4. One epoch gives the node up and goes back. A crash before it leaves the doubt, on which the next supervisor goes back.
         let after = self.checkpoint;
         self.doubt(after);
         let mut effects = self.log(Record::Doubt(after), Vec::new());

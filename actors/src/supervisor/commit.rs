@@ -12,6 +12,7 @@
 use super::record::CommitRecord;
 use crate::ids::{ActorId, Step};
 use crate::message::{Commit, Corruption};
+use crate::plant::{Bug, planted};
 use crate::spec::{JobSpec, Layout};
 use crate::table::{Domain, Table};
 use std::collections::{BTreeMap, BTreeSet};
@@ -289,6 +290,9 @@ impl CommitCore {
                 self.copies(shard).filter_map(node).map(|n| table.domain_of(n)).collect();
             copies = copies.min(domains.len() as u32);
             samples = report.samples;
+        }
+        if planted(Bug::CopiesOverstated) {
+            copies = self.spec.mirrors + 1;
         }
         let record =
             self.record(step, norm.values().flat_map(|p| p.iter()).sum(), losses, [u64::from(copies), samples]);

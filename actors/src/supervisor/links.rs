@@ -12,9 +12,9 @@ use std::collections::{BTreeMap, BTreeSet};
 use std::time::Duration;
 
 /// See LI-1.
-const BEATS: u32 = 6;
+const BEATS: u32 = 4;
 /// See LI-1.
-const TIME: Duration = Duration::from_millis(200);
+const TIME: Duration = Duration::from_millis(150);
 
 /// That a node does not reach another: beats in a row, and since when.
 type Row = (u32, Duration);
@@ -65,6 +65,11 @@ impl Links {
     /// What both ends say of a link.
     fn rows(&self, a: NodeId, b: NodeId) -> impl Iterator<Item = Row> {
         [(a, b), (b, a)].into_iter().filter_map(|(a, b)| self.down.get(&a).and_then(|others| others.get(&b)).copied())
+    }
+
+    /// Since when the first of these links has been down.
+    pub(super) fn since(&self, node: NodeId, others: &[NodeId]) -> Option<Duration> {
+        others.iter().flat_map(|other| self.rows(node, *other)).map(|(_, since)| since).min()
     }
 
     /// Whether the link of two nodes is cut (LI-1).

@@ -20,8 +20,10 @@ const AWAY: Duration = Duration::from_secs(600);
 /// What a job waits for.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub(super) enum Wait {
-    /// Nodes have no room for these actors.
+    /// Nodes have no room for these actors, which a step needs.
     Room { actors: u64, bytes: u64 },
+    /// Nodes are to leave, and others have no room for these copies of shards.
+    Leaving { copies: usize, bytes: u64 },
     /// Only so many nodes have come.
     Nodes { come: usize },
 }
@@ -51,7 +53,11 @@ impl Supervisor {
         let about = About { infos: &self.table.nodes, slow: &slow, away: &away };
         let how = if level { How::Level } else { How::Stay };
         let (wanted, no_room) = place_all(&self.costs, &working, about, how, (&present, &copies));
-        self.no_room = no_room;
+        let homeless: Vec<&ActorId> = copies.iter().filter(|copy| !wanted.contains_key(copy)).collect();
+        let bytes = homeless.iter().map(|copy| self.costs.bytes(**copy)).sum();
+        let leaving = Wait::Leaving { copies: homeless.len(), bytes };
+        let leaving = (!homeless.is_empty() && !self.table.leaving.is_empty()).then_some(leaving);
+        self.no_room = no_room.map(|(actors, bytes)| Wait::Room { actors, bytes }).or(leaving);
         let mut moved = Vec::new();
         for (actor, node) in wanted {
             let life = self.table.entries.get(&actor).copied();
@@ -77,14 +83,18 @@ impl Supervisor {
     /// What the job waits for: room, or nodes that have not come for a while.
     pub(super) fn waits(&self) -> Option<Wait> {
         let begins = self.table.entries.len() > 2 || self.now.saturating_sub(self.began) < NODES_WAIT;
-        let room = self.no_room.map(|(actors, bytes)| Wait::Room { actors, bytes });
-        room.or_else(|| (!begins).then_some(Wait::Nodes { come: self.admitted.len() }))
+        self.no_room.or_else(|| (!begins).then_some(Wait::Nodes { come: self.admitted.len() }))
     }
 
     /// The same for people.
     pub(super) fn words_of(&self, wait: Wait) -> String {
         let mib = |bytes: u64| bytes.div_ceil(1 << 20);
         match wait {
+            Wait::Leaving { copies, bytes } => format!(
+                "{copies} copies of shards need {} MiB for which no other node has room: nodes that are to leave stay until one with \
+                 room comes",
+                mib(bytes)
+            ),
             Wait::Nodes { come } => {
                 format!("{come} of {} nodes have come: the job begins when all have", self.nodes_wanted)
             }
@@ -257,7 +267,8 @@ impl Supervisor {
                 ActorId::Reducer { replica, .. } if planted(Bug::StatelessElected) => Some(replica),
                 _ => None,
             });
-            let heir = stateless.or_else(|| self.commit.copies(shard).next());
+            let overlooked = present.is_some() && planted(Bug::MirrorOverlooked);
+            let heir = stateless.or_else(|| self.commit.copies(shard).next().filter(|_| !overlooked));
             if present.is_some() && heir.is_none() && !self.commit.unheard(shard) {
                 return Some(self.roll_back(format!("shard {shard} lost all its copies")));
             }
@@ -308,7 +319,10 @@ impl Supervisor {
             node = other;
         }
         self.failed(format!("{}: {reason}", address.actor), Duration::ZERO);
-        if let Some(entry) = self.table.entries.get_mut(&address.actor) {
+        if planted(Bug::NodeRestarted) {
+            let all = self.table.entries.values_mut().filter(|entry| entry.node == node);
+            all.for_each(|entry| entry.incarnation = entry.incarnation.next());
+        } else if let Some(entry) = self.table.entries.get_mut(&address.actor) {
             *entry = Entry { node, incarnation: entry.incarnation.next() };
         }
         self.commit.out_of_sync(address.actor);

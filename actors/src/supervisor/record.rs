@@ -1,7 +1,7 @@
 //! What the control log holds. Records are read by the next life of the supervisor.
 
 use crate::coded;
-use crate::ids::Step;
+use crate::ids::{ActorId, NodeId, Step};
 use crate::message::Commit;
 use crate::table::Table;
 use everstep_checkpoint::RECORD_MAX;
@@ -42,8 +42,18 @@ pub enum Record {
     },
     /// A step is committed.
     Commit(CommitRecord),
-    /// A node computed wrongly, perhaps for a while: fingerprints of steps after this one, which are done again, may be others.
+    /// A node computed wrongly, perhaps for a while: fingerprints of steps after this one, which are done again, may be others. The
+    /// epoch that goes back follows.
     Doubt(Step),
+    /// An actor's work of a step is made again: what its lives made of it so far, and where.
+    Audit {
+        /// The step, which is not committed.
+        step: Step,
+        /// Who is audited.
+        actor: ActorId,
+        /// Hashes by node, in order.
+        made: Vec<(NodeId, u128)>,
+    },
 }
 
 impl Record {
@@ -51,11 +61,30 @@ impl Record {
     pub fn compacted(log: &[Self]) -> Vec<Self> {
         let epoch = log.iter().rev().find(|r| matches!(r, Self::Epoch { .. }));
         // A commit before a way back is not one any more.
-        let went_back =
-            |r: &Self| matches!(r, Self::Epoch { table, .. } if table.primaries.iter().all(Option::is_none));
-        let since = log.iter().rposition(went_back).map_or(0, |at| at + 1);
+        let since = log.iter().rposition(Self::goes_back).map_or(0, |at| at + 1);
         let commit = log[since..].iter().rev().find(|r| matches!(r, Self::Commit(_)));
-        epoch.into_iter().chain(commit).chain(unsettled(log)).cloned().collect()
+        let doubt = unsettled(log);
+        let [first, last] = if is_pending(log) { [None, doubt] } else { [doubt, None] };
+        let all = first.into_iter().chain(epoch).chain(commit).chain(last).chain(unfinished(log));
+        all.cloned().collect()
+    }
+
+    /// How far the job of a log has come: what is stored of later steps is of what it went back from.
+    pub(crate) fn reached(log: &[Self]) -> Option<Step> {
+        if is_pending(log)
+            && let Some(Self::Doubt(after)) = unsettled(log)
+        {
+            return Some(*after);
+        }
+        let since = log.iter().rposition(Self::goes_back).map_or(0, |at| at + 1);
+        let commit = |r: &Self| if let Self::Commit(c) = r { Some(c.commit.step) } else { None };
+        let base = |r: &Self| if let Self::Epoch { table, .. } = r { Some(table.base) } else { None };
+        log[since..].iter().rev().find_map(commit).or_else(|| log.iter().rev().find_map(base))
+    }
+
+    /// Whether it sends everybody back to a checkpoint: then no shard has a primary.
+    fn goes_back(&self) -> bool {
+        matches!(self, Self::Epoch { table, .. } if table.primaries.iter().all(Option::is_none))
     }
 
     /// As the log has it.
@@ -78,9 +107,59 @@ pub(super) fn unsettled(log: &[Record]) -> Option<&Record> {
     (!log[at..].iter().any(done)).then(|| &log[at])
 }
 
+/// Whether a log ends with a doubt on which nothing was decided: its author died between the two.
+pub(super) fn is_pending(log: &[Record]) -> bool {
+    let at = log.iter().rposition(|r| matches!(r, Record::Doubt(_)));
+    at.is_some_and(|at| !log[at..].iter().any(|r| matches!(r, Record::Epoch { .. })))
+}
+
+/// The audit that was under way when a log ends.
+pub(super) fn unfinished(log: &[Record]) -> Option<&Record> {
+    let at = log.iter().rposition(|r| matches!(r, Record::Audit { .. }))?;
+    let over = |r: &Record| matches!(r, Record::Commit(_) | Record::Doubt(_)) || r.goes_back();
+    (!log[at..].iter().any(over)).then(|| &log[at])
+}
+
 #[cfg(test)]
 mod tests {
     use super::*;
+
+    fn epoch(primary: Option<u32>) -> Record {
+        Record::Epoch { table: Table { primaries: vec![primary], ..Table::default() }, next_node: 1 }
+    }
+
+    #[test]
+    fn what_is_under_way_outlives_a_log_that_is_made_short() {
+        let audit = Record::Audit { step: 3, actor: ActorId::Stage { lane: 0, stage: 0 }, made: vec![(NodeId(1), 7)] };
+        let log = [epoch(Some(0)), Record::Doubt(0), epoch(None), epoch(Some(0)), audit.clone(), epoch(Some(0))];
+        for log in [log.to_vec(), Record::compacted(&log)] {
+            assert_eq!((unsettled(&log), is_pending(&log)), (Some(&Record::Doubt(0)), false), "{log:?}");
+            assert_eq!(unfinished(&log), Some(&audit));
+            let back: Vec<Record> = log.into_iter().chain([epoch(None)]).collect();
+            assert_eq!(unfinished(&back), None);
+        }
+        let log = [epoch(None), epoch(Some(0)), audit, Record::Doubt(0)];
+        for log in [log.to_vec(), Record::compacted(&log)] {
+            assert!(is_pending(&log), "{log:?}");
+            assert_eq!(unfinished(&log), None);
+        }
+    }
+
+    #[test]
+    fn a_log_says_how_far_its_job_has_come() {
+        let commit = |step| {
+            let commit = Commit { step, clip: 1.0, lr: 0.1, skipped: false };
+            Record::Commit(CommitRecord { commit, loss: 1.0, mtp_loss: None, grad_norm: 1.0, copies: 2, samples: 4 })
+        };
+        let back = Record::Epoch { table: Table { primaries: vec![None], base: 2, ..Table::default() }, next_node: 1 };
+        let log =
+            [epoch(None), epoch(Some(0)), commit(3), commit(4), back, epoch(Some(0)), commit(3), Record::Doubt(1)];
+        let reached = [None, Some(0), Some(0), Some(3), Some(4), Some(2), Some(0), Some(3), Some(1)];
+        for (n, reached) in reached.into_iter().enumerate() {
+            assert_eq!(Record::reached(&log[..n]), reached, "{n} records");
+            assert_eq!(Record::reached(&Record::compacted(&log[..n])), reached, "{n} records, made short");
+        }
+    }
 
     #[test]
     fn records_of_another_form_are_named_not_misread() {

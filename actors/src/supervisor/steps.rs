@@ -212,6 +212,10 @@ impl Supervisor {
     }
 
     pub(super) fn checkpointed(&mut self, step: Step) -> Vec<SupervisorEffect> {
+        // Of what the job goes back from: it is put aside.
+        if self.table.primaries.contains(&None) && step > self.table.base {
+            return Vec::new();
+        }
         self.checkpoint = self.checkpoint.max(step);
         self.unreadable = None;
         // A step is done again only after the newest checkpoint, or if the job is before it now.

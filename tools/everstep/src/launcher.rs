@@ -476,10 +476,7 @@ fn last_words(run: &RunFolder, name: &str, child: &mut Child, status: ExitStatus
     }
 }
 
-/// Kills one process that this launcher started.
-pub(crate) fn kill(pid: u32, signal: Signal) {
-    if let Some(pid) = i32::try_from(pid).ok().and_then(Pid::from_raw) {
-        // It may have ended by itself.
-        let _ = kill_process(pid, signal);
-    }
+/// Sends a signal to a process of the job. Gives whether there was one: it may have ended by itself.
+pub(crate) fn kill(pid: u32, signal: Signal) -> bool {
+    i32::try_from(pid).ok().and_then(Pid::from_raw).is_some_and(|pid| kill_process(pid, signal).is_ok())
 }

@@ -37,6 +37,8 @@ use std::process::ExitCode;
 #[global_allocator]
 static ALLOCATOR: mimalloc::MiMalloc = mimalloc::MiMalloc;
 
+/// Of the program, with the commit of which it is built.
+const VERSION: &str = env!("EVERSTEP_VERSION");
 /// Exit status of a supervisor or node that ended for a reason that a restart would not change.
 const STATUS_FAILED: u8 = 3;
 /// Characters of a process's last words.
@@ -46,7 +48,7 @@ const STATUS_LEFT: u8 = 4;
 
 /// Elastic, fault-tolerant training of mixture-of-experts models: the same bits, whatever fails.
 #[derive(Debug, Parser)]
-#[command(version)]
+#[command(version = VERSION)]
 struct Cli {
     #[command(subcommand)]
     command: Command,
@@ -251,6 +253,7 @@ fn run(command: Command) -> Result<ExitCode> {
                 threads: threads.unwrap_or(cores),
                 domain,
                 memory: memory << 20,
+                verified: parent.is_some(),
             };
             be_node(&options, parent.is_some())
         }
@@ -346,7 +349,9 @@ fn keep_memory() -> Result<()> {
         return Ok(());
     }
     let mut again = std::process::Command::new(std::env::current_exe()?);
-    let error = again.args(std::env::args_os().skip(1)).env(OPTION, "-1").exec();
+    // What is only reserved is not committed: a limit of memory is one of what is used.
+    again.args(std::env::args_os().skip(1)).env(OPTION, "-1").env("MIMALLOC_ARENA_EAGER_COMMIT", "0");
+    let error = again.exec();
     Err(error).context("cannot start again")
 }
 

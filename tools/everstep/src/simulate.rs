@@ -1,10 +1,11 @@
 //! `everstep simulate`: seeds on every core; without a bug planted none may show a violation, with one of them one must.
 
-use crate::range;
+use crate::{VERSION, range};
 use anyhow::{Context, Result, bail, ensure};
 use everstep_actors::{Bug, sim};
 use rayon::prelude::*;
 use serde_json::json;
+use std::io::Write;
 use std::ops::Range;
 use std::process::ExitCode;
 use std::sync::{Mutex, PoisonError};
@@ -22,6 +23,9 @@ pub(crate) struct Options {
     /// Only these of each seed's faults, as a violation's replay names them.
     #[arg(long, num_args = 0.., value_delimiter = ',')]
     only: Option<Vec<usize>>,
+    /// Print each seed's whole log, and nothing else.
+    #[arg(long, conflicts_with_all = ["plant", "json"])]
+    log: bool,
     /// Plant a bug that a seed must find, or `all` one after another. Needs the feature `plant`.
     #[arg(long)]
     plant: Option<String>,
@@ -82,13 +86,22 @@ pub(crate) fn run(options: &Options) -> Result<ExitCode> {
         ensure!(jobs > 0, "--jobs: at least one");
         rayon::ThreadPoolBuilder::new().num_threads(jobs).build_global().context("--jobs")?;
     }
+    if options.log {
+        return logs(seeds, options.only.as_deref());
+    }
     let Some(plant) = &options.plant else { return clean(seeds, options) };
     if !cfg!(feature = "plant") {
         bail!("--plant: this program holds no bugs: build it with --features plant");
     }
     let bugs = match &plant[..] {
         "all" => Bug::ALL.iter().map(|(bug, _)| *bug).collect(),
-        name => vec![name.parse::<Bug>().map_err(anyhow::Error::msg).context("--plant")?],
+        name => {
+            let bug = name.parse::<Bug>().map_err(anyhow::Error::msg).context("--plant")?;
+            if let Some(violation) = show(seeds.clone(), Some(bug), options.only.as_deref()).1 {
+                eprintln!("{}", sim::shrink(violation));
+            }
+            vec![bug]
+        }
     };
     let mut all_found = true;
     for bug in bugs {
@@ -105,6 +118,16 @@ pub(crate) fn run(options: &Options) -> Result<ExitCode> {
     Ok(if all_found { ExitCode::SUCCESS } else { ExitCode::FAILURE })
 }
 
+fn logs(seeds: Range<u64>, only: Option<&[usize]>) -> Result<ExitCode> {
+    let mut all_clean = true;
+    for seed in seeds {
+        let (log, showed) = sim::log(seed, only);
+        std::io::stdout().write_all(log.as_bytes()).context("--log")?;
+        all_clean &= showed.is_ok();
+    }
+    Ok(if all_clean { ExitCode::SUCCESS } else { ExitCode::FAILURE })
+}
+
 fn clean(seeds: Range<u64>, options: &Options) -> Result<ExitCode> {
     let began = Instant::now();
     let (shown, violation) = show(seeds, None, options.only.as_deref());
@@ -112,7 +135,7 @@ fn clean(seeds: Range<u64>, options: &Options) -> Result<ExitCode> {
     let seconds = began.elapsed().as_secs_f64();
     let cores = seconds * rayon::current_num_threads() as f64;
     let (faster, logs) = (simulated as f64 / 1000.0 / cores, format!("{logs:032x}"));
-    let violation = violation.map(|violation| sim::shrink(violation, None));
+    let violation = violation.map(sim::shrink);
     let faults: u64 = coverage.faults.values().sum();
     if options.json {
         let line = json!({
@@ -121,7 +144,8 @@ fn clean(seeds: Range<u64>, options: &Options) -> Result<ExitCode> {
             "simulated_to_real": faster, "logs": logs,
             "coverage": coverage.table(),
             "violation": violation.as_ref().map(|v| json!({
-                "seed": v.seed, "only": v.only, "contract": v.contract, "what": v.what,
+                "seed": v.seed, "only": v.only, "faults": v.faults, "contract": v.contract, "what": v.what,
+                "trail": v.trail, "program": VERSION,
             })),
         });
         println!("{line}");
@@ -134,7 +158,7 @@ fn clean(seeds: Range<u64>, options: &Options) -> Result<ExitCode> {
         );
         println!("{faster:.0} times as fast as real time on a core; all logs: {logs}");
         if let Some(violation) = &violation {
-            println!("{violation}");
+            println!("{violation}   (of {VERSION})");
         }
     }
     Ok(if violation.is_none() { ExitCode::SUCCESS } else { ExitCode::FAILURE })

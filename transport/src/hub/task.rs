@@ -23,8 +23,8 @@ enum Command {
     /// It is there, of that attempt, on that connection; the peer has this. Answered when it is taken up: an attempt that another one
     /// has overtaken is not.
     Up(Link, u64, Greeting, Option<Connection>, oneshot::Sender<()>),
-    /// A connection is lost.
-    Lost(usize),
+    /// A connection is lost. Answered when the session knows.
+    Lost(usize, oneshot::Sender<()>),
 }
 
 /// A session's task, seen from the hub: it ends when the hub drops this.
@@ -67,8 +67,12 @@ impl SessionHandle {
 
     /// Tells it that a connection is lost.
     pub(crate) async fn lost(&self, connection: &Connection) {
-        if let Some(commands) = self.commands.upgrade() {
-            let _ = commands.send(Command::Lost(connection.stable_id())).await;
+        let (answer, known) = oneshot::channel();
+        if let Some(commands) = self.commands.upgrade()
+            && commands.send(Command::Lost(connection.stable_id(), answer)).await.is_ok()
+        {
+            // A session that has ended knows too.
+            let _ = known.await;
         }
     }
 
@@ -226,10 +230,11 @@ impl SessionTask {
                 let _ = answer.send(());
                 self.perform(effects).await
             }
-            Command::Lost(on) => {
+            Command::Lost(on, answer) => {
                 if self.connection.as_ref().is_some_and(|c| c.stable_id() == on) {
                     self.lose().await;
                 }
+                let _ = answer.send(());
                 Ok(())
             }
         }

@@ -132,6 +132,60 @@ async fn a_bad_wire_loses_no_message() {
     assert!(broken.load(Ordering::Relaxed) > 0, "a cut wire breaks its link");
 }
 
+/// HU-1: a wire is cut while who dialled has nothing to say: the other end notices, and need not wait until that one does.
+#[tokio::test(flavor = "multi_thread")]
+async fn who_accepted_looks_for_who_does_not_know_that_the_wire_was_cut() {
+    let [(a, mut a_events), (b, mut b_events)] = hubs();
+    a.keep(2, b.address().unwrap());
+    a.send(2, Lane::Control, Message::small(b"first".to_vec()));
+    assert_eq!(next_message(&mut b_events).await.header[..], b"first"[..]);
+    tokio::time::sleep(Duration::from_millis(500)).await;
+    let lasts = Duration::from_secs(1);
+    b.disturb(Disturbance { with: None, lost_percent: 100, both_ways: true, delay: Duration::ZERO, lasts });
+    b.send(1, Lane::Control, Message::small(b"second".to_vec()));
+    let second = tokio::time::timeout(Duration::from_secs(5), next_message(&mut a_events)).await;
+    assert_eq!(second.expect("before who dialled asks").header[..], b"second"[..]);
+    a.send(2, Lane::Control, Message::small(b"third".to_vec()));
+    assert_eq!(next_message(&mut b_events).await.header[..], b"third"[..]);
+}
+
+/// HU-1: who looks for a peer takes nothing from somebody else at its address.
+#[tokio::test(flavor = "multi_thread")]
+async fn another_life_at_the_address_is_left_alone() {
+    let folder = tempfile::tempdir().unwrap();
+    Credentials::create(folder.path()).unwrap();
+    let [(a, _a_events), (b, mut b_events)] = [1, 2].map(|me| hub(folder.path(), me));
+    let address = a.address().unwrap();
+    a.keep(2, b.address().unwrap());
+    a.send(2, Lane::Control, Message::small(b"first".to_vec()));
+    next_message(&mut b_events).await;
+    let lasts = Duration::from_secs(1);
+    b.disturb(Disturbance { with: None, lost_percent: 100, both_ways: true, delay: Duration::ZERO, lasts });
+    b.send(1, Lane::Control, Message::small(b"second".to_vec()));
+    a.shut_down();
+    drop(a);
+    let credentials = Credentials::load(folder.path()).unwrap();
+    let again = async {
+        loop {
+            match Hub::open(address, &credentials, 3) {
+                Ok(opened) => return opened,
+                Err(_) => tokio::time::sleep(Duration::from_millis(20)).await,
+            }
+        }
+    };
+    let (c, mut c_events) = tokio::time::timeout(Duration::from_secs(5), again).await.expect("the port is free");
+    while !matches!(b_events.recv().await, Some(HubEvent::Down(1))) {}
+    tokio::time::sleep(Duration::from_secs(2)).await;
+    assert!(c_events.try_recv().is_err() && !b.is_linked(3) && c.ways().is_empty());
+}
+
+#[test]
+fn of_many_handshakes_those_go_on_whose_address_is_proven_and_of_too_many_none() {
+    let [few, most] = HANDSHAKES;
+    assert_eq!([(few - 1, false), (few, true)].map(|(taken, proven)| door(taken, proven)), [Door::Open, Door::Open]);
+    assert_eq!([door(few, false), door(most, true), door(most, false)], [Door::Retry, Door::Shut, Door::Shut]);
+}
+
 /// Passes datagrams between whoever sends some here and `to`, and shows each before: whether it is one for `to`, and its bytes.
 async fn relay(to: SocketAddr, mut see: impl FnMut(bool, &mut [u8]) + Send + 'static) -> SocketAddr {
     let near = tokio::net::UdpSocket::bind("127.0.0.1:0").await.unwrap();

@@ -8,6 +8,7 @@ use super::probe;
 use super::protocol::{Core, Effect};
 use super::sys::{CmEventKind, Done, Granted, Memory, QueuePair, Watch};
 use crate::connection::Trial;
+use crate::hub::Refusals;
 use crate::link::{Link, QUEUE};
 use crate::message::{FRAGMENT_MAX, Fragment};
 use crate::session::{Frame, Lane};
@@ -28,7 +29,12 @@ const ANSWER: Duration = Duration::from_millis(50);
 const ARRIVED: usize = 256;
 
 /// Starts a link on the thread that calls.
-pub(super) fn start(pair: QueuePair, token: Token, breaks: watch::Receiver<()>) -> io::Result<Trial> {
+pub(super) fn start(
+    pair: QueuePair,
+    token: Token,
+    breaks: watch::Receiver<()>,
+    refusals: Refusals,
+) -> io::Result<Trial> {
     let (control, control_queue) = mpsc::channel(QUEUE);
     let (bulk, bulk_queue) = mpsc::channel(QUEUE);
     let (arrived, incoming) = mpsc::channel(ARRIVED);
@@ -49,9 +55,11 @@ pub(super) fn start(pair: QueuePair, token: Token, breaks: watch::Receiver<()>) 
         probe,
         arrived,
         waiting: VecDeque::new(),
+        held: VecDeque::new(),
         prove: Some(prove),
         back,
         breaks,
+        refusals,
         looks: Looks::default(),
         progress: Instant::now(),
         answer_at: None,
@@ -118,12 +126,16 @@ struct Driver {
     probes: BTreeSet<u64>,
     probe: Bytes,
     arrived: mpsc::Sender<Frame<Fragment>>,
-    /// Frames for which the session has no room yet: nothing is taken off the queue meanwhile.
+    /// Frames for which the session has no room yet.
     waiting: VecDeque<Frame<Fragment>>,
+    /// What arrived meanwhile, at most as much as receive buffers take: they are posted again when it is looked at.
+    held: VecDeque<Done>,
     prove: Option<oneshot::Sender<()>>,
     back: mpsc::Sender<(u8, Memory)>,
     /// Changes when all links are to fail (chaos).
     breaks: watch::Receiver<()>,
+    /// Where it is told that the peer said what no correct member says.
+    refusals: Refusals,
     looks: Looks,
     /// When something arrived last, or was sent while nothing was on its way.
     progress: Instant,
@@ -159,7 +171,7 @@ impl Driver {
             if found {
                 self.looks.found();
             }
-            let more = !self.waiting.is_empty();
+            let more = !self.waiting.is_empty() || !self.held.is_empty();
             let look = !more && self.looks.again();
             let room = [Lane::Control, Lane::Bulk].map(|lane| self.core.has_room(lane));
             let wake = self.wake(more)?;
@@ -223,36 +235,57 @@ impl Driver {
         }
     }
 
-    /// Takes what has ended; gives whether there was something.
+    /// Takes what has ended; gives whether there was something. What arrived waits while the session has no room; what was sent does
+    /// not, since it makes room for the next packet.
     fn take_completions(&mut self) -> io::Result<bool> {
         let mut found = false;
         while self.waiting.is_empty()
-            && let Some(done) = self.pair.done()?
+            && let Some(arrived) = self.held.pop_front()
         {
+            self.take(arrived)?;
+        }
+        while let Some(done) = self.pair.done()? {
             found = true;
-            if matches!(done, Done::Received(..) | Done::Written(..)) {
+            let arrived = matches!(done, Done::Received(..) | Done::Written(..));
+            if arrived {
                 self.progress = Instant::now();
             }
-            match done {
-                Done::Sent => self.core.sent(),
-                Done::Placed(number) => {
-                    let probe = self.probes.remove(&number);
-                    let effect = self.core.placed(probe);
-                    effect.map_or(Ok(()), |effect| self.perform(effect))?;
-                }
-                Done::Received(buffer, length) => {
-                    let effects = self.core.on_packet(self.pair.packet(buffer, length)).map_err(io::Error::other)?;
-                    effects.into_iter().try_for_each(|effect| self.perform(effect))?;
-                    self.post(buffer)?;
-                }
-                Done::Written(buffer, word) => {
-                    let effect = self.core.on_write(word).map_err(io::Error::other)?;
-                    self.perform(effect)?;
-                    self.post(buffer)?;
-                }
+            if arrived && !(self.waiting.is_empty() && self.held.is_empty()) {
+                self.held.push_back(done);
+            } else {
+                self.take(done)?;
             }
         }
         Ok(found)
+    }
+
+    fn take(&mut self, done: Done) -> io::Result<()> {
+        match done {
+            Done::Sent => self.core.sent(),
+            Done::Placed(number) => {
+                let probe = self.probes.remove(&number);
+                let effect = self.core.placed(probe);
+                effect.map_or(Ok(()), |effect| self.perform(effect))?;
+            }
+            Done::Received(buffer, length) => {
+                let said = self.core.on_packet(self.pair.packet(buffer, length));
+                let effects = said.map_err(|error| self.refused(&error))?;
+                effects.into_iter().try_for_each(|effect| self.perform(effect))?;
+                self.post(buffer)?;
+            }
+            Done::Written(buffer, word) => {
+                let effect = self.core.on_write(word).map_err(|error| self.refused(&error))?;
+                self.perform(effect)?;
+                self.post(buffer)?;
+            }
+        }
+        Ok(())
+    }
+
+    /// The peer did what no correct member does.
+    fn refused(&self, why: &dyn std::fmt::Display) -> io::Error {
+        self.refusals.add(format!("over RDMA: {why}"));
+        io::Error::other(why.to_string())
     }
 
     fn post(&mut self, buffer: usize) -> io::Result<()> {
@@ -281,7 +314,7 @@ impl Driver {
             Effect::Check(slot, length) => {
                 let memory = self.revoke(slot)?;
                 if memory.as_ref()[..length as usize] != self.probe[..] {
-                    return Err(io::Error::other("the probe arrived with other bytes"));
+                    return Err(self.refused(&"the probe arrived with other bytes"));
                 }
                 self.grant(slot, memory)?;
                 let effect = self.core.proven();

@@ -50,6 +50,7 @@ pub(crate) struct Rdma {
     addresses: Vec<SocketAddr>,
     waiting: Arc<Waiting>,
     breaks: watch::Sender<()>,
+    refusals: Refusals,
 }
 
 fn locked(waiting: &Waiting) -> MutexGuard<'_, BTreeMap<Token, oneshot::Sender<CmId>>> {
@@ -78,6 +79,7 @@ impl Rdma {
             addresses: of_devices.into_iter().map(|ip| SocketAddr::new(ip, port)).collect(),
             waiting: Arc::clone(&waiting),
             breaks: watch::Sender::new(()),
+            refusals: refusals.clone(),
         });
         let owner = Arc::downgrade(&rdma);
         std::thread::Builder::new().name("rdma".to_owned()).spawn(move || {
@@ -108,7 +110,7 @@ impl Rdma {
         locked(&self.waiting).insert(token, sender);
         // Whoever gives up waiting takes the secret back.
         let expected = Expected { waiting: Arc::clone(&self.waiting), token };
-        let breaks = self.breaks.subscribe();
+        let (breaks, refusals) = (self.breaks.subscribe(), self.refusals.clone());
         self.on_thread(async move {
             let asked = receiver.await.map_err(|_| io::Error::other("nobody came"))?;
             let token = expected.token;
@@ -116,7 +118,7 @@ impl Rdma {
             let pair = QueuePair::new(asked)?;
             pair.id().accept()?;
             until(pair.id(), CmEventKind::Established).await?;
-            link::start(pair, token, breaks)
+            link::start(pair, token, breaks, refusals)
         })
     }
 
@@ -126,8 +128,8 @@ impl Rdma {
         addresses: Vec<SocketAddr>,
         token: Token,
     ) -> impl Future<Output = io::Result<Trial>> + Send + use<> {
-        let breaks = self.breaks.subscribe();
-        self.on_thread(async move { link::start(dial_one_of(addresses, token).await?, token, breaks) })
+        let (breaks, refusals) = (self.breaks.subscribe(), self.refusals.clone());
+        self.on_thread(async move { link::start(dial_one_of(addresses, token).await?, token, breaks, refusals) })
     }
 
     /// Does it on RDMA's thread, in bounded time. Whoever drops the future ends it.

@@ -115,11 +115,11 @@ async fn a_wrong_key_and_a_revoked_one_write_nothing() {
     }
 }
 
-/// What is no packet, and a word of a slot that was not granted, end the link.
+/// What is no packet, and a word of a slot that was not granted, end the link, and count.
 #[tokio::test]
-async fn garbage_ends_the_link() {
+async fn garbage_ends_the_link_and_is_counted() {
     let machine = machine();
-    for address in machine.rdma.addresses().to_vec() {
+    for (round, address) in (1..).zip(machine.rdma.addresses().to_vec()) {
         let (trial, mut pair) = ends(&machine, address, [5; 32]).await;
         pair.send(|buffer| {
             buffer[..100].fill(0xFF);
@@ -135,5 +135,6 @@ async fn garbage_ends_the_link() {
         write(&mut pair, grant, Bytes::from(vec![1; 100]), said);
         let told = why(trial).await;
         assert!(told.contains("before the path is proven"), "{told}");
+        assert_eq!(machine.refusals.count(), 2 * round);
     }
 }

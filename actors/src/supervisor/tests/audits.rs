@@ -59,20 +59,41 @@ fn a_step_waits_for_its_audits() {
     assert_eq!(commits(&effects).first().map(|c| c.step), Some(1));
 }
 
-/// AU-2: who dies meanwhile is made again for that reason, and the next one's turn comes.
+/// AU-2: who dies before it has told is made again for that reason, and the next one's turn comes; of who has told the next life
+/// is asked.
 #[test]
-fn who_dies_is_not_audited() {
-    for life in [1, 2] {
+fn who_dies_is_not_audited_unless_it_has_told() {
+    for told in [false, true] {
         let mut job = audited(2);
         let first = asked(&job.everybody(prepared(1, 4)))[0];
-        if life == 2 {
+        if told {
             answer(&mut job, first, 7);
         }
         let (address, _) = present(&job, first);
         let effects = job.on(SupervisorEvent::ActorFailed { address, reason: "test".to_owned() });
         let next = asked(&effects);
-        assert!(next.len() == 1 && next[0] != first, "{next:?}");
+        assert!(next.len() == 1 && (next[0] == first) == told, "{next:?}");
+        if told {
+            assert!(way_back(&answer(&mut job, first, 8)).is_some());
+        }
     }
+}
+
+/// AU-2: a node that has told is not asked to confirm itself.
+#[test]
+fn a_life_on_a_node_that_has_told_says_nothing_new() {
+    let mut job = audited(2);
+    let actor = asked(&job.everybody(prepared(1, 4)))[0];
+    let (_, node) = present(&job, actor);
+    answer(&mut job, actor, 7);
+    let (_, other) = present(&job, actor);
+    job.on(SupervisorEvent::Lost { node: other, why: "test".to_owned() });
+    assert_eq!(present(&job, actor).1, node);
+    job.join(3);
+    let effects = answer(&mut job, actor, 7);
+    assert_eq!(asked(&effects), [actor], "somebody else is asked: {effects:?}");
+    assert_ne!(present(&job, actor).1, node);
+    assert!(way_back(&answer(&mut job, actor, 8)).is_some());
 }
 
 /// AU-3: the third decides; who is alone with its hash is given up, and the job goes back.
@@ -137,20 +158,39 @@ fn steps_that_were_not_audited_may_come_out_otherwise() {
     }
 }
 
-/// A new supervisor knows nothing of audits under way: it asks again before it commits.
+/// AU-2: a new supervisor asks again before it commits, and compares with what the last one was told.
 #[test]
-fn a_new_supervisor_asks_again() {
+fn a_new_supervisor_goes_on_with_an_audit() {
     let mut job = audited(2);
     let actor = asked(&job.everybody(prepared(1, 4)))[0];
     answer(&mut job, actor, 7);
-    let mut next = Job::from_log(job.log.clone());
-    Arc::make_mut(&mut next.supervisor.spec).audit = 1;
-    for node in [1, 2] {
-        next.on(SupervisorEvent::Return(NodeId(node)));
-        next.on(beat(node, &[]));
+    for log in [job.log.clone(), Record::compacted(&job.log)] {
+        let mut next = Job::from_log(log);
+        Arc::make_mut(&mut next.supervisor.spec).audit = 1;
+        let mut effects = Vec::new();
+        for node in [1, 2] {
+            effects.extend(next.on(SupervisorEvent::Return(NodeId(node))));
+            next.on(beat(node, &[]));
+        }
+        assert_eq!(asked(&effects), [actor]);
+        next.everybody(applied(0));
+        assert!(commits(&next.everybody(prepared(1, 4))).is_empty());
+        let effects = answer(&mut next, actor, 8);
+        assert!(way_back(&effects).unwrap().contains("hashes"), "{effects:?}");
     }
-    next.everybody(applied(0));
-    let effects = next.everybody(prepared(1, 4));
-    assert!(commits(&effects).is_empty());
-    assert_eq!(asked(&effects), [actor]);
+}
+
+/// AU-4: whoever dies between the doubt and the epoch that acts on it leaves a way back.
+#[test]
+fn a_doubt_on_which_nothing_was_decided_sends_the_next_supervisor_back() {
+    let mut job = audited(3);
+    let actor = asked(&job.everybody(prepared(1, 4)))[0];
+    [1, 2, 2].into_iter().for_each(|digest| drop(answer(&mut job, actor, digest)));
+    let doubt = job.log.iter().position(|r| matches!(r, Record::Doubt(_))).unwrap();
+    let goes_back = |job: &Job| job.supervisor.table().primaries.iter().all(Option::is_none);
+    let cut = job.log[..=doubt].to_vec();
+    for log in [cut.clone(), Record::compacted(&cut)] {
+        assert!(goes_back(&Job::from_log(log)));
+    }
+    assert!(!goes_back(&Job::from_log(job.log[..doubt].to_vec())));
 }

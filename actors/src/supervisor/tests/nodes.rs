@@ -278,6 +278,20 @@ fn without_room_the_job_waits_and_says_so() {
     assert_eq!(placed, 2 + materials().spec.workers().len());
 }
 
+/// SU-6: what cannot leave a node for want of room is told of, until there is room.
+#[test]
+fn a_drain_without_room_is_told_of() {
+    let mut job = started();
+    job.on(SupervisorEvent::Join(NodeInfo { memory: 1, ..info(3) }));
+    job.on(beat(3, &[]));
+    job.on(SupervisorEvent::Leave(NodeId(2)));
+    let said = job.supervisor.describe();
+    assert!(said.contains("2 copies of shards") && said.contains("stay until one with room comes"), "{said}");
+    job.join(4);
+    let said = job.supervisor.describe();
+    assert!(!said.contains("stay until"), "{said}");
+}
+
 /// SP-2: a slow node is named; it has less to do after the next commit if that is wanted, and all of its share again when it
 /// keeps up.
 #[test]

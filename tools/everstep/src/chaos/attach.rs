@@ -3,7 +3,7 @@
 use super::asks::Tree;
 use super::killer::Killer;
 use super::plan::Plan;
-use super::{equal, say_equal, told};
+use super::{all_faults, equal, say_equal, told};
 use crate::launcher::Targets;
 use crate::signals::Signals;
 use anyhow::{Context, Result, bail};
@@ -38,7 +38,10 @@ pub(crate) fn attach(plan: &Path, run: RunFolder, against: Option<RunFolder>) ->
         join: false,
         give_up: None,
     };
-    while planned.is_none_or(|kills| (killer.kills.len() as u64) < kills) && signals.received().is_none() {
+    // The job is to go on after the last fault too.
+    while (planned.is_none_or(|kills| (killer.kills.len() as u64) < kills) || killer.waits(targets.steps))
+        && signals.received().is_none()
+    {
         std::thread::sleep(LOOK);
         if asked.is_none_or(|at| at.elapsed() > ASK) {
             asked = Some(Instant::now());
@@ -61,16 +64,17 @@ pub(crate) fn attach(plan: &Path, run: RunFolder, against: Option<RunFolder>) ->
     let all = MetricsLine::read_all(&run.metrics())?.0;
     let since: Vec<MetricsLine> = all.into_iter().filter(|line| line.step > first).collect();
     told::tell(&run, &since, &killer.kills)?;
-    let done = killer.kills.len() as u64;
-    if let Some(planned) = planned.filter(|planned| done < *planned) {
-        bail!("the job or chaos ended after {done} of {planned} faults");
-    }
-    let Some(against) = against else { return Ok(ExitCode::SUCCESS) };
+    let Some(against) = against else {
+        all_faults(killer.kills.len(), planned)?;
+        return Ok(ExitCode::SUCCESS);
+    };
     let compared = equal(&run, &against, true)?;
     if compared.as_ref().is_ok_and(|[steps, _]| steps.last().is_none_or(|line| line.step <= first)) {
         bail!("--against: {} has no step that was disturbed", against.0.display());
     }
-    Ok(if say_equal(compared) { ExitCode::SUCCESS } else { ExitCode::FAILURE })
+    let same = say_equal(compared);
+    all_faults(killer.kills.len(), planned)?;
+    Ok(if same { ExitCode::SUCCESS } else { ExitCode::FAILURE })
 }
 
 /// Processes of this machine, of the supervisor and of nodes: numbers of others are those of strangers here.

@@ -2,6 +2,7 @@
 //! in time.
 
 use crate::launcher;
+use anyhow::{Context, Result};
 use rustix::process::Signal;
 use std::fs;
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
@@ -16,7 +17,7 @@ const LOOK: Duration = Duration::from_millis(5);
 struct Held {
     pid: u32,
     /// When the process began, in the kernel's ticks: another one may get its number.
-    born: Option<u64>,
+    born: u64,
     began: Instant,
     until: Instant,
     /// Of each turn it runs so long.
@@ -49,7 +50,7 @@ fn born(pid: u32) -> Option<u64> {
 impl Held {
     fn turn(&mut self, stop: bool) {
         if stop != self.stopped {
-            if self.born.is_some() && born(self.pid) == self.born {
+            if born(self.pid) == Some(self.born) {
                 launcher::kill(self.pid, if stop { Signal::STOP } else { Signal::CONT });
             }
             self.stopped = stop;
@@ -88,12 +89,14 @@ impl HeldProcesses {
         Ok(Self { state, thread: Some(thread) })
     }
 
-    /// Stops a process for so long, or leaves it this many per cent of the time.
-    pub(super) fn hold(&self, pid: u32, lasts: Duration, percent: u32) {
+    /// Stops a process for so long, or leaves it this many per cent of the time. An error: there is none.
+    pub(super) fn hold(&self, pid: u32, lasts: Duration, percent: u32) -> Result<()> {
         let now = Instant::now();
-        let (runs, born) = (TURN * percent / 100, born(pid));
+        let runs = TURN * percent / 100;
+        let born = born(pid).with_context(|| format!("process {pid} has ended"))?;
         locked(&self.state).all.push(Held { pid, born, began: now, until: now + lasts, runs, stopped: false });
         look(&self.state);
+        Ok(())
     }
 
     /// Whether one has been let go for good since this was last asked.
@@ -138,11 +141,11 @@ mod tests {
     fn what_is_held_goes_on_in_time_or_when_nobody_holds_it() {
         let mut child = Command::new("sleep").arg("60").stdout(Stdio::null()).spawn().unwrap();
         let held = HeldProcesses::new().unwrap();
-        held.hold(child.id(), Duration::from_millis(300), 0);
+        held.hold(child.id(), Duration::from_millis(300), 0).unwrap();
         wait(|| is_stopped(child.id()));
         wait(|| held.has_let_go());
         wait(|| !is_stopped(child.id()));
-        held.hold(child.id(), Duration::from_secs(60), 0);
+        held.hold(child.id(), Duration::from_secs(60), 0).unwrap();
         wait(|| is_stopped(child.id()));
         drop(held);
         wait(|| !is_stopped(child.id()));

@@ -22,7 +22,7 @@ const TRIES_MAX: u64 = 25;
 /// A process that was stopped joins again before the next fault.
 const REST: Duration = Duration::from_secs(1);
 /// Bytes that a node without memory may still get.
-const LAST_BYTES: u64 = 4 << 20;
+const LAST_BYTES: u64 = 1 << 20;
 /// Milliseconds by which a clock is late.
 const LATE: i64 = -3_600_000;
 
@@ -140,6 +140,13 @@ impl Killer {
         self.wait();
     }
 
+    /// Whether something lasts still, or nothing was committed after the last fault.
+    pub(crate) fn waits(&mut self, steps: u64) -> bool {
+        let now = Instant::now();
+        self.lasting.retain(|until| *until > now);
+        !self.lasting.is_empty() || !self.held.is_empty() || self.kills.last().is_some_and(|last| steps <= last.step)
+    }
+
     /// Whether what lasts must end first.
     fn is_too_much(&self, target: Target) -> bool {
         match target {
@@ -153,7 +160,9 @@ impl Killer {
             | Target::Isolate
             | Target::Loss
             | Target::Delay
-            | Target::TwoNodes => self.lasting.len() >= self.plan.at_most,
+            | Target::TwoNodes
+            | Target::Memory
+            | Target::Unreadable => self.lasting.len() >= self.plan.at_most,
             _ => false,
         }
     }
@@ -171,7 +180,10 @@ impl Killer {
         if node == 0 && target.needs_node() {
             bail!("no node is on this machine");
         }
-        let two = || [node, second].into_iter().for_each(|pid| launcher::kill(pid, Signal::KILL));
+        let two = || [node, second].into_iter().try_for_each(|pid| send(pid, Signal::KILL));
+        if matches!(target, Target::TwoNodes | Target::Unreadable | Target::Memory) && n < 2 {
+            bail!("the job has {n} nodes on this machine");
+        }
         let stop = Duration::from_millis(self.plan.stop_ms);
         let lasts = Duration::from_millis(self.plan.fault_ms.into());
         match target {
@@ -180,22 +192,25 @@ impl Killer {
             Target::Reducer => self.ask_actor(AdminRequest::Kill, |a| matches!(a, ActorId::Reducer { .. }))?,
             Target::Flip => self.ask_actor(AdminRequest::Flip, |a| matches!(a, ActorId::Reducer { .. }))?,
             Target::Wrong => self.ask_actor(AdminRequest::Flip, |a| matches!(a, ActorId::Stage { .. }))?,
-            Target::Node => launcher::kill(node, Signal::KILL),
-            Target::TwoNodes => two(),
-            Target::Supervisor => launcher::kill(self.leader(targets)?, Signal::KILL),
+            Target::Node => send(node, Signal::KILL)?,
+            Target::TwoNodes => two()?,
+            Target::Supervisor => send(self.leader(targets)?, Signal::KILL)?,
             Target::Everything => targets.kill_all = true,
             Target::Join => targets.join = true,
-            Target::Leave => launcher::kill(node, Signal::TERM),
-            Target::Memory => limit_memory(node)?,
+            Target::Leave => send(node, Signal::TERM)?,
+            Target::Memory => {
+                limit_memory(node)?;
+                send(second, Signal::KILL)?;
+            }
             Target::Stop => {
+                self.held.hold(node, stop, 0)?;
                 self.lasts(stop);
-                self.held.hold(node, stop, 0);
             }
             Target::Cpu => {
+                self.held.hold(node, lasts, self.plan.cpu_percent)?;
                 self.lasts(lasts);
-                self.held.hold(node, lasts, self.plan.cpu_percent);
             }
-            Target::StopSupervisor => self.held.hold(self.leader(targets)?, stop, 0),
+            Target::StopSupervisor => self.held.hold(self.leader(targets)?, stop, 0)?,
             Target::Cut | Target::OneWay | Target::Isolate | Target::Loss | Target::Delay => {
                 self.spoil_wire(target)?;
                 self.lasts(lasts);
@@ -204,11 +219,11 @@ impl Killer {
             Target::Full => self.disturb(Disturbed::Store(Trouble::Full))?,
             Target::Unreadable => {
                 self.disturb(Disturbed::Store(Trouble::Unreadable))?;
-                two();
+                two()?;
             }
             Target::FlipFile => {
                 flip_file(&self.run, self.draw(2))?;
-                launcher::kill(self.leader(targets)?, Signal::KILL);
+                send(self.leader(targets)?, Signal::KILL)?;
             }
             Target::Clock => self.disturb(Disturbed::Clock(LATE))?,
         }
@@ -267,15 +282,20 @@ impl Killer {
     }
 }
 
+/// A signal to a process that is there.
+fn send(pid: u32, signal: Signal) -> Result<()> {
+    if launcher::kill(pid, signal) { Ok(()) } else { bail!("process {pid} has ended") }
+}
+
 /// Nothing is wrong with it.
 const GOOD_WIRE: BadWire = BadWire { with: None, lost_percent: 0, both_ways: false, delay_ms: 0, rdma_fails: false };
 
-/// A process gets no more memory than it has, but a little.
+/// A process gets no more memory than it has, but a little. What its allocator reserved and does not use is not counted.
 fn limit_memory(pid: u32) -> Result<()> {
-    let has = memory_of(pid, "VmSize:").with_context(|| format!("process {pid} has ended"))?;
+    let has = memory_of(pid, "VmData:").with_context(|| format!("process {pid} has ended"))?;
     let process = i32::try_from(pid).ok().and_then(Pid::from_raw).context("a process has a number")?;
     let limit = Some(has + LAST_BYTES);
-    prlimit(Some(process), Resource::As, Rlimit { current: limit, maximum: getrlimit(Resource::As).maximum })?;
+    prlimit(Some(process), Resource::Data, Rlimit { current: limit, maximum: getrlimit(Resource::Data).maximum })?;
     Ok(())
 }
 

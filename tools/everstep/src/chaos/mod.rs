@@ -114,15 +114,19 @@ impl Both {
         Ok(equal(&self.disturbed, &self.undisturbed, false)?.map_err(|difference| difference.why))
     }
 
-    /// An error if the job was over before all faults of the plan. To be asked last: what there is to tell is told before.
+    /// [`all_faults`] of these.
     pub(crate) fn all_faults(&self) -> Result<()> {
-        let done = self.kills.len() as u64;
-        match self.planned {
-            Some(planned) if done < planned => {
-                bail!("the job ended after {done} of {planned} faults: give it more steps")
-            }
-            _ => Ok(()),
+        all_faults(self.kills.len(), self.planned)
+    }
+}
+
+/// An error if the job was over before all faults of the plan. To be asked last: what there is to tell is told before.
+fn all_faults(done: usize, planned: Option<u64>) -> Result<()> {
+    match planned {
+        Some(planned) if (done as u64) < planned => {
+            bail!("ended after {done} of {planned} faults: a job with more steps has time for all")
         }
+        _ => Ok(()),
     }
 }
 
@@ -131,7 +135,7 @@ pub(crate) fn run(plan: &Path, config: &Path, set: &[String]) -> Result<ExitCode
     let compared = equal(&both.disturbed, &both.undisturbed, false)?;
     let steps = MetricsLine::read_all(&both.disturbed.metrics())?.0;
     told::tell(&both.disturbed, &steps, &both.kills)?;
-    both.memory.tell();
+    let flat = both.memory.tell();
     let samples = steps.iter().map(|l| l.samples).sum::<u64>();
     let spec = read_config(config, set)?.spec;
     let expected: u64 = (1..=spec.steps).map(|step| u64::from(spec.lanes) * spec.sequences_of_lane(step)).sum();
@@ -139,7 +143,7 @@ pub(crate) fn run(plan: &Path, config: &Path, set: &[String]) -> Result<ExitCode
     let clean = told::left_behind(&both.disturbed);
     let same = say_equal(compared);
     both.all_faults()?;
-    Ok(if same && samples == expected && clean { ExitCode::SUCCESS } else { ExitCode::FAILURE })
+    Ok(if same && samples == expected && clean && flat { ExitCode::SUCCESS } else { ExitCode::FAILURE })
 }
 
 /// Prints how many fingerprints are equal, and what differs.

@@ -32,7 +32,7 @@ pub(crate) enum Target {
     Stop,
     /// A random node gets a share of a core for a while.
     Cpu,
-    /// A random node gets no more memory: it ends when it wants some.
+    /// A random node gets no more memory, and another is killed: it ends when it wants some for the actors that it is given.
     Memory,
     /// Another node comes.
     Join,

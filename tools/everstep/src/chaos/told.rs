@@ -74,6 +74,7 @@ pub(super) fn tell(run: &RunFolder, steps: &[MetricsLine], kills: &[Kill]) -> Re
     let recovered: Vec<u64> = all.iter().map(|r| r.time).collect();
     say("from a node's death to the supervisor's knowledge", &until(&dead, kills, |t| t == Target::Node));
     say("from a node's stop to the supervisor's knowledge", &until(&dead, kills, |t| t == Target::Stop));
+    say("from a cut link to the supervisor's knowledge", &until(&dead, kills, |t| t == Target::Cut));
     println!("from a fault to the first commit after the recovery that it caused, by kind:");
     for target in kinds.keys() {
         say(&format!("  {target:?}"), &until(&recovered, kills, |t| t == *target));
@@ -96,9 +97,18 @@ fn phases(all: &[Recovery]) {
     }
 }
 
+/// A job that ran for so long holds as much as it ever will after its first third.
+const LONG: Duration = Duration::from_secs(600);
+
+/// Whether the last third held about as much as the first at most: a fifth more is noise of the allocator.
+fn is_flat([first, _, last]: [u64; 3]) -> bool {
+    last <= first + first / 5
+}
+
 /// What processes hold at most, by the third of the run: a leak grows.
 #[derive(Debug)]
 pub(super) struct Memory {
+    began: Instant,
     looked: Instant,
     /// Steps of the run.
     steps: u64,
@@ -108,7 +118,8 @@ pub(super) struct Memory {
 
 impl Memory {
     pub(super) fn of(steps: u64) -> Self {
-        Self { looked: Instant::now(), steps, most: [[0; 2]; 3] }
+        let now = Instant::now();
+        Self { began: now, looked: now, steps, most: [[0; 2]; 3] }
     }
 
     /// To be called often.
@@ -123,11 +134,18 @@ impl Memory {
         }
     }
 
-    pub(super) fn tell(&self) {
+    /// Gives whether it stays as it is: of a job that runs for long enough to show.
+    pub(super) fn tell(&self) -> bool {
         for (who, at) in [("a supervisor", 0), ("a node", 1)] {
             let thirds = self.most.map(|most| format!("{:.1}", most[at] as f64 / 1e6));
             println!("memory of {who} at most, in each third of the run: {} MB", thirds.join(", "));
         }
+        let flat =
+            self.looked.duration_since(self.began) < LONG || (0..2).all(|who| is_flat(self.most.map(|most| most[who])));
+        if !flat {
+            println!("memory grows");
+        }
+        flat
     }
 }
 
@@ -171,6 +189,11 @@ mod tests {
         let kills = [kill(100, Target::Node), kill(200, Target::Cut), kill(300, Target::Node)];
         assert_eq!(until(&[150, 360, 380], &kills, |_| true), (vec![50.0, 60.0], 1));
         assert_eq!(until(&[150, 360], &kills, |t| t == Target::Cut), (vec![], 1));
+    }
+
+    #[test]
+    fn a_leak_is_seen() {
+        assert!(is_flat([100, 500, 119]) && is_flat([100, 100, 50]) && !is_flat([100, 110, 121]));
     }
 
     #[test]

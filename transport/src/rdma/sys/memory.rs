@@ -1,7 +1,7 @@
 //! Memory that devices read and write.
 
 use super::cm::CmId;
-use super::{checked, pointer};
+use super::{numbered, pointer};
 use bytes::Bytes;
 use rdma_sys::*;
 use std::alloc::{Layout, alloc_zeroed, dealloc, handle_alloc_error};
@@ -129,7 +129,7 @@ impl Key {
         let domain = Arc::clone(&self._domain);
         std::mem::forget(self);
         // SAFETY: it lives, and is not named any more; the domain lives until after the call.
-        let result = checked(unsafe { ibv_dereg_mr(raw) }, "ibv_dereg_mr");
+        let result = numbered(unsafe { ibv_dereg_mr(raw) }, "ibv_dereg_mr");
         drop(domain);
         result
     }
@@ -168,8 +168,14 @@ impl Granted {
     /// Takes the right back; gives what was written.
     pub(in crate::rdma) fn revoke(self) -> io::Result<Memory> {
         let Self { key, memory } = self;
-        key.revoke()?;
-        Ok(memory)
+        match key.revoke() {
+            Ok(()) => Ok(memory),
+            Err(error) => {
+                // The peer may write there still.
+                std::mem::forget(memory);
+                Err(error)
+            }
+        }
     }
 }
 

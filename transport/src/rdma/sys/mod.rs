@@ -42,6 +42,15 @@ fn checked(result: i32, what: &str) -> io::Result<()> {
     if result == 0 { Ok(()) } else { Err(last(what)) }
 }
 
+/// The result of a call that gives an error's number.
+fn numbered(result: i32, what: &str) -> io::Result<()> {
+    if result == 0 {
+        return Ok(());
+    }
+    let error = io::Error::from_raw_os_error(result.abs());
+    Err(io::Error::new(error.kind(), format!("{what}: {error}")))
+}
+
 /// The result of a call that gives a pointer, or none and sets `errno`.
 fn pointer<T>(result: *mut T, what: &str) -> io::Result<*mut T> {
     if result.is_null() { Err(last(what)) } else { Ok(result) }

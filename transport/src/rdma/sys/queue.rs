@@ -2,7 +2,7 @@
 
 use super::cm::CmId;
 use super::memory::{Domain, Granted, Key, Lent, Memory};
-use super::{Watch, checked, nonblocking, pointer};
+use super::{Watch, checked, nonblocking, numbered, pointer};
 use crate::message::Parts;
 use crate::rdma::packet::{PACKET, SlotGrant};
 use crate::rdma::protocol::{PACKETS, RECEIVES, WRITES};
@@ -312,15 +312,6 @@ fn joined(parts: Parts, most: usize) -> Vec<Bytes> {
         joined.push(short.freeze());
     }
     joined
-}
-
-/// The result of a call that gives an error's number.
-fn numbered(result: i32, what: &str) -> io::Result<()> {
-    if result == 0 {
-        return Ok(());
-    }
-    let error = io::Error::from_raw_os_error(result.abs());
-    Err(io::Error::new(error.kind(), format!("{what}: {error}")))
 }
 
 impl Drop for QueuePair {
