@@ -321,11 +321,12 @@ impl World {
         self.nodes.iter().flatten().any(|n| n.life == life) || self.root.as_ref().is_some_and(|r| r.life == life)
     }
 
-    /// A stopped process sees nothing until it goes on.
+    /// A stopped process sees nothing until it goes on, and then first what came meanwhile.
     pub(super) fn hold_if_stopped(&mut self, life: Life, event: SimEvent) -> Option<SimEvent> {
         let now = self.now;
         let root = self.root.as_ref().is_some_and(|r| r.life == life && r.paused > now);
-        if root || self.node_of_life(life).is_some_and(|n| n.paused > now) {
+        let waits = self.stopped.contains_key(&life);
+        if waits || root || self.node_of_life(life).is_some_and(|n| n.paused > now) {
             self.stopped.entry(life).or_default().push(event);
             return None;
         }
@@ -382,10 +383,8 @@ impl World {
             }
             SimEvent::StartRoot => self.start_root(),
             SimEvent::Resume(life) => {
-                for event in self.stopped.remove(&life).unwrap_or_default() {
-                    self.after(1, event);
-                }
-                Ok(())
+                let held = self.stopped.remove(&life).unwrap_or_default();
+                held.into_iter().try_for_each(|event| self.step(event))
             }
             SimEvent::StoreHeals => {
                 self.files.set(None);
