@@ -115,19 +115,19 @@ impl KeeperCore {
     pub(crate) fn on(&mut self, event: KeeperEvent) -> Vec<KeeperEffect> {
         match event {
             KeeperEvent::Table(table) => {
-                if table.primaries.contains(&None) {
+                let (base, goes_back) = (table.base, table.primaries.contains(&None));
+                self.table = table;
+                let mut refused = None;
+                if goes_back {
                     // The job went back: what was being stored is made again, and must not push out
                     // the checkpoint that reducers start from.
                     self.attempt += 1;
                     self.storing.clear();
                     self.verified.clear();
-                    let refused = (self.asked > table.base).then_some(KeeperEffect::Write(Write::Refuse(table.base)));
-                    (self.asked, self.published) = (table.base, self.published.min(table.base));
-                    self.table = table;
-                    return refused.into_iter().collect();
+                    refused = (self.asked > base).then_some(KeeperEffect::Write(Write::Refuse(base)));
+                    (self.asked, self.published) = (base, self.published.min(base));
                 }
-                self.table = table;
-                Vec::new()
+                refused.into_iter().collect()
             }
             KeeperEvent::Message { from, body } => self.message(from, body),
             KeeperEvent::Verified(step, fingerprint) => {

@@ -164,14 +164,19 @@ impl JobSpec {
         u64::from(self.micro_batches.at(step)) * u64::from(self.sequences)
     }
 
+    /// Sequences of all lanes in a step.
+    pub fn samples_of_step(&self, step: Step) -> u64 {
+        u64::from(self.lanes) * self.sequences_of_lane(step)
+    }
+
     /// Targets of a step: what the loss is divided by.
     pub fn targets_of_step(&self, step: Step) -> u64 {
-        u64::from(self.lanes) * self.sequences_of_lane(step) * self.model.sequence as u64
+        self.samples_of_step(step) * self.model.sequence as u64
     }
 
     /// Targets of multi-token prediction in a step: a sequence's last position has none.
     pub fn mtp_targets_of_step(&self, step: Step) -> u64 {
-        u64::from(self.lanes) * self.sequences_of_lane(step) * (self.model.sequence as u64 - 1)
+        self.samples_of_step(step) * (self.model.sequence as u64 - 1)
     }
 
     /// What the parts of a step's loss are multiplied with.

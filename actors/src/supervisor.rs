@@ -260,7 +260,7 @@ impl Supervisor {
         for record in log {
             match record {
                 Record::Epoch { table, next_node } => {
-                    if table.primaries.iter().all(Option::is_none) {
+                    if table.goes_back() {
                         // The job went back: what was committed after the checkpoint is to be done again.
                         self.last = None;
                     }

@@ -90,6 +90,11 @@ impl Table {
         self.entries.get(&actor).map(|e| e.incarnation) != before.entries.get(&actor).map(|e| e.incarnation)
     }
 
+    /// Whether it has no primary at all: nobody has the job's state, which begins, or goes back to the checkpoint.
+    pub fn goes_back(&self) -> bool {
+        self.primaries.iter().all(Option::is_none)
+    }
+
     /// The primary of a shard.
     pub fn primary(&self, shard: u32) -> Option<ActorId> {
         let replica = (*self.primaries.get(shard as usize)?)?;

@@ -152,7 +152,6 @@ impl World {
     }
 
     fn fault_of_links(&mut self, fault: Fault) -> bool {
-        let until = |micros: u64| self.now + micros;
         match fault {
             Fault::BreakLinks { slot } => {
                 let life = self.nodes[slot].as_ref().map(|n| n.life);
@@ -165,18 +164,10 @@ impl World {
                 let way = self.ends(slot, other).map(|(a, b)| if back { (b, a) } else { (a, b) });
                 way.is_some_and(|(from, to)| self.lose_one_way(from, to, micros))
             }
-            Fault::SlowLinks { slot, more, micros } => {
-                self.impair(slot, Impaired { how: Ill::Slow(more), until: until(micros) })
-            }
-            Fault::Lossy { slot, of, micros } => {
-                self.impair(slot, Impaired { how: Ill::Loses(of), until: until(micros) })
-            }
-            Fault::Doubling { slot, of, micros } => {
-                self.impair(slot, Impaired { how: Ill::Doubles(of), until: until(micros) })
-            }
-            Fault::Mixing { slot, of, micros } => {
-                self.impair(slot, Impaired { how: Ill::Mixes(of), until: until(micros) })
-            }
+            Fault::SlowLinks { slot, more, micros } => self.impair(slot, Ill::Slow(more), micros),
+            Fault::Lossy { slot, of, micros } => self.impair(slot, Ill::Loses(of), micros),
+            Fault::Doubling { slot, of, micros } => self.impair(slot, Ill::Doubles(of), micros),
+            Fault::Mixing { slot, of, micros } => self.impair(slot, Ill::Mixes(of), micros),
             _ => unreachable!("{fault:?} is none of links"),
         }
     }
@@ -215,9 +206,9 @@ impl World {
         self.met(Fault::Ambush { kind, kill }, met);
     }
 
-    fn impair(&mut self, slot: usize, how: Impaired) -> bool {
+    fn impair(&mut self, slot: usize, how: Ill, micros: u64) -> bool {
         let Some(node) = &self.nodes[slot] else { return false };
-        self.network.impaired.insert(node.life, how);
+        self.network.impaired.insert(node.life, Impaired { how, until: self.now + micros });
         true
     }
 

@@ -46,7 +46,7 @@ impl World {
             }
         };
         wrong.into_iter().for_each(|why| self.note(why));
-        self.whole = self.whole_checkpoint();
+        self.whole = checkpoint.as_ref().err().and_then(|_| self.whole_checkpoint());
         let life = self.new_life();
         // Made short in every other life: that changes nothing.
         self.disk.open(life.is_multiple_of(2)).map_err(|why| ("C2", why))?;
@@ -60,7 +60,7 @@ impl World {
         self.copies = c2::Copies::new(supervisor.committed());
         // Of a job that was going back nobody holds the state: if its checkpoint turns out to be damaged it goes back further,
         // or ends (SU-8).
-        let back = |r: &Record| if let Record::Epoch { table, .. } = r { Some(c2::goes_back(table)) } else { None };
+        let back = |r: &Record| if let Record::Epoch { table, .. } = r { Some(table.goes_back()) } else { None };
         if self.disk.records().iter().rev().find_map(back) == Some(true) {
             self.announced = self.announced.min(supervisor.table().base);
         } else {
@@ -365,7 +365,7 @@ impl World {
     fn epoch(&mut self, table: &Table) -> Result<(), Broken> {
         let before = std::mem::replace(&mut self.table, table.clone());
         self.stepped = false;
-        if c2::goes_back(table) {
+        if table.goes_back() {
             // Bits that flipped send a job back whatever its copies hold.
             if self.flips == 0 {
                 self.copies.lost(&before, |copy| self.lives_on(copy, &before))?;
@@ -375,7 +375,7 @@ impl World {
             }
             self.announced = self.announced.min(table.base);
             self.copies.went_back(table.base);
-        } else if !c2::goes_back(&before) && self.materials.spec.audit == 0 {
+        } else if !before.goes_back() && self.materials.spec.audit == 0 {
             // An audit gives lives to those who have not failed.
             c6::local(&before, table, &self.failed)?;
         }

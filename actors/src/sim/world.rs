@@ -108,7 +108,7 @@ pub(super) struct World {
     pub(super) put: BTreeSet<Step>,
     /// The newest checkpoint that the job was told of.
     pub(super) told: Step,
-    /// The newest checkpoint that was whole when the supervisor began. One that becomes whole again, as its chunks are written
+    /// The newest checkpoint that was whole when the supervisor began and found none. One that becomes whole again, as its chunks are written
     /// again, is found by whoever resumes the job.
     pub(super) whole: Option<Step>,
     /// A bit of a file flipped: perhaps no checkpoint can be read.
@@ -232,7 +232,7 @@ impl World {
 
     /// What the job is doing.
     pub(super) fn state(&self) -> State {
-        match (&self.root, c2::goes_back(&self.table), self.stepped) {
+        match (&self.root, self.table.goes_back(), self.stepped) {
             (None, ..) => State::Headless,
             (Some(_), true, _) => State::Stateless,
             (Some(_), false, false) => State::Recovering,

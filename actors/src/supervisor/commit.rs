@@ -268,7 +268,7 @@ impl CommitCore {
             return Ok(None);
         }
         let step = self.committed + 1;
-        let expected = u64::from(self.spec.lanes) * self.spec.sequences_of_lane(step);
+        let expected = self.spec.samples_of_step(step);
         let mut norm: BTreeMap<u32, &Vec<f64>> = BTreeMap::new();
         let (mut losses, mut copies, mut samples) = ([0.0; 2], u32::MAX, 0);
         for shard in 0..self.spec.shards {

@@ -60,9 +60,7 @@ impl Record {
     /// The shortest log that says the same.
     pub fn compacted(log: &[Self]) -> Vec<Self> {
         let epoch = log.iter().rev().find(|r| matches!(r, Self::Epoch { .. }));
-        // A commit before a way back is not one any more.
-        let since = log.iter().rposition(Self::goes_back).map_or(0, |at| at + 1);
-        let commit = log[since..].iter().rev().find(|r| matches!(r, Self::Commit(_)));
+        let commit = last_commit(log);
         let doubt = unsettled(log);
         let [first, last] = if is_pending(log) { [None, doubt] } else { [doubt, None] };
         let all = first.into_iter().chain(epoch).chain(commit).chain(last).chain(unfinished(log));
@@ -76,15 +74,14 @@ impl Record {
         {
             return Some(*after);
         }
-        let since = log.iter().rposition(Self::goes_back).map_or(0, |at| at + 1);
         let commit = |r: &Self| if let Self::Commit(c) = r { Some(c.commit.step) } else { None };
         let base = |r: &Self| if let Self::Epoch { table, .. } = r { Some(table.base) } else { None };
-        log[since..].iter().rev().find_map(commit).or_else(|| log.iter().rev().find_map(base))
+        last_commit(log).and_then(commit).or_else(|| log.iter().rev().find_map(base))
     }
 
     /// Whether it sends everybody back to a checkpoint: then no shard has a primary.
     fn goes_back(&self) -> bool {
-        matches!(self, Self::Epoch { table, .. } if table.primaries.iter().all(Option::is_none))
+        matches!(self, Self::Epoch { table, .. } if table.goes_back())
     }
 
     /// As the log has it.
@@ -96,6 +93,12 @@ impl Record {
     pub(crate) fn decode(bytes: &[u8]) -> Result<Self, String> {
         coded::decode::<Self, RECORD_MAX>(VERSION, bytes)
     }
+}
+
+/// The last commit of a log. One before a way back is not one any more.
+fn last_commit(log: &[Record]) -> Option<&Record> {
+    let since = log.iter().rposition(Record::goes_back).map_or(0, |at| at + 1);
+    log[since..].iter().rev().find(|r| matches!(r, Record::Commit(_)))
 }
 
 /// The last doubt of a log, if what it is about may not have been done again. A commit comes after the report of the step

@@ -95,15 +95,9 @@ pub(crate) fn run(options: &Options) -> Result<ExitCode> {
     }
     let bugs = match &plant[..] {
         "all" => Bug::ALL.iter().map(|(bug, _)| *bug).collect(),
-        name => {
-            let bug = name.parse::<Bug>().map_err(anyhow::Error::msg).context("--plant")?;
-            if let Some(violation) = show(seeds.clone(), Some(bug), options.only.as_deref()).1 {
-                eprintln!("{}", sim::shrink(violation));
-            }
-            vec![bug]
-        }
+        name => vec![name.parse::<Bug>().map_err(anyhow::Error::msg).context("--plant")?],
     };
-    let mut all_found = true;
+    let (mut all_found, is_one) = (true, bugs.len() == 1);
     for bug in bugs {
         let (_, found) = show(seeds.clone(), Some(bug), options.only.as_deref());
         all_found &= found.is_some();
@@ -113,6 +107,9 @@ pub(crate) fn run(options: &Options) -> Result<ExitCode> {
         } else {
             let shown = seed.map_or("not found".to_owned(), |seed| format!("seed {seed}: {}", contract.unwrap_or("")));
             println!("{:30} {shown}", bug.to_string());
+        }
+        if let Some(violation) = found.filter(|_| is_one) {
+            eprintln!("{}", sim::shrink(violation));
         }
     }
     Ok(if all_found { ExitCode::SUCCESS } else { ExitCode::FAILURE })

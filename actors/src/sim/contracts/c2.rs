@@ -10,15 +10,10 @@ use crate::table::{Domain, Table};
 use everstep_kernels::Tensor;
 use std::collections::{BTreeMap, BTreeSet};
 
-/// Whether an epoch takes everybody back to the checkpoint: then no shard has a primary.
-pub(in crate::sim) fn goes_back(table: &Table) -> bool {
-    table.primaries.iter().all(Option::is_none)
-}
-
 /// What was announced as committed is on disk.
 pub(in crate::sim) fn durable(announced: Step, disk: &[Record]) -> Result<(), Broken> {
     // A record from before a way back stands for nothing any more.
-    let went_back = |r: &Record| matches!(r, Record::Epoch { table, .. } if goes_back(table));
+    let went_back = |r: &Record| matches!(r, Record::Epoch { table, .. } if table.goes_back());
     let since = disk.iter().rposition(went_back).map_or(0, |at| at + 1);
     let on_disk = disk[since..].iter().any(|r| matches!(r, Record::Commit(c) if c.commit.step == announced));
     if on_disk { Ok(()) } else { Err(("C2", format!("step {announced} was announced, but its record is not on disk"))) }
@@ -101,7 +96,7 @@ impl Copies {
     /// The job goes back from an epoch in which every shard had a primary. `lives`: whether a copy does, and goes on to.
     pub(in crate::sim) fn lost(&self, before: &Table, lives: impl Fn(Address) -> bool) -> Result<(), Broken> {
         let held = |shard| self.of_shard(shard, before).any(&lives);
-        if !goes_back(before) && (0..before.primaries.len() as u32).all(held) {
+        if !before.goes_back() && (0..before.primaries.len() as u32).all(held) {
             let what =
                 format!("the job goes back, and every shard has a copy with the state of step {}", self.committed);
             return Err(("C2", what));

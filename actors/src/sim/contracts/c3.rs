@@ -12,7 +12,7 @@ pub(in crate::sim) fn in_order(step: Step, before: Step) -> Result<(), Broken> {
 
 /// A step is reported with so many samples.
 pub(in crate::sim) fn all_samples(step: Step, samples: u64, spec: &JobSpec) -> Result<(), Broken> {
-    let expected = u64::from(spec.lanes) * spec.sequences_of_lane(step);
+    let expected = spec.samples_of_step(step);
     let what = || format!("step {step} was reported with {samples} samples, expected {expected}");
     if samples == expected { Ok(()) } else { Err(("C3", what())) }
 }

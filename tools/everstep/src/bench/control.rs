@@ -46,7 +46,7 @@ pub(super) fn run(config: &Path, set: &[String]) -> Result<()> {
     plane.applied(0);
     let mut commits = Vec::new();
     for step in 1..=TIMES.min(spec.steps - 1) {
-        let samples = u64::from(spec.lanes) * spec.sequences_of_lane(step);
+        let samples = spec.samples_of_step(step);
         commits.push(plane.prepared(step, samples));
         plane.applied(step);
     }

@@ -141,9 +141,7 @@ impl Killer {
     }
 
     /// Whether something lasts still, or nothing was committed after the last fault.
-    pub(crate) fn waits(&mut self, steps: u64) -> bool {
-        let now = Instant::now();
-        self.lasting.retain(|until| *until > now);
+    pub(crate) fn waits(&self, steps: u64) -> bool {
         !self.lasting.is_empty() || !self.held.is_empty() || self.kills.last().is_some_and(|last| steps <= last.step)
     }
 

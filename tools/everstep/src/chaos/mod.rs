@@ -138,7 +138,7 @@ pub(crate) fn run(plan: &Path, config: &Path, set: &[String]) -> Result<ExitCode
     let flat = both.memory.tell();
     let samples = steps.iter().map(|l| l.samples).sum::<u64>();
     let spec = read_config(config, set)?.spec;
-    let expected: u64 = (1..=spec.steps).map(|step| u64::from(spec.lanes) * spec.sequences_of_lane(step)).sum();
+    let expected: u64 = (1..=spec.steps).map(|step| spec.samples_of_step(step)).sum();
     println!("ledger: {samples} samples were counted by every copy of every shard, {expected} are in the steps");
     let clean = told::left_behind(&both.disturbed);
     let same = say_equal(compared);
