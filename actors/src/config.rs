@@ -275,6 +275,7 @@ fn spec(raw: &Raw) -> JobSpec {
         sequences: j.sequences,
         shards: j.shards,
         mirrors: raw.recovery.mirrors,
+        thin_waits: raw.recovery.when_thin == "wait",
         audit: raw.recovery.audit,
         checkpoint_every: raw.checkpoint.every,
     }

@@ -18,7 +18,7 @@ use crate::spec::{JobSpec, Layout};
 use crate::storing::{Read, Write};
 use crate::table::Table;
 use everstep_kernels::Tensor;
-use std::collections::BTreeMap;
+use std::collections::{BTreeMap, BTreeSet};
 use std::sync::Arc;
 
 /// Steps whose snapshots may wait for the disk; further ones are left out.
@@ -36,6 +36,8 @@ pub(crate) enum KeeperEvent {
         /// What it says.
         body: Body<Tensor>,
     },
+    /// The store was read for the first time: see [`SupervisorEvent::Found`](crate::supervisor::SupervisorEvent::Found).
+    Found(Result<Step, String>),
     /// All copies of a step's state are the same, with this fingerprint.
     Verified(Step, String),
     /// A shard's chunks are on disk.
@@ -73,7 +75,9 @@ pub(crate) enum KeeperEffect {
     Read(Read),
     /// Send to an actor.
     Send(ActorId, Body<Tensor>),
-    /// Tell the supervisor.
+    /// Tell the supervisor what was found.
+    Found(Result<Step, String>),
+    /// Tell it of a checkpoint.
     Checkpointed(Step),
     /// Tell it that what was stored of a step is not its state, and why that is known.
     Damaged(String),
@@ -92,21 +96,24 @@ pub(crate) struct KeeperCore {
     verified: BTreeMap<Step, String>,
     /// The newest step whose manifest was asked for.
     asked: Step,
+    /// Who wants the table's checkpoint; nobody waits once the store is read.
+    waiting: Option<BTreeSet<(u32, ActorId)>>,
     /// Shards of each step that are being stored; with their sums, if they are.
     storing: BTreeMap<Step, BTreeMap<u32, Option<Vec<u128>>>>,
 }
 
 impl KeeperCore {
-    /// A keeper of a job whose newest checkpoint is of step `published` (0: none, or the imported one).
-    pub(crate) fn new(spec: Arc<JobSpec>, layout: Arc<Layout>, published: Step) -> Self {
+    /// A keeper that is to be told what was [found](KeeperEvent::Found).
+    pub(crate) fn new(spec: Arc<JobSpec>, layout: Arc<Layout>) -> Self {
         Self {
             spec,
             layout,
             table: Arc::default(),
-            published,
+            published: 0,
             attempt: 0,
             verified: BTreeMap::new(),
-            asked: published,
+            asked: 0,
+            waiting: Some(BTreeSet::new()),
             storing: BTreeMap::new(),
         }
     }
@@ -130,6 +137,16 @@ impl KeeperCore {
                 refused.into_iter().collect()
             }
             KeeperEvent::Message { from, body } => self.message(from, body),
+            KeeperEvent::Found(found) => {
+                let newest = *found.as_ref().unwrap_or(&0);
+                self.asked = self.asked.max(newest);
+                let kept = if newest > 0 { self.exists(newest) } else { Vec::new() };
+                // If theirs is not there the job goes back further: they are not served, and ask anew.
+                let step = self.table.base;
+                let waiting = self.waiting.take().filter(|_| found.is_ok() && step <= newest).unwrap_or_default();
+                let reads = waiting.into_iter().map(|(shard, to)| KeeperEffect::Read(Read { step, shard, to }));
+                kept.into_iter().chain(reads).chain([KeeperEffect::Found(found)]).collect()
+            }
             KeeperEvent::Verified(step, fingerprint) => {
                 if step > self.published && self.spec.is_stored(step) {
                     self.verified.insert(step, fingerprint);
@@ -148,17 +165,21 @@ impl KeeperCore {
             KeeperEvent::Published(step) if step > self.asked => Vec::new(),
             KeeperEvent::Refused => Vec::new(),
             KeeperEvent::Published(step) => {
-                self.published = self.published.max(step);
-                self.storing.retain(|s, _| *s > step);
-                self.verified.retain(|s, _| *s > step);
-                let primaries = (0..self.spec.shards).filter_map(|shard| self.table.primary(shard));
-                let kept = primaries.map(|to| KeeperEffect::Send(to, Body::SnapshotKept { step }));
-                kept.chain([KeeperEffect::Checkpointed(step)]).collect()
+                self.exists(step).into_iter().chain([KeeperEffect::Checkpointed(step)]).collect()
             }
             KeeperEvent::Loaded { step, to, parameters } => {
                 vec![KeeperEffect::Send(to, Body::State { step, parameters })]
             }
         }
+    }
+
+    /// A checkpoint is there: nothing of older steps is wanted (KE-2).
+    fn exists(&mut self, step: Step) -> Vec<KeeperEffect> {
+        self.published = self.published.max(step);
+        self.storing.retain(|s, _| *s > step);
+        self.verified.retain(|s, _| *s > step);
+        let primaries = (0..self.spec.shards).filter_map(|shard| self.table.primary(shard));
+        primaries.map(|to| KeeperEffect::Send(to, Body::SnapshotKept { step })).collect()
     }
 
     fn message(&mut self, from: Address, body: Body<Tensor>) -> Vec<KeeperEffect> {
@@ -185,6 +206,10 @@ impl KeeperCore {
             }
             // Whoever asks the keeper has no primary to ask, so it starts from the table's checkpoint.
             Body::Fetch { .. } if self.table.base > 0 || self.spec.imported => {
+                if let Some(waiting) = &mut self.waiting {
+                    waiting.insert((shard, from.actor));
+                    return Vec::new();
+                }
                 vec![KeeperEffect::Read(Read { step: self.table.base, shard, to: from.actor })]
             }
             Body::Fetch { .. }
@@ -238,7 +263,9 @@ mod tests {
         let mut spec = crate::sim::spec(0);
         (spec.shards, spec.steps) = (shards, 9);
         let layout = Layout::new(&spec);
-        KeeperCore::new(Arc::new(spec), layout, published)
+        let mut keeper = KeeperCore::new(Arc::new(spec), layout);
+        keeper.on(KeeperEvent::Found(Ok(published)));
+        keeper
     }
 
     /// An imported state is the checkpoint of step 0; without one there is nothing to give.
@@ -252,6 +279,24 @@ mod tests {
         assert!(keeper.on(ask()).is_empty());
         Arc::make_mut(&mut keeper.spec).imported = true;
         assert!(matches!(keeper.on(ask())[..], [KeeperEffect::Read(Read { step: 0, shard: 1, .. })]));
+    }
+
+    /// Who asks before the store is read is served then, unless the job goes back further.
+    #[test]
+    fn whoever_asks_waits_until_the_store_is_read() {
+        for (found, served) in [(Ok(3), 1), (Ok(2), 0), (Err("damaged".to_owned()), 0)] {
+            let mut spec = crate::sim::spec(0);
+            (spec.shards, spec.steps) = (2, 9);
+            let layout = Layout::new(&spec);
+            let mut keeper = KeeperCore::new(Arc::new(spec), layout);
+            let back = Table { base: 3, primaries: vec![None; 2], ..table(&materials()) };
+            keeper.on(KeeperEvent::Table(Arc::new(back)));
+            let from = address(ActorId::Reducer { shard: 1, replica: 0 }, 1);
+            assert!(keeper.on(KeeperEvent::Message { from, body: Body::Fetch { step: 3 } }).is_empty());
+            let effects = keeper.on(KeeperEvent::Found(found));
+            let reads = |e: &&KeeperEffect| matches!(e, KeeperEffect::Read(Read { step: 3, shard: 1, .. }));
+            assert_eq!(effects.iter().filter(reads).count(), served, "{effects:?}");
+        }
     }
 
     fn snapshot(keeper: &KeeperCore, step: Step, shard: u32) -> KeeperEvent {

@@ -66,6 +66,8 @@ bugs! {
     MirrorOverlooked = "mirror-overlooked",
     /// A step is said to be in as many copies as are wanted.
     CopiesOverstated = "copies-overstated",
+    /// A step is committed in fewer domains than are waited for.
+    ThinCommitted = "thin-committed",
     /// Actors keep their lives when the job goes back to a checkpoint.
     LivesKeptGoingBack = "lives-kept-going-back",
     /// A node is let go while actors live on it.
@@ -80,6 +82,8 @@ bugs! {
     EndedTooSoon = "ended-too-soon",
     /// A new supervisor begins from nothing where there is a checkpoint.
     CheckpointForgotten = "checkpoint-forgotten",
+    /// A supervisor that has not read its store yet takes it for empty.
+    CheckpointNotAwaited = "checkpoint-not-awaited",
     /// A store that fails for a moment ends the job.
     FailureNotTriedAgain = "failure-not-tried-again",
     /// An audit that finds a difference takes those who agree for wrong.

@@ -77,10 +77,7 @@ impl Root {
     /// Takes an event and gives what is to be done.
     pub(crate) fn on(&mut self, now: Duration, event: RootEvent) -> Vec<RootEffect> {
         match event {
-            RootEvent::Supervisor(event) => {
-                let effects = self.supervisor.on(now, event);
-                self.supervised(now, effects)
-            }
+            RootEvent::Supervisor(event) => self.tell_supervisor(now, event),
             RootEvent::Keeper(event) => {
                 let effects = self.keeper.on(event);
                 self.kept(now, effects)
@@ -90,6 +87,11 @@ impl Root {
                 self.routed(now, actions)
             }
         }
+    }
+
+    fn tell_supervisor(&mut self, now: Duration, event: SupervisorEvent) -> Vec<RootEffect> {
+        let effects = self.supervisor.on(now, event);
+        self.supervised(now, effects)
     }
 
     fn supervised(&mut self, now: Duration, effects: Vec<SupervisorEffect>) -> Vec<RootEffect> {
@@ -134,13 +136,12 @@ impl Root {
                 KeeperEffect::Write(write) => out.push(RootEffect::Write(write)),
                 KeeperEffect::Read(read) => out.push(RootEffect::Read(read)),
                 KeeperEffect::Send(to, body) => out.extend(self.send(now, vec![(ActorId::Keeper, to, body)])),
+                KeeperEffect::Found(found) => out.extend(self.tell_supervisor(now, SupervisorEvent::Found(found))),
                 KeeperEffect::Checkpointed(step) => {
-                    let effects = self.supervisor.on(now, SupervisorEvent::Checkpointed(step));
-                    out.extend(self.supervised(now, effects));
+                    out.extend(self.tell_supervisor(now, SupervisorEvent::Checkpointed(step)))
                 }
                 KeeperEffect::Damaged(why) => {
-                    let effects = self.supervisor.on(now, SupervisorEvent::SnapshotDamaged(why));
-                    out.extend(self.supervised(now, effects));
+                    out.extend(self.tell_supervisor(now, SupervisorEvent::SnapshotDamaged(why)))
                 }
             }
         }
@@ -164,8 +165,7 @@ impl Root {
                 Action::Transmit(node, bundle) => out.push(RootEffect::Transmit(node, bundle)),
                 Action::Forget(nodes) => out.push(RootEffect::Forget(nodes)),
                 Action::Deliver(ActorId::Supervisor, Event::Message { from, body }) => {
-                    let effects = self.supervisor.on(now, SupervisorEvent::Message { from, body });
-                    out.extend(self.supervised(now, effects));
+                    out.extend(self.tell_supervisor(now, SupervisorEvent::Message { from, body }));
                 }
                 Action::Deliver(ActorId::Keeper, event) => {
                     let event = match event {

@@ -76,6 +76,8 @@ pub struct JobSpec {
     pub shards: u32,
     /// Further copies of each shard.
     pub mirrors: u32,
+    /// No step is committed while a shard has fewer.
+    pub thin_waits: bool,
     /// One in so many actors is audited in each step, on the average; 0: none.
     pub audit: u32,
     /// Steps between checkpoints.

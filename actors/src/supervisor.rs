@@ -10,10 +10,12 @@
 //!   lives for all; a step done again must give the fingerprint that was reported.
 //! - SU-6: an actor whose node lives is moved only with a commit (nothing of a step is done again because a node came),
 //!   by an audit, because it fails again and again where it is, or because it is in the way of one that has no room.
-//! - SU-8: damaged checkpoints end a job only if nobody holds its state any more.
 //! - SU-7: a node gets its first actors when a beat of it says that it reaches all that have had theirs.
+//! - SU-8: damaged checkpoints end a job only if nobody holds its state any more.
+//! - SU-9: a job goes on before its store of checkpoints is read; what would send it back waits until that is known to which step.
 
 mod audit;
+mod back;
 mod commit;
 mod copies;
 mod events;
@@ -21,6 +23,7 @@ mod leave;
 mod links;
 mod lives;
 mod membership;
+mod nodes;
 mod outlook;
 mod placement;
 mod record;
@@ -29,6 +32,7 @@ mod steps;
 mod timeline;
 
 use audit::Audit;
+use back::Back;
 use commit::CommitCore;
 pub use events::{Happening, Report, SupervisorEffect, SupervisorEvent};
 use links::Links;
@@ -37,17 +41,16 @@ use membership::{Membership, Silent};
 pub use outlook::{Limit, Outlook};
 pub(crate) use record::RECORDS_MAX;
 pub use record::{CommitRecord, Record};
-use record::{is_pending, unfinished, unsettled};
+use record::{pending, unfinished, unsettled};
 use speed::Speeds;
 pub use timeline::Phases;
 use timeline::Timeline;
 
 use crate::costs::Costs;
 use crate::ids::{ActorId, Incarnation, NodeId, SUPERVISOR_NODE, Step};
-use crate::message::Body;
 use crate::plant::{Bug, planted};
 use crate::spec::{JobSpec, Layout};
-use crate::table::{Entry, NodeInfo, Table};
+use crate::table::{Entry, Table};
 use crate::tally::Operations;
 use std::collections::{BTreeMap, BTreeSet, VecDeque};
 use std::sync::Arc;
@@ -59,8 +62,6 @@ pub(crate) const RESTARTS_MAX: usize = 5;
 const CORRUPTIONS_MAX: usize = 5;
 /// See [`CORRUPTIONS_MAX`].
 const CORRUPTION_WINDOW: Duration = Duration::from_secs(3600);
-/// Dead nodes that are remembered to have spoken.
-const FENCED_MAX: usize = 1024;
 /// See [`RESTARTS_MAX`].
 pub(crate) const RESTART_WINDOW: Duration = Duration::from_secs(60);
 
@@ -73,15 +74,6 @@ pub struct Nodes {
     pub spares: usize,
     /// Slow ones are given less to do.
     pub relieve: bool,
-}
-
-/// Adds to the newest [`FENCED_MAX`] nodes. Gives whether it is new.
-fn remember(nodes: &mut BTreeSet<NodeId>, node: NodeId) -> bool {
-    let new = nodes.insert(node);
-    if nodes.len() > FENCED_MAX {
-        nodes.pop_first();
-    }
-    new
 }
 
 /// Counts one more within a window of time.
@@ -108,9 +100,16 @@ pub struct Supervisor {
     commit: CommitCore,
     /// The newest numbers of a committed step.
     last: Option<CommitRecord>,
-    checkpoint: Step,
+    /// The step of the newest checkpoint (0: there is none), once that is known.
+    checkpoint: Option<Step>,
     /// Why none of the checkpoints that exist can be read, if that is so.
     unreadable: Option<String>,
+    /// What sends the job back once that is known (SU-9), and whether the log has it.
+    back: Option<(Back, bool)>,
+    /// A link is there again, since copies were last placed that a thin step waits for.
+    healed: bool,
+    /// In how many domains the next step would be safe, if it waits only for more (CO-6).
+    thin: Option<u32>,
     next_node: u64,
     restarts: BTreeMap<ActorId, VecDeque<Duration>>,
     /// Actors that failed again and again and got another node for it: where that was, and when.
@@ -138,7 +137,7 @@ pub struct Supervisor {
     /// Of the next step, once it could be committed.
     audit: Option<Audit>,
     finished: bool,
-    /// Dead nodes that spoke, the newest [`FENCED_MAX`].
+    /// Dead nodes that spoke, the newest of them.
     fenced: BTreeSet<NodeId>,
     /// Nodes that were let go, as many.
     released: BTreeSet<NodeId>,
@@ -147,55 +146,17 @@ pub struct Supervisor {
 }
 
 impl Supervisor {
-    /// A supervisor from its control log; an empty log is a new job. `checkpoint` is the step of the newest
-    /// one that exists (0: none), or why none of those that exist can be read; `reported` are the fingerprints in
-    /// metrics.jsonl. Gives the first effects too.
+    /// A supervisor from its control log; an empty log is a new job. `reported` are the fingerprints in metrics.jsonl. What is in
+    /// the store of checkpoints it is told ([`SupervisorEvent::Found`]). Gives the first effects too.
     pub fn new(
         spec: Arc<JobSpec>,
         nodes: Nodes,
         log: &[Record],
-        checkpoint: Result<Step, String>,
         reported: BTreeMap<Step, String>,
         now: Duration,
     ) -> (Self, Vec<SupervisorEffect>) {
-        let layout = Layout::new(&spec);
-        let mut s = Self {
-            costs: Costs::new(&spec),
-            commit: CommitCore::new(Arc::clone(&spec), layout),
-            nodes_wanted: nodes.wanted,
-            spares: nodes.spares,
-            relieve: nodes.relieve,
-            table: Table {
-                primaries: vec![None; spec.shards as usize],
-                copies: vec![0; spec.shards as usize],
-                ..Table::default()
-            },
-            membership: Membership::default(),
-            speeds: Speeds::default(),
-            links: Links::default(),
-            last: None,
-            unreadable: checkpoint.as_ref().err().cloned(),
-            checkpoint: checkpoint.unwrap_or(0),
-            next_node: 1,
-            restarts: BTreeMap::new(),
-            moved_away: BTreeMap::new(),
-            held: VecDeque::new(),
-            work: BTreeMap::new(),
-            reported,
-            recovery: None,
-            admitted: BTreeSet::new(),
-            uneven: !log.is_empty(),
-            no_room: None,
-            told_wait: None,
-            began: now,
-            corruptions: VecDeque::new(),
-            audit: None,
-            finished: false,
-            fenced: BTreeSet::new(),
-            released: BTreeSet::new(),
-            now,
-            spec,
-        };
+        let mut s = Self::without_log(spec, nodes, reported, now);
+        s.uneven = !log.is_empty();
         s.replay(log);
         let life = s.table.entries.get(&ActorId::Supervisor).map_or(Incarnation(1), |e| e.incarnation.next());
         for actor in [ActorId::Supervisor, ActorId::Keeper] {
@@ -215,25 +176,60 @@ impl Supervisor {
         if restarted {
             s.failed("the supervisor ended".to_owned(), Duration::ZERO);
         }
-        if s.table.primaries.contains(&None) && s.table.base > s.checkpoint {
-            // The checkpoint that reducers were to start from turned out to be damaged.
-            s.roll_back("its checkpoint is not readable any more".to_owned());
-        }
-        if is_pending(log) {
-            s.roll_back("an audit had found a difference when the supervisor ended".to_owned());
+        if let Some(why) = pending(log) {
+            s.roll_back(why);
         }
         let mut effects = s.publish(Vec::new());
+        effects.extend(s.log_back());
         if restarted {
-            effects.extend(s.told_of_restart(life).map(SupervisorEffect::Note));
+            let restarted = Happening::SupervisorRestarted { incarnation: life.0, committed: s.commit.committed() };
+            effects.push(SupervisorEffect::Note(restarted));
         }
         (s, effects)
     }
 
-    /// The event of the newest checkpoint may have been lost with the life before.
-    fn told_of_restart(&self, life: Incarnation) -> impl Iterator<Item = Happening> {
-        let restarted = Happening::SupervisorRestarted { incarnation: life.0, committed: self.commit.committed() };
-        let stored = (self.checkpoint > 0).then_some(Happening::CheckpointStored { step: self.checkpoint });
-        [restarted].into_iter().chain(stored)
+    fn without_log(spec: Arc<JobSpec>, nodes: Nodes, reported: BTreeMap<Step, String>, now: Duration) -> Self {
+        let layout = Layout::new(&spec);
+        Self {
+            costs: Costs::new(&spec),
+            commit: CommitCore::new(Arc::clone(&spec), layout),
+            nodes_wanted: nodes.wanted,
+            spares: nodes.spares,
+            relieve: nodes.relieve,
+            table: Table {
+                primaries: vec![None; spec.shards as usize],
+                copies: vec![0; spec.shards as usize],
+                ..Table::default()
+            },
+            membership: Membership::default(),
+            speeds: Speeds::default(),
+            links: Links::default(),
+            last: None,
+            checkpoint: None,
+            unreadable: None,
+            back: None,
+            healed: false,
+            thin: None,
+            next_node: 1,
+            restarts: BTreeMap::new(),
+            moved_away: BTreeMap::new(),
+            held: VecDeque::new(),
+            work: BTreeMap::new(),
+            reported,
+            recovery: None,
+            admitted: BTreeSet::new(),
+            uneven: false,
+            no_room: None,
+            told_wait: None,
+            began: now,
+            corruptions: VecDeque::new(),
+            audit: None,
+            finished: false,
+            fenced: BTreeSet::new(),
+            released: BTreeSet::new(),
+            now,
+            spec,
+        }
     }
 
     fn placed_copies(&self) -> BTreeSet<(u32, u32)> {
@@ -270,7 +266,7 @@ impl Supervisor {
                 Record::Commit(_) if planted(Bug::LastCommitOverlooked) => {}
                 Record::Commit(commit) => self.last = Some(*commit),
                 // Settled by what follows, or not.
-                Record::Doubt(_) | Record::Audit { .. } => {}
+                Record::Doubt(_) | Record::Audit { .. } | Record::Back(_) => {}
             }
         }
         if let Some(Record::Doubt(after)) = unsettled(log) {
@@ -305,6 +301,7 @@ impl Supervisor {
             SupervisorEvent::Leave(node) => self.leave(node),
             SupervisorEvent::ActorFailed { address, reason } => self.actor_failed(address, reason),
             SupervisorEvent::Message { from, body } => self.message(from, body),
+            SupervisorEvent::Found(found) => self.found(found),
             SupervisorEvent::Checkpointed(step) => self.checkpointed(step),
             // It goes back already.
             SupervisorEvent::SnapshotDamaged(_) if self.table.primaries.contains(&None) => Vec::new(),
@@ -322,11 +319,13 @@ impl Supervisor {
                 let mut effects = if none { Vec::new() } else { self.dead(&silent) };
                 effects.extend(self.cut());
                 effects.extend(self.compare_speeds());
+                effects.extend(self.thicken());
                 effects
             }
         };
         // A report may complete a step, and so may the death of the copy that it waited for.
         effects.extend(self.decide());
+        effects.extend(self.log_back());
         effects.extend(self.tell_wait());
         effects
     }
@@ -361,44 +360,6 @@ impl Supervisor {
         self.log(record, first)
     }
 
-    fn join(&mut self, info: NodeInfo) -> Vec<SupervisorEffect> {
-        let node = NodeId(self.next_node);
-        self.next_node += 1;
-        self.membership.expect(self.now, node);
-        self.work.insert(node, Default::default());
-        self.table.nodes.insert(node, info.clone());
-        let note = Happening::NodeJoined { node: node.0, address: info.address.clone() };
-        let mut effects = vec![SupervisorEffect::Note(note)];
-        effects.extend(self.settle(vec![SupervisorEffect::Welcome(node, info)]));
-        effects
-    }
-
-    /// What has no place gets one on a node that reaches the others (SU-7), and more with the next commit.
-    fn admit(&mut self, node: NodeId) -> Vec<SupervisorEffect> {
-        if !self.admitted.insert(node) {
-            return Vec::new();
-        }
-        self.uneven = true;
-        self.place(false);
-        self.settle(Vec::new())
-    }
-
-    fn returned(&mut self, node: NodeId) -> Vec<SupervisorEffect> {
-        if !self.table.nodes.contains_key(&node) {
-            return self.fence(node);
-        }
-        self.membership.expect(self.now, node);
-        let mut then = vec![SupervisorEffect::Announce(Arc::new(self.table.clone()))];
-        // The commit may have been logged and never sent.
-        if let Some(last) = self.last {
-            then.extend(self.reducers().map(|to| SupervisorEffect::Send(to, Body::Commit(last.commit))));
-        }
-        then.extend(self.audits_on(node));
-        let mut effects = vec![SupervisorEffect::Note(Happening::NodeReturned { node: node.0 })];
-        effects.extend(self.after_sync(then));
-        effects
-    }
-
     /// Effects that must not overtake the records before them.
     fn after_sync(&mut self, then: Vec<SupervisorEffect>) -> Vec<SupervisorEffect> {
         match self.held.back_mut() {
@@ -412,61 +373,6 @@ impl Supervisor {
 
     fn reducers(&self) -> impl Iterator<Item = ActorId> {
         (0..self.spec.shards).flat_map(|shard| self.table.replicas(shard).collect::<Vec<_>>())
-    }
-
-    /// Takes a node out of the job. Gives whether it was in it.
-    fn forget(&mut self, node: NodeId) -> bool {
-        if self.table.nodes.remove(&node).is_none() {
-            return false;
-        }
-        self.table.leaving.remove(&node);
-        self.membership.forget(node);
-        self.speeds.forget(node);
-        self.links.forget(node);
-        self.admitted.remove(&node);
-        self.work.remove(&node);
-        true
-    }
-
-    /// A node speaks that is none any more: it is told, and people are told once.
-    fn fence(&mut self, node: NodeId) -> Vec<SupervisorEffect> {
-        if self.released.contains(&node) {
-            return self.after_sync(vec![SupervisorEffect::Release(node)]);
-        }
-        // The record of its death may be on its way still.
-        let mut effects = self.after_sync(vec![SupervisorEffect::Fence(node)]);
-        if remember(&mut self.fenced, node) {
-            effects.push(SupervisorEffect::Note(Happening::NodeFenced { node: node.0 }));
-        }
-        effects
-    }
-
-    fn heartbeat(&mut self, node: NodeId, done: Operations, down: &[NodeId]) -> Vec<SupervisorEffect> {
-        if !self.table.nodes.contains_key(&node) {
-            return self.fence(node);
-        }
-        self.membership.beat(self.now, node);
-        // What a node had done before this life of the supervisor has been reported by an earlier one.
-        self.work.entry(node).or_insert([done; 2])[0] = done;
-        // It may not have heard yet that a node is gone.
-        let down: Vec<NodeId> = down.iter().copied().filter(|other| self.table.nodes.contains_key(other)).collect();
-        self.uneven |= self.links.beat(self.now, node, &down);
-        if down.iter().any(|other| self.admitted.contains(other)) { Vec::new() } else { self.admit(node) }
-    }
-
-    /// Gives up a node that does not reach others. Beats that wait are handled before a tick, so that old ones decide nothing.
-    fn cut(&mut self) -> Vec<SupervisorEffect> {
-        if self.links.are_quiet() {
-            return Vec::new();
-        }
-        // Nodes without actors need no links.
-        let busy = self.table.entries.values().map(|e| e.node).filter(|n| self.table.nodes.contains_key(n)).collect();
-        let silence = |node| self.membership.silence(self.now, node);
-        let Some((node, others)) = self.links.victim(self.now, &busy, silence) else { return Vec::new() };
-        let down = self.links.since(node, &others).map_or(Duration::ZERO, |since| self.now.saturating_sub(since));
-        let down = down.max(silence(node));
-        let others: Vec<String> = others.iter().map(ToString::to_string).collect();
-        self.dead(&[(node, format!("it has no link to {}", others.join(", ")), down)])
     }
 
     fn finish(&mut self, result: Result<(), String>) -> Vec<SupervisorEffect> {
@@ -484,11 +390,11 @@ impl Supervisor {
             .map(|why| format!("; {why}"))
             .collect();
         format!(
-            "epoch {}, {} nodes, step {} committed, checkpoint of step {}; {}{waits}",
+            "epoch {}, {} nodes, step {} committed, {}; {}{waits}",
             self.table.epoch,
             self.table.nodes.len(),
             self.committed(),
-            self.checkpoint,
+            self.checkpoint.map_or("its store is not read yet".to_owned(), |step| format!("checkpoint of step {step}")),
             self.commit.describe()
         )
     }

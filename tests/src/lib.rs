@@ -186,10 +186,15 @@ impl Training {
 
     /// Starts a node of one thread that joins, and that the launcher knows nothing of.
     pub fn join(&self) -> Result<Process> {
+        self.join_with(&[])
+    }
+
+    /// The same, with these arguments too.
+    pub fn join_with(&self, arguments: &[&str]) -> Result<Process> {
         let address = std::fs::read_to_string(self.run.address())?;
         let mut command = Command::new(program());
         command.args(["node", "--threads", "1", "--join", address.trim(), "--credentials"]);
-        command.arg(self.run.credentials()).stdout(Stdio::null()).stderr(Stdio::null());
+        command.arg(self.run.credentials()).args(arguments).stdout(Stdio::null()).stderr(Stdio::null());
         Ok(Process(command.spawn()?))
     }
 

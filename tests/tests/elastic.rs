@@ -56,6 +56,40 @@ fn drained_nodes_end_and_are_not_started_again() -> Result<()> {
     Ok(())
 }
 
+/// C2 with `recovery.when_thin = "wait"`: nothing is committed in one failure domain; and a notice of preemption, a file that
+/// somebody makes, is heard like SIGTERM.
+#[test]
+fn a_job_waits_until_its_state_is_safe() -> Result<()> {
+    let place = Place::new()?;
+    let set = ["train.steps=2000", "checkpoint.every=200", "job.nodes=1", "recovery.when_thin=wait"];
+    let training = place.start("run", &set)?;
+    let waits = |times| {
+        wait("the wish for a node", || Ok(events(&training.run, "waiting")?.len() >= times))?;
+        Ok::<_, anyhow::Error>(events(&training.run, "waiting")?[times - 1]["why"].to_string())
+    };
+    let why = waits(1)?;
+    assert!(why.contains("would be safe in 1 failure domains, 2 are to have it"), "{why}");
+    assert!(metrics(&training.run)?.is_empty());
+    let notice = place.path().join("notice");
+    let mut warned = training.join_with(&["--notice", &notice.display().to_string()])?;
+    training.wait_for_step(20)?;
+    assert!(warned.0.try_wait()?.is_none());
+    std::fs::write(&notice, "")?;
+    let why = waits(2)?;
+    assert!(why.contains("nodes that are to leave stay until one with room comes"), "{why}");
+    let at = metrics(&training.run)?.last().map_or(0, |l| l.step);
+    training.wait_for_step(at + 20)?;
+    let _other = training.join()?;
+    wait("its departure", || Ok(events(&training.run, "node_left")?.len() == 1))?;
+    wait("its end", || Ok(warned.0.try_wait()?.is_some()))?;
+    assert!(warned.0.wait()?.success());
+    let run = training.finish()?;
+    assert!(metrics(&run)?.iter().all(|line| line.copies == 2));
+    let alone = place.train("alone", &["train.steps=2000", "checkpoint.every=200", "job.nodes=1"])?;
+    assert_eq!(fingerprints(&run)?, fingerprints(&alone)?);
+    Ok(())
+}
+
 /// A node without a supervisor ends when it is told to: at once if it has nothing of the job, else when it is told again.
 #[test]
 fn a_node_without_a_job_ends_when_told() -> Result<()> {

@@ -1,6 +1,6 @@
 //! Checkpoints in an object store: a real server that speaks S3's protocol, which fails in every way there is.
 
-use anyhow::Result;
+use anyhow::{Context, Result};
 use everstep_tests::{Bucket, Door, Place, events, fingerprints, metrics, signal, wait};
 use rustix::process::Signal;
 
@@ -53,10 +53,22 @@ fn a_store_that_fails_does_not_stop_training() -> Result<()> {
         let step = metrics(&training.run)?.len() as u64;
         bucket.door(door);
         training.wait_for_step(step + 40)?;
-        let told = || Ok(events(&training.run, "store_fails")?.len() > fails);
-        wait("words about the store", told)?;
+        let told = |times| {
+            let run = &training.run;
+            move || Ok(events(run, "store_fails")?.len() > fails + times)
+        };
+        wait("words about the store", told(0))?;
         let why = events(&training.run, "store_fails")?[fails]["why"].to_string();
         assert!(why.contains("s3://bucket/jobs/") && why.contains(words), "{why}");
+        if door == Door::Shut {
+            // SU-9: nor does a new supervisor wait for it.
+            let supervisor = training.children()?.into_iter().find(|(_, line)| line.contains("\0supervisor\0"));
+            signal(supervisor.context("a supervisor")?.0, Signal::KILL)?;
+            let step = metrics(&training.run)?.len() as u64;
+            training.wait_for_step(step + 40)?;
+            assert_eq!(events(&training.run, "supervisor_restarted")?.len(), 1);
+            wait("its words about the store", told(1))?;
+        }
         bucket.door(Door::Open);
         wait("the store to work again", || Ok(events(&training.run, "store_works")?.len() > fails))?;
     }

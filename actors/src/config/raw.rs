@@ -268,6 +268,7 @@ fn default_keep() -> usize {
 #[serde(deny_unknown_fields, default)]
 pub(super) struct RawRecovery {
     pub(super) mirrors: u32,
+    pub(super) when_thin: String,
     pub(super) spares: u32,
     pub(super) supervisors: u32,
     pub(super) audit: u32,
@@ -276,6 +277,7 @@ pub(super) struct RawRecovery {
 
 impl Default for RawRecovery {
     fn default() -> Self {
-        Self { mirrors: 1, spares: 0, supervisors: 1, audit: 0, relieve: false }
+        let when_thin = "go_on".to_owned();
+        Self { mirrors: 1, when_thin, spares: 0, supervisors: 1, audit: 0, relieve: false }
     }
 }

@@ -144,6 +144,9 @@ fn choice_rules(raw: &Raw) -> Vec<Rule> {
         format!("expected at most model.layers = {}", m.layers),
     ));
     rules.push(at_most("recovery.mirrors", raw.recovery.mirrors, 15));
+    let thin = &raw.recovery.when_thin;
+    let known = ["go_on", "wait"].contains(&thin.as_str());
+    rules.push((known, "recovery.when_thin", thin.clone(), "expected go_on or wait".into()));
     rules.push(at_most("recovery.spares", raw.recovery.spares, 1024));
     rules.push(at_most("job.lanes", j.lanes, 65_536));
     let batches: Vec<u32> = j.micro_batches.values().collect();

@@ -1,5 +1,6 @@
 //! The thin shells: ractor actors and threads that carry out what the cores decide.
 
+mod checkpoints;
 mod clock;
 mod join;
 mod node;

@@ -41,12 +41,13 @@ impl ControlPlane {
     /// Of a new job.
     pub fn new(spec: &Arc<JobSpec>, nodes: Nodes) -> Self {
         let layout = Layout::new(spec);
-        let keeper = KeeperCore::new(Arc::clone(spec), Arc::clone(&layout), 0);
+        let keeper = KeeperCore::new(Arc::clone(spec), Arc::clone(&layout));
         let now = Duration::ZERO;
-        let (supervisor, first) = Supervisor::new(Arc::clone(spec), nodes, &[], Ok(0), BTreeMap::new(), now);
+        let (supervisor, first) = Supervisor::new(Arc::clone(spec), nodes, &[], BTreeMap::new(), now);
         let (root, effects) = Root::new(supervisor, first, keeper);
         let mut plane = Self { root, layout, now, table: Arc::default() };
         plane.carry_out(effects, &mut Took::default());
+        plane.on(SupervisorEvent::Found(Ok(0)));
         plane
     }
 

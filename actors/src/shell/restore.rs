@@ -1,11 +1,10 @@
-//! What a supervisor begins from: the control log, the newest good checkpoint, the metrics so far.
+//! What a supervisor begins from: the control log, the metrics so far, and later the newest good checkpoint.
 
 use super::AnyError;
 use super::run_folder::{MetricsLine, RunFolder};
 use super::scribe::Files;
-use crate::config::Config;
 use crate::ids::Step;
-use crate::storing::{Newest, newest};
+use crate::storing::Newest;
 use crate::supervisor::{RECORDS_MAX, Record};
 use everstep_checkpoint::{Log, Store};
 use std::collections::BTreeMap;
@@ -15,10 +14,22 @@ use std::path::{Path, PathBuf};
 /// What a supervisor starts from.
 pub(super) struct Restored {
     pub(super) records: Vec<Record>,
-    pub(super) checkpoint: Result<Step, String>,
     pub(super) reported: BTreeMap<Step, String>,
+    pub(super) opening: Opening,
+}
+
+/// The store of checkpoints, and what is in it.
+pub(super) struct Opened {
     pub(super) store: Store,
-    pub(super) notes: Vec<String>,
+    pub(super) newest: Newest,
+}
+
+/// The way to it.
+pub(super) enum Opening {
+    /// Of a job that begins: what is wrong with its store is told before anything is trained.
+    Done(Box<Opened>),
+    /// Of one that goes on: it does not wait for its store (SU-9).
+    Later(Box<dyn FnMut() -> Result<Opened, AnyError> + Send>),
 }
 
 /// The control log of a supervisor that is the only one, and the files that it writes.
@@ -48,12 +59,11 @@ pub(super) fn restore_log(run: &RunFolder) -> Result<(Vec<Record>, Files), AnyEr
 
 /// The rest, once the control log is known. `metrics` has the lines of the steps so far.
 pub(super) fn restore(
-    store: Store,
-    config: &Config,
     records: Vec<Record>,
     metrics: &Path,
+    mut open: impl FnMut() -> Result<Opened, AnyError> + Send + 'static,
 ) -> Result<Restored, AnyError> {
-    let Newest { step: checkpoint, wrong: notes } = newest(&store, &config.spec, &records)?;
+    let opening = if records.is_empty() { Opening::Done(Box::new(open()?)) } else { Opening::Later(Box::new(open)) };
     let reported = MetricsLine::read_all(metrics)?.0.into_iter().map(|l| (l.step, l.fingerprint)).collect();
-    Ok(Restored { records, checkpoint, reported, store, notes })
+    Ok(Restored { records, reported, opening })
 }

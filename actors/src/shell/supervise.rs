@@ -1,22 +1,22 @@
 //! How a process becomes the supervisor of a run: at once if it is the only one; of several, when it leads.
 
-use super::join::SUPERVISOR_WAIT;
 use super::replicated::{Lease, Replicated, Seat};
-use super::restore::{Restored, restore, restore_log};
+use super::restore::{Opened, Restored, restore, restore_log};
 use super::run_folder::{RunFolder, RunIdentity, open_tokens};
+use super::scribe::Files;
 use super::supervisor::{Args, Msg, Sink, SupervisorEnd, SupervisorProcess};
 use super::{AnyError, new_name, pump};
 use crate::config::Config;
-use crate::storing::NoCheckpoint;
+use crate::storing::newest;
 use crate::tokens::Tokens;
-use everstep_checkpoint::{Store, StoreError, Switch};
+use everstep_checkpoint::{Store, Switch};
 use everstep_kernels::{Backend, CpuBackend};
 use everstep_transport::{Credentials, Hub, HubEvent, QuicError};
 use ractor::Actor;
 use std::net::SocketAddr;
 use std::path::Path;
 use std::sync::Arc;
-use std::time::{Duration, Instant};
+use std::time::Duration;
 use tokio::sync::mpsc;
 
 /// How to be a supervisor.
@@ -107,22 +107,25 @@ pub async fn run_supervisor(run: RunFolder, options: &SupervisorOptions) -> Resu
     }
 }
 
-type Opened = Result<(Hub, mpsc::Receiver<HubEvent>), QuicError>;
+type Endpoint = Result<(Hub, mpsc::Receiver<HubEvent>), QuicError>;
 
-async fn alone(ready: Ready, open: impl FnOnce() -> Opened) -> Result<SupervisorEnd, AnyError> {
+async fn alone(ready: Ready, open: impl FnOnce() -> Endpoint) -> Result<SupervisorEnd, AnyError> {
     let run = &ready.run;
     let _lock = run.lock()?;
-    let (records, files) = restore_log(run)?;
-    let has_begun = !records.is_empty();
     let (folder, config, job) = (run.clone(), ready.config.clone(), ready.identity.job.clone());
     let switch = ready.switch.clone();
-    let restore = move || {
-        let place = folder.store(&config, &job).map(|place| place.with_switch(switch.clone()));
-        let store = place.and_then(|place| Store::open(place, Some(&folder.catalogue()), &job, config.keep))?;
-        restore(store, &config, records.clone(), &folder.metrics())
+    let restoring = move || -> Result<(Restored, Files), AnyError> {
+        let (records, files) = restore_log(&folder)?;
+        let (log, metrics) = (records.clone(), folder.metrics());
+        let open = move || {
+            let place = folder.store(&config, &job)?.with_switch(switch.clone());
+            let store = Store::open(place, Some(&folder.catalogue()), &job, config.keep)?;
+            Ok(Opened { newest: newest(&store, &config.spec, &log)?, store })
+        };
+        Ok((restore(records, &metrics, open)?, files))
     };
-    let restored = tokio::task::spawn_blocking(move || at_last(has_begun, || true, restore).map_err(|e| e.to_string()));
-    let restored = restored.await??;
+    let restoring = tokio::task::spawn_blocking(move || restoring().map_err(|e| e.to_string()));
+    let (restored, files) = restoring.await??;
     let (hub, events) = open()?;
     let address = hub.address()?.to_string();
     let end = ready.lead(restored, Sink::Alone(files), (hub.clone(), events), &address).await;
@@ -130,47 +133,8 @@ async fn alone(ready: Ready, open: impl FnOnce() -> Opened) -> Result<Supervisor
     end
 }
 
-/// A store that is out of reach is waited for so long: less than nodes wait for their supervisor.
-const STORE_WAIT: Duration = SUPERVISOR_WAIT.saturating_sub(Duration::from_secs(20));
-
-/// Tries again for a while what needs a store that is out of reach, if the job `has_begun`: a supervisor's new life need not end it.
-/// `leads`: whether anybody still wants to know. To be called where waiting is allowed.
-fn at_last(
-    has_begun: bool,
-    leads: impl Fn() -> bool,
-    restored: impl Fn() -> Result<Restored, AnyError>,
-) -> Result<Restored, AnyError> {
-    let began = Instant::now();
-    loop {
-        let error = match restored() {
-            Ok(restored) => return Ok(restored),
-            Err(error) => error,
-        };
-        if !(has_begun && began.elapsed() < STORE_WAIT && leads() && may_heal(&error)) {
-            return Err(error);
-        }
-        tracing::warn!(%error, "the store of checkpoints is out of reach: it is tried again");
-        std::thread::sleep(Duration::from_secs(1));
-    }
-}
-
-/// Whether a store may be there later. What stands in its place does not go away by itself.
-fn may_heal(error: &AnyError) -> bool {
-    let opening = error.downcast_ref::<StoreError>();
-    let reading = error.downcast_ref::<NoCheckpoint>().and_then(|error| match error {
-        NoCheckpoint::Store(error) => Some(error),
-        NoCheckpoint::OtherParts { .. } => None,
-    });
-    let lasts = |error: &StoreError| {
-        use std::io::ErrorKind::{AlreadyExists, IsADirectory, NotADirectory, PermissionDenied};
-        let StoreError::File { source, .. } = error else { return false };
-        matches!(source.kind(), AlreadyExists | IsADirectory | NotADirectory | PermissionDenied)
-    };
-    opening.or(reading).is_some_and(|error| error.is_out_of_reach() && !lasts(error))
-}
-
 /// One of several. What goes wrong here is no end of the job: the others go on, and this process begins anew.
-async fn among(ready: Ready, seat: &Seat, open: impl FnOnce() -> Opened) -> Result<SupervisorEnd, AnyError> {
+async fn among(ready: Ready, seat: &Seat, open: impl FnOnce() -> Endpoint) -> Result<SupervisorEnd, AnyError> {
     let folder = ready.run.seat(seat.number);
     may_begin(&ready, seat, &folder)?;
     let end = begin(ready, seat, &folder, open).await;
@@ -181,7 +145,7 @@ async fn begin(
     ready: Ready,
     seat: &Seat,
     folder: &Path,
-    open: impl FnOnce() -> Opened,
+    open: impl FnOnce() -> Endpoint,
 ) -> Result<SupervisorEnd, AnyError> {
     std::fs::create_dir_all(folder)?;
     let _locks = ready.run.lock_seat(seat.number)?;
@@ -247,28 +211,29 @@ async fn lead_among(
     let (folder, records) = (ready.run.seat(seat.number), replicated.records());
     let (run, config, job) = (ready.run.clone(), ready.config.clone(), ready.identity.job.clone());
     let (number, switch) = (seat.number, ready.switch.clone());
-    // A large checkpoint is verified for long, and meanwhile others want signs of life.
-    let restoring = tokio::task::spawn_blocking(move || -> Result<Restored, String> {
-        let restore = || {
-            let holds = lease.clone();
+    let restoring = move || -> Result<Restored, AnyError> {
+        let (log, metrics, links) = (records.clone(), folder.join("metrics.jsonl"), run.clone());
+        let holds = lease.clone();
+        let open = move || {
+            let holds = holds.clone();
             let mine = Arc::new(move || holds.holds());
-            let place = run.store(&config, &job).map(|place| place.with_switch(switch.clone()));
-            let catalogue = folder.join("catalogue");
-            let store = place.and_then(|place| Store::in_turn(place, Some(&catalogue), &job, config.keep, mine))?;
-            restore(store, &config, records.clone(), &folder.join("metrics.jsonl"))
+            let place = run.store(&config, &job)?.with_switch(switch.clone());
+            let store = Store::in_turn(place, Some(&folder.join("catalogue")), &job, config.keep, mine)?;
+            Ok(Opened { newest: newest(&store, &config.spec, &log)?, store })
         };
-        let restored = at_last(!records.is_empty(), || lease.holds(), restore).map_err(|e| e.to_string())?;
+        let restored = restore(records, &metrics, open)?;
         if !lease.holds() {
-            return Err("another supervisor may lead".to_owned());
+            return Err("another supervisor may lead".into());
         }
         for name in ["metrics.jsonl", "events.jsonl"] {
             let target = Path::new("supervisors").join(number.to_string()).join(name);
-            let link = replace(&run.0.join(name), |link| std::os::unix::fs::symlink(&target, link));
-            link.map_err(|e| format!("{}: {e}", run.0.join(name).display()))?;
+            let link = replace(&links.0.join(name), |link| std::os::unix::fs::symlink(&target, link));
+            link.map_err(|e| format!("{}: {e}", links.0.join(name).display()))?;
         }
         Ok(restored)
-    });
-    let restored = restoring.await??;
+    };
+    // Meanwhile others want signs of life.
+    let restored = tokio::task::spawn_blocking(move || restoring().map_err(|e| e.to_string())).await??;
     let addresses: Vec<String> = seat.addresses.iter().map(ToString::to_string).collect();
     hub.take_sessions();
     ready.lead(restored, Sink::Replicated(replicated.clone()), (hub, events), &addresses.join(",")).await

@@ -3,10 +3,11 @@
 //! Owns the run folder's files (through threads of their own), the endpoint that nodes join, and the
 //! watch over processes of this machine. Of several supervisors' processes one has this actor: the one that leads.
 
+use super::checkpoints::Checkpoints;
 use super::replicated::Replicated;
 use super::restore::Restored;
 use super::run_folder::{MetricsLine, RunFolder, RunIdentity};
-use super::scribe::{Checkpoints, Files, Line, start_scribe};
+use super::scribe::{Files, Line, start_scribe};
 use super::watch::watch;
 use super::{machine, milliseconds, send, tell};
 use crate::config::Config;
@@ -14,6 +15,7 @@ use crate::control::Control;
 use crate::ids::NodeId;
 use crate::keeper::{KeeperCore, KeeperEvent};
 use crate::root::{Root, RootEffect, RootEvent};
+use crate::storing::Newest;
 use crate::supervisor::{Happening, Nodes, Report, Supervisor, SupervisorEvent};
 use crate::tokens::Tokens;
 use crate::wire::Unit;
@@ -57,6 +59,8 @@ pub(super) enum Msg {
     Synced,
     /// From the scribe: all is written.
     Flushed,
+    /// From the store's thread: it is open.
+    Opened(Newest),
     /// From the store's threads.
     Keeper(KeeperEvent),
     /// From either thread: the disk said no.
@@ -128,14 +132,12 @@ impl Actor for SupervisorProcess {
         let Args { restored, sink, config, identity, run, tokens, switch, hub, end } = args;
         let spec = Arc::new(config.spec.clone());
         let layout = crate::spec::Layout::new(&spec);
-        let checkpoint = restored.checkpoint;
         let identity_class = identity.class.clone();
-        let keeper = KeeperCore::new(Arc::clone(&spec), Arc::clone(&layout), checkpoint.clone().unwrap_or(0));
+        let keeper = KeeperCore::new(Arc::clone(&spec), Arc::clone(&layout));
         let nodes = Nodes { wanted: config.nodes, spares: config.spares, relieve: config.relieve };
-        let (supervisor, first) =
-            Supervisor::new(spec, nodes, &restored.records, checkpoint, restored.reported, Duration::ZERO);
+        let (supervisor, first) = Supervisor::new(spec, nodes, &restored.records, restored.reported, Duration::ZERO);
         let (root, effects) = Root::new(supervisor, first, keeper);
-        let store = Checkpoints::start(restored.store, &config.spec, layout, &myself)?;
+        let store = Checkpoints::start(restored.opening, &config.spec, layout, &myself)?;
         let mut state = State {
             root,
             config,
@@ -161,10 +163,6 @@ impl Actor for SupervisorProcess {
             stranger: None,
             end,
         };
-        for why in restored.notes {
-            tracing::warn!(why, "a checkpoint is not readable");
-            state.note(&Happening::CheckpointRefused { why });
-        }
         state.perform(effects);
         // Nodes that an earlier life knew may have ended with it.
         state.root.supervisor.table().nodes.values().for_each(|info| watch(&myself, info));
@@ -184,6 +182,7 @@ impl Actor for SupervisorProcess {
                     let _ = state.end.try_send(end);
                 }
             }
+            Msg::Opened(newest) => state.opened(newest),
             Msg::Keeper(event) => state.kept(event),
             Msg::DiskFailed(why) => {
                 if !state.among {
@@ -251,9 +250,18 @@ impl State {
         self.store_fails = Some(why);
     }
 
+    fn opened(&mut self, newest: Newest) {
+        for why in newest.wrong {
+            tracing::warn!(why, "a checkpoint is not readable");
+            self.note(&Happening::CheckpointRefused { why });
+        }
+        self.kept(KeeperEvent::Found(newest.step));
+    }
+
     fn kept(&mut self, event: KeeperEvent) {
-        let written = matches!(event, KeeperEvent::Stored { .. } | KeeperEvent::Published(_) | KeeperEvent::Refused);
-        if written && self.store_fails.take().is_some() {
+        use KeeperEvent::{Found, Published, Refused, Stored};
+        let works = matches!(event, Found(_) | Stored { .. } | Published(_) | Refused);
+        if works && self.store_fails.take().is_some() {
             self.note(&Happening::StoreWorks);
         }
         self.root_event(RootEvent::Keeper(event));

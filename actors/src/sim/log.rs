@@ -59,6 +59,7 @@ impl Log {
             SimEvent::Computed(life, actor, cell, _) => write!(self, "computed {life} {actor} {cell}"),
             SimEvent::Heartbeat(life) => self.of("heartbeat", *life),
             SimEvent::Root(life, ForRoot::Tick) => self.of("tick", *life),
+            SimEvent::Root(life, ForRoot::Open) => self.of("open", *life),
             SimEvent::Root(life, ForRoot::Written) => self.of("written", *life),
             SimEvent::Root(life, ForRoot::Write) => self.of("write", *life),
             SimEvent::Root(life, ForRoot::Read(_)) => self.of("read", *life),

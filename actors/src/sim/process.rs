@@ -6,6 +6,7 @@ use crate::ids::{ActorId, Incarnation, NodeId};
 use crate::root::Root;
 use crate::router::Router;
 use crate::storing::Write;
+use crate::supervisor::Record;
 use crate::tally::{Operations, Tally};
 use everstep_checkpoint::Store;
 use std::collections::{BTreeMap, VecDeque};
@@ -50,7 +51,10 @@ pub(super) struct SimNode {
 pub(super) struct SimRoot {
     pub(super) life: Life,
     pub(super) root: Root,
-    pub(super) store: Store,
+    /// Once it is open.
+    pub(super) store: Option<Store>,
+    /// The log that it began with, until the store is open.
+    pub(super) began_with: Vec<Record>,
     /// What the store is to be given, one after another.
     pub(super) writes: VecDeque<Write>,
     /// Stopped until then.

@@ -32,28 +32,13 @@ const AGAIN: u64 = 100_000;
 impl World {
     pub(super) fn start_root(&mut self) -> Result<(), Broken> {
         let spec = Arc::clone(&self.materials.spec);
-        let opened = Store::open(Place::on(self.files.clone()), None, JOB, KEEP);
-        let log = self.disk.open(false).map_err(|why| ("C2", why))?;
-        let found = opened.map_err(NoCheckpoint::from).and_then(|store| Ok((newest(&store, &spec, log)?, store)));
-        let died = self.files.died();
-        let (Newest { step: checkpoint, wrong }, store) = match found {
-            Ok(found) if !died => found,
-            Err(error) if !died && !error.is_out_of_reach() => return Err(("C2", error.to_string())),
-            _ => {
-                self.met(Fault::KillInWrite { changes: 0 }, died);
-                self.after(AGAIN, SimEvent::StartRoot);
-                return Ok(());
-            }
-        };
-        wrong.into_iter().for_each(|why| self.note(why));
-        self.whole = checkpoint.as_ref().err().and_then(|_| self.whole_checkpoint());
         let life = self.new_life();
         // Made short in every other life: that changes nothing.
         self.disk.open(life.is_multiple_of(2)).map_err(|why| ("C2", why))?;
         let nodes = Nodes { wanted: self.wanted, spares: self.spares, relieve: false };
         let (records, metrics) = (self.disk.records(), self.disk.metrics().clone());
-        let (supervisor, first) =
-            Supervisor::new(Arc::clone(&spec), nodes, records, checkpoint.clone(), metrics, Duration::ZERO);
+        let began_with = records.to_vec();
+        let (supervisor, first) = Supervisor::new(Arc::clone(&spec), nodes, records, metrics, Duration::ZERO);
         self.note(format!("the supervisor starts as life {life} with step {} committed", supervisor.committed()));
         self.fingerprints = supervisor.reported().values().cloned().collect();
         (self.table, self.stepped) = (supervisor.table().clone(), false);
@@ -66,12 +51,13 @@ impl World {
         } else {
             c2::remembered(self.announced, supervisor.committed())?;
         }
-        let keeper = KeeperCore::new(spec, Arc::clone(&self.materials.layout), checkpoint.unwrap_or(0));
+        let keeper = KeeperCore::new(spec, Arc::clone(&self.materials.layout));
         let (root, effects) = Root::new(supervisor, first, keeper);
         self.root = Some(SimRoot {
             life,
             root,
-            store,
+            store: None,
+            began_with,
             writes: VecDeque::new(),
             paused: 0,
             effects_left: None,
@@ -80,7 +66,48 @@ impl World {
             joining: BTreeMap::new(),
         });
         self.after_root(TICK, ForRoot::Tick);
+        // Most are read at once, some long after nodes have come back.
+        let most = if self.draw(4) == 0 { 800_000 } else { 20_000 };
+        let delay = self.until_written(most);
+        self.after_root(delay, ForRoot::Open);
         self.perform_root(effects)
+    }
+
+    /// The store is opened, and its checkpoints are verified.
+    fn open_store(&mut self) -> Result<(), Broken> {
+        let opened = Store::open(Place::on(self.files.clone()), None, JOB, KEEP);
+        let found = opened.map_err(NoCheckpoint::from).and_then(|store| {
+            let log = self.root.as_ref().map_or(&[][..], |root| &root.began_with);
+            Ok((newest(&store, &self.materials.spec, log)?, store))
+        });
+        if self.dies_in_write() {
+            return Ok(());
+        }
+        let (Newest { step, wrong }, store) = match found {
+            Ok(found) => found,
+            Err(error) if error.is_out_of_reach() => {
+                self.after_root(AGAIN, ForRoot::Open);
+                return Ok(());
+            }
+            Err(error) => return Err(("C2", error.to_string())),
+        };
+        wrong.into_iter().for_each(|why| self.note(why));
+        self.whole = step.as_ref().err().and_then(|_| self.whole_checkpoint());
+        if let Some(root) = &mut self.root {
+            (root.store, root.began_with) = (Some(store), Vec::new());
+        }
+        self.tell_root(RootEvent::Keeper(KeeperEvent::Found(step)))
+    }
+
+    /// Whether the supervisor's process died in a write of the store.
+    fn dies_in_write(&mut self) -> bool {
+        let died = self.files.died();
+        if died {
+            self.note("the supervisor dies in a write".to_owned());
+            let met = self.kill_root();
+            self.met(Fault::KillInWrite { changes: 0 }, met);
+        }
+        died
     }
 
     /// Gives whether there was one.
@@ -100,6 +127,7 @@ impl World {
                 self.after_root(TICK, ForRoot::Tick);
                 self.tell_root(RootEvent::Supervisor(SupervisorEvent::Tick))
             }
+            ForRoot::Open => self.open_store(),
             ForRoot::Written => {
                 let (record, more) = self.disk.written();
                 if more {
@@ -112,7 +140,11 @@ impl World {
                 let layout = Arc::clone(&self.materials.layout);
                 let Some(root) = &mut self.root else { return Ok(()) };
                 let Some(write) = root.writes.front() else { return Ok(()) };
-                let done = write.perform(&mut root.store, &layout);
+                let Some(store) = &mut root.store else {
+                    self.after_root(AGAIN, ForRoot::Write);
+                    return Ok(());
+                };
+                let done = write.perform(store, &layout);
                 if let Write::Store { step, .. } = write {
                     self.put.insert(*step);
                 }
@@ -124,7 +156,8 @@ impl World {
             ForRoot::Read(read) => {
                 let layout = Arc::clone(&self.materials.layout);
                 let Some(root) = &self.root else { return Ok(()) };
-                let done = read.perform(root.store.reader(), &layout);
+                let Some(store) = &root.store else { return Ok(()) };
+                let done = read.perform(store.reader(), &layout);
                 self.stored(done, Read::failure, ForRoot::Read(read))
             }
         }
@@ -137,10 +170,7 @@ impl World {
         means: fn(&StoreError) -> Failure,
         again: ForRoot,
     ) -> Result<(), Broken> {
-        if self.files.died() {
-            self.note("the supervisor dies in a write".to_owned());
-            let met = self.kill_root();
-            self.met(Fault::KillInWrite { changes: 0 }, met);
+        if self.dies_in_write() {
             return Ok(());
         }
         let error = match done {
@@ -351,10 +381,11 @@ impl World {
                 self.fingerprints.truncate(*after as usize);
                 self.announced = self.announced.min(*after);
             }
-            Record::Audit { .. } => {}
+            Record::Audit { .. } | Record::Back(_) => {}
             Record::Epoch { table, .. } => self.epoch(table)?,
             Record::Commit(record) => {
                 self.copies.committed(record.commit.step, record.copies, &self.table)?;
+                c2::thick(record.commit.step, record.copies, &self.materials.spec)?;
                 self.stepped = true;
             }
         }

@@ -68,6 +68,8 @@ pub(super) enum SimEvent {
 #[derive(Debug)]
 pub(super) enum ForRoot {
     Tick,
+    /// The store is opened.
+    Open,
     /// A line is on disk.
     Written,
     /// It is the turn of the first that the store is to be given.
@@ -108,7 +110,7 @@ pub(super) struct World {
     pub(super) put: BTreeSet<Step>,
     /// The newest checkpoint that the job was told of.
     pub(super) told: Step,
-    /// The newest checkpoint that was whole when the supervisor began and found none. One that becomes whole again, as its chunks are written
+    /// The newest checkpoint that was whole when the store was opened and none was found. One that becomes whole again, as its chunks are written
     /// again, is found by whoever resumes the job.
     pub(super) whole: Option<Step>,
     /// A bit of a file flipped: perhaps no checkpoint can be read.
@@ -164,7 +166,7 @@ impl World {
             events: BTreeMap::new(),
             materials,
             slots,
-            racks: seed.is_multiple_of(5),
+            racks: super::is_racked(seed),
             wanted: nodes.wanted,
             spares: nodes.spares,
             nodes: (0..slots).map(|_| None).collect(),

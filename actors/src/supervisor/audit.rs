@@ -14,6 +14,7 @@
 //! - AU-4: steps since that checkpoint that were committed without an audit may be wrong: they are done again, and reported
 //!   again with what comes of them. What the node made before the checkpoint is not looked at again.
 
+use super::back::Back;
 use super::{Happening, Record, Supervisor, SupervisorEffect};
 use crate::audit::is_due;
 use crate::ids::{ActorId, Address, NodeId, Step};
@@ -159,7 +160,12 @@ impl Supervisor {
     }
 
     /// AU-3.
-    fn differs(&mut self, actor: ActorId, step: Step, made: &[(NodeId, u128)]) -> Vec<SupervisorEffect> {
+    pub(super) fn differs(&mut self, actor: ActorId, step: Step, made: &[(NodeId, u128)]) -> Vec<SupervisorEffect> {
+        let Some(after) = self.checkpoint else {
+            self.failed(format!("what {actor} made in step {step} has several hashes"), Duration::ZERO);
+            self.back = Some((Back::Audit { actor, step, made: made.to_vec() }, false));
+            return Vec::new();
+        };
         let alone = |digest: u128| {
             let is_alone = made.iter().filter(|(_, other)| *other == digest).count() == 1;
             is_alone != planted(Bug::ManyBlamed)
@@ -174,7 +180,6 @@ impl Supervisor {
             wrong.map_or("which is right nobody can say".to_owned(), |node| format!("{node} computes wrongly"));
         let why = format!("what {actor} made in step {step} has hashes {}: {verdict}", said.join(", "));
         // AU-4. One epoch gives the node up and goes back. A crash before it leaves the doubt, on which the next supervisor goes back.
-        let after = self.checkpoint;
         self.doubt(after);
         let mut effects = self.log(Record::Doubt(after), Vec::new());
         if let Some(node) = wrong.filter(|node| self.forget(*node)) {

@@ -8,6 +8,7 @@
 //! - CO-4: copies of a shard report the same sums, by their hash, and the same norm; after the commit the same state. All are
 //!   compared before anything is told of the step; a difference sends the job back.
 //! - CO-5: the norm adds f64 parts by parameter name and chunk, never by shard.
+//! - CO-6: with `recovery.when_thin = "wait"` a step is committed only in as many domains as are configured: see `steps.rs`.
 
 use super::record::CommitRecord;
 use crate::ids::{ActorId, Step};
@@ -255,6 +256,16 @@ impl CommitCore {
         Some(crate::fingerprint::root(&self.layout, &sums.collect()))
     }
 
+    /// The fewest domains in which copies of a shard are in sync.
+    pub(crate) fn domains(&self, table: &Table) -> u32 {
+        let of_shard = |shard| {
+            let node = |replica| table.node_of(ActorId::Reducer { shard, replica });
+            let domains = self.copies(shard).filter_map(node).map(|n| table.domain_of(n));
+            domains.collect::<BTreeSet<Domain<'_>>>().len() as u32
+        };
+        (0..self.spec.shards).map(of_shard).min().unwrap_or(0)
+    }
+
     /// Whether the next step could be committed now, if its reports agree.
     pub(crate) fn is_ready(&self) -> bool {
         // Copies that a new supervisor has not heard yet may be in sync: it waits for them or their death.
@@ -270,7 +281,7 @@ impl CommitCore {
         let step = self.committed + 1;
         let expected = self.spec.samples_of_step(step);
         let mut norm: BTreeMap<u32, &Vec<f64>> = BTreeMap::new();
-        let (mut losses, mut copies, mut samples) = ([0.0; 2], u32::MAX, 0);
+        let (mut losses, mut samples) = ([0.0; 2], 0);
         for shard in 0..self.spec.shards {
             let mut reports = self.copies(shard).map(|replica| (replica, &self.prepared[&(shard, replica)]));
             let (first, report) = reports.next().expect("every shard has a copy in sync");
@@ -285,15 +296,9 @@ impl CommitCore {
             }
             norm.extend(report.norm.iter().map(|(n, parts)| (*n, parts)));
             losses = report.losses.unwrap_or(losses);
-            let node = |replica| table.node_of(ActorId::Reducer { shard, replica });
-            let domains: BTreeSet<Domain<'_>> =
-                self.copies(shard).filter_map(node).map(|n| table.domain_of(n)).collect();
-            copies = copies.min(domains.len() as u32);
             samples = report.samples;
         }
-        if planted(Bug::CopiesOverstated) {
-            copies = self.spec.mirrors + 1;
-        }
+        let copies = if planted(Bug::CopiesOverstated) { self.spec.mirrors + 1 } else { self.domains(table) };
         let record =
             self.record(step, norm.values().flat_map(|p| p.iter()).sum(), losses, [u64::from(copies), samples]);
         self.committed = step;

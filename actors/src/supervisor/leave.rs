@@ -5,7 +5,8 @@
 //! - LV-2: the last node cannot leave: it works on until another comes.
 
 use super::copies::Home;
-use super::{Happening, Supervisor, SupervisorEffect, remember};
+use super::nodes::remember;
+use super::{Happening, Supervisor, SupervisorEffect};
 use crate::ids::NodeId;
 use crate::plant::{Bug, planted};
 use crate::table::Entry;

@@ -1,5 +1,6 @@
 //! Who lives where: new lives for what failed, primaries for shards, the way back to a checkpoint.
 
+use super::back::Back;
 use super::copies::{self, Home};
 use super::placement::{About, How, place_all};
 use super::timeline::Timeline;
@@ -20,12 +21,16 @@ const AWAY: Duration = Duration::from_secs(600);
 /// What a job waits for.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub(super) enum Wait {
+    /// It is to go back, and its store is not read yet.
+    Store,
     /// Nodes have no room for these actors, which a step needs.
     Room { actors: u64, bytes: u64 },
     /// Nodes are to leave, and others have no room for these copies of shards.
     Leaving { copies: usize, bytes: u64 },
     /// Only so many nodes have come.
     Nodes { come: usize },
+    /// Some shard is in so many domains only (`recovery.when_thin`).
+    Thin { domains: u32 },
 }
 
 impl Supervisor {
@@ -53,8 +58,12 @@ impl Supervisor {
         let about = About { infos: &self.table.nodes, slow: &slow, away: &away };
         let how = if level { How::Level } else { How::Stay };
         let (wanted, no_room) = place_all(&self.costs, &working, about, how, (&present, &copies));
-        let homeless: Vec<&ActorId> = copies.iter().filter(|copy| !wanted.contains_key(copy)).collect();
-        let bytes = homeless.iter().map(|copy| self.costs.bytes(**copy)).sum();
+        let mut homeless: Vec<ActorId> = copies.iter().filter(|copy| !wanted.contains_key(copy)).copied().collect();
+        if self.spec.thin_waits && working.len() <= self.spec.mirrors as usize {
+            let leaving = self.reducers().filter(|c| self.table.leaving.contains(&self.table.entries[c].node));
+            homeless.extend(leaving);
+        }
+        let bytes = homeless.iter().map(|copy| self.costs.bytes(*copy)).sum();
         let leaving = Wait::Leaving { copies: homeless.len(), bytes };
         let leaving = (!homeless.is_empty() && !self.table.leaving.is_empty()).then_some(leaving);
         self.no_room = no_room.map(|(actors, bytes)| Wait::Room { actors, bytes }).or(leaving);
@@ -80,16 +89,30 @@ impl Supervisor {
         Some(SupervisorEffect::Note(Happening::Waiting { why: self.words_of(wait?) }))
     }
 
-    /// What the job waits for: room, or nodes that have not come for a while.
+    /// What the job waits for: its store, room, nodes that have not come for a while, or copies.
     pub(super) fn waits(&self) -> Option<Wait> {
+        if self.back.is_some() {
+            return Some(Wait::Store);
+        }
         let begins = self.table.entries.len() > 2 || self.now.saturating_sub(self.began) < NODES_WAIT;
-        self.no_room.or_else(|| (!begins).then_some(Wait::Nodes { come: self.admitted.len() }))
+        let nodes = || (!begins).then_some(Wait::Nodes { come: self.admitted.len() });
+        self.no_room.or_else(nodes).or_else(|| self.thin.map(|domains| Wait::Thin { domains }))
     }
 
     /// The same for people.
     pub(super) fn words_of(&self, wait: Wait) -> String {
         let mib = |bytes: u64| bytes.div_ceil(1 << 20);
         match wait {
+            Wait::Store => {
+                let why = match &self.back {
+                    Some((Back::For(why), _)) => why.clone(),
+                    Some((Back::Audit { actor, step, .. }, _)) => {
+                        format!("what {actor} made in step {step} has several hashes")
+                    }
+                    None => String::new(),
+                };
+                format!("{why}: the job goes back to its newest checkpoint when its store can be read")
+            }
             Wait::Leaving { copies, bytes } => format!(
                 "{copies} copies of shards need {} MiB for which no other node has room: nodes that are to leave stay until one with \
                  room comes",
@@ -98,6 +121,11 @@ impl Supervisor {
             Wait::Nodes { come } => {
                 format!("{come} of {} nodes have come: the job begins when all have", self.nodes_wanted)
             }
+            Wait::Thin { domains } => format!(
+                "the state of a step would be safe in {domains} failure domains, {} are to have it (recovery.when_thin): the job goes on \
+                 when a node of another one comes; spares have no copies",
+                self.spec.mirrors + 1
+            ),
             Wait::Room { actors, bytes } => {
                 let limit = |(node, info): (&NodeId, &NodeInfo)| format!("{node} {} MiB", mib(info.memory));
                 let limits: Vec<String> = self.table.nodes.iter().map(limit).collect();
@@ -179,7 +207,7 @@ impl Supervisor {
         for shard in 0..self.spec.shards {
             let present = self.homes(shard, working);
             let given = &mut self.table.copies[shard as usize];
-            let plan = copies::of_shard(&present, working.len(), self.spec.mirrors, *given);
+            let plan = copies::of_shard(&present, working.len(), self.spec.mirrors, *given, self.spec.thin_waits);
             *given = plan.placed.iter().map(|n| n + 1).fold(*given, u32::max);
             for replica in plan.retired {
                 let actor = ActorId::Reducer { shard, replica };
@@ -231,9 +259,24 @@ impl Supervisor {
         effects
     }
 
+    /// Copies for which a thin step waits (CO-6) do not wait for its commit to get a place, when a link is there again.
+    pub(super) fn thicken(&mut self) -> Vec<SupervisorEffect> {
+        let may = self.thin.is_some() && self.healed && self.links.all_up(&self.working());
+        if !may {
+            return Vec::new();
+        }
+        self.healed = false;
+        let before = self.table.entries.len();
+        let moved = self.place(false);
+        if moved.is_empty() && self.table.entries.len() == before { Vec::new() } else { self.settle(Vec::new()) }
+    }
+
     /// Whether a shard's primary has no state, and a copy is known that has. At the start of a job, and
     /// after a way back, all shards get their first primaries together.
     pub(super) fn can_elect(&self) -> bool {
+        if self.back.is_some() {
+            return false;
+        }
         let all_in_sync = self.table.primaries.contains(&None) && self.commit.all_in_sync();
         let unfit = |(shard, primary): (usize, &Option<u32>)| match primary {
             Some(replica) => !self.commit.in_sync(shard as u32, *replica) && self.commit.has_copy(shard as u32),
@@ -270,7 +313,7 @@ impl Supervisor {
             let overlooked = present.is_some() && planted(Bug::MirrorOverlooked);
             let heir = stateless.or_else(|| self.commit.copies(shard).next().filter(|_| !overlooked));
             if present.is_some() && heir.is_none() && !self.commit.unheard(shard) {
-                return Some(self.roll_back(format!("shard {shard} lost all its copies")));
+                return self.roll_back(format!("shard {shard} lost all its copies"));
             }
             // First primaries come together, so that "none" always means: nobody has trained on this state.
             if heir.is_some() && (present.is_some() || all_in_sync) {
@@ -278,28 +321,6 @@ impl Supervisor {
             }
         }
         None
-    }
-
-    /// Everybody gets a new life at the newest checkpoint.
-    pub(super) fn roll_back(&mut self, why: String) -> Happening {
-        self.failed(why.clone(), Duration::ZERO);
-        let to_step = self.checkpoint;
-        self.table.base = to_step;
-        self.table.primaries.fill(None);
-        for (actor, entry) in &mut self.table.entries {
-            if !matches!(actor, ActorId::Supervisor | ActorId::Keeper) && !planted(Bug::LivesKeptGoingBack) {
-                entry.incarnation = entry.incarnation.next();
-            }
-        }
-        self.place(true);
-        self.last = None;
-        self.audit = None;
-        // A commit whose record is not synced yet is not announced any more: the job is before it now.
-        for held in &mut self.held {
-            held.retain(|effect| !matches!(effect, SupervisorEffect::Send(..)));
-        }
-        self.commit.restore(to_step, BTreeSet::new());
-        Happening::RolledBack { to_step, epoch: self.table.epoch + 1, why }
     }
 
     pub(super) fn actor_failed(&mut self, address: Address, reason: String) -> Vec<SupervisorEffect> {
@@ -337,10 +358,17 @@ impl Supervisor {
     }
 
     /// Another node for an actor that fails again and again where it is: that may be for its node. Once for each actor within
-    /// [`AWAY`]; state stays where its copies are.
+    /// [`AWAY`]; a copy of a shard goes to a domain that has none.
     fn last_resort(&mut self, actor: ActorId, node: NodeId) -> Option<NodeId> {
-        let is_state = matches!(actor, ActorId::Reducer { .. });
-        let other = self.elsewhere(actor, &[node], &self.working()).filter(|_| !is_state)?;
+        let table = &self.table;
+        let copies = match actor {
+            ActorId::Reducer { shard, .. } => table.replicas(shard).filter(|copy| *copy != actor).collect(),
+            _ => Vec::new(),
+        };
+        let taken: BTreeSet<Domain<'_>> =
+            copies.into_iter().filter_map(|copy| table.node_of(copy)).map(|node| table.domain_of(node)).collect();
+        let free = self.working().into_iter().filter(|other| !taken.contains(&table.domain_of(*other)));
+        let other = self.elsewhere(actor, &[node], &free.collect::<Vec<_>>())?;
         if self.away().contains_key(&actor) {
             return None;
         }

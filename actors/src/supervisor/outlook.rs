@@ -34,7 +34,7 @@ pub struct Outlook {
 /// What ends a job's going on at once.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub enum Limit {
-    /// A shard would have no copy left.
+    /// A shard would have no copy left, or fewer than a step may be committed with.
     Copies,
     /// What lived there has no room elsewhere.
     Room,
@@ -88,7 +88,8 @@ fn after(
     }
     let present: BTreeMap<ActorId, NodeId> =
         first.iter().filter(|(_, node)| !gone.contains(node)).map(|(a, n)| (*a, *n)).collect();
-    if !(0..spec.shards).all(|shard| has_copy(&present, shard)) {
+    let thin = spec.thin_waits && left.len() <= spec.mirrors as usize;
+    if thin || !(0..spec.shards).all(|shard| has_copy(&present, shard)) {
         return Some(Limit::Copies);
     }
     place(spec, costs, &left, memory, &present).is_none().then_some(Limit::Room)
@@ -153,6 +154,8 @@ mod tests {
         assert_eq!(of(1, 4, 0), (1, Limit::Copies, true));
         assert_eq!(of(2, 4, 0), (2, Limit::Copies, true));
         assert_eq!(of(2, 3, 0), (2, Limit::Nodes, true));
+        let waits = JobSpec { thin_waits: true, ..spec(1) };
+        assert_eq!([2, 3].map(|nodes| Outlook::new(&waits, nodes, 0).losses), [0, 1]);
         let fullest = Outlook::new(&spec(1), 2, 0).fullest.expect("no limit");
         assert_eq!(of(1, 2, fullest), (0, Limit::Room, true));
         assert_eq!(of(1, 2, fullest / 4), (0, Limit::Room, false));

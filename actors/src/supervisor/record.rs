@@ -54,6 +54,8 @@ pub enum Record {
         /// Hashes by node, in order.
         made: Vec<(NodeId, u128)>,
     },
+    /// For this reason the job goes back to its newest checkpoint, once it is known which that is (SU-9).
+    Back(String),
 }
 
 impl Record {
@@ -62,15 +64,18 @@ impl Record {
         let epoch = log.iter().rev().find(|r| matches!(r, Self::Epoch { .. }));
         let commit = last_commit(log);
         let doubt = unsettled(log);
-        let [first, last] = if is_pending(log) { [None, doubt] } else { [doubt, None] };
-        let all = first.into_iter().chain(epoch).chain(commit).chain(last).chain(unfinished(log));
-        all.cloned().collect()
+        // A doubt after which the job went back stays before that.
+        let is_doubted = doubt.is_some_and(|doubt| is_pending(log, doubt));
+        let back = log.iter().rev().find(|r| r.goes_back()).filter(|back| !is_doubted && Some(*back) != epoch);
+        let [first, last] = if is_doubted { [None, doubt] } else { [doubt, None] };
+        let all = first.into_iter().chain(back.filter(|_| first.is_some())).chain(epoch).chain(commit);
+        all.chain(last).chain(wish(log)).chain(unfinished(log)).cloned().collect()
     }
 
     /// How far the job of a log has come: what is stored of later steps is of what it went back from.
     pub(crate) fn reached(log: &[Self]) -> Option<Step> {
-        if is_pending(log)
-            && let Some(Self::Doubt(after)) = unsettled(log)
+        if let Some(doubt @ Self::Doubt(after)) = unsettled(log)
+            && is_pending(log, doubt)
         {
             return Some(*after);
         }
@@ -110,10 +115,22 @@ pub(super) fn unsettled(log: &[Record]) -> Option<&Record> {
     (!log[at..].iter().any(done)).then(|| &log[at])
 }
 
-/// Whether a log ends with a doubt on which nothing was decided: its author died between the two.
-pub(super) fn is_pending(log: &[Record]) -> bool {
-    let at = log.iter().rposition(|r| matches!(r, Record::Doubt(_)));
-    at.is_some_and(|at| !log[at..].iter().any(|r| matches!(r, Record::Epoch { .. })))
+/// Whether the job has not gone back since a record of its log: its author died before that.
+fn is_pending(log: &[Record], record: &Record) -> bool {
+    let at = log.iter().rposition(|r| r == record);
+    at.is_some_and(|at| !log[at..].iter().any(Record::goes_back))
+}
+
+/// The wish to go back with which a log ends.
+fn wish(log: &[Record]) -> Option<&Record> {
+    log.iter().rev().find(|r| matches!(r, Record::Back(_))).filter(|back| is_pending(log, back))
+}
+
+/// Why the job of a log is to go back, if it is and has not done so.
+pub(super) fn pending(log: &[Record]) -> Option<String> {
+    let doubt = unsettled(log).filter(|doubt| is_pending(log, doubt));
+    let audit = doubt.map(|_| "an audit had found a difference when the supervisor ended".to_owned());
+    audit.or_else(|| wish(log).map(|r| if let Record::Back(why) = r { why.clone() } else { unreachable!("a wish") }))
 }
 
 /// The audit that was under way when a log ends.
@@ -136,16 +153,31 @@ mod tests {
         let audit = Record::Audit { step: 3, actor: ActorId::Stage { lane: 0, stage: 0 }, made: vec![(NodeId(1), 7)] };
         let log = [epoch(Some(0)), Record::Doubt(0), epoch(None), epoch(Some(0)), audit.clone(), epoch(Some(0))];
         for log in [log.to_vec(), Record::compacted(&log)] {
-            assert_eq!((unsettled(&log), is_pending(&log)), (Some(&Record::Doubt(0)), false), "{log:?}");
+            assert_eq!((unsettled(&log), pending(&log)), (Some(&Record::Doubt(0)), None), "{log:?}");
             assert_eq!(unfinished(&log), Some(&audit));
             let back: Vec<Record> = log.into_iter().chain([epoch(None)]).collect();
             assert_eq!(unfinished(&back), None);
         }
         let log = [epoch(None), epoch(Some(0)), audit, Record::Doubt(0)];
         for log in [log.to_vec(), Record::compacted(&log)] {
-            assert!(is_pending(&log), "{log:?}");
+            assert!(pending(&log).is_some(), "{log:?}");
             assert_eq!(unfinished(&log), None);
         }
+    }
+
+    /// SU-9: epochs that go nowhere settle neither a doubt nor a wish to go back.
+    #[test]
+    fn a_job_is_to_go_back_until_it_does() {
+        let back = Record::Back("copies differ".to_owned());
+        for record in [Record::Doubt(0), back.clone()] {
+            let log = [epoch(None), epoch(Some(0)), record, epoch(Some(1)), epoch(Some(0))];
+            for log in [log.to_vec(), Record::compacted(&log)] {
+                assert!(pending(&log).is_some(), "{log:?}");
+                let gone: Vec<Record> = log.into_iter().chain([epoch(None), epoch(Some(0))]).collect();
+                assert_eq!([pending(&gone), pending(&Record::compacted(&gone))], [None, None], "{gone:?}");
+            }
+        }
+        assert_eq!(pending(&[epoch(Some(0)), back]).as_deref(), Some("copies differ"));
     }
 
     #[test]

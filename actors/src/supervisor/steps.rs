@@ -1,11 +1,10 @@
 //! The supervisor's way through the steps: reports of reducers, commits, checkpoints, the end.
 
-use super::commit::{CommitError, Prepared};
-use super::{
-    CORRUPTION_WINDOW, CORRUPTIONS_MAX, Happening, Record, Report, Supervisor, SupervisorEffect, count_within,
-};
+use super::commit::Prepared;
+use super::{Happening, Record, Report, Supervisor, SupervisorEffect};
 use crate::ids::{ActorId, Address, NodeId, Step};
 use crate::message::Body;
+use crate::plant::{Bug, planted};
 use crate::tally::Operations;
 use everstep_kernels::Tensor;
 use std::collections::BTreeMap;
@@ -72,9 +71,19 @@ impl Supervisor {
         if self.finished {
             return Vec::new();
         }
+        self.thin = None;
+        if self.back.is_some() {
+            return Vec::new();
+        }
         let mut effects = self.report();
         if self.finished || self.table.primaries.contains(&None) {
             return effects;
+        }
+        if self.spec.thin_waits && self.commit.is_ready() && !planted(Bug::ThinCommitted) {
+            self.thin = Some(self.commit.domains(&self.table)).filter(|domains| *domains <= self.spec.mirrors);
+            if self.thin.is_some() {
+                return effects;
+            }
         }
         if self.commit.is_ready()
             && let Some(audits) = self.audit()
@@ -106,25 +115,6 @@ impl Supervisor {
             recovery.replayed(self.now);
         }
         effects.extend(self.even_out(commit.commit.step));
-        effects
-    }
-
-    /// A step cannot be committed, its states differ, or one changed by itself, and gradients may have been made from it: all
-    /// go back to the newest checkpoint, and the steps since are done again. What is found too often ends the job.
-    fn refused(&mut self, error: &CommitError) -> Vec<SupervisorEffect> {
-        self.corrupt(error.to_string(), matches!(error, CommitError::Unbalanced { .. }))
-    }
-
-    /// Something is corrupt: the job goes back to the newest checkpoint, or ends if that was so too often or is of no use.
-    pub(super) fn corrupt(&mut self, why: String, ends: bool) -> Vec<SupervisorEffect> {
-        let times = count_within(&mut self.corruptions, self.now, CORRUPTION_WINDOW);
-        if ends || times > CORRUPTIONS_MAX {
-            return self.finish(Err(why));
-        }
-        let mut effects = vec![SupervisorEffect::Note(Happening::Corrupted { why: why.clone() })];
-        let note = self.roll_back(why);
-        effects.extend(self.publish(Vec::new()));
-        effects.push(SupervisorEffect::Note(note));
         effects
     }
 
@@ -200,9 +190,7 @@ impl Supervisor {
         }
         effects.push(SupervisorEffect::Verified(step, fingerprint.clone()));
         self.reported.insert(step, fingerprint);
-        if step == self.spec.steps && self.checkpoint == step {
-            effects.extend(self.finish(Ok(())));
-        }
+        effects.extend(self.end_if_over());
         effects
     }
 
@@ -211,20 +199,26 @@ impl Supervisor {
         &self.reported
     }
 
+    /// The job is over when its last step is reported, and stored.
+    pub(super) fn end_if_over(&mut self) -> Vec<SupervisorEffect> {
+        let last = self.spec.steps;
+        let is_over = self.committed() == last && self.checkpoint == Some(last) && self.reported.contains_key(&last);
+        if is_over { self.finish(Ok(())) } else { Vec::new() }
+    }
+
     pub(super) fn checkpointed(&mut self, step: Step) -> Vec<SupervisorEffect> {
         // Of what the job goes back from: it is put aside.
         if self.table.primaries.contains(&None) && step > self.table.base {
             return Vec::new();
         }
-        self.checkpoint = self.checkpoint.max(step);
+        let newest = self.checkpoint.unwrap_or(0).max(step);
+        self.checkpoint = Some(newest);
         self.unreadable = None;
         // A step is done again only after the newest checkpoint, or if the job is before it now.
-        let floor = self.checkpoint.min(self.committed());
+        let floor = newest.min(self.committed());
         self.reported.retain(|s, _| *s >= floor);
         let mut effects = vec![SupervisorEffect::Note(Happening::CheckpointStored { step })];
-        if step == self.spec.steps && self.reported.contains_key(&step) {
-            effects.extend(self.finish(Ok(())));
-        }
+        effects.extend(self.end_if_over());
         effects
     }
 }

@@ -1,7 +1,7 @@
 //! The promises of the supervisor and of the commit, one by one.
 
 use super::*;
-use crate::message::{Commit, Corruption};
+use crate::message::{Body, Commit, Corruption};
 use crate::rates::Rates;
 use crate::testing::{address, info, materials};
 use everstep_kernels::Tensor;
@@ -18,15 +18,19 @@ struct Job {
 
 impl Job {
     fn from_log(log: Vec<Record>) -> Self {
-        let spec = materials().spec;
-        let (supervisor, first) = Supervisor::new(
-            spec,
-            Nodes { wanted: 2, spares: 0, relieve: false },
-            &log,
-            Ok(0),
-            BTreeMap::new(),
-            Duration::ZERO,
-        );
+        let mut job = Self::unread(log);
+        job.on(SupervisorEvent::Found(Ok(0)));
+        job
+    }
+
+    /// Its store of checkpoints is not read yet.
+    fn unread(log: Vec<Record>) -> Self {
+        Self::of(materials().spec, log)
+    }
+
+    fn of(spec: Arc<JobSpec>, log: Vec<Record>) -> Self {
+        let nodes = Nodes { wanted: 2, spares: 0, relieve: false };
+        let (supervisor, first) = Supervisor::new(spec, nodes, &log, BTreeMap::new(), Duration::ZERO);
         let mut job = Self { supervisor, log, asked: Vec::new(), now: NOW };
         job.take(first);
         job
@@ -104,7 +108,10 @@ fn failure(effects: &[SupervisorEffect]) -> Option<String> {
 
 /// Two nodes, all copies with the initial state.
 fn started() -> Job {
-    let mut job = Job::from_log(Vec::new());
+    begun(Job::from_log(Vec::new()))
+}
+
+fn begun(mut job: Job) -> Job {
     job.join(1);
     job.join(2);
     job.everybody(applied(0));
@@ -329,51 +336,24 @@ fn an_actor_that_fails_everywhere_ends_the_job() {
     }
 }
 
-/// SU-8: damaged checkpoints do not end a job whose copies live, and end one that has lost them.
+/// A copy of a shard that fails again and again gets a node without another copy, if there is one.
 #[test]
-fn damaged_checkpoints_end_only_a_job_that_nobody_holds() {
-    let mut job = started();
-    job.everybody(prepared(1, 4));
-    job.everybody(applied(1));
-    let with = |checkpoint| {
-        let nodes = Nodes { wanted: 2, spares: 0, relieve: false };
-        let log = job.log.clone();
-        let (supervisor, first) =
-            Supervisor::new(materials().spec, nodes, &log, checkpoint, BTreeMap::new(), Duration::ZERO);
-        let mut next = Job { supervisor, log, asked: Vec::new(), now: NOW };
-        next.take(first);
-        next
-    };
-    let why = || "no checkpoint can be read: chunk 7 is damaged".to_owned();
-    for (checkpoint, stored, ends) in [(Ok(0), false, false), (Err(why()), true, false), (Err(why()), false, true)] {
-        let mut next = with(checkpoint);
-        assert_eq!(failure(&next.asked), None);
-        next.everybody(applied(1));
-        if stored {
-            next.on(SupervisorEvent::Checkpointed(1));
+fn a_copy_that_fails_again_and_again_goes_to_a_free_domain() {
+    for nodes in [2, 3] {
+        let mut job = started();
+        (2..nodes).for_each(|peer| drop(job.join(peer + 1)));
+        let copy = ActorId::Reducer { shard: 0, replica: 0 };
+        let first = job.supervisor.table().node_of(copy);
+        let mut why = None;
+        for life in 1..=RESTARTS_MAX as u32 + 1 {
+            assert_eq!((job.supervisor.table().node_of(copy), &why), (first, &None), "life {life}");
+            why = failure(
+                &job.on(SupervisorEvent::ActorFailed { address: address(copy, life), reason: "boom".to_owned() }),
+            );
         }
-        let lost = |node| SupervisorEvent::Lost { node: NodeId(node), why: "test".to_owned() };
-        let effects: Vec<_> = [1, 2].into_iter().flat_map(|node| next.on(lost(node))).collect();
-        assert_eq!(failure(&effects), ends.then(why));
+        let moved = job.supervisor.table().node_of(copy) == Some(NodeId(3));
+        assert_eq!((moved, why.is_some()), (nodes == 3, nodes == 2), "{why:?}");
     }
-}
-
-/// The event of the newest checkpoint may have been lost with the life before.
-#[test]
-fn a_new_life_tells_of_its_checkpoint() {
-    let mut job = started();
-    job.everybody(prepared(1, 4));
-    job.everybody(applied(1));
-    let told = |log: &[Record], checkpoint| {
-        let nodes = Nodes { wanted: 2, spares: 0, relieve: false };
-        let (_, first) = Supervisor::new(materials().spec, nodes, log, Ok(checkpoint), BTreeMap::new(), Duration::ZERO);
-        let stored = |e: &SupervisorEffect| match e {
-            SupervisorEffect::Note(Happening::CheckpointStored { step }) => Some(*step),
-            _ => None,
-        };
-        first.iter().filter_map(stored).collect::<Vec<_>>()
-    };
-    assert_eq!([told(&[], 0), told(&job.log, 0), told(&job.log, 1)], [vec![], vec![], vec![1]]);
 }
 
 /// A copy whose node is dead, and for which there is no other node, has failed already.
@@ -438,4 +418,5 @@ fn beat(node: u64, down: &[u64]) -> SupervisorEvent {
 }
 
 mod audits;
+mod back;
 mod nodes;

@@ -1,6 +1,7 @@
 //! The timeline of a recovery, from a failure to the first step that is committed after it.
 //!
-//! Phases: *detect* (silence before the failure was noticed; none if the kernel told), *decide* (until the new lives are
+//! Phases: *detect* (silence before the failure was noticed; none if the kernel told; a supervisor's death is counted from the
+//! beginning of the next life), *decide* (until the new lives are
 //! decided), *fence* (until that is on disk and announced: whoever is of an older epoch is not heard any more), *fetch* (until
 //! every new stage and expert has its weights; nobody waits for a new mirror), *replay* (until the step is prepared
 //! everywhere), *commit* (until that is on disk).

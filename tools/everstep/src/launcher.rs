@@ -441,7 +441,10 @@ fn wait_for_address(
         }
         if told.elapsed() > START {
             told = Instant::now();
-            eprintln!("the supervisor does not listen yet: it may verify a checkpoint: see {}", run.logs().display());
+            eprintln!(
+                "the supervisor does not listen yet: that of a new job opens its store first: see {}",
+                run.logs().display()
+            );
         }
         std::thread::sleep(LOOK);
     }

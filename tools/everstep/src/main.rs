@@ -33,6 +33,8 @@ use std::net::SocketAddr;
 use std::os::unix::process::CommandExt;
 use std::path::{Path, PathBuf};
 use std::process::ExitCode;
+use std::sync::Arc;
+use std::time::Duration;
 
 #[global_allocator]
 static ALLOCATOR: mimalloc::MiMalloc = mimalloc::MiMalloc;
@@ -95,6 +97,9 @@ enum Command {
         /// MiB that its actors may need, as planned (0: no limit). What fits nowhere waits for another node.
         #[arg(long, default_value_t = 0)]
         memory: u64,
+        /// Leave when this file is there: a notice of preemption, which is heard like SIGTERM.
+        #[arg(long, value_name = "FILE")]
+        notice: Option<PathBuf>,
         /// End when this process ends.
         #[arg(long, hide = true)]
         parent: Option<u32>,
@@ -242,7 +247,7 @@ fn run(command: Command) -> Result<ExitCode> {
             let config = Config::parse(&text, &path.display().to_string(), &[])?;
             train(run, nodes.unwrap_or(config.nodes))
         }
-        Command::Node { join, credentials, listen, threads, domain, memory, parent } => {
+        Command::Node { join, credentials, listen, threads, domain, memory, notice, parent } => {
             launcher::end_with(parent)?;
             keep_memory()?;
             let cores = std::thread::available_parallelism().map_or(1, usize::from);
@@ -255,7 +260,7 @@ fn run(command: Command) -> Result<ExitCode> {
                 memory: memory << 20,
                 verified: parent.is_some(),
             };
-            be_node(&options, parent.is_some())
+            be_node(&options, notice, parent.is_some())
         }
         Command::Prepare { config, set } => {
             let config = read_config(&config, &set)?;
@@ -388,21 +393,38 @@ fn be_supervisor(run: RunFolder, options: &SupervisorOptions) -> Result<ExitCode
     }
 }
 
+/// A notice of preemption is looked for so often: clouds give half a minute at least.
+const NOTICE_EVERY: Duration = Duration::from_millis(500);
+
 /// A node of a job; when it is fenced, the process joins as a new one.
-fn be_node(options: &NodeOptions, launched: bool) -> Result<ExitCode> {
+fn be_node(options: &NodeOptions, notice: Option<PathBuf>, launched: bool) -> Result<ExitCode> {
     // The runtime passes messages on beside threads that compute on every core: more than a quarter as many threads
     // would wake each other and take turns with those.
     let threads = (options.threads / 4).clamp(1, 8);
     // Heard in all lives of the node, and between them. These end with their runtimes: nothing of one is left in the next.
     let (sender, told) = tokio::sync::watch::channel(0u32);
+    let sender = Arc::new(sender);
+    if let Some(notice) = notice {
+        let sender = Arc::clone(&sender);
+        std::thread::Builder::new().name("notice".to_owned()).spawn(move || {
+            while !notice.exists() {
+                std::thread::sleep(NOTICE_EVERY);
+            }
+            eprintln!("{} is there: this node is to leave", notice.display());
+            // The SIGTERM that may follow is the same wish.
+            sender.send_modify(|times| *times = (*times).max(1));
+        })?;
+    }
     let listening = runtime(1)?;
     let mut signals = {
         let _guard = listening.enter();
         tokio::signal::unix::signal(tokio::signal::unix::SignalKind::terminate())?
     };
     listening.spawn(async move {
+        let mut heard = 0;
         while signals.recv().await.is_some() {
-            sender.send_modify(|times| *times += 1);
+            heard += 1;
+            sender.send_modify(|times| *times = heard);
         }
     });
     loop {

@@ -5,6 +5,7 @@
 use super::Broken;
 use crate::ids::{Address, Step};
 use crate::message::Body;
+use crate::spec::JobSpec;
 use crate::supervisor::Record;
 use crate::table::{Domain, Table};
 use everstep_kernels::Tensor;
@@ -39,6 +40,12 @@ pub(in crate::sim) fn nothing_left(table: &Table, whole: Option<Step>) -> Result
     }
     let what = |step| format!("the job ended for want of a checkpoint, and that of step {step} is whole");
     whole.map_or(Ok(()), |step| Err(("C2", what(step))))
+}
+
+/// With `recovery.when_thin = "wait"` no step is committed in fewer domains than are wanted.
+pub(in crate::sim) fn thick(step: Step, copies: u32, spec: &JobSpec) -> Result<(), Broken> {
+    let what = || format!("step {step} was committed in {copies} domains, {} are waited for", spec.mirrors + 1);
+    if spec.thin_waits && copies <= spec.mirrors { Err(("C2", what())) } else { Ok(()) }
 }
 
 /// Which copies of shards are in sync, by what they tell the supervisor: whoever says that it has the state of the newest committed
@@ -168,6 +175,9 @@ mod tests {
         assert!(durable(2, &[commit(2), epoch(None), commit(1)]).is_err(), "it was done before the job went back");
         assert!(remembered(3, 3).is_ok() && remembered(3, 2).is_err());
         assert!(newest(3, 3).is_ok() && newest(0, 3).is_err());
+        let waits = |thin_waits| JobSpec { mirrors: 1, thin_waits, ..crate::sim::spec(0) };
+        assert!(thick(1, 1, &waits(false)).is_ok() && thick(1, 2, &waits(true)).is_ok());
+        assert!(thick(1, 1, &waits(true)).is_err());
         let table = |primary| Table { primaries: vec![primary], ..Table::default() };
         assert!(nothing_left(&table(None), None).is_ok());
         assert!(nothing_left(&table(Some(0)), None).is_err() && nothing_left(&table(None), Some(2)).is_err());

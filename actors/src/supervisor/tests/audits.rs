@@ -133,6 +133,24 @@ fn without_a_majority_nobody_is_given_up() {
     }
 }
 
+/// SU-9: which steps are doubted is known when the store has been read; until then nothing is committed.
+#[test]
+fn a_difference_waits_for_the_store() {
+    let mut job = audited(3);
+    job.supervisor.checkpoint = None;
+    let actor = asked(&job.everybody(prepared(1, 4)))[0];
+    let mut effects = Vec::new();
+    for digest in [1, 2, 2] {
+        effects = answer(&mut job, actor, digest);
+    }
+    assert!(way_back(&effects).is_none() && dead(&effects).is_empty());
+    assert!(!job.log.iter().any(|r| matches!(r, Record::Doubt(_))));
+    assert!(commits(&job.everybody(prepared(1, 4))).is_empty());
+    let effects = job.on(SupervisorEvent::Found(Ok(0)));
+    assert!(way_back(&effects).is_some() && dead(&effects).len() == 1);
+    assert!(job.log.iter().any(|r| matches!(r, Record::Doubt(0))));
+}
+
 /// AU-4: what was reported of steps since the checkpoint is forgotten, by later lives too.
 #[test]
 fn steps_that_were_not_audited_may_come_out_otherwise() {
@@ -144,7 +162,7 @@ fn steps_that_were_not_audited_may_come_out_otherwise() {
     for log in [job.log.clone(), Record::compacted(&job.log)] {
         let reported = [(1, "made without an audit".to_owned())].into();
         let nodes = Nodes { wanted: 2, spares: 0, relieve: false };
-        let (next, _) = Supervisor::new(materials().spec, nodes, &log, Ok(0), reported, Duration::ZERO);
+        let (next, _) = Supervisor::new(materials().spec, nodes, &log, reported, Duration::ZERO);
         assert!(next.reported.is_empty());
         // Once they are done again it is over.
         let commit = |step| {

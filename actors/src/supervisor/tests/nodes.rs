@@ -1,6 +1,7 @@
 //! Nodes that come, leave, are held ready or cut off.
 
 use super::*;
+use crate::table::NodeInfo;
 
 /// SU-6: a node that comes gets what has no place at once, and its share of the work with the next commit.
 #[test]

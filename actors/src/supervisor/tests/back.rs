@@ -1,0 +1,159 @@
+//! The way back, and what waits: for the store (SU-8, SU-9), or for copies (CO-6).
+
+use super::*;
+
+/// CO-6: what is thin waits, says so, and goes on with the new copy; without the wish it goes on at once.
+#[test]
+fn a_job_waits_for_its_copies_if_it_is_to() {
+    for waits in [false, true] {
+        let spec = JobSpec { thin_waits: waits, ..(*materials().spec).clone() };
+        let mut job = begun(Job::of(Arc::new(spec), Vec::new()));
+        job.on(SupervisorEvent::Lost { node: NodeId(2), why: "test".to_owned() });
+        let mut effects = Vec::new();
+        for shard in 0..2 {
+            let primary = job.supervisor.table().primary(shard).unwrap();
+            let ActorId::Reducer { replica, .. } = primary else { unreachable!("a reducer") };
+            effects.extend(job.say(shard, replica, prepared(1, 4)(shard)));
+        }
+        assert_eq!(commits(&effects).is_empty(), waits);
+        let said = |e: &SupervisorEffect| matches!(e, SupervisorEffect::Note(Happening::Waiting { why }) if why.contains("when_thin"));
+        assert_eq!(effects.iter().any(said), waits, "{effects:?}");
+        if waits {
+            job.join(3);
+            let new: Vec<ActorId> =
+                job.supervisor.reducers().filter(|r| job.supervisor.table().node_of(*r) == Some(NodeId(3))).collect();
+            assert_eq!(new.len(), 2);
+            for actor in new {
+                let ActorId::Reducer { shard, replica } = actor else { unreachable!("a reducer") };
+                job.say(shard, replica, applied(0)(shard));
+                effects = job.say(shard, replica, prepared(1, 4)(shard));
+            }
+            assert!(!commits(&effects).is_empty());
+        }
+    }
+}
+
+/// SU-9: steps are committed before the store is read; what would send the job back waits, says so, and is for one reason.
+#[test]
+fn a_job_goes_on_before_its_store_is_read() {
+    let mut job = started();
+    job.everybody(prepared(1, 4));
+    job.everybody(applied(1));
+    let mut next = Job::unread(job.log.clone());
+    next.everybody(applied(1));
+    assert_eq!(commits(&next.everybody(prepared(2, 4))).len(), 4);
+    next.everybody(applied(2));
+    let lost = |node| SupervisorEvent::Lost { node: NodeId(node), why: "test".to_owned() };
+    let effects: Vec<_> = [1, 2].into_iter().flat_map(|node| next.on(lost(node))).collect();
+    let words = |effects: &[SupervisorEffect]| {
+        let waiting = |e: &SupervisorEffect| match e {
+            SupervisorEffect::Note(Happening::Waiting { why }) if why.contains("its store can be read") => {
+                Some(why.clone())
+            }
+            _ => None,
+        };
+        effects.iter().filter_map(waiting).collect::<Vec<_>>()
+    };
+    assert!(words(&effects)[..].iter().any(|why| why.contains("lost all its copies")), "{effects:?}");
+    assert!(words(&next.join(3)).is_empty(), "it is told once");
+    assert!(!next.supervisor.table().goes_back() && next.supervisor.committed() == 2);
+    let rolled = |effects: &[SupervisorEffect]| {
+        let back = |e: &SupervisorEffect| match e {
+            SupervisorEffect::Note(Happening::RolledBack { to_step, .. }) => Some(*to_step),
+            _ => None,
+        };
+        effects.iter().filter_map(back).collect::<Vec<_>>()
+    };
+    let effects = next.on(SupervisorEvent::Found(Ok(1)));
+    assert_eq!((rolled(&effects), next.supervisor.table().base), (vec![1], 1));
+    assert!(next.supervisor.table().goes_back() && next.supervisor.committed() == 1);
+}
+
+/// SU-9: copies that differ send the job back, also if nobody sees it again: the next supervisor knows.
+#[test]
+fn the_wish_to_go_back_outlives_its_supervisor() {
+    let mut job = started();
+    job.everybody(prepared(1, 4));
+    let mut next = Job::unread(job.log.clone());
+    for (shard, replica) in [(0, 0), (1, 0), (1, 1)] {
+        next.say(shard, replica, applied(1)(shard));
+    }
+    let other = Body::Applied { step: 1, sums: sums(0, 77) };
+    next.say(0, 1, other);
+    assert!(matches!(next.log.last(), Some(Record::Back(why)) if why.contains("differ in state of step 1")));
+    let mut last = Job::unread(next.log.clone());
+    // By then they are the same, and wrong.
+    last.everybody(applied(1));
+    assert!(commits(&last.everybody(prepared(2, 4))).is_empty());
+    assert!(last.supervisor.reported.is_empty(), "what is doubted is not reported");
+    last.on(SupervisorEvent::Found(Ok(0)));
+    assert!(last.supervisor.table().goes_back());
+    assert!(!Job::from_log(last.log.clone()).supervisor.table().primaries.contains(&Some(0)));
+}
+
+/// SU-9: a job that was going back to a checkpoint that is damaged goes back further; one that has stored its last step is over.
+#[test]
+fn what_is_found_decides_how_a_job_goes_on() {
+    let mut job = started();
+    job.on(SupervisorEvent::Checkpointed(2));
+    [1, 2]
+        .into_iter()
+        .for_each(|node| drop(job.on(SupervisorEvent::Lost { node: NodeId(node), why: "test".to_owned() })));
+    assert_eq!(job.supervisor.table().base, 2);
+    for (found, base) in [(2, 2), (1, 1)] {
+        let mut next = Job::unread(job.log.clone());
+        let before = next.supervisor.table().epoch;
+        next.on(SupervisorEvent::Found(Ok(found)));
+        assert_eq!(next.supervisor.table().base, base);
+        assert_eq!(next.supervisor.table().epoch - before, 2 - base, "an epoch only if it goes back further");
+    }
+    let mut job = started();
+    job.everybody(prepared(1, 4));
+    for (found, over) in [(0, false), (1, true)] {
+        let mut next = Job::of(Arc::new(JobSpec { steps: 1, ..(*materials().spec).clone() }), job.log.clone());
+        next.everybody(applied(1));
+        let effects = next.on(SupervisorEvent::Found(Ok(found)));
+        assert_eq!(effects.iter().any(|e| matches!(e, SupervisorEffect::Finish(Ok(())))), over);
+    }
+}
+
+/// SU-8: damaged checkpoints do not end a job whose copies live, and end one that has lost them.
+#[test]
+fn damaged_checkpoints_end_only_a_job_that_nobody_holds() {
+    let mut job = started();
+    job.everybody(prepared(1, 4));
+    job.everybody(applied(1));
+    let with = |found| {
+        let mut next = Job::unread(job.log.clone());
+        next.on(SupervisorEvent::Found(found));
+        next
+    };
+    let why = || "no checkpoint can be read: chunk 7 is damaged".to_owned();
+    for (checkpoint, stored, ends) in [(Ok(0), false, false), (Err(why()), true, false), (Err(why()), false, true)] {
+        let mut next = with(checkpoint);
+        next.everybody(applied(1));
+        if stored {
+            next.on(SupervisorEvent::Checkpointed(1));
+        }
+        let lost = |node| SupervisorEvent::Lost { node: NodeId(node), why: "test".to_owned() };
+        let effects: Vec<_> = [1, 2].into_iter().flat_map(|node| next.on(lost(node))).collect();
+        assert_eq!(failure(&effects), ends.then(why));
+    }
+}
+
+/// The event of the newest checkpoint may have been lost with the life before.
+#[test]
+fn a_new_life_tells_of_its_checkpoint() {
+    let mut job = started();
+    job.everybody(prepared(1, 4));
+    job.everybody(applied(1));
+    let told = |log: &[Record], step| {
+        let effects = Job::unread(log.to_vec()).on(SupervisorEvent::Found(Ok(step)));
+        let stored = |e: &SupervisorEffect| match e {
+            SupervisorEffect::Note(Happening::CheckpointStored { step }) => Some(*step),
+            _ => None,
+        };
+        effects.iter().filter_map(stored).collect::<Vec<_>>()
+    };
+    assert_eq!([told(&[], 0), told(&job.log, 0), told(&job.log, 1)], [vec![], vec![], vec![1]]);
+}
