@@ -109,19 +109,25 @@ fn open(opening: Opening, to: &ActorRef<Msg>) -> Option<Store> {
     Some(store)
 }
 
-/// Whether a store may be there later. What stands in its place does not go away by itself.
+/// Whether a store may be there later, if only because somebody mends it: nodes hold the state meanwhile. What is somebody else's, or of
+/// another form, stays so.
 fn may_heal(error: &AnyError) -> bool {
     let opening = error.downcast_ref::<StoreError>();
     let reading = error.downcast_ref::<NoCheckpoint>().and_then(|error| match error {
         NoCheckpoint::Store(error) => Some(error),
         NoCheckpoint::OtherParts { .. } => None,
     });
-    let lasts = |error: &StoreError| {
-        use std::io::ErrorKind::{AlreadyExists, IsADirectory, NotADirectory, PermissionDenied};
-        let StoreError::File { source, .. } = error else { return false };
-        matches!(source.kind(), AlreadyExists | IsADirectory | NotADirectory | PermissionDenied)
-    };
-    opening.or(reading).is_some_and(|error| error.is_out_of_reach() && !lasts(error))
+    opening.or(reading).is_some_and(|error| match error {
+        StoreError::File { .. }
+        | StoreError::Catalogue { .. }
+        | StoreError::Invalid { .. }
+        | StoreError::Damaged { .. } => true,
+        StoreError::OutOfTurn { .. }
+        | StoreError::OtherVersion { .. }
+        | StoreError::ForeignJob { .. }
+        | StoreError::Tensor { .. }
+        | StoreError::Place { .. } => false,
+    })
 }
 
 /// A thread for wishes, one after another, once it has begun; one that fails is tried again for as long as it may heal.

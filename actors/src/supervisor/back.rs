@@ -54,8 +54,10 @@ impl Supervisor {
             return None;
         }
         self.failed(why.clone(), Duration::ZERO);
-        let unknown = planted(Bug::CheckpointNotAwaited).then_some(0);
-        match self.checkpoint.or(unknown) {
+        let unread = planted(Bug::CheckpointNotAwaited).then_some(0);
+        // Nobody has trained on it since: it is what they go back to, unless it is damaged.
+        let base = self.table.primaries.contains(&None).then_some(self.table.base);
+        match self.checkpoint.or(unread).or(base) {
             Some(to_step) => Some(self.begin_from(to_step, why)),
             None => {
                 self.back = Some((Back::For(why), false));
@@ -66,15 +68,13 @@ impl Supervisor {
 
     /// The wish to go back outlives this supervisor: the next one may not see what it saw.
     pub(super) fn log_back(&mut self) -> Vec<SupervisorEffect> {
-        match &mut self.back {
-            Some((Back::For(why), logged @ false)) => {
-                *logged = true;
-                let record = Record::Back(why.clone());
-                self.log(record, Vec::new())
-            }
-            // Of an audit the log has what was made.
-            Some(_) | None => Vec::new(),
-        }
+        let Some((back, logged @ false)) = &mut self.back else { return Vec::new() };
+        *logged = true;
+        let record = match back {
+            Back::For(why) => Record::Back(why.clone()),
+            Back::Audit { actor, step, made } => Record::Audit { step: *step, actor: *actor, made: made.clone() },
+        };
+        self.log(record, Vec::new())
     }
 
     /// Everybody gets a new life at the checkpoint of this step.

@@ -30,16 +30,16 @@ pub(super) struct Copies {
     pub(super) placed: Vec<u32>,
 }
 
-/// Of one shard. `working` nodes may have copies; `given` numbers have been given so far; with `thin_waits` fewer copies than are
-/// configured are too few, however few nodes there are.
-pub(super) fn of_shard(present: &[(u32, Home)], working: usize, mirrors: u32, given: u32, thin_waits: bool) -> Copies {
+/// Of one shard. `working` nodes may have copies; `given` numbers have been given so far; what is to leave
+/// stays if it may not be retired yet.
+pub(super) fn of_shard(present: &[(u32, Home)], working: usize, mirrors: u32, given: u32, may_retire: bool) -> Copies {
     let full = mirrors as usize + 1;
     let wanted = full.min(working);
     let count = |which: fn(&Home) -> bool| present.iter().filter(|(_, home)| which(home)).count();
     let settled = count(|home| matches!(home, Home::Working { .. }));
     let in_sync = count(|home| matches!(home, Home::Working { in_sync: true }));
     let mut copies = Copies::default();
-    if in_sync >= if thin_waits { full } else { wanted } {
+    if may_retire && in_sync >= wanted {
         copies.retired.extend(present.iter().filter(|(_, home)| *home == Home::Leaving).map(|(n, _)| *n));
     }
     let gone: Vec<u32> = present.iter().filter(|(_, home)| *home == Home::Gone).map(|(n, _)| *n).collect();
@@ -64,30 +64,27 @@ mod tests {
 
     #[test]
     fn a_job_begins_and_a_dead_copy_gets_its_next_life() {
-        assert_eq!(of_shard(&[], 3, 1, 0, false), copies(&[], &[0, 1]));
-        assert_eq!(of_shard(&[], 1, 1, 0, false), copies(&[], &[0]));
-        assert_eq!(of_shard(&[(0, SAFE)], 2, 1, 1, false), copies(&[], &[1]));
-        assert_eq!(of_shard(&[(0, Home::Gone), (1, SAFE)], 2, 1, 2, false), copies(&[], &[0]));
+        assert_eq!(of_shard(&[], 3, 1, 0, true), copies(&[], &[0, 1]));
+        assert_eq!(of_shard(&[], 1, 1, 0, true), copies(&[], &[0]));
+        assert_eq!(of_shard(&[(0, SAFE)], 2, 1, 1, true), copies(&[], &[1]));
+        assert_eq!(of_shard(&[(0, Home::Gone), (1, SAFE)], 2, 1, 2, true), copies(&[], &[0]));
         // Without a node for it, it waits for one.
-        assert_eq!(of_shard(&[(0, Home::Gone), (1, SAFE)], 1, 1, 2, false), copies(&[], &[]));
+        assert_eq!(of_shard(&[(0, Home::Gone), (1, SAFE)], 1, 1, 2, true), copies(&[], &[]));
     }
 
     /// CP-1, CP-3.
     #[test]
     fn a_copy_leaves_when_others_have_the_state() {
-        assert_eq!(of_shard(&[(0, Home::Leaving), (1, SAFE)], 2, 1, 2, false), copies(&[], &[2]));
-        assert_eq!(of_shard(&[(0, Home::Leaving), (1, SAFE), (2, NEW)], 2, 1, 3, false), copies(&[], &[]));
-        assert_eq!(of_shard(&[(0, Home::Leaving), (1, SAFE), (2, SAFE)], 2, 1, 3, false), copies(&[0], &[]));
-        // Its node dies on the way: there is one more than is wanted.
-        assert_eq!(of_shard(&[(0, Home::Gone), (1, SAFE), (2, NEW)], 2, 1, 3, false), copies(&[0], &[]));
-        // No mirrors: the only copy waits for its successor.
-        assert_eq!(of_shard(&[(0, Home::Leaving)], 1, 0, 1, false), copies(&[], &[1]));
-        assert_eq!(of_shard(&[(0, Home::Leaving), (1, NEW)], 1, 0, 2, false), copies(&[], &[]));
-        assert_eq!(of_shard(&[(0, Home::Leaving), (1, SAFE)], 1, 0, 2, false), copies(&[0], &[]));
-        // Fewer nodes than copies: none that a step would then wait for leaves.
-        assert_eq!(of_shard(&[(0, Home::Leaving), (1, SAFE)], 1, 1, 2, true), copies(&[], &[]));
+        assert_eq!(of_shard(&[(0, Home::Leaving), (1, SAFE)], 2, 1, 2, true), copies(&[], &[2]));
+        assert_eq!(of_shard(&[(0, Home::Leaving), (1, SAFE), (2, NEW)], 2, 1, 3, true), copies(&[], &[]));
         assert_eq!(of_shard(&[(0, Home::Leaving), (1, SAFE), (2, SAFE)], 2, 1, 3, true), copies(&[0], &[]));
-        assert_eq!(of_shard(&[(0, Home::Leaving), (1, SAFE)], 1, 1, 2, false), copies(&[0], &[]));
+        // Its node dies on the way: there is one more than is wanted.
+        assert_eq!(of_shard(&[(0, Home::Gone), (1, SAFE), (2, NEW)], 2, 1, 3, true), copies(&[0], &[]));
+        // No mirrors: the only copy waits for its successor.
+        assert_eq!(of_shard(&[(0, Home::Leaving)], 1, 0, 1, true), copies(&[], &[1]));
+        assert_eq!(of_shard(&[(0, Home::Leaving), (1, NEW)], 1, 0, 2, true), copies(&[], &[]));
+        assert_eq!(of_shard(&[(0, Home::Leaving), (1, SAFE)], 1, 0, 2, true), copies(&[0], &[]));
+        assert_eq!(of_shard(&[(0, Home::Leaving), (1, SAFE)], 1, 1, 2, false), copies(&[], &[]));
     }
 
     /// CP-1, CP-2: over every state of four copies.
@@ -104,7 +101,7 @@ mod tests {
                     if before > working {
                         continue;
                     }
-                    let got = of_shard(&present, working, mirrors, 4, false);
+                    let got = of_shard(&present, working, mirrors, 4, true);
                     let wanted = (mirrors as usize + 1).min(working);
                     let after = before + got.placed.len();
                     assert_eq!(after, wanted.max(before), "{present:?}, {working} working: {got:?}");

@@ -9,7 +9,7 @@ use super::nodes::remember;
 use super::{Happening, Supervisor, SupervisorEffect};
 use crate::ids::NodeId;
 use crate::plant::{Bug, planted};
-use crate::table::Entry;
+use crate::table::{Domain, Entry};
 use std::collections::BTreeSet;
 
 impl Supervisor {
@@ -17,7 +17,17 @@ impl Supervisor {
     /// job wants.
     pub(super) fn working(&self) -> Vec<NodeId> {
         let mut working = self.ready();
-        working.truncate(self.nodes_wanted.max(working.len().saturating_sub(self.spares)));
+        let mut count = self.nodes_wanted.max(working.len().saturating_sub(self.spares));
+        if self.spec.thin_waits {
+            // A spare of a domain that a step waits for (CO-6) is none.
+            let domains = |count: usize| {
+                let domains = working.iter().take(count).map(|node| self.table.domain_of(*node));
+                domains.collect::<BTreeSet<Domain<'_>>>().len()
+            };
+            let enough = |count: &usize| domains(*count) > self.spec.mirrors as usize;
+            count = (count..=working.len()).find(enough).unwrap_or(count);
+        }
+        working.truncate(count);
         working
     }
 

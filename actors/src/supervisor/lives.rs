@@ -55,18 +55,10 @@ impl Supervisor {
         let present: BTreeMap<ActorId, NodeId> = present.map(|(a, e)| (*a, e.node)).collect();
         let slow = if self.relieve { self.speeds.slow() } else { BTreeMap::new() };
         let away = self.away();
-        let about = About { infos: &self.table.nodes, slow: &slow, away: &away };
+        let about = About { infos: &self.table.nodes, slow: &slow, away: &away, all_copies: self.spec.thin_waits };
         let how = if level { How::Level } else { How::Stay };
         let (wanted, no_room) = place_all(&self.costs, &working, about, how, (&present, &copies));
         let mut homeless: Vec<ActorId> = copies.iter().filter(|copy| !wanted.contains_key(copy)).copied().collect();
-        if self.spec.thin_waits && working.len() <= self.spec.mirrors as usize {
-            let leaving = self.reducers().filter(|c| self.table.leaving.contains(&self.table.entries[c].node));
-            homeless.extend(leaving);
-        }
-        let bytes = homeless.iter().map(|copy| self.costs.bytes(*copy)).sum();
-        let leaving = Wait::Leaving { copies: homeless.len(), bytes };
-        let leaving = (!homeless.is_empty() && !self.table.leaving.is_empty()).then_some(leaving);
-        self.no_room = no_room.map(|(actors, bytes)| Wait::Room { actors, bytes }).or(leaving);
         let mut moved = Vec::new();
         for (actor, node) in wanted {
             let life = self.table.entries.get(&actor).copied();
@@ -77,6 +69,13 @@ impl Supervisor {
                 moved.push(actor);
             }
         }
+        if self.is_thin(&working) {
+            homeless.extend(self.reducers().filter(|c| self.table.leaving.contains(&self.table.entries[c].node)));
+        }
+        let bytes = homeless.iter().map(|copy| self.costs.bytes(*copy)).sum();
+        let leaving = Wait::Leaving { copies: homeless.len(), bytes };
+        let leaving = (!homeless.is_empty() && !self.table.leaving.is_empty()).then_some(leaving);
+        self.no_room = no_room.map(|(actors, bytes)| Wait::Room { actors, bytes }).or(leaving);
         moved
     }
 
@@ -96,7 +95,12 @@ impl Supervisor {
         }
         let begins = self.table.entries.len() > 2 || self.now.saturating_sub(self.began) < NODES_WAIT;
         let nodes = || (!begins).then_some(Wait::Nodes { come: self.admitted.len() });
-        self.no_room.or_else(nodes).or_else(|| self.thin.map(|domains| Wait::Thin { domains }))
+        // A copy that is on its way needs no words.
+        let thin = || {
+            let nodes: Vec<NodeId> = self.table.nodes.keys().copied().collect();
+            self.thin.filter(|_| self.is_thin(&nodes)).map(|domains| Wait::Thin { domains })
+        };
+        self.no_room.or_else(nodes).or_else(thin)
     }
 
     /// The same for people.
@@ -123,7 +127,7 @@ impl Supervisor {
             }
             Wait::Thin { domains } => format!(
                 "the state of a step would be safe in {domains} failure domains, {} are to have it (recovery.when_thin): the job goes on \
-                 when a node of another one comes; spares have no copies",
+                 when a node of another one comes",
                 self.spec.mirrors + 1
             ),
             Wait::Room { actors, bytes } => {
@@ -206,17 +210,45 @@ impl Supervisor {
         let mut placed = Vec::new();
         for shard in 0..self.spec.shards {
             let present = self.homes(shard, working);
+            // What a step would then wait for does not leave.
+            let may_retire = !self.spec.thin_waits || self.spread(shard, working, true) > self.spec.mirrors as usize;
             let given = &mut self.table.copies[shard as usize];
-            let plan = copies::of_shard(&present, working.len(), self.spec.mirrors, *given, self.spec.thin_waits);
+            let plan = copies::of_shard(&present, working.len(), self.spec.mirrors, *given, may_retire);
             *given = plan.placed.iter().map(|n| n + 1).fold(*given, u32::max);
             for replica in plan.retired {
                 let actor = ActorId::Reducer { shard, replica };
                 self.table.entries.remove(&actor);
                 self.commit.out_of_sync(actor);
             }
-            placed.extend(plan.placed.into_iter().map(|replica| ActorId::Reducer { shard, replica }));
+            let of_shard = |actor: &ActorId| matches!(actor, ActorId::Reducer { shard: s, .. } if *s == shard);
+            let avoided = self.moved_away.iter().find(|(actor, _)| of_shard(actor)).map(|(_, avoided)| *avoided);
+            for replica in plan.placed {
+                let actor = ActorId::Reducer { shard, replica };
+                // Under whatever number it comes.
+                if let Some(avoided) = avoided {
+                    self.moved_away.entry(actor).or_insert(avoided);
+                }
+                placed.push(actor);
+            }
         }
         placed
+    }
+
+    /// In how many domains copies of a shard are, of those on these nodes; all, or those in sync.
+    fn spread(&self, shard: u32, nodes: &[NodeId], in_sync: bool) -> usize {
+        let counts = |copy: &ActorId| {
+            let ActorId::Reducer { replica, .. } = *copy else { return false };
+            !in_sync || self.commit.in_sync(shard, replica)
+        };
+        let places = self.table.replicas(shard).filter(counts).filter_map(|copy| self.table.node_of(copy));
+        let domains = places.filter(|node| nodes.contains(node)).map(|node| self.table.domain_of(node));
+        domains.collect::<BTreeSet<Domain<'_>>>().len()
+    }
+
+    /// Whether the copies of a shard that have a place on these nodes are in fewer domains than a step waits for (CO-6).
+    fn is_thin(&self, nodes: &[NodeId]) -> bool {
+        let few = |shard| self.spread(shard, nodes, false) <= self.spec.mirrors as usize;
+        self.spec.thin_waits && (0..self.spec.shards).any(few)
     }
 
     pub(super) fn dead(&mut self, lost: &[(NodeId, String, Duration)]) -> Vec<SupervisorEffect> {

@@ -120,8 +120,13 @@ fn place(
     });
     let copies: Vec<ActorId> = copies.collect();
     let how = if present.is_empty() { How::Level } else { How::Stay };
-    let (places, homeless) =
-        place_all(costs, nodes, About { infos: &infos, slow: &slow, away: &away }, how, (present, &copies));
+    let (places, homeless) = place_all(
+        costs,
+        nodes,
+        About { infos: &infos, slow: &slow, away: &away, all_copies: false },
+        how,
+        (present, &copies),
+    );
     homeless.is_none().then_some(places)
 }
 

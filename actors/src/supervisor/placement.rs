@@ -39,6 +39,8 @@ pub(crate) struct About<'a> {
     pub(crate) slow: &'a BTreeMap<NodeId, u64>,
     /// Where actors failed again and again (PL-7).
     pub(crate) away: &'a BTreeMap<ActorId, NodeId>,
+    /// A step needs all copies (CO-6), not one of each shard.
+    pub(crate) all_copies: bool,
 }
 
 /// Times that differ by less than one part in so many are about the same.
@@ -223,10 +225,12 @@ pub(super) fn has_copy(places: &BTreeMap<ActorId, NodeId>, shard: u32) -> bool {
 }
 
 /// How many actors that a step needs have no place, and the bytes that they need.
-fn without_room(costs: &Costs, places: &BTreeMap<ActorId, NodeId>) -> Option<(u64, u64)> {
+fn without_room(costs: &Costs, places: &BTreeMap<ActorId, NodeId>, needed: &[ActorId]) -> Option<(u64, u64)> {
     let shards = (0..costs.shards()).filter(|shard| !has_copy(places, *shard));
     let shards = shards.map(|shard| ActorId::Reducer { shard, replica: 0 });
-    let homeless = costs.workers().filter(|a| !places.contains_key(a)).chain(shards);
+    let has_another = |copy: &ActorId| matches!(copy, ActorId::Reducer { shard, .. } if has_copy(places, *shard));
+    let needed = needed.iter().copied().filter(has_another);
+    let homeless = costs.workers().chain(needed).filter(|a| !places.contains_key(a)).chain(shards);
     let (count, bytes) = homeless.fold((0, 0), |(count, bytes), a| (count + 1, bytes + costs.bytes(a)));
     (count > 0).then_some((count, bytes))
 }
@@ -242,7 +246,7 @@ pub(super) fn place_all(
 ) -> (BTreeMap<ActorId, NodeId>, Option<(u64, u64)>) {
     let place = |present: &BTreeMap<ActorId, NodeId>, how: How| {
         let places = Placement::new(costs, nodes, about, how).place(present, copies);
-        let homeless = without_room(costs, &places);
+        let homeless = without_room(costs, &places, if about.all_copies { copies } else { &[] });
         (places, homeless)
     };
     let wanted = place(present, how);

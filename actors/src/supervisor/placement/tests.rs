@@ -27,7 +27,7 @@ fn place_with(
     let nodes = nodes(&on.iter().map(|(n, _)| *n).collect::<Vec<_>>());
     let present = present.iter().filter(|(_, n)| nodes.contains(n)).map(|(a, n)| (*a, *n)).collect();
     let (slow, away) = Default::default();
-    let about = About { infos: &infos, slow: &slow, away: &away };
+    let about = About { infos: &infos, slow: &slow, away: &away, all_copies: false };
     Placement::new(&costs, &nodes, about, how).place(&present, &copies)
 }
 
@@ -67,7 +67,7 @@ fn what_runs_at_one_time_is_spread() {
     let spec = crate::Config::parse(text, "quickstart.toml", &[]).unwrap().spec;
     let costs = Costs::new(&spec);
     let infos = (1..40).map(|n| (NodeId(n), crate::testing::info(n))).collect();
-    let about = About { infos: &infos, slow: &BTreeMap::new(), away: &BTreeMap::new() };
+    let about = About { infos: &infos, slow: &BTreeMap::new(), away: &BTreeMap::new(), all_copies: false };
     let mut on = nodes(&[1, 2, 3, 4]);
     let mut places = Placement::new(&costs, &on, about, How::Level).place(&BTreeMap::new(), &[]);
     for newcomer in 5..40 {
@@ -98,7 +98,7 @@ fn a_slow_node_has_less_to_do() {
     let infos = [1, 2, 3].map(|n| (NodeId(n), crate::testing::info(n))).into();
     let nodes = nodes(&[1, 2, 3]);
     let on = |slow: BTreeMap<NodeId, u64>, present: &BTreeMap<ActorId, NodeId>| {
-        let about = About { infos: &infos, slow: &slow, away: &BTreeMap::new() };
+        let about = About { infos: &infos, slow: &slow, away: &BTreeMap::new(), all_copies: false };
         Placement::new(&costs, &nodes, about, How::Level).place(present, &[])
     };
     let even = on(BTreeMap::new(), &BTreeMap::new());
@@ -211,13 +211,13 @@ fn a_lost_stage_fits_where_its_weights_are() {
         let infos: BTreeMap<_, _> = [(1, memory), (2, 1), (3, 1)]
             .map(|(n, memory)| (NodeId(n), NodeInfo { memory, ..crate::testing::info(n) }))
             .into();
-        let about = About { infos: &infos, slow: &BTreeMap::new(), away: &BTreeMap::new() };
+        let about = About { infos: &infos, slow: &BTreeMap::new(), away: &BTreeMap::new(), all_copies: false };
         Placement::new(&costs, &nodes(&[1, 2, 3]), about, How::Stay).place(&rest, &[]).get(&lost).copied()
     };
     assert_eq!([with(enough), with(enough - 1)], [Some(NodeId(1)), None]);
     assert_eq!(place_in(&on, &rest, How::Stay)[&lost], NodeId(3));
     let (infos, slow, away) = Default::default();
-    let about = About { infos: &infos, slow: &slow, away: &away };
+    let about = About { infos: &infos, slow: &slow, away: &away, all_copies: false };
     let mut packed = Placement::new(&costs, &nodes(&[1, 2, 3]), about, How::Pack);
     packed.add(ActorId::Stage { lane: 1, stage: 1 }, 2);
     assert_eq!(packed.best(lost, &BTreeMap::new()), Some(2));
@@ -230,7 +230,7 @@ fn who_failed_on_a_node_stays_away() {
     let costs = Costs::new(&materials.spec);
     let infos = [1, 2].map(|n| (NodeId(n), crate::testing::info(n))).into();
     let on = |away: &BTreeMap<ActorId, NodeId>, on: &[u64], present: &BTreeMap<ActorId, NodeId>| {
-        let about = About { infos: &infos, slow: &BTreeMap::new(), away };
+        let about = About { infos: &infos, slow: &BTreeMap::new(), away, all_copies: false };
         Placement::new(&costs, &nodes(on), about, How::Level).place(present, &[])[&stage]
     };
     for node in [1, 2] {

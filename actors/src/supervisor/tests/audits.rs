@@ -145,6 +145,8 @@ fn a_difference_waits_for_the_store() {
     }
     assert!(way_back(&effects).is_none() && dead(&effects).is_empty());
     assert!(!job.log.iter().any(|r| matches!(r, Record::Doubt(_))));
+    let kept = |r: Option<&Record>| matches!(r, Some(Record::Audit { made, .. }) if made.len() == 3);
+    assert!(kept(job.log.last()), "the next supervisor would compare them too");
     assert!(commits(&job.everybody(prepared(1, 4))).is_empty());
     let effects = job.on(SupervisorEvent::Found(Ok(0)));
     assert!(way_back(&effects).is_some() && dead(&effects).len() == 1);

@@ -1,6 +1,7 @@
 //! The way back, and what waits: for the store (SU-8, SU-9), or for copies (CO-6).
 
 use super::*;
+use crate::table::NodeInfo;
 
 /// CO-6: what is thin waits, says so, and goes on with the new copy; without the wish it goes on at once.
 #[test]
@@ -156,4 +157,70 @@ fn a_new_life_tells_of_its_checkpoint() {
         effects.iter().filter_map(stored).collect::<Vec<_>>()
     };
     assert_eq!([told(&[], 0), told(&job.log, 0), told(&job.log, 1)], [vec![], vec![], vec![1]]);
+}
+
+fn racked(nodes: Nodes, thin_waits: bool, racks: &[&str]) -> Job {
+    let spec = Arc::new(JobSpec { thin_waits, ..(*materials().spec).clone() });
+    let (supervisor, first) = Supervisor::new(spec, nodes, &[], BTreeMap::new(), Duration::ZERO);
+    let mut job = Job { supervisor, log: Vec::new(), asked: Vec::new(), now: NOW };
+    job.take(first);
+    job.on(SupervisorEvent::Found(Ok(0)));
+    for (peer, rack) in (1..).zip(racks) {
+        job.on(SupervisorEvent::Join(NodeInfo { domain: (*rack).to_owned(), ..info(peer) }));
+        job.on(beat(peer, &[]));
+    }
+    job
+}
+
+fn with_copies(job: &Job) -> BTreeSet<NodeId> {
+    job.supervisor.reducers().filter_map(|copy| job.supervisor.table().node_of(copy)).collect()
+}
+
+/// CO-6: a spare of the domain that a step waits for is none.
+#[test]
+fn a_spare_of_the_missing_domain_takes_copies() {
+    for (waits, taken) in [(true, NodeId(4)), (false, NodeId(3))] {
+        let mut job = racked(Nodes { wanted: 2, spares: 2, relieve: false }, waits, &["a", "b", "a", "b"]);
+        assert_eq!(with_copies(&job), [NodeId(1), NodeId(2)].into());
+        job.on(SupervisorEvent::Lost { node: NodeId(2), why: "test".to_owned() });
+        assert!(with_copies(&job).contains(&taken), "{:?}", with_copies(&job));
+    }
+}
+
+/// CO-6: a copy does not leave if a step would then wait for another domain.
+#[test]
+fn the_last_copy_of_another_domain_stays() {
+    for waits in [true, false] {
+        let mut job = racked(Nodes { wanted: 3, spares: 0, relieve: false }, waits, &["b", "a", "a"]);
+        let everybody = |job: &mut Job| {
+            let copies: Vec<ActorId> = job.supervisor.reducers().collect();
+            for copy in copies {
+                let ActorId::Reducer { shard, replica } = copy else { unreachable!("a reducer") };
+                job.say(shard, replica, applied(0)(shard));
+            }
+        };
+        everybody(&mut job);
+        assert!(with_copies(&job).contains(&NodeId(1)));
+        job.on(SupervisorEvent::Leave(NodeId(1)));
+        everybody(&mut job);
+        job.supervisor.place(true);
+        assert_eq!(with_copies(&job).contains(&NodeId(1)), waits);
+        let said = job.supervisor.waits().map(|wait| job.supervisor.words_of(wait));
+        assert_eq!(said.is_some_and(|why| why.contains("nodes that are to leave stay")), waits);
+    }
+}
+
+/// SU-9: a job that goes back already, and finds that copies differ, needs no store to begin again.
+#[test]
+fn a_job_that_goes_back_already_begins_again_at_once() {
+    let mut job = Job::from_log(Vec::new());
+    job.join(1);
+    job.join(2);
+    let mut next = Job::unread(job.log.clone());
+    let before = next.supervisor.table().clone();
+    assert!(before.goes_back());
+    next.say(0, 0, applied(0)(0));
+    let effects = next.say(0, 1, Body::Applied { step: 0, sums: sums(0, 77) });
+    assert!(effects.iter().any(|e| matches!(e, SupervisorEffect::Note(Happening::RolledBack { to_step: 0, .. }))));
+    assert!(next.log.iter().all(|r| !matches!(r, Record::Back(_))));
 }
