@@ -84,7 +84,7 @@ fn a_job_waits_until_its_state_is_safe() -> Result<()> {
     wait("its end", || Ok(warned.0.try_wait()?.is_some()))?;
     assert!(warned.0.wait()?.success());
     let run = training.finish()?;
-    assert!(metrics(&run)?.iter().all(|line| line.copies == 2));
+    assert!(metrics(&run)?.iter().all(|line| line.copies >= 2));
     let alone = place.train("alone", &["train.steps=2000", "checkpoint.every=200", "job.nodes=1"])?;
     assert_eq!(fingerprints(&run)?, fingerprints(&alone)?);
     Ok(())

@@ -22,6 +22,9 @@ impl Supervisor {
         self.unreadable = found.as_ref().err().cloned();
         let step = found.unwrap_or(0);
         self.checkpoint = Some(step);
+        if let Some(why) = self.unreadable.clone().filter(|_| planted(Bug::EndedTooSoon)) {
+            return self.finish(Err(why));
+        }
         let stored = (step > 0).then_some(SupervisorEffect::Note(Happening::CheckpointStored { step }));
         let mut effects: Vec<_> = stored.into_iter().collect();
         // The checkpoint that reducers were to start from turned out to be damaged.
