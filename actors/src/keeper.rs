@@ -122,7 +122,7 @@ impl KeeperCore {
     pub(crate) fn on(&mut self, event: KeeperEvent) -> Vec<KeeperEffect> {
         match event {
             KeeperEvent::Table(table) => {
-                let (base, goes_back) = (table.base, table.primaries.contains(&None));
+                let (base, goes_back) = (table.base, table.goes_back());
                 self.table = table;
                 let mut refused = None;
                 if goes_back {

@@ -170,7 +170,7 @@ impl Supervisor {
                 s.admitted.insert(node);
             }
         }
-        let unheard = if s.table.primaries.contains(&None) { BTreeSet::new() } else { s.placed_copies() };
+        let unheard = if s.table.goes_back() { BTreeSet::new() } else { s.placed_copies() };
         s.commit.restore(s.last.as_ref().map_or(s.table.base, |l| l.commit.step), unheard);
         let restarted = !log.is_empty();
         if restarted {
@@ -304,7 +304,7 @@ impl Supervisor {
             SupervisorEvent::Found(found) => self.found(found),
             SupervisorEvent::Checkpointed(step) => self.checkpointed(step),
             // It goes back already.
-            SupervisorEvent::SnapshotDamaged(_) if self.table.primaries.contains(&None) => Vec::new(),
+            SupervisorEvent::SnapshotDamaged(_) if self.table.goes_back() => Vec::new(),
             SupervisorEvent::SnapshotDamaged(why) => self.corrupt(why, false),
             SupervisorEvent::Synced => {
                 let held = self.held.pop_front().unwrap_or_default();
@@ -345,7 +345,7 @@ impl Supervisor {
     /// Makes the changed table the next epoch; `first` goes out before it, after the sync. A job that would begin from what
     /// cannot be read ends (SU-8).
     fn publish(&mut self, mut first: Vec<SupervisorEffect>) -> Vec<SupervisorEffect> {
-        if let Some(why) = self.unreadable.clone().filter(|_| self.table.primaries.contains(&None)) {
+        if let Some(why) = self.unreadable.clone().filter(|_| self.table.goes_back()) {
             return self.finish(Err(why));
         }
         self.table.epoch += 1;

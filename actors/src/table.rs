@@ -85,6 +85,11 @@ impl Table {
         }
     }
 
+    /// In what these nodes fail.
+    pub fn domains(&self, nodes: impl IntoIterator<Item = NodeId>) -> BTreeSet<Domain<'_>> {
+        nodes.into_iter().map(|node| self.domain_of(node)).collect()
+    }
+
     /// Whether an actor got another life between `before` and this epoch.
     pub fn replaced(&self, before: &Self, actor: ActorId) -> bool {
         self.entries.get(&actor).map(|e| e.incarnation) != before.entries.get(&actor).map(|e| e.incarnation)

@@ -84,17 +84,17 @@ fn at_last<T, E: ToString>(
         };
         let why = error.to_string();
         let last = match means(&error) {
-            Failure::Again => None,
-            Failure::Damaged => Some(Msg::StateDamaged(why.clone())),
-            Failure::Lasting => Some(Msg::DiskFailed(why.clone())),
+            Failure::Again => {
+                to.cast(Msg::StoreFails(why)).ok()?;
+                std::thread::sleep(again);
+                again = (2 * again).min(AGAIN[1]);
+                continue;
+            }
+            Failure::Damaged => Msg::StateDamaged(why),
+            Failure::Lasting => Msg::DiskFailed(why),
         };
-        if let Some(last) = last {
-            let _ = to.cast(last);
-            return None;
-        }
-        to.cast(Msg::StoreFails(why)).ok()?;
-        std::thread::sleep(again);
-        again = (2 * again).min(AGAIN[1]);
+        let _ = to.cast(last);
+        return None;
     }
 }
 

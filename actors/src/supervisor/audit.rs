@@ -162,8 +162,9 @@ impl Supervisor {
     /// AU-3.
     pub(super) fn differs(&mut self, actor: ActorId, step: Step, made: &[(NodeId, u128)]) -> Vec<SupervisorEffect> {
         let Some(after) = self.checkpoint else {
-            self.failed(format!("what {actor} made in step {step} has several hashes"), Duration::ZERO);
-            self.back = Some((Back::Audit { actor, step, made: made.to_vec() }, false));
+            let back = Back::Audit { actor, step, made: made.to_vec() };
+            self.failed(back.to_string(), Duration::ZERO);
+            self.back = Some((back, false));
             return Vec::new();
         };
         let alone = |digest: u128| {

@@ -5,6 +5,7 @@ use super::{CORRUPTION_WINDOW, CORRUPTIONS_MAX, Happening, Record, Supervisor, S
 use crate::ids::{ActorId, NodeId, Step};
 use crate::plant::{Bug, planted};
 use std::collections::BTreeSet;
+use std::fmt;
 use std::time::Duration;
 
 /// What sends a job back (SU-9).
@@ -14,6 +15,15 @@ pub(super) enum Back {
     For(String),
     /// Of what an actor made in a step there are different hashes.
     Audit { actor: ActorId, step: Step, made: Vec<(NodeId, u128)> },
+}
+
+impl fmt::Display for Back {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        match self {
+            Self::For(why) => f.write_str(why),
+            Self::Audit { actor, step, .. } => write!(f, "what {actor} made in step {step} has several hashes"),
+        }
+    }
 }
 
 impl Supervisor {
@@ -28,8 +38,7 @@ impl Supervisor {
         let stored = (step > 0).then_some(SupervisorEffect::Note(Happening::CheckpointStored { step }));
         let mut effects: Vec<_> = stored.into_iter().collect();
         // The checkpoint that reducers were to start from turned out to be damaged.
-        let goes_back = self.table.primaries.contains(&None);
-        let damaged = goes_back && (self.table.base > step || self.unreadable.is_some());
+        let damaged = self.table.goes_back() && (self.table.base > step || self.unreadable.is_some());
         match self.back.take() {
             Some((Back::Audit { actor, step, made }, _)) => effects.extend(self.differs(actor, step, &made)),
             Some((Back::For(why), _)) => {
@@ -59,7 +68,7 @@ impl Supervisor {
         self.failed(why.clone(), Duration::ZERO);
         let unread = planted(Bug::CheckpointNotAwaited).then_some(0);
         // Nobody has trained on it since: it is what they go back to, unless it is damaged.
-        let base = self.table.primaries.contains(&None).then_some(self.table.base);
+        let base = self.table.goes_back().then_some(self.table.base);
         match self.checkpoint.or(unread).or(base) {
             Some(to_step) => Some(self.begin_from(to_step, why)),
             None => {

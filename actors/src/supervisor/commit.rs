@@ -15,7 +15,7 @@ use crate::ids::{ActorId, Step};
 use crate::message::{Commit, Corruption};
 use crate::plant::{Bug, planted};
 use crate::spec::{JobSpec, Layout};
-use crate::table::{Domain, Table};
+use crate::table::Table;
 use std::collections::{BTreeMap, BTreeSet};
 use std::fmt::Write;
 use std::sync::Arc;
@@ -260,8 +260,7 @@ impl CommitCore {
     pub(crate) fn domains(&self, table: &Table) -> u32 {
         let of_shard = |shard| {
             let node = |replica| table.node_of(ActorId::Reducer { shard, replica });
-            let domains = self.copies(shard).filter_map(node).map(|n| table.domain_of(n));
-            domains.collect::<BTreeSet<Domain<'_>>>().len() as u32
+            table.domains(self.copies(shard).filter_map(node)).len() as u32
         };
         (0..self.spec.shards).map(of_shard).min().unwrap_or(0)
     }

@@ -84,6 +84,9 @@ mod tests {
         assert_eq!(of_shard(&[(0, Home::Leaving)], 1, 0, 1, true), copies(&[], &[1]));
         assert_eq!(of_shard(&[(0, Home::Leaving), (1, NEW)], 1, 0, 2, true), copies(&[], &[]));
         assert_eq!(of_shard(&[(0, Home::Leaving), (1, SAFE)], 1, 0, 2, true), copies(&[0], &[]));
+        // Fewer nodes than copies.
+        assert_eq!(of_shard(&[(0, Home::Leaving), (1, SAFE)], 1, 1, 2, true), copies(&[0], &[]));
+        // A step would wait for it.
         assert_eq!(of_shard(&[(0, Home::Leaving), (1, SAFE)], 1, 1, 2, false), copies(&[], &[]));
     }
 

@@ -9,7 +9,7 @@ use super::nodes::remember;
 use super::{Happening, Supervisor, SupervisorEffect};
 use crate::ids::NodeId;
 use crate::plant::{Bug, planted};
-use crate::table::{Domain, Entry};
+use crate::table::Entry;
 use std::collections::BTreeSet;
 
 impl Supervisor {
@@ -20,12 +20,12 @@ impl Supervisor {
         let mut count = self.nodes_wanted.max(working.len().saturating_sub(self.spares));
         if self.spec.thin_waits {
             // A spare of a domain that a step waits for (CO-6) is none.
-            let domains = |count: usize| {
-                let domains = working.iter().take(count).map(|node| self.table.domain_of(*node));
-                domains.collect::<BTreeSet<Domain<'_>>>().len()
-            };
-            let enough = |count: &usize| domains(*count) > self.spec.mirrors as usize;
-            count = (count..=working.len()).find(enough).unwrap_or(count);
+            let mut domains = BTreeSet::new();
+            let last = working.iter().position(|node| {
+                domains.insert(self.table.domain_of(*node));
+                domains.len() > self.spec.mirrors as usize
+            });
+            count = count.max(last.map_or(0, |last| last + 1));
         }
         working.truncate(count);
         working

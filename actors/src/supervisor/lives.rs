@@ -1,6 +1,5 @@
 //! Who lives where: new lives for what failed, primaries for shards, the way back to a checkpoint.
 
-use super::back::Back;
 use super::copies::{self, Home};
 use super::placement::{About, How, place_all};
 use super::timeline::Timeline;
@@ -108,13 +107,7 @@ impl Supervisor {
         let mib = |bytes: u64| bytes.div_ceil(1 << 20);
         match wait {
             Wait::Store => {
-                let why = match &self.back {
-                    Some((Back::For(why), _)) => why.clone(),
-                    Some((Back::Audit { actor, step, .. }, _)) => {
-                        format!("what {actor} made in step {step} has several hashes")
-                    }
-                    None => String::new(),
-                };
+                let why = self.back.as_ref().map_or(String::new(), |(back, _)| back.to_string());
                 format!("{why}: the job goes back to its newest checkpoint when its store can be read")
             }
             Wait::Leaving { copies, bytes } => format!(
@@ -201,8 +194,7 @@ impl Supervisor {
         let bytes = self.costs.bytes(ActorId::Reducer { shard, replica: 0 });
         let holdings = self.holdings();
         let roomy = working.iter().filter(|node| bytes <= holdings[node].1);
-        let domains: BTreeSet<Domain<'_>> = roomy.map(|node| self.table.domain_of(*node)).collect();
-        domains.difference(taken).count()
+        self.table.domains(roomy.copied()).difference(taken).count()
     }
 
     /// Retires copies of which there are more than are wanted, and gives those that are to be placed.
@@ -241,8 +233,7 @@ impl Supervisor {
             !in_sync || self.commit.in_sync(shard, replica)
         };
         let places = self.table.replicas(shard).filter(counts).filter_map(|copy| self.table.node_of(copy));
-        let domains = places.filter(|node| nodes.contains(node)).map(|node| self.table.domain_of(node));
-        domains.collect::<BTreeSet<Domain<'_>>>().len()
+        self.table.domains(places.filter(|node| nodes.contains(node))).len()
     }
 
     /// Whether the copies of a shard that have a place on these nodes are in fewer domains than a step waits for (CO-6).
@@ -309,7 +300,7 @@ impl Supervisor {
         if self.back.is_some() {
             return false;
         }
-        let all_in_sync = self.table.primaries.contains(&None) && self.commit.all_in_sync();
+        let all_in_sync = self.table.goes_back() && self.commit.all_in_sync();
         let unfit = |(shard, primary): (usize, &Option<u32>)| match primary {
             Some(replica) => !self.commit.in_sync(shard as u32, *replica) && self.commit.has_copy(shard as u32),
             None => all_in_sync,
@@ -397,8 +388,7 @@ impl Supervisor {
             ActorId::Reducer { shard, .. } => table.replicas(shard).filter(|copy| *copy != actor).collect(),
             _ => Vec::new(),
         };
-        let taken: BTreeSet<Domain<'_>> =
-            copies.into_iter().filter_map(|copy| table.node_of(copy)).map(|node| table.domain_of(node)).collect();
+        let taken = table.domains(copies.into_iter().filter_map(|copy| table.node_of(copy)));
         let free = self.working().into_iter().filter(|other| !taken.contains(&table.domain_of(*other)));
         let other = self.elsewhere(actor, &[node], &free.collect::<Vec<_>>())?;
         if self.away().contains_key(&actor) {

@@ -130,7 +130,7 @@ fn wish(log: &[Record]) -> Option<&Record> {
 pub(super) fn pending(log: &[Record]) -> Option<String> {
     let doubt = unsettled(log).filter(|doubt| is_pending(log, doubt));
     let audit = doubt.map(|_| "an audit had found a difference when the supervisor ended".to_owned());
-    audit.or_else(|| wish(log).map(|r| if let Record::Back(why) = r { why.clone() } else { unreachable!("a wish") }))
+    audit.or_else(|| if let Record::Back(why) = wish(log)? { Some(why.clone()) } else { None })
 }
 
 /// The audit that was under way when a log ends.

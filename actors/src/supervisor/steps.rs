@@ -76,7 +76,7 @@ impl Supervisor {
             return Vec::new();
         }
         let mut effects = self.report();
-        if self.finished || self.table.primaries.contains(&None) {
+        if self.finished || self.table.goes_back() {
             return effects;
         }
         if self.spec.thin_waits && self.commit.is_ready() && !planted(Bug::ThinCommitted) {
@@ -208,7 +208,7 @@ impl Supervisor {
 
     pub(super) fn checkpointed(&mut self, step: Step) -> Vec<SupervisorEffect> {
         // Of what the job goes back from: it is put aside.
-        if self.table.primaries.contains(&None) && step > self.table.base {
+        if self.table.goes_back() && step > self.table.base {
             return Vec::new();
         }
         let newest = self.checkpoint.unwrap_or(0).max(step);

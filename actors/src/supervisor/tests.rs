@@ -7,6 +7,7 @@ use crate::testing::{address, info, materials};
 use everstep_kernels::Tensor;
 
 const NOW: Duration = Duration::from_secs(1);
+const NODES: Nodes = Nodes { wanted: 2, spares: 0, relieve: false };
 
 /// A supervisor whose records are synced at once, and all that it asked for.
 struct Job {
@@ -25,11 +26,10 @@ impl Job {
 
     /// Its store of checkpoints is not read yet.
     fn unread(log: Vec<Record>) -> Self {
-        Self::of(materials().spec, log)
+        Self::of(materials().spec, NODES, log)
     }
 
-    fn of(spec: Arc<JobSpec>, log: Vec<Record>) -> Self {
-        let nodes = Nodes { wanted: 2, spares: 0, relieve: false };
+    fn of(spec: Arc<JobSpec>, nodes: Nodes, log: Vec<Record>) -> Self {
         let (supervisor, first) = Supervisor::new(spec, nodes, &log, BTreeMap::new(), Duration::ZERO);
         let mut job = Self { supervisor, log, asked: Vec::new(), now: NOW };
         job.take(first);

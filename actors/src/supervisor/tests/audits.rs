@@ -163,8 +163,7 @@ fn steps_that_were_not_audited_may_come_out_otherwise() {
     assert!(!job.supervisor.reported.contains_key(&1));
     for log in [job.log.clone(), Record::compacted(&job.log)] {
         let reported = [(1, "made without an audit".to_owned())].into();
-        let nodes = Nodes { wanted: 2, spares: 0, relieve: false };
-        let (next, _) = Supervisor::new(materials().spec, nodes, &log, reported, Duration::ZERO);
+        let (next, _) = Supervisor::new(materials().spec, NODES, &log, reported, Duration::ZERO);
         assert!(next.reported.is_empty());
         // Once they are done again it is over.
         let commit = |step| {

@@ -8,7 +8,7 @@ use crate::table::NodeInfo;
 fn a_job_waits_for_its_copies_if_it_is_to() {
     for waits in [false, true] {
         let spec = JobSpec { thin_waits: waits, ..(*materials().spec).clone() };
-        let mut job = begun(Job::of(Arc::new(spec), Vec::new()));
+        let mut job = begun(Job::of(Arc::new(spec), NODES, Vec::new()));
         job.on(SupervisorEvent::Lost { node: NodeId(2), why: "test".to_owned() });
         let mut effects = Vec::new();
         for shard in 0..2 {
@@ -111,7 +111,7 @@ fn what_is_found_decides_how_a_job_goes_on() {
     let mut job = started();
     job.everybody(prepared(1, 4));
     for (found, over) in [(0, false), (1, true)] {
-        let mut next = Job::of(Arc::new(JobSpec { steps: 1, ..(*materials().spec).clone() }), job.log.clone());
+        let mut next = Job::of(Arc::new(JobSpec { steps: 1, ..(*materials().spec).clone() }), NODES, job.log.clone());
         next.everybody(applied(1));
         let effects = next.on(SupervisorEvent::Found(Ok(found)));
         assert_eq!(effects.iter().any(|e| matches!(e, SupervisorEffect::Finish(Ok(())))), over);
@@ -126,7 +126,8 @@ fn damaged_checkpoints_end_only_a_job_that_nobody_holds() {
     job.everybody(applied(1));
     let with = |found| {
         let mut next = Job::unread(job.log.clone());
-        next.on(SupervisorEvent::Found(found));
+        assert_eq!(failure(&next.asked), None);
+        assert_eq!(failure(&next.on(SupervisorEvent::Found(found))), None);
         next
     };
     let why = || "no checkpoint can be read: chunk 7 is damaged".to_owned();
@@ -161,9 +162,7 @@ fn a_new_life_tells_of_its_checkpoint() {
 
 fn racked(nodes: Nodes, thin_waits: bool, racks: &[&str]) -> Job {
     let spec = Arc::new(JobSpec { thin_waits, ..(*materials().spec).clone() });
-    let (supervisor, first) = Supervisor::new(spec, nodes, &[], BTreeMap::new(), Duration::ZERO);
-    let mut job = Job { supervisor, log: Vec::new(), asked: Vec::new(), now: NOW };
-    job.take(first);
+    let mut job = Job::of(spec, nodes, Vec::new());
     job.on(SupervisorEvent::Found(Ok(0)));
     for (peer, rack) in (1..).zip(racks) {
         job.on(SupervisorEvent::Join(NodeInfo { domain: (*rack).to_owned(), ..info(peer) }));
