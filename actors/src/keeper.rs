@@ -36,7 +36,7 @@ pub(crate) enum KeeperEvent {
         /// What it says.
         body: Body<Tensor>,
     },
-    /// The store was read for the first time: see [`SupervisorEvent::Found`](crate::supervisor::SupervisorEvent::Found).
+    /// The store was read for the first time, and this is its newest checkpoint (0: there is none), or why none can be read.
     Found(Result<Step, String>),
     /// All copies of a step's state are the same, with this fingerprint.
     Verified(Step, String),
@@ -75,9 +75,7 @@ pub(crate) enum KeeperEffect {
     Read(Read),
     /// Send to an actor.
     Send(ActorId, Body<Tensor>),
-    /// Tell the supervisor what was found.
-    Found(Result<Step, String>),
-    /// Tell it of a checkpoint.
+    /// Tell the supervisor of a checkpoint.
     Checkpointed(Step),
     /// Tell it that what was stored of a step is not its state, and why that is known.
     Damaged(String),
@@ -145,7 +143,7 @@ impl KeeperCore {
                 let step = self.table.base;
                 let waiting = self.waiting.take().filter(|_| found.is_ok() && step <= newest).unwrap_or_default();
                 let reads = waiting.into_iter().map(|(shard, to)| KeeperEffect::Read(Read { step, shard, to }));
-                kept.into_iter().chain(reads).chain([KeeperEffect::Found(found)]).collect()
+                kept.into_iter().chain(reads).collect()
             }
             KeeperEvent::Verified(step, fingerprint) => {
                 if step > self.published && self.spec.is_stored(step) {

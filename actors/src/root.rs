@@ -2,13 +2,14 @@
 
 use crate::control::Control;
 use crate::effect::Event;
-use crate::ids::{ActorId, Address, NodeId, SUPERVISOR_NODE};
+use crate::ids::{ActorId, Address, NodeId, SUPERVISOR_NODE, Step};
 use crate::keeper::{KeeperCore, KeeperEffect, KeeperEvent};
 use crate::message::{Body, Envelope};
 use crate::router::{Action, Router};
 use crate::storing::{Read, Write};
 use crate::supervisor::{Happening, Record, Report, Supervisor, SupervisorEffect, SupervisorEvent};
 use everstep_kernels::Tensor;
+use std::collections::BTreeMap;
 use std::time::Duration;
 
 /// What the process is told.
@@ -18,6 +19,8 @@ pub(crate) enum RootEvent {
     Supervisor(SupervisorEvent),
     /// For the keeper.
     Keeper(KeeperEvent),
+    /// The store was read for the first time: what [`SupervisorEvent::Found`] says.
+    Found { newest: Result<Step, String>, reported: BTreeMap<Step, String> },
     /// Messages from a node.
     Arrived(Vec<Envelope>),
 }
@@ -61,14 +64,10 @@ impl Root {
     pub(crate) fn new(
         supervisor: Supervisor,
         first: Vec<SupervisorEffect>,
-        mut keeper: KeeperCore,
+        keeper: KeeperCore,
     ) -> (Self, Vec<RootEffect>) {
         let mut router = Router::new();
         router.welcome(SUPERVISOR_NODE);
-        // What earlier lives compared may be stored again.
-        for (step, fingerprint) in supervisor.reported() {
-            keeper.on(KeeperEvent::Verified(*step, fingerprint.clone()));
-        }
         let mut root = Self { supervisor, keeper, router };
         let effects = root.supervised(Duration::ZERO, first);
         (root, effects)
@@ -81,6 +80,12 @@ impl Root {
             RootEvent::Keeper(event) => {
                 let effects = self.keeper.on(event);
                 self.kept(now, effects)
+            }
+            RootEvent::Found { newest, reported } => {
+                let effects = self.keeper.on(KeeperEvent::Found(newest.clone()));
+                let mut out = self.kept(now, effects);
+                out.extend(self.tell_supervisor(now, SupervisorEvent::Found { newest, reported }));
+                out
             }
             RootEvent::Arrived(bundle) => {
                 let actions = self.router.arrive(bundle);
@@ -136,7 +141,6 @@ impl Root {
                 KeeperEffect::Write(write) => out.push(RootEffect::Write(write)),
                 KeeperEffect::Read(read) => out.push(RootEffect::Read(read)),
                 KeeperEffect::Send(to, body) => out.extend(self.send(now, vec![(ActorId::Keeper, to, body)])),
-                KeeperEffect::Found(found) => out.extend(self.tell_supervisor(now, SupervisorEvent::Found(found))),
                 KeeperEffect::Checkpointed(step) => {
                     out.extend(self.tell_supervisor(now, SupervisorEvent::Checkpointed(step)))
                 }

@@ -41,7 +41,7 @@ use membership::{Membership, Silent};
 pub use outlook::{Limit, Outlook};
 pub(crate) use record::RECORDS_MAX;
 pub use record::{CommitRecord, Record};
-use record::{pending, unfinished, unsettled};
+use record::{pending, unfinished};
 use speed::Speeds;
 pub use timeline::Phases;
 use timeline::Timeline;
@@ -120,6 +120,8 @@ pub struct Supervisor {
     work: BTreeMap<NodeId, [Operations; 2]>,
     /// Fingerprints of steps that may be done again: they must match.
     reported: BTreeMap<Step, String>,
+    /// What was reported of steps after this one stands for nothing.
+    doubted: Option<Step>,
     /// Of failures after which no step has been committed yet.
     recovery: Option<Timeline>,
     /// Nodes that have reached those before them (SU-7).
@@ -146,8 +148,9 @@ pub struct Supervisor {
 }
 
 impl Supervisor {
-    /// A supervisor from its control log; an empty log is a new job. `reported` are the fingerprints in metrics.jsonl. What is in
-    /// the store of checkpoints it is told ([`SupervisorEvent::Found`]). Gives the first effects too.
+    /// A supervisor from its control log; an empty log is a new job. `reported` are the fingerprints in metrics.jsonl from the step
+    /// on that the job of the log has reached. What is in the store of checkpoints it is told ([`SupervisorEvent::Found`]). Gives
+    /// the first effects too.
     pub fn new(
         spec: Arc<JobSpec>,
         nodes: Nodes,
@@ -181,6 +184,7 @@ impl Supervisor {
         }
         let mut effects = s.publish(Vec::new());
         effects.extend(s.log_back());
+        effects.extend(s.compared(&s.reported));
         if restarted {
             let restarted = Happening::SupervisorRestarted { incarnation: life.0, committed: s.commit.committed() };
             effects.push(SupervisorEffect::Note(restarted));
@@ -216,6 +220,7 @@ impl Supervisor {
             held: VecDeque::new(),
             work: BTreeMap::new(),
             reported,
+            doubted: None,
             recovery: None,
             admitted: BTreeSet::new(),
             uneven: false,
@@ -269,8 +274,8 @@ impl Supervisor {
                 Record::Doubt(_) | Record::Audit { .. } | Record::Back(_) => {}
             }
         }
-        if let Some(Record::Doubt(after)) = unsettled(log) {
-            self.doubt(*after);
+        if let Some(after) = Record::doubted(log) {
+            self.doubt(after);
         }
         if let Some(Record::Audit { step, actor, made }) = unfinished(log) {
             self.go_on_with_audit(*step, *actor, made.clone());
@@ -279,6 +284,7 @@ impl Supervisor {
 
     /// What was reported of steps after this one stands for nothing: they are reported again as they are done again.
     fn doubt(&mut self, after: Step) {
+        self.doubted = Some(after);
         self.reported.retain(|step, _| *step <= after);
     }
 
@@ -301,7 +307,7 @@ impl Supervisor {
             SupervisorEvent::Leave(node) => self.leave(node),
             SupervisorEvent::ActorFailed { address, reason } => self.actor_failed(address, reason),
             SupervisorEvent::Message { from, body } => self.message(from, body),
-            SupervisorEvent::Found(found) => self.found(found),
+            SupervisorEvent::Found { newest, reported } => self.found(newest, reported),
             SupervisorEvent::Checkpointed(step) => self.checkpointed(step),
             // It goes back already.
             SupervisorEvent::SnapshotDamaged(_) if self.table.goes_back() => Vec::new(),

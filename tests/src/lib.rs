@@ -251,7 +251,7 @@ pub fn wait(what: &str, mut holds: impl FnMut() -> Result<bool>) -> Result<()> {
 
 /// Lines of metrics.jsonl.
 pub fn metrics(run: &RunFolder) -> Result<Vec<MetricsLine>> {
-    Ok(MetricsLine::read_all(&run.metrics())?.0)
+    Ok(MetricsLine::read_all(&run.metrics())?)
 }
 
 /// Fingerprints by step; fails if a step is missing, or comes twice though no audit found anything.

@@ -101,11 +101,11 @@ fn at_last<T, E: ToString>(
 /// Opens the store, and tells what is in it.
 fn open(opening: Opening, to: &ActorRef<Msg>) -> Option<Store> {
     let means = |error: &AnyError| if may_heal(error) { Failure::Again } else { Failure::Lasting };
-    let Opened { store, newest } = match opening {
+    let Opened { store, newest, reported } = match opening {
         Opening::Done(opened) => *opened,
         Opening::Later(open) => at_last(to, means, open)?,
     };
-    to.cast(Msg::Opened(newest)).ok()?;
+    to.cast(Msg::Opened(newest, reported)).ok()?;
     Some(store)
 }
 

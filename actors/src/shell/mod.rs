@@ -2,6 +2,7 @@
 
 mod checkpoints;
 mod clock;
+mod control_log;
 mod join;
 mod node;
 mod operators;
@@ -14,6 +15,7 @@ mod run_folder;
 mod scribe;
 mod supervise;
 mod supervisor;
+mod tail;
 mod watch;
 mod worker;
 

@@ -47,7 +47,7 @@ impl ControlPlane {
         let (root, effects) = Root::new(supervisor, first, keeper);
         let mut plane = Self { root, layout, now, table: Arc::default() };
         plane.carry_out(effects, &mut Took::default());
-        plane.on(SupervisorEvent::Found(Ok(0)));
+        plane.on(SupervisorEvent::Found { newest: Ok(0), reported: BTreeMap::new() });
         plane
     }
 

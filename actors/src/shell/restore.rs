@@ -1,12 +1,17 @@
-//! What a supervisor begins from: the control log, the metrics so far, and later the newest good checkpoint.
+//! What a supervisor begins from: the control log, the last of the metrics, and later the newest good checkpoint.
+//!
+//! None of it grows with the job: a supervisor of a long one begins as fast as that of a short one, and in as much memory.
 
 use super::AnyError;
+use super::control_log::ControlLog;
 use super::run_folder::{MetricsLine, RunFolder};
 use super::scribe::Files;
+use super::tail::whole_bytes;
 use crate::ids::Step;
-use crate::storing::Newest;
-use crate::supervisor::{RECORDS_MAX, Record};
-use everstep_checkpoint::{Log, Store};
+use crate::spec::JobSpec;
+use crate::storing::{Newest, newest};
+use crate::supervisor::Record;
+use everstep_checkpoint::{Store, StoreError};
 use std::collections::BTreeMap;
 use std::fs::OpenOptions;
 use std::path::{Path, PathBuf};
@@ -14,6 +19,7 @@ use std::path::{Path, PathBuf};
 /// What a supervisor starts from.
 pub(super) struct Restored {
     pub(super) records: Vec<Record>,
+    /// Fingerprints of the steps that the job may do again before its store is read.
     pub(super) reported: BTreeMap<Step, String>,
     pub(super) opening: Opening,
 }
@@ -22,6 +28,8 @@ pub(super) struct Restored {
 pub(super) struct Opened {
     pub(super) store: Store,
     pub(super) newest: Newest,
+    /// Fingerprints of the steps that the job may do again.
+    pub(super) reported: BTreeMap<Step, String>,
 }
 
 /// The way to it.
@@ -34,36 +42,39 @@ pub(super) enum Opening {
 
 /// The control log of a supervisor that is the only one, and the files that it writes.
 pub(super) fn restore_log(run: &RunFolder) -> Result<(Vec<Record>, Files), AnyError> {
-    let (mut log, raw) = Log::open(&run.control_log())?;
-    let decode = |(n, bytes): (usize, Vec<u8>)| {
-        Record::decode(&bytes).map_err(|why| format!("{}: record {n}: {why}", run.control_log().display()))
-    };
-    let mut records: Vec<Record> = raw.into_iter().enumerate().map(decode).collect::<Result<_, _>>()?;
-    if records.len() > RECORDS_MAX {
-        records = Record::compacted(&records);
-        let encoded: Vec<Vec<u8>> = records.iter().map(Record::encode).collect();
-        log = Log::rewrite(&run.control_log(), &encoded)?;
-    }
+    let log = ControlLog::open(&run.control_log())?;
     let open = |path: PathBuf| -> Result<(PathBuf, std::fs::File), AnyError> {
-        let file =
-            OpenOptions::new().create(true).append(true).open(&path).map_err(|e| format!("{}: {e}", path.display()))?;
+        let words = |e: std::io::Error| format!("{}: {e}", path.display());
+        let mut file = OpenOptions::new().create(true).read(true).append(true).open(&path).map_err(words)?;
+        // A line of metrics that was torn is written again; one of events must not run into the next.
+        whole_bytes(&mut file).and_then(|whole| file.set_len(whole)).map_err(words)?;
         Ok((path, file))
     };
     let (metrics, events) = (open(run.metrics())?, open(run.events())?);
-    // A line of metrics that was torn is written again; one of events must not run into the next.
-    metrics.1.set_len(MetricsLine::read_all(&run.metrics())?.1 as u64)?;
-    let written = std::fs::read(run.events())?;
-    events.1.set_len(written.iter().rposition(|byte| *byte == b'\n').map_or(0, |at| at as u64 + 1))?;
-    Ok((records, Files { log, metrics, events }))
+    Ok((log.records().to_vec(), Files { log, metrics, events }))
 }
 
-/// The rest, once the control log is known. `metrics` has the lines of the steps so far.
+/// The rest, once the control log is known. `metrics` has the lines of the steps so far, `store` opens the store.
 pub(super) fn restore(
     records: Vec<Record>,
+    spec: JobSpec,
     metrics: &Path,
-    mut open: impl FnMut() -> Result<Opened, AnyError> + Send + 'static,
+    mut store: impl FnMut() -> Result<Store, StoreError> + Send + 'static,
 ) -> Result<Restored, AnyError> {
+    let reported = reported_from(metrics, Record::reached(&records).unwrap_or(0))?;
+    let (log, metrics) = (records.clone(), metrics.to_owned());
+    let mut open = move || -> Result<Opened, AnyError> {
+        let store = store()?;
+        let newest = newest(&store, &spec, &log)?;
+        // If none can be read the job does not go back.
+        let reported = newest.step.as_ref().map_or(Ok(BTreeMap::new()), |step| reported_from(&metrics, *step))?;
+        Ok(Opened { store, newest, reported })
+    };
     let opening = if records.is_empty() { Opening::Done(Box::new(open()?)) } else { Opening::Later(Box::new(open)) };
-    let reported = MetricsLine::read_all(metrics)?.0.into_iter().map(|l| (l.step, l.fingerprint)).collect();
     Ok(Restored { records, reported, opening })
+}
+
+/// Fingerprints of these steps on.
+fn reported_from(metrics: &Path, step: Step) -> std::io::Result<BTreeMap<Step, String>> {
+    Ok(MetricsLine::read_from(metrics, step)?.into_iter().map(|line| (line.step, line.fingerprint)).collect())
 }

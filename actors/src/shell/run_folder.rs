@@ -1,5 +1,6 @@
 //! The files of a run, and the forms of those that others read.
 
+use super::tail::{PART, last_lines};
 use crate::config::Config;
 use crate::ids::Step;
 use crate::supervisor::Report;
@@ -223,29 +224,49 @@ impl MetricsLine {
         Ok(std::fs::read_to_string(path)?.lines().count())
     }
 
-    /// Reads metrics.jsonl; a missing file has no lines. A torn last line (the process died while it
-    /// was written) is left out; gives how many bytes are whole too. A step that is reported again, for a node had computed
-    /// wrongly, takes the place of what was reported from it on.
-    pub fn read_all(path: &Path) -> std::io::Result<(Vec<Self>, usize)> {
-        let text = match std::fs::read_to_string(path) {
-            Ok(text) => text,
-            Err(e) if e.kind() == std::io::ErrorKind::NotFound => return Ok((Vec::new(), 0)),
-            Err(e) => return Err(e),
-        };
-        let whole = text.rfind('\n').map_or(0, |at| at + 1);
-        let parse = |(n, line): (usize, &str)| {
-            serde_json::from_str(line).map_err(|e| {
-                let words = format!("{}, line {}: {e}", path.display(), n + 1);
-                std::io::Error::new(std::io::ErrorKind::InvalidData, words)
-            })
-        };
-        let mut lines: Vec<Self> = Vec::new();
-        for line in text[..whole].lines().enumerate().map(parse) {
-            let line: Self = line?;
-            lines.truncate(lines.partition_point(|before| before.step < line.step));
-            lines.push(line);
+    /// Reads metrics.jsonl; a missing file has no lines. A torn last line (the process died while it was written) is left out. A step
+    /// that is reported again, for a node had computed wrongly, takes the place of what was reported from it on.
+    pub fn read_all(path: &Path) -> std::io::Result<Vec<Self>> {
+        Self::parse(path, &last_lines(path, u64::MAX)?)
+    }
+
+    /// The lines of these steps on, as [`MetricsLine::read_all`] gives them.
+    pub(super) fn read_from(path: &Path, step: Step) -> std::io::Result<Vec<Self>> {
+        let mut lines = Self::read_until(path, |first| first.step < step)?;
+        lines.drain(..lines.partition_point(|line| line.step < step));
+        Ok(lines)
+    }
+
+    /// The newest line, if there is one.
+    pub fn newest(path: &Path) -> std::io::Result<Option<Self>> {
+        Ok(Self::read_until(path, |_| true)?.pop())
+    }
+
+    /// The last lines, from one on that is early enough: of a file of any length no more is read than has them.
+    fn read_until(path: &Path, is_enough: impl Fn(&Self) -> bool) -> std::io::Result<Vec<Self>> {
+        let mut bytes = PART;
+        loop {
+            let last = last_lines(path, bytes)?;
+            let lines = Self::parse(path, &last)?;
+            if last.1 == 0 || lines.first().is_some_and(&is_enough) {
+                return Ok(lines);
+            }
+            bytes *= 2;
         }
-        Ok((lines, whole))
+    }
+
+    fn parse(path: &Path, (text, from): &(String, u64)) -> std::io::Result<Vec<Self>> {
+        let (mut lines, mut at): (Vec<Self>, u64) = (Vec::new(), *from);
+        for line in text.split_inclusive('\n') {
+            let parsed: Self = serde_json::from_str(line).map_err(|e| {
+                let words = format!("{}, the line at byte {at}: {e}", path.display());
+                std::io::Error::new(std::io::ErrorKind::InvalidData, words)
+            })?;
+            at += line.len() as u64;
+            lines.truncate(lines.partition_point(|before| before.step < parsed.step));
+            lines.push(parsed);
+        }
+        Ok(lines)
     }
 }
 
@@ -274,4 +295,65 @@ pub fn verify_tokens(run: &RunFolder, sources: &[SourceInfo]) -> std::io::Result
         }
     }
     Ok(())
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use std::fmt::Write as _;
+
+    fn line(step: Step) -> String {
+        let line = MetricsLine {
+            step,
+            loss: f64::NAN,
+            mtp_loss: None,
+            tokens: 1,
+            grad_norm: 1.0,
+            lr: 0.1,
+            tokens_per_s: 1.0,
+            time: 0,
+            epoch: 1,
+            nodes: 1,
+            copies: 2,
+            samples: 1,
+            operations: BTreeMap::new(),
+            redone: 0,
+            recipes: 0,
+            fingerprint: format!("{step:064x}"),
+        };
+        serde_json::to_string(&line).unwrap()
+    }
+
+    /// Whatever part of the file has them: steps, some of which were reported again, and a torn end.
+    #[test]
+    fn the_lines_from_a_step_on_are_those_of_the_whole_file() {
+        let folder = tempfile::tempdir().unwrap();
+        let path = folder.path().join("metrics.jsonl");
+        assert_eq!(
+            (MetricsLine::newest(&path).unwrap(), MetricsLine::read_from(&path, 1).unwrap()),
+            (None, Vec::new())
+        );
+        let mut text = String::new();
+        for step in (1..=900).chain(300..=600).chain(590..=1000) {
+            writeln!(text, "{}", line(step)).unwrap();
+        }
+        assert!(text.len() as u64 > 4 * PART);
+        std::fs::write(&path, text + &line(1001)[..40]).unwrap();
+        let steps = |lines: Vec<MetricsLine>| lines.into_iter().map(|l| l.step).collect::<Vec<_>>();
+        assert_eq!(steps(MetricsLine::read_all(&path).unwrap()), (1..=1000).collect::<Vec<_>>());
+        assert_eq!(MetricsLine::newest(&path).unwrap().map(|l| l.step), Some(1000));
+        for from in [0, 1, 2, 299, 300, 301, 590, 601, 899, 901, 1000, 1001] {
+            assert_eq!(steps(MetricsLine::read_from(&path, from).unwrap()), (from.max(1)..=1000).collect::<Vec<_>>());
+        }
+    }
+
+    #[test]
+    fn a_line_that_is_none_is_named() {
+        let folder = tempfile::tempdir().unwrap();
+        let path = folder.path().join("metrics.jsonl");
+        let first = line(1);
+        std::fs::write(&path, format!("{first}\n{{\n")).unwrap();
+        let error = MetricsLine::read_all(&path).unwrap_err().to_string();
+        assert!(error.contains(&format!("metrics.jsonl, the line at byte {}", first.len() + 1)), "{error}");
+    }
 }

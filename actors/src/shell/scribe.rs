@@ -3,9 +3,10 @@
 //! Order: lines and records reach the disk in the order in which the supervisor decided them, so a
 //! commit's record is never there without the metrics of the step before it.
 
+use super::control_log::ControlLog;
 use super::supervisor::Msg;
 use crate::supervisor::Record;
-use everstep_checkpoint::{Log, StoreError};
+use everstep_checkpoint::StoreError;
 use ractor::ActorRef;
 use std::fs::File;
 use std::io::Write as _;
@@ -31,7 +32,7 @@ pub(super) enum Line {
 /// The open files.
 #[derive(Debug)]
 pub(super) struct Files {
-    pub(super) log: Log,
+    pub(super) log: ControlLog,
     pub(super) metrics: (PathBuf, File),
     pub(super) events: (PathBuf, File),
 }
@@ -50,7 +51,7 @@ fn write_lines(mut files: Files, mut lines: mpsc::Receiver<Line>, to: &ActorRef<
     }
     while let Some(line) = lines.blocking_recv() {
         let (result, answer) = match line {
-            Line::Record(record) => (files.log.append(&record.encode()), Some(Msg::Synced)),
+            Line::Record(record) => (files.log.append(*record), Some(Msg::Synced)),
             Line::Metrics(line) => {
                 let written = append(&mut files.metrics, &line);
                 let (path, file) = &files.metrics;

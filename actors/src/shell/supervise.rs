@@ -1,13 +1,12 @@
 //! How a process becomes the supervisor of a run: at once if it is the only one; of several, when it leads.
 
 use super::replicated::{Lease, Replicated, Seat};
-use super::restore::{Opened, Restored, restore, restore_log};
+use super::restore::{Restored, restore, restore_log};
 use super::run_folder::{RunFolder, RunIdentity, open_tokens};
 use super::scribe::Files;
 use super::supervisor::{Args, Msg, Sink, SupervisorEnd, SupervisorProcess};
 use super::{AnyError, new_name, pump};
 use crate::config::Config;
-use crate::storing::newest;
 use crate::tokens::Tokens;
 use everstep_checkpoint::{Store, Switch};
 use everstep_kernels::{Backend, CpuBackend};
@@ -116,13 +115,12 @@ async fn alone(ready: Ready, open: impl FnOnce() -> Endpoint) -> Result<Supervis
     let switch = ready.switch.clone();
     let restoring = move || -> Result<(Restored, Files), AnyError> {
         let (records, files) = restore_log(&folder)?;
-        let (log, metrics) = (records.clone(), folder.metrics());
-        let open = move || {
+        let (spec, metrics) = (config.spec.clone(), folder.metrics());
+        let store = move || {
             let place = folder.store(&config, &job)?.with_switch(switch.clone());
-            let store = Store::open(place, Some(&folder.catalogue()), &job, config.keep)?;
-            Ok(Opened { newest: newest(&store, &config.spec, &log)?, store })
+            Store::open(place, Some(&folder.catalogue()), &job, config.keep)
         };
-        Ok((restore(records, &metrics, open)?, files))
+        Ok((restore(records, spec, &metrics, store)?, files))
     };
     let restoring = tokio::task::spawn_blocking(move || restoring().map_err(|e| e.to_string()));
     let (restored, files) = restoring.await??;
@@ -212,16 +210,15 @@ async fn lead_among(
     let (run, config, job) = (ready.run.clone(), ready.config.clone(), ready.identity.job.clone());
     let (number, switch) = (seat.number, ready.switch.clone());
     let restoring = move || -> Result<Restored, AnyError> {
-        let (log, metrics, links) = (records.clone(), folder.join("metrics.jsonl"), run.clone());
+        let (spec, metrics, links) = (config.spec.clone(), folder.join("metrics.jsonl"), run.clone());
         let holds = lease.clone();
-        let open = move || {
+        let store = move || {
             let holds = holds.clone();
             let mine = Arc::new(move || holds.holds());
             let place = run.store(&config, &job)?.with_switch(switch.clone());
-            let store = Store::in_turn(place, Some(&folder.join("catalogue")), &job, config.keep, mine)?;
-            Ok(Opened { newest: newest(&store, &config.spec, &log)?, store })
+            Store::in_turn(place, Some(&folder.join("catalogue")), &job, config.keep, mine)
         };
-        let restored = restore(records, &metrics, open)?;
+        let restored = restore(records, spec, &metrics, store)?;
         if !lease.holds() {
             return Err("another supervisor may lead".into());
         }

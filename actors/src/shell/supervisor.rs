@@ -12,7 +12,7 @@ use super::watch::watch;
 use super::{machine, milliseconds, send, tell};
 use crate::config::Config;
 use crate::control::Control;
-use crate::ids::NodeId;
+use crate::ids::{NodeId, Step};
 use crate::keeper::{KeeperCore, KeeperEvent};
 use crate::root::{Root, RootEffect, RootEvent};
 use crate::storing::Newest;
@@ -59,8 +59,8 @@ pub(super) enum Msg {
     Synced,
     /// From the scribe: all is written.
     Flushed,
-    /// From the store's thread: it is open.
-    Opened(Newest),
+    /// From the store's thread: it is open. With the fingerprints of the steps since its newest checkpoint.
+    Opened(Newest, BTreeMap<Step, String>),
     /// From the store's threads.
     Keeper(KeeperEvent),
     /// From either thread: the disk said no.
@@ -182,7 +182,7 @@ impl Actor for SupervisorProcess {
                     let _ = state.end.try_send(end);
                 }
             }
-            Msg::Opened(newest) => state.opened(newest),
+            Msg::Opened(newest, reported) => state.opened(newest, reported),
             Msg::Keeper(event) => state.kept(event),
             Msg::DiskFailed(why) => {
                 if !state.among {
@@ -250,21 +250,26 @@ impl State {
         self.store_fails = Some(why);
     }
 
-    fn opened(&mut self, newest: Newest) {
+    fn opened(&mut self, newest: Newest, reported: BTreeMap<Step, String>) {
         for why in newest.wrong {
             tracing::warn!(why, "a checkpoint is not readable");
             self.note(&Happening::CheckpointRefused { why });
         }
-        self.kept(KeeperEvent::Found(newest.step));
+        self.store_works();
+        self.root_event(RootEvent::Found { newest: newest.step, reported });
     }
 
     fn kept(&mut self, event: KeeperEvent) {
-        use KeeperEvent::{Found, Published, Refused, Stored};
-        let works = matches!(event, Found(_) | Stored { .. } | Published(_) | Refused);
-        if works && self.store_fails.take().is_some() {
-            self.note(&Happening::StoreWorks);
+        if matches!(event, KeeperEvent::Stored { .. } | KeeperEvent::Published(_) | KeeperEvent::Refused) {
+            self.store_works();
         }
         self.root_event(RootEvent::Keeper(event));
+    }
+
+    fn store_works(&mut self) {
+        if self.store_fails.take().is_some() {
+            self.note(&Happening::StoreWorks);
+        }
     }
 
     fn note(&self, happening: &Happening) {

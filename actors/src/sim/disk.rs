@@ -94,9 +94,9 @@ impl Disk {
         &self.records
     }
 
-    /// Lines of metrics.jsonl, by step.
-    pub(super) fn metrics(&self) -> &BTreeMap<Step, String> {
-        &self.metrics
+    /// Fingerprints in metrics.jsonl, of these steps on.
+    pub(super) fn reported_from(&self, step: Step) -> BTreeMap<Step, String> {
+        self.metrics.range(step..).map(|(step, fingerprint)| (*step, fingerprint.clone())).collect()
     }
 }
 

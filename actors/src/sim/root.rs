@@ -36,11 +36,14 @@ impl World {
         // Made short in every other life: that changes nothing.
         self.disk.open(life.is_multiple_of(2)).map_err(|why| ("C2", why))?;
         let nodes = Nodes { wanted: self.wanted, spares: self.spares, relieve: false };
-        let (records, metrics) = (self.disk.records(), self.disk.metrics().clone());
-        let began_with = records.to_vec();
-        let (supervisor, first) = Supervisor::new(Arc::clone(&spec), nodes, records, metrics, Duration::ZERO);
+        let began_with = self.disk.records().to_vec();
+        let reported = self.disk.reported_from(Record::reached(&began_with).unwrap_or(0));
+        let (supervisor, first) = Supervisor::new(Arc::clone(&spec), nodes, &began_with, reported, Duration::ZERO);
         self.note(format!("the supervisor starts as life {life} with step {} committed", supervisor.committed()));
-        self.fingerprints = supervisor.reported().values().cloned().collect();
+        // What is doubted is reported again.
+        let sure = Record::doubted(&began_with).unwrap_or(Step::MAX);
+        self.fingerprints =
+            self.disk.reported_from(0).into_iter().filter(|(s, _)| *s <= sure).map(|(_, f)| f).collect();
         (self.table, self.stepped) = (supervisor.table().clone(), false);
         self.copies = c2::Copies::new(supervisor.committed());
         // Of a job that was going back nobody holds the state: if its checkpoint turns out to be damaged it goes back further,
@@ -96,7 +99,8 @@ impl World {
         if let Some(root) = &mut self.root {
             (root.store, root.began_with) = (Some(store), Vec::new());
         }
-        self.tell_root(RootEvent::Keeper(KeeperEvent::Found(step)))
+        let reported = step.as_ref().map_or(BTreeMap::new(), |step| self.disk.reported_from(*step));
+        self.tell_root(RootEvent::Found { newest: step, reported })
     }
 
     /// Whether the supervisor's process died in a write of the store.
@@ -276,7 +280,7 @@ impl World {
         let now = Duration::from_micros(self.now + self.ahead - root.began);
         let stale = match &event {
             RootEvent::Arrived(bundle) => c4::stale(bundle, root.root.router().table()),
-            RootEvent::Supervisor(_) | RootEvent::Keeper(_) => 0,
+            RootEvent::Supervisor(_) | RootEvent::Keeper(_) | RootEvent::Found { .. } => 0,
         };
         let before = root.root.router().refused();
         let effects = root.root.on(now, event);

@@ -4,7 +4,7 @@ use super::commit::CommitError;
 use super::{CORRUPTION_WINDOW, CORRUPTIONS_MAX, Happening, Record, Supervisor, SupervisorEffect, count_within};
 use crate::ids::{ActorId, NodeId, Step};
 use crate::plant::{Bug, planted};
-use std::collections::BTreeSet;
+use std::collections::{BTreeMap, BTreeSet};
 use std::fmt;
 use std::time::Duration;
 
@@ -28,15 +28,25 @@ impl fmt::Display for Back {
 
 impl Supervisor {
     /// The store was read for the first time (SU-9). The event of the newest checkpoint may have been lost with the life before.
-    pub(super) fn found(&mut self, found: Result<Step, String>) -> Vec<SupervisorEffect> {
-        self.unreadable = found.as_ref().err().cloned();
-        let step = found.unwrap_or(0);
+    pub(super) fn found(
+        &mut self,
+        newest: Result<Step, String>,
+        mut reported: BTreeMap<Step, String>,
+    ) -> Vec<SupervisorEffect> {
+        self.unreadable = newest.as_ref().err().cloned();
+        let step = newest.unwrap_or(0);
         self.checkpoint = Some(step);
+        reported.retain(|step, _| self.doubted.is_none_or(|after| *step <= after));
         if let Some(why) = self.unreadable.clone().filter(|_| planted(Bug::EndedTooSoon)) {
             return self.finish(Err(why));
         }
         let stored = (step > 0).then_some(SupervisorEffect::Note(Happening::CheckpointStored { step }));
         let mut effects: Vec<_> = stored.into_iter().collect();
+        // All since are done again, and compared again, if the job is going back.
+        effects.extend(self.compared(&reported).filter(|_| !self.table.goes_back()));
+        for (step, fingerprint) in reported {
+            self.reported.entry(step).or_insert(fingerprint);
+        }
         // The checkpoint that reducers were to start from turned out to be damaged.
         let damaged = self.table.goes_back() && (self.table.base > step || self.unreadable.is_some());
         match self.back.take() {

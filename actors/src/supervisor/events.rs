@@ -53,9 +53,13 @@ pub enum SupervisorEvent {
         /// What it says.
         body: Body<Tensor>,
     },
-    /// The store was read for the first time: the step of the newest checkpoint (0: there is none), or why none of those
-    /// that exist can be read.
-    Found(Result<Step, String>),
+    /// The store was read for the first time.
+    Found {
+        /// The step of the newest checkpoint (0: there is none), or why none of those that exist can be read.
+        newest: Result<Step, String>,
+        /// Fingerprints in metrics.jsonl from that step on.
+        reported: BTreeMap<Step, String>,
+    },
     /// The keeper has a whole checkpoint on disk.
     Checkpointed(Step),
     /// What was stored of a step is not its state: memory on its way to the disk is bad.

@@ -84,6 +84,11 @@ impl Record {
         last_commit(log).and_then(commit).or_else(|| log.iter().rev().find_map(base))
     }
 
+    /// The step after which what the job of a log has reported stands for nothing, if there is one.
+    pub(crate) fn doubted(log: &[Self]) -> Option<Step> {
+        if let Self::Doubt(after) = unsettled(log)? { Some(*after) } else { None }
+    }
+
     /// Whether it sends everybody back to a checkpoint: then no shard has a primary.
     fn goes_back(&self) -> bool {
         matches!(self, Self::Epoch { table, .. } if table.goes_back())
@@ -108,7 +113,7 @@ fn last_commit(log: &[Record]) -> Option<&Record> {
 
 /// The last doubt of a log, if what it is about may not have been done again. A commit comes after the report of the step
 /// before it, and the first step that is reported again takes the place of all reports since.
-pub(super) fn unsettled(log: &[Record]) -> Option<&Record> {
+fn unsettled(log: &[Record]) -> Option<&Record> {
     let at = log.iter().rposition(|r| matches!(r, Record::Doubt(_)))?;
     let Record::Doubt(after) = &log[at] else { return None };
     let done = |r: &Record| matches!(r, Record::Commit(c) if c.commit.step > after + 1);

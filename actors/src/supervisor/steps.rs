@@ -194,9 +194,9 @@ impl Supervisor {
         effects
     }
 
-    /// Fingerprints of steps that may be done again.
-    pub(crate) fn reported(&self) -> &BTreeMap<Step, String> {
-        &self.reported
+    /// What earlier lives compared may be stored again.
+    pub(super) fn compared(&self, reported: &BTreeMap<Step, String>) -> impl Iterator<Item = SupervisorEffect> {
+        reported.clone().into_iter().map(|(step, fingerprint)| SupervisorEffect::Verified(step, fingerprint))
     }
 
     /// The job is over when its last step is reported, and stored.

@@ -61,7 +61,7 @@ pub(crate) struct Bars {
 /// Prints each pair's differences; draws the curves. Fails if a pair is further apart than it may be.
 pub(crate) fn run(runs: &[PathBuf], picture: Option<&Path>, bars: Bars) -> Result<()> {
     let curve = |path: &PathBuf| -> Result<Curve> {
-        let (lines, _) = MetricsLine::read_all(&RunFolder(path.clone()).metrics())?;
+        let lines = MetricsLine::read_all(&RunFolder(path.clone()).metrics())?;
         let name = path.file_name().unwrap_or(path.as_os_str()).to_string_lossy().into_owned();
         ensure!(!lines.is_empty(), "{} has no steps", path.display());
         Ok(Curve { name, losses: smoothed(lines.iter().map(|l| l.loss)) })

@@ -39,7 +39,7 @@ impl Progress {
         let target = if terminal { ProgressDrawTarget::stderr() } else { ProgressDrawTarget::hidden() };
         let bar = ProgressBar::with_draw_target(Some(config.spec.steps), target);
         bar.set_style(ProgressStyle::with_template("{bar:30} {pos}/{len}  {msg}  eta {eta}")?);
-        let last = MetricsLine::read_all(&run.metrics())?.0.last().map_or(0, |l| l.step);
+        let last = MetricsLine::newest(&run.metrics())?.map_or(0, |line| line.step);
         Ok(Self {
             metrics: Tail::new(run.metrics()),
             events: Tail::new(run.events()),

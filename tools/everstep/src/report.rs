@@ -9,7 +9,7 @@ use std::fmt::Write;
 
 /// Writes a run's report.
 pub(crate) fn write(run: &RunFolder) -> Result<()> {
-    let (lines, _) = MetricsLine::read_all(&run.metrics())?;
+    let lines = MetricsLine::read_all(&run.metrics())?;
     let loss: Vec<(f64, f64)> = lines.iter().map(|l| (l.step as f64, l.loss)).collect();
     let rate: Vec<(f64, f64)> =
         lines.iter().filter(|l| l.tokens_per_s > 0.0).map(|l| (l.step as f64, l.tokens_per_s)).collect();

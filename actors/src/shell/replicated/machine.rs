@@ -5,6 +5,7 @@
 //!   A line that a file has already (it was written before the process ended) is not written again.
 //! - MA-2: a snapshot is on disk, with the lines that it counts, before it says that it is saved.
 
+use super::super::tail::{between, whole_bytes};
 use super::{Types, Word, decode, encode, failed};
 use crate::supervisor::{RECORDS_MAX, Record};
 use openraft::storage::RaftStateMachine;
@@ -48,14 +49,12 @@ impl Lines {
     fn open(path: PathBuf, written: u64) -> Result<Self> {
         let named = |e: Error| Error::other(format!("{}: {e}", path.display()));
         let mut file = OpenOptions::new().create(true).read(true).append(true).open(&path).map_err(named)?;
-        let mut bytes = Vec::new();
-        file.read_to_end(&mut bytes).map_err(named)?;
-        let whole = bytes.iter().rposition(|b| *b == b'\n').map_or(0, |at| at as u64 + 1);
+        let whole = whole_bytes(&mut file).map_err(named)?;
         if whole < written {
             return Err(named(Error::other(format!("it has {whole} bytes of whole lines, expected {written}"))));
         }
         file.set_len(whole).map_err(named)?;
-        let ahead = bytes[written as usize..whole as usize].iter().copied().collect();
+        let ahead = between(&mut file, written, whole).map_err(named)?.into();
         Ok(Self { file, written, ahead, path })
     }
 

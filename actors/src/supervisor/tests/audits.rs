@@ -148,7 +148,7 @@ fn a_difference_waits_for_the_store() {
     let kept = |r: Option<&Record>| matches!(r, Some(Record::Audit { made, .. }) if made.len() == 3);
     assert!(kept(job.log.last()), "the next supervisor would compare them too");
     assert!(commits(&job.everybody(prepared(1, 4))).is_empty());
-    let effects = job.on(SupervisorEvent::Found(Ok(0)));
+    let effects = job.on(read_as(Ok(0)));
     assert!(way_back(&effects).is_some() && dead(&effects).len() == 1);
     assert!(job.log.iter().any(|r| matches!(r, Record::Doubt(0))));
 }
@@ -172,7 +172,7 @@ fn steps_that_were_not_audited_may_come_out_otherwise() {
         };
         let mut later = log.clone();
         later.extend([commit(1), commit(2)]);
-        assert_eq!(unsettled(&later), None);
+        assert_eq!(Record::doubted(&later), None);
         assert!(Record::compacted(&later).iter().all(|r| !matches!(r, Record::Doubt(_))));
     }
 }

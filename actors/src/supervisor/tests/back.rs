@@ -65,7 +65,7 @@ fn a_job_goes_on_before_its_store_is_read() {
         };
         effects.iter().filter_map(back).collect::<Vec<_>>()
     };
-    let effects = next.on(SupervisorEvent::Found(Ok(1)));
+    let effects = next.on(read_as(Ok(1)));
     assert_eq!((rolled(&effects), next.supervisor.table().base), (vec![1], 1));
     assert!(next.supervisor.table().goes_back() && next.supervisor.committed() == 1);
 }
@@ -87,7 +87,7 @@ fn the_wish_to_go_back_outlives_its_supervisor() {
     last.everybody(applied(1));
     assert!(commits(&last.everybody(prepared(2, 4))).is_empty());
     assert!(last.supervisor.reported.is_empty(), "what is doubted is not reported");
-    last.on(SupervisorEvent::Found(Ok(0)));
+    last.on(read_as(Ok(0)));
     assert!(last.supervisor.table().goes_back());
     assert!(!Job::from_log(last.log.clone()).supervisor.table().primaries.contains(&Some(0)));
 }
@@ -104,7 +104,7 @@ fn what_is_found_decides_how_a_job_goes_on() {
     for (found, base) in [(2, 2), (1, 1)] {
         let mut next = Job::unread(job.log.clone());
         let before = next.supervisor.table().epoch;
-        next.on(SupervisorEvent::Found(Ok(found)));
+        next.on(read_as(Ok(found)));
         assert_eq!(next.supervisor.table().base, base);
         assert_eq!(next.supervisor.table().epoch - before, 2 - base, "an epoch only if it goes back further");
     }
@@ -113,7 +113,7 @@ fn what_is_found_decides_how_a_job_goes_on() {
     for (found, over) in [(0, false), (1, true)] {
         let mut next = Job::of(Arc::new(JobSpec { steps: 1, ..(*materials().spec).clone() }), NODES, job.log.clone());
         next.everybody(applied(1));
-        let effects = next.on(SupervisorEvent::Found(Ok(found)));
+        let effects = next.on(read_as(Ok(found)));
         assert_eq!(effects.iter().any(|e| matches!(e, SupervisorEffect::Finish(Ok(())))), over);
     }
 }
@@ -127,7 +127,7 @@ fn damaged_checkpoints_end_only_a_job_that_nobody_holds() {
     let with = |found| {
         let mut next = Job::unread(job.log.clone());
         assert_eq!(failure(&next.asked), None);
-        assert_eq!(failure(&next.on(SupervisorEvent::Found(found))), None);
+        assert_eq!(failure(&next.on(read_as(found))), None);
         next
     };
     let why = || "no checkpoint can be read: chunk 7 is damaged".to_owned();
@@ -143,6 +143,31 @@ fn damaged_checkpoints_end_only_a_job_that_nobody_holds() {
     }
 }
 
+/// SU-5, SU-9: what earlier lives reported since the checkpoint is known once that is: it must be given again, and may be stored.
+/// What is doubted is not.
+#[test]
+fn what_was_reported_since_the_checkpoint_is_known_once_that_is_read() {
+    let mut job = started();
+    job.everybody(prepared(1, 4));
+    job.everybody(applied(1));
+    let lines = || SupervisorEvent::Found { newest: Ok(0), reported: [(1, "other".to_owned())].into() };
+    let verified = |e: &SupervisorEffect| matches!(e, SupervisorEffect::Verified(1, of) if of == "other");
+    let doubted = [&job.log[..], &[Record::Doubt(0)]].concat();
+    for (log, known) in [(job.log.clone(), true), (doubted, false)] {
+        let mut next = Job::unread(log);
+        let effects = next.on(lines());
+        assert_eq!((effects.iter().any(verified), next.supervisor.reported.contains_key(&1)), (known, known));
+        let lost = |node| SupervisorEvent::Lost { node: NodeId(node), why: "test".to_owned() };
+        [1, 2].into_iter().for_each(|node| drop(next.on(lost(node))));
+        [3, 4].into_iter().for_each(|peer| drop(next.join(peer)));
+        next.everybody(applied(0));
+        assert!(next.supervisor.committed() == 0);
+        next.everybody(prepared(1, 4));
+        let effects = next.everybody(applied(1));
+        assert_eq!(failure(&effects).is_some_and(|why| why.contains("not other")), known, "{effects:?}");
+    }
+}
+
 /// The event of the newest checkpoint may have been lost with the life before.
 #[test]
 fn a_new_life_tells_of_its_checkpoint() {
@@ -150,7 +175,7 @@ fn a_new_life_tells_of_its_checkpoint() {
     job.everybody(prepared(1, 4));
     job.everybody(applied(1));
     let told = |log: &[Record], step| {
-        let effects = Job::unread(log.to_vec()).on(SupervisorEvent::Found(Ok(step)));
+        let effects = Job::unread(log.to_vec()).on(read_as(Ok(step)));
         let stored = |e: &SupervisorEffect| match e {
             SupervisorEffect::Note(Happening::CheckpointStored { step }) => Some(*step),
             _ => None,
@@ -163,7 +188,7 @@ fn a_new_life_tells_of_its_checkpoint() {
 fn racked(nodes: Nodes, thin_waits: bool, racks: &[&str]) -> Job {
     let spec = Arc::new(JobSpec { thin_waits, ..(*materials().spec).clone() });
     let mut job = Job::of(spec, nodes, Vec::new());
-    job.on(SupervisorEvent::Found(Ok(0)));
+    job.on(read_as(Ok(0)));
     for (peer, rack) in (1..).zip(racks) {
         job.on(SupervisorEvent::Join(NodeInfo { domain: (*rack).to_owned(), ..info(peer) }));
         job.on(beat(peer, &[]));

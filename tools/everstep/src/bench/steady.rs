@@ -43,7 +43,7 @@ pub(super) fn run(config: &Path, set: &[String]) -> Result<()> {
             Launcher::start(run.clone(), config.nodes, false)?.wait(look)?.finished()?;
             let outlook = Outlook::new(&config.spec, config.nodes, 0);
             *planned = outlook.fullest.map_or(0, |bytes| bytes + outlook.process);
-            let lines = MetricsLine::read_all(&run.metrics())?.0;
+            let lines = MetricsLine::read_all(&run.metrics())?;
             if lines.len() < 2 * WARM {
                 bail!("{} steps are too few: give the job at least {}", lines.len(), 2 * WARM);
             }

@@ -61,7 +61,7 @@ pub(crate) fn attach(plan: &Path, run: RunFolder, against: Option<RunFolder>) ->
             bail!("{why}");
         }
     }
-    let all = MetricsLine::read_all(&run.metrics())?.0;
+    let all = MetricsLine::read_all(&run.metrics())?;
     let since: Vec<MetricsLine> = all.into_iter().filter(|line| line.step > first).collect();
     told::tell(&run, &since, &killer.kills)?;
     let Some(against) = against else {
@@ -91,5 +91,5 @@ fn processes(tree: &Tree) -> (Vec<u32>, Vec<u32>) {
 }
 
 fn steps(run: &RunFolder) -> u64 {
-    MetricsLine::read_all(&run.metrics()).map_or(0, |(lines, _)| lines.last().map_or(0, |line| line.step))
+    MetricsLine::newest(&run.metrics()).ok().flatten().map_or(0, |line| line.step)
 }

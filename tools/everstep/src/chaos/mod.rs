@@ -78,8 +78,8 @@ struct Difference {
 /// The steps of two runs of one job, those of the first first, if every fingerprint is the same. `running`: one of the two may
 /// have more steps, which are not compared.
 fn equal(first: &RunFolder, second: &RunFolder, running: bool) -> Result<Result<[Vec<MetricsLine>; 2], Difference>> {
-    let mut got = MetricsLine::read_all(&first.metrics())?.0;
-    let mut want = MetricsLine::read_all(&second.metrics())?.0;
+    let mut got = MetricsLine::read_all(&first.metrics())?;
+    let mut want = MetricsLine::read_all(&second.metrics())?;
     let doubled = |run: &RunFolder, lines: &[MetricsLine]| -> Result<Option<String>> {
         let written = MetricsLine::written(&run.metrics())?;
         // Only steps that an audit doubts are reported again.
@@ -133,7 +133,7 @@ fn all_faults(done: usize, planned: Option<u64>) -> Result<()> {
 pub(crate) fn run(plan: &Path, config: &Path, set: &[String]) -> Result<ExitCode> {
     let both = both(Plan::read(plan)?, config, set, Some(1))?;
     let compared = equal(&both.disturbed, &both.undisturbed, false)?;
-    let steps = MetricsLine::read_all(&both.disturbed.metrics())?.0;
+    let steps = MetricsLine::read_all(&both.disturbed.metrics())?;
     told::tell(&both.disturbed, &steps, &both.kills)?;
     let flat = both.memory.tell();
     let samples = steps.iter().map(|l| l.samples).sum::<u64>();
