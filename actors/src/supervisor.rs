@@ -43,6 +43,7 @@ pub(crate) use record::RECORDS_MAX;
 pub use record::{CommitRecord, Record};
 use record::{pending, unfinished};
 use speed::Speeds;
+use steps::compared;
 pub use timeline::Phases;
 use timeline::Timeline;
 
@@ -120,7 +121,7 @@ pub struct Supervisor {
     work: BTreeMap<NodeId, [Operations; 2]>,
     /// Fingerprints of steps that may be done again: they must match.
     reported: BTreeMap<Step, String>,
-    /// What was reported of steps after this one stands for nothing.
+    /// What earlier lives reported of steps after this one stands for nothing.
     doubted: Option<Step>,
     /// Of failures after which no step has been committed yet.
     recovery: Option<Timeline>,
@@ -184,7 +185,7 @@ impl Supervisor {
         }
         let mut effects = s.publish(Vec::new());
         effects.extend(s.log_back());
-        effects.extend(s.compared(&s.reported));
+        effects.extend(compared(&s.reported));
         if restarted {
             let restarted = Happening::SupervisorRestarted { incarnation: life.0, committed: s.commit.committed() };
             effects.push(SupervisorEffect::Note(restarted));
@@ -263,7 +264,7 @@ impl Supervisor {
                 Record::Epoch { table, next_node } => {
                     if table.goes_back() {
                         // The job went back: what was committed after the checkpoint is to be done again.
-                        self.last = None;
+                        self.forget_commit_since(table.base);
                     }
                     self.table = table.clone();
                     self.next_node = *next_node;
@@ -280,6 +281,11 @@ impl Supervisor {
         if let Some(Record::Audit { step, actor, made }) = unfinished(log) {
             self.go_on_with_audit(*step, *actor, made.clone());
         }
+    }
+
+    /// The checkpoint's own commit stays: its step may not be reported yet.
+    fn forget_commit_since(&mut self, checkpoint: Step) {
+        self.last = self.last.filter(|last| last.commit.step == checkpoint);
     }
 
     /// What was reported of steps after this one stands for nothing: they are reported again as they are done again.

@@ -117,17 +117,19 @@ fn may_heal(error: &AnyError) -> bool {
         NoCheckpoint::Store(error) => Some(error),
         NoCheckpoint::OtherParts { .. } => None,
     });
-    opening.or(reading).is_some_and(|error| match error {
-        StoreError::File { .. }
-        | StoreError::Catalogue { .. }
-        | StoreError::Invalid { .. }
-        | StoreError::Damaged { .. } => true,
-        StoreError::OutOfTurn { .. }
-        | StoreError::OtherVersion { .. }
-        | StoreError::ForeignJob { .. }
-        | StoreError::Tensor { .. }
-        | StoreError::Place { .. } => false,
-    })
+    // Metrics that cannot be read.
+    error.is::<std::io::Error>()
+        || opening.or(reading).is_some_and(|error| match error {
+            StoreError::File { .. }
+            | StoreError::Catalogue { .. }
+            | StoreError::Invalid { .. }
+            | StoreError::Damaged { .. } => true,
+            StoreError::OutOfTurn { .. }
+            | StoreError::OtherVersion { .. }
+            | StoreError::ForeignJob { .. }
+            | StoreError::Tensor { .. }
+            | StoreError::Place { .. } => false,
+        })
 }
 
 /// A thread for wishes, one after another, once it has begun; one that fails is tried again for as long as it may heal.

@@ -1,6 +1,7 @@
 //! What a supervisor begins from: the control log, the last of the metrics, and later the newest good checkpoint.
 //!
-//! None of it grows with the job: a supervisor of a long one begins as fast as that of a short one, and in as much memory.
+//! It grows with the steps since that checkpoint, not with the job: a supervisor of a long one begins as fast as that of a short one,
+//! and in as much memory.
 
 use super::AnyError;
 use super::control_log::ControlLog;
@@ -66,8 +67,7 @@ pub(super) fn restore(
     let mut open = move || -> Result<Opened, AnyError> {
         let store = store()?;
         let newest = newest(&store, &spec, &log)?;
-        // If none can be read the job does not go back.
-        let reported = newest.step.as_ref().map_or(Ok(BTreeMap::new()), |step| reported_from(&metrics, *step))?;
+        let reported = reported_from(&metrics, *newest.step.as_ref().unwrap_or(&0))?;
         Ok(Opened { store, newest, reported })
     };
     let opening = if records.is_empty() { Opening::Done(Box::new(open()?)) } else { Opening::Later(Box::new(open)) };

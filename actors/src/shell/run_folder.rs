@@ -242,7 +242,7 @@ impl MetricsLine {
         Ok(Self::read_until(path, |_| true)?.pop())
     }
 
-    /// The last lines, from one on that is early enough: of a file of any length no more is read than has them.
+    /// The last lines, from one on that is early enough: of a file of any length about as much is read as has them.
     fn read_until(path: &Path, is_enough: impl Fn(&Self) -> bool) -> std::io::Result<Vec<Self>> {
         let mut bytes = PART;
         loop {
@@ -345,6 +345,12 @@ mod tests {
         for from in [0, 1, 2, 299, 300, 301, 590, 601, 899, 901, 1000, 1001] {
             assert_eq!(steps(MetricsLine::read_from(&path, from).unwrap()), (from.max(1)..=1000).collect::<Vec<_>>());
         }
+        // What is far before is not looked at.
+        let whole = std::fs::read_to_string(&path).unwrap();
+        std::fs::write(&path, "?\n".to_owned() + &whole).unwrap();
+        assert_eq!(steps(MetricsLine::read_from(&path, 990).unwrap()), (990..=1000).collect::<Vec<_>>());
+        assert_eq!(MetricsLine::newest(&path).unwrap().map(|l| l.step), Some(1000));
+        assert!(MetricsLine::read_all(&path).is_err() && MetricsLine::read_from(&path, 1).is_err());
     }
 
     #[test]

@@ -61,11 +61,12 @@ fn write_lines(mut files: Files, mut lines: mpsc::Receiver<Line>, to: &ActorRef<
             Line::Event(line) => (append(&mut files.events, &line), None),
             Line::End(_) => (Ok(()), Some(Msg::Flushed)),
         };
-        let message = match result {
-            Ok(()) => answer,
-            Err(error) => Some(Msg::DiskFailed(error.to_string())),
-        };
-        if message.is_some_and(|m| to.cast(m).is_err()) {
+        if let Err(error) = result {
+            // What may be written in part must not be written behind.
+            let _ = to.cast(Msg::DiskFailed(error.to_string()));
+            return;
+        }
+        if answer.is_some_and(|answer| to.cast(answer).is_err()) {
             return;
         }
     }

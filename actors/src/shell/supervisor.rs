@@ -59,7 +59,7 @@ pub(super) enum Msg {
     Synced,
     /// From the scribe: all is written.
     Flushed,
-    /// From the store's thread: it is open. With the fingerprints of the steps since its newest checkpoint.
+    /// From the store's thread: it is open. With the fingerprints from its newest checkpoint's step on.
     Opened(Newest, BTreeMap<Step, String>),
     /// From the store's threads.
     Keeper(KeeperEvent),

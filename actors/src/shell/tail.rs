@@ -70,6 +70,9 @@ mod tests {
                 assert_eq!(lines, text[at as usize..length], "the last {bytes} of {length} bytes");
                 assert!(at == 0 || text[..at as usize].ends_with('\n'));
                 assert!(lines.len() as u64 <= bytes);
+                // None is left out that is there whole.
+                let before = text[..at as usize].trim_end_matches('\n').rfind('\n').map_or(0, |end| end as u64 + 1);
+                assert!(at == 0 || before < length as u64 - bytes.min(length as u64) + 1, "{bytes} of {length}: {at}");
             }
         }
     }

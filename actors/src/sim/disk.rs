@@ -10,6 +10,9 @@ use std::collections::{BTreeMap, VecDeque};
 /// Bytes of a page: a crash keeps any of those that are being written. Small, so that records have several.
 const PAGE: usize = 64;
 
+/// Records of the log after which it is made short: few, so that this happens at every point of a job.
+const RECORDS_MAX: usize = 10;
+
 /// Something to write.
 #[derive(Debug)]
 pub(super) enum Line {
@@ -48,6 +51,9 @@ impl Disk {
             Line::Record(record) => {
                 self.log.extend(frame(&record.encode()));
                 self.records.push(record);
+                if self.records.len() > RECORDS_MAX {
+                    self.shorten();
+                }
             }
             // A step that comes again takes the place of all since, as whoever reads the lines does it.
             Line::Metrics(step, fingerprint) => {
@@ -83,10 +89,14 @@ impl Disk {
         self.log.truncate(good);
         self.records = records.iter().map(|bytes| Record::decode(bytes)).collect::<Result<_, _>>()?;
         if compact {
-            self.records = Record::compacted(&self.records);
-            self.log = self.records.iter().flat_map(|record| frame(&record.encode())).collect();
+            self.shorten();
         }
         Ok(&self.records)
+    }
+
+    fn shorten(&mut self) {
+        self.records = Record::compacted(&self.records);
+        self.log = self.records.iter().flat_map(|record| frame(&record.encode())).collect();
     }
 
     /// What is synced.

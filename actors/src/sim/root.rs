@@ -99,7 +99,7 @@ impl World {
         if let Some(root) = &mut self.root {
             (root.store, root.began_with) = (Some(store), Vec::new());
         }
-        let reported = step.as_ref().map_or(BTreeMap::new(), |step| self.disk.reported_from(*step));
+        let reported = self.disk.reported_from(*step.as_ref().unwrap_or(&0));
         self.tell_root(RootEvent::Found { newest: step, reported })
     }
 

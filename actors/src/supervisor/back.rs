@@ -1,6 +1,7 @@
 //! The way back to the newest checkpoint: what sends a job there, and what waits until it is known where that is (SU-5, SU-9).
 
 use super::commit::CommitError;
+use super::steps::compared;
 use super::{CORRUPTION_WINDOW, CORRUPTIONS_MAX, Happening, Record, Supervisor, SupervisorEffect, count_within};
 use crate::ids::{ActorId, NodeId, Step};
 use crate::plant::{Bug, planted};
@@ -42,8 +43,10 @@ impl Supervisor {
         }
         let stored = (step > 0).then_some(SupervisorEffect::Note(Happening::CheckpointStored { step }));
         let mut effects: Vec<_> = stored.into_iter().collect();
-        // All since are done again, and compared again, if the job is going back.
-        effects.extend(self.compared(&reported).filter(|_| !self.table.goes_back()));
+        // If the job goes back all since are done again, and compared again.
+        if !self.table.goes_back() && self.back.is_none() {
+            effects.extend(compared(&reported));
+        }
         for (step, fingerprint) in reported {
             self.reported.entry(step).or_insert(fingerprint);
         }
@@ -109,7 +112,7 @@ impl Supervisor {
             }
         }
         self.place(true);
-        self.last = None;
+        self.forget_commit_since(to_step);
         self.audit = None;
         // A commit whose record is not synced yet is not announced any more: the job is before it now.
         for held in &mut self.held {

@@ -50,8 +50,8 @@ impl Supervisor {
         }
         self.membership.expect(self.now, node);
         let mut then = vec![SupervisorEffect::Announce(Arc::new(self.table.clone()))];
-        // The commit may have been logged and never sent.
-        if let Some(last) = self.last {
+        // The commit may have been logged and never sent. Nobody lacks that of the checkpoint from which all began.
+        if let Some(last) = self.last.filter(|last| last.commit.step > self.table.base) {
             then.extend(self.reducers().map(|to| SupervisorEffect::Send(to, Body::Commit(last.commit))));
         }
         then.extend(self.audits_on(node));

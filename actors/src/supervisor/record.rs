@@ -105,10 +105,16 @@ impl Record {
     }
 }
 
-/// The last commit of a log. One before a way back is not one any more.
+/// The last commit of a log. One before a way back is not one any more, but for that of the step to which it goes: that may not be
+/// reported yet.
 fn last_commit(log: &[Record]) -> Option<&Record> {
-    let since = log.iter().rposition(Record::goes_back).map_or(0, |at| at + 1);
-    log[since..].iter().rev().find(|r| matches!(r, Record::Commit(_)))
+    log.iter().fold(None, |last, record| match record {
+        Record::Commit(_) => Some(record),
+        Record::Epoch { table, .. } if table.goes_back() => {
+            last.filter(|last| matches!(last, Record::Commit(commit) if commit.commit.step == table.base))
+        }
+        Record::Epoch { .. } | Record::Doubt(_) | Record::Audit { .. } | Record::Back(_) => last,
+    })
 }
 
 /// The last doubt of a log, if what it is about may not have been done again. A commit comes after the report of the step
@@ -198,6 +204,23 @@ mod tests {
         for (n, reached) in reached.into_iter().enumerate() {
             assert_eq!(Record::reached(&log[..n]), reached, "{n} records");
             assert_eq!(Record::reached(&Record::compacted(&log[..n])), reached, "{n} records, made short");
+        }
+    }
+
+    /// The supervisor and all nodes may end before the line of a step that is stored is written: its commit is not forgotten.
+    #[test]
+    fn the_commit_of_the_checkpoint_to_which_a_job_goes_back_is_its_last() {
+        let commit = |step| {
+            let commit = Commit { step, clip: 1.0, lr: 0.1, skipped: false };
+            Record::Commit(CommitRecord { commit, loss: 1.0, mtp_loss: None, grad_norm: 1.0, copies: 2, samples: 4 })
+        };
+        let back =
+            |base| Record::Epoch { table: Table { primaries: vec![None], base, ..Table::default() }, next_node: 1 };
+        let log = [commit(3), commit(4), back(4), epoch(Some(0)), back(4), commit(5), back(4)];
+        for (n, last) in [None, Some(3), Some(4), Some(4), Some(4), Some(4), Some(5), None].into_iter().enumerate() {
+            for log in [log[..n].to_vec(), Record::compacted(&log[..n])] {
+                assert_eq!(last_commit(&log), last.map(commit).as_ref(), "{n} records");
+            }
         }
     }
 

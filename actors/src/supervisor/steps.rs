@@ -9,6 +9,11 @@ use crate::tally::Operations;
 use everstep_kernels::Tensor;
 use std::collections::BTreeMap;
 
+/// What earlier lives compared may be stored again.
+pub(super) fn compared(reported: &BTreeMap<Step, String>) -> impl Iterator<Item = SupervisorEffect> + use<> {
+    reported.clone().into_iter().map(|(step, fingerprint)| SupervisorEffect::Verified(step, fingerprint))
+}
+
 impl Supervisor {
     pub(super) fn message(&mut self, from: Address, body: Body<Tensor>) -> Vec<SupervisorEffect> {
         if let (Body::Ready, Some(recovery)) = (&body, &mut self.recovery) {
@@ -192,11 +197,6 @@ impl Supervisor {
         self.reported.insert(step, fingerprint);
         effects.extend(self.end_if_over());
         effects
-    }
-
-    /// What earlier lives compared may be stored again.
-    pub(super) fn compared(&self, reported: &BTreeMap<Step, String>) -> impl Iterator<Item = SupervisorEffect> {
-        reported.clone().into_iter().map(|(step, fingerprint)| SupervisorEffect::Verified(step, fingerprint))
     }
 
     /// The job is over when its last step is reported, and stored.

@@ -168,6 +168,27 @@ fn what_was_reported_since_the_checkpoint_is_known_once_that_is_read() {
     }
 }
 
+/// A checkpoint may be stored before the line of its step is written: if all end then, that is written when the job is back there.
+#[test]
+fn the_step_of_the_checkpoint_is_reported_if_that_was_not_done() {
+    let mut job = started();
+    job.everybody(prepared(1, 4));
+    for log in [job.log.clone(), Record::compacted(&job.log)] {
+        let mut next = Job::unread(log);
+        next.on(read_as(Ok(1)));
+        let lost = |node| SupervisorEvent::Lost { node: NodeId(node), why: "test".to_owned() };
+        [1, 2].into_iter().for_each(|node| drop(next.on(lost(node))));
+        assert_eq!((next.supervisor.table().goes_back(), next.supervisor.table().base), (true, 1));
+        let mut last = Job::unread(next.log.clone());
+        last.on(read_as(Ok(1)));
+        for mut job in [next, last] {
+            [3, 4].into_iter().for_each(|peer| drop(job.join(peer)));
+            let reported = |e: &SupervisorEffect| matches!(e, SupervisorEffect::Report(r) if r.commit.commit.step == 1);
+            assert_eq!(job.everybody(applied(1)).iter().filter(|e| reported(e)).count(), 1);
+        }
+    }
+}
+
 /// The event of the newest checkpoint may have been lost with the life before.
 #[test]
 fn a_new_life_tells_of_its_checkpoint() {
