@@ -96,6 +96,7 @@ verify: setup-rdma
 ## Figures as JSON lines, each with what bounds it.
 bench: build
 	$(PROGRAM) bench
+	$(PROGRAM) bench control
 
 ## Train while a random process is killed every few seconds, and compare with the undisturbed run.
 chaos: build
@@ -125,12 +126,14 @@ chaos-scale: build
 	$(PROGRAM) chaos configs/chaos/scale.toml configs/tiny.toml --set run.folder=runs/scale-$(NOW) --set job.nodes=1 \
 		--set train.steps=4000 --set checkpoint.every=500
 
-## Kills of all kinds, and all faults that are no kills, in JOBS jobs of each beside each other, each with a seed of its own.
+## Kills of all kinds, and faults that are more than that, in JOBS jobs of each beside each other, each with a seed of its own.
+## PLANS=weather: what no process dies of.
 JOBS ?= 1
 LONG ?= 40000
+PLANS ?= kills faults
 chaos-long: build
 	rm -rf target/chaos && mkdir -p target/chaos
-	for n in $$(seq $(JOBS)); do for plan in kills faults; do \
+	for n in $$(seq $(JOBS)); do for plan in $(PLANS); do \
 		sed "s/^seed = .*/seed = $$n/" configs/chaos/$$plan.toml > target/chaos/$$plan-$$n.toml; \
 		$(PROGRAM) chaos target/chaos/$$plan-$$n.toml configs/tiny.toml --set run.folder=runs/long-$(NOW)/$$plan-$$n \
 			--set train.steps=$(LONG) --set checkpoint.every=20 > target/chaos/$$plan-$$n.txt 2>&1 \
@@ -144,13 +147,15 @@ simulate: build
 	$(PROGRAM) simulate --seeds 0..100000
 	cargo run --release --features plant --target-dir target/plant -- simulate --seeds 0..2000 --plant all
 
-## Simulated seeds for HOURS, from where the last soak stopped.
+## Simulated seeds for HOURS, behind those of `make simulate`, from where the last soak stopped. What they showed: runs/soak/seeds.jsonl.
 HOURS ?= 8
-SOAK := target/soak
+SOAK := runs/soak
 soak: build
+	mkdir -p $(SOAK)
 	end=$$(($$(date +%s) + 3600 * $(HOURS))); while [ $$(date +%s) -lt $$end ]; do \
-		from=$$(cat $(SOAK) 2>/dev/null || echo 0); to=$$((from + 5000)); \
-		$(PROGRAM) simulate --seeds $$from..$$to || exit 1; echo $$to > $(SOAK); \
+		from=$$(cat $(SOAK)/next 2>/dev/null || echo 100000); to=$$((from + 5000)); \
+		$(PROGRAM) simulate --seeds $$from..$$to --json >> $(SOAK)/seeds.jsonl || { tail -n 1 $(SOAK)/seeds.jsonl; exit 1; }; \
+		echo $$to > $(SOAK)/next; \
 	done
 
 ## The same seeds in two builds, of which one is not optimised as far and checks more: every log has the same bytes.

@@ -82,6 +82,10 @@ bugs! {
     EndedTooSoon = "ended-too-soon",
     /// A new supervisor begins from nothing where there is a checkpoint.
     CheckpointForgotten = "checkpoint-forgotten",
+    /// The step of the checkpoint to which a job goes back is not reported if it was not before.
+    LineForgotten = "line-forgotten",
+    /// A step that is done again is reported again.
+    ReportedAgain = "reported-again",
     /// A supervisor that has not read its store yet takes it for empty.
     CheckpointNotAwaited = "checkpoint-not-awaited",
     /// A store that fails for a moment ends the job.

@@ -1,7 +1,7 @@
 """Goodput under one fault schedule: Everstep, torchrun (elastic restart from checkpoints) and torchft, one after another.
 
-usage: recovery.py PROGRAM [SECONDS] [EVERY] [NODES]. A random worker is killed (SIGKILL) every EVERY seconds of SECONDS (ours
-after half to one and a half of EVERY, on NODES nodes; the peers have two workers, their better case on two cores). It comes back
+usage: recovery.py PROGRAM [SECONDS] [EVERY] [NODES]. A random worker is killed (SIGKILL) again and again for SECONDS, each
+time after half to one and a half of EVERY seconds. Ours are on NODES nodes; the peers have two workers, their better case on two cores. It comes back
 as its system does it: torchrun and Everstep's launcher start it again themselves, torchft's replicas are started again at once.
 The model is that of configs/quickstart.toml, the batch too; a worker has one thread. Goodput is the share of an undisturbed
 run's steps on as many workers (for the peers twice those of a run half as long); for torchft also of its samples, since it goes
@@ -222,6 +222,7 @@ def run_peer(kind, world, seconds, every):
     """Samples and fingerprints of each step made in that time, and for each kill the seconds to the next new step."""
     folder = Path(tempfile.mkdtemp())
     peer, rng, kills = Peer(kind, world, folder), random.Random(7), []
+    gap = lambda: every * rng.uniform(0.5, 1.5)
     try:
         began = deadline = None
         next_kill = None
@@ -230,14 +231,14 @@ def run_peer(kind, world, seconds, every):
             peer.look()
             if began is None and peer.steps():
                 began = peer.steps()[0]["time"]
-                deadline, next_kill = began + seconds, began + every if every else None
+                deadline, next_kill = began + seconds, began + gap() if every else None
             if began is None and time.time() > start + PATIENCE:
                 raise SystemExit(f"{kind} makes no step: {(folder / 'out.txt').read_text()[-2000:]}")
             if next_kill and next_kill <= time.time() < deadline - 1:
                 at = time.time()
                 if peer.kill(rng.randrange(world)):
                     kills.append(at)
-                next_kill += every
+                next_kill += gap()
             time.sleep(0.01)
         peer.look()
         samples, fingerprints = {}, {}

@@ -38,6 +38,11 @@ impl Disk {
         self.waiting.len() == 1
     }
 
+    /// How many wait.
+    pub(super) fn waiting(&self) -> usize {
+        self.waiting.len()
+    }
+
     /// The first that waits is on disk. Gives it, and whether others wait.
     pub(super) fn written(&mut self) -> (bool, bool) {
         let line = self.waiting.pop_front().expect("something is being written");

@@ -52,6 +52,14 @@ impl World {
         true
     }
 
+    pub(super) fn kill_all(&mut self) {
+        self.kill_root();
+        self.files.cut_power(&mut self.draws);
+        for slot in 0..self.slots {
+            self.kill_node(slot, false);
+        }
+    }
+
     /// A fault happens, or lies in wait for something: then it counts when that comes.
     pub(super) fn fault(&mut self, fault: Fault) -> Result<(), Broken> {
         self.note(format!("fault: {fault:?}"));
@@ -59,6 +67,7 @@ impl World {
             Fault::KillAtEffect { .. }
             | Fault::KillSupervisorAtEffect { .. }
             | Fault::KillInWrite { .. }
+            | Fault::KillAllAtCheckpoint
             | Fault::FlipStored
             | Fault::FlipFile
             | Fault::Ambush { .. } => {
@@ -72,11 +81,7 @@ impl World {
             }
             Fault::KillSupervisor => self.kill_root(),
             Fault::KillAll => {
-                self.kill_root();
-                self.files.cut_power(&mut self.draws);
-                for slot in 0..self.slots {
-                    self.kill_node(slot, false);
-                }
+                self.kill_all();
                 true
             }
             Fault::Pause { end, micros } => self.pause(end, micros),
@@ -102,6 +107,7 @@ impl World {
             Fault::BreakLinks { .. }
             | Fault::Cut { .. }
             | Fault::OneWay { .. }
+            | Fault::Part { .. }
             | Fault::SlowLinks { .. }
             | Fault::Lossy { .. }
             | Fault::Doubling { .. }
@@ -144,6 +150,7 @@ impl World {
                 }
             }
             Fault::KillInWrite { changes } => self.files.die_after(changes),
+            Fault::KillAllAtCheckpoint => self.kill_all_stored = true,
             Fault::FlipStored => self.flip_stored = true,
             Fault::FlipFile => self.flip_file = true,
             Fault::Ambush { kind, kill } => self.ambush = Some((kind, kill)),
@@ -164,6 +171,7 @@ impl World {
                 let way = self.ends(slot, other).map(|(a, b)| if back { (b, a) } else { (a, b) });
                 way.is_some_and(|(from, to)| self.lose_one_way(from, to, micros))
             }
+            Fault::Part { mask, micros } => self.part(mask, micros),
             Fault::SlowLinks { slot, more, micros } => self.impair(slot, Ill::Slow(more), micros),
             Fault::Lossy { slot, of, micros } => self.impair(slot, Ill::Loses(of), micros),
             Fault::Doubling { slot, of, micros } => self.impair(slot, Ill::Doubles(of), micros),

@@ -1,6 +1,7 @@
 //! What the simulated world does for sessions: links, frames on their way, deliveries.
 
 use super::contracts::{Broken, c4, c5};
+use super::coverage::kinds_of;
 use super::network::{Flight, Ill, Life, Link, Network};
 use super::world::{SimEvent, World};
 use crate::plant::{Bug, planted};
@@ -36,6 +37,7 @@ impl World {
             return Ok(());
         }
         let lost = [(a, b), (b, a)].iter().filter_map(|way| self.network.one_way.get(way).copied()).max().unwrap_or(0);
+        let lost = lost.max(self.parted_until(a, b));
         if lost > self.now {
             // Dialling needs both ways.
             self.after(lost - self.now, SimEvent::LinkUp(a, b));
@@ -85,6 +87,31 @@ impl World {
         let Some(link) = self.network.links.get(&pair).filter(|l| l.up) else { return false };
         self.after(IDLE, SimEvent::Silent { from, to, link: link.number });
         true
+    }
+
+    /// The processes of these slots and all others do not reach each other for a while. Gives whether a link was up between them.
+    pub(super) fn part(&mut self, mask: u64, micros: u64) -> bool {
+        self.network.parts.push((mask, self.now + micros));
+        let between = self.network.links.keys().copied().filter(|(a, b)| self.is_parted(*a, *b, mask));
+        let mut any = false;
+        for (a, b) in between.collect::<Vec<(Life, Life)>>() {
+            any |= self.lose_one_way(a, b, micros);
+            self.lose_one_way(b, a, micros);
+        }
+        any
+    }
+
+    fn is_parted(&self, a: Life, b: Life, mask: u64) -> bool {
+        let inside = |life| {
+            let slot = self.nodes.iter().position(|n| n.as_ref().is_some_and(|n| n.life == life));
+            slot.is_some_and(|slot| mask >> slot & 1 == 1)
+        };
+        inside(a) != inside(b)
+    }
+
+    fn parted_until(&self, a: Life, b: Life) -> u64 {
+        let parts = self.network.parts.iter().filter(|(mask, _)| self.is_parted(a, b, *mask));
+        parts.map(|(_, until)| *until).max().unwrap_or(0)
     }
 
     /// A link that was silent for too long, if it is still that one, and still silent.
@@ -149,7 +176,9 @@ impl World {
                 Ill::Loses(_) => {}
             }
         }
+        let late = if doubled { self.draws.below(2) * self.draws.below(LOST / 10) } else { 0 };
         let Some(link) = self.network.links.get_mut(&pair).filter(|l| l.up) else { return };
+        link.mixed |= late > 0;
         let last = link.last.entry(from).or_default();
         let arrives = if overtaken {
             link.mixed = true;
@@ -159,15 +188,15 @@ impl World {
             *last
         };
         let (at, number) = (arrives - now, link.number);
-        if let (Some((kind, kill)), Frame::Data { unit: Unit::Bundle(bundle), .. }) = (self.ambush, &frame)
-            && bundle.iter().any(|e| e.body.kind() == kind)
+        if let Some((kind, kill)) = self.ambush
+            && kinds_of(&frame).any(|of| of == kind)
         {
             self.ambush = None;
             self.after(at / 2, SimEvent::Ambush { from, to, kind, kill });
         }
         let flight = |frame| SimEvent::Arrive(Flight { from, to, link: number, frame });
         if doubled {
-            self.after(at, flight(frame.clone()));
+            self.after(at + late, flight(frame.clone()));
         }
         self.after(at, flight(frame));
     }

@@ -61,6 +61,8 @@ pub(super) struct Network {
     pub(super) delivered: BTreeMap<(Life, Life), [u64; 2]>,
     /// What the first sends to the second is lost until then.
     pub(super) one_way: BTreeMap<(Life, Life), u64>,
+    /// Nothing passes between slots of the mask and all else until then.
+    pub(super) parts: Vec<(u64, u64)>,
 }
 
 impl Network {

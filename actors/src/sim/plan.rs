@@ -1,8 +1,8 @@
 //! The faults of a seed: what goes wrong, and when. They are drawn apart from all else, so that some of them happen as they did
 //! among all.
 
+use super::coverage::kinds;
 use super::draws::Draws;
-use crate::message::Body;
 use everstep_checkpoint::Trouble;
 
 /// Microseconds within which faults begin.
@@ -49,6 +49,8 @@ pub(super) enum Fault {
     },
     /// All processes, as when the power is cut: what was not synced may be undone.
     KillAll,
+    /// The same as soon as the next checkpoint exists, before anybody hears of it. Until then decisions take long to be written.
+    KillAllAtCheckpoint,
     /// A process stops for so long.
     Pause {
         end: End,
@@ -87,6 +89,11 @@ pub(super) enum Fault {
         back: bool,
         micros: u64,
     },
+    /// Nothing passes between those processes of nodes whose bits are in the mask and all others, new lives of theirs too, for so long.
+    Part {
+        mask: u64,
+        micros: u64,
+    },
     /// Frames from and to a node take so much longer, for so long.
     SlowLinks {
         slot: usize,
@@ -99,7 +106,7 @@ pub(super) enum Fault {
         of: u64,
         micros: u64,
     },
-    /// One of some frames from and to a node comes twice, for so long.
+    /// One of some frames from and to a node comes twice, perhaps late, for so long.
     Doubling {
         slot: usize,
         of: u64,
@@ -147,7 +154,7 @@ pub(super) enum Fault {
 
 impl Fault {
     /// For people: every kind.
-    pub(super) const KINDS: [&str; 31] = [
+    pub(super) const KINDS: [&str; 34] = [
         "a node is killed",
         "two nodes are killed",
         "a node dies between two effects",
@@ -179,6 +186,9 @@ impl Fault {
         "a message's receiver is killed",
         "frames come twice",
         "frames overtake others",
+        "all are killed, with the power, as a checkpoint is made",
+        "a node is cut off",
+        "the job is cut in two",
     ];
 
     /// Its kind.
@@ -215,6 +225,9 @@ impl Fault {
             Self::Ambush { kill: true, .. } => 28,
             Self::Doubling { .. } => 29,
             Self::Mixing { .. } => 30,
+            Self::KillAllAtCheckpoint => 31,
+            Self::Part { mask, .. } if mask.is_power_of_two() => 32,
+            Self::Part { .. } => 33,
         };
         Self::KINDS[at]
     }
@@ -255,7 +268,7 @@ fn draw(draws: &mut Draws, slots: u64) -> Fault {
     };
     let while_ = |draws: &mut Draws, most: u64| 10_000 + draws.below(most);
     let choice = draws.below(1 << 20) as u32;
-    match draws.below(64) {
+    match draws.below(68) {
         0..=3 => Fault::Kill { slot, seen: true },
         4 => Fault::Kill { slot, seen: false },
         5 => Fault::KillTwo { first: slot, second: draws.below(slots) as usize },
@@ -283,12 +296,15 @@ fn draw(draws: &mut Draws, slots: u64) -> Fault {
         51 => Fault::StoreFails { trouble: Trouble::Full, micros: while_(draws, 1_000_000) },
         52 => Fault::StoreFails { trouble: Trouble::Unreadable, micros: while_(draws, 1_000_000) },
         53..=60 => {
-            let kinds = Body::<()>::KINDS;
+            let kinds: Vec<_> = kinds().collect();
             let kind = kinds[draws.below(kinds.len() as u64) as usize];
             Fault::Ambush { kind, kill: draws.below(2) == 0 }
         }
         61 => Fault::Doubling { slot, of: 1 + draws.below(20), micros: while_(draws, 1_000_000) },
         62 => Fault::Mixing { slot, of: 2 + draws.below(200), micros: while_(draws, 1_000_000) },
+        63 => Fault::KillAllAtCheckpoint,
+        64 => Fault::Part { mask: 1 << slot, micros: while_(draws, 3_000_000) },
+        65 => Fault::Part { mask: draws.below(1 << slots), micros: while_(draws, 3_000_000) },
         _ => Fault::SlowDisk { times: 2 + draws.below(50), micros: while_(draws, 1_000_000) },
     }
 }

@@ -1,6 +1,6 @@
 //! What the simulated world does for the supervisor's process: its disk, its clock, its words.
 
-use super::contracts::{Broken, c1, c2, c3, c4, c6};
+use super::contracts::{Broken, c1, c2, c3, c4, c5, c6};
 use super::disk::Line;
 use super::network::Life;
 use super::plan::Fault;
@@ -45,6 +45,7 @@ impl World {
         self.fingerprints =
             self.disk.reported_from(0).into_iter().filter(|(s, _)| *s <= sure).map(|(_, f)| f).collect();
         (self.table, self.stepped) = (supervisor.table().clone(), false);
+        self.reasons.anew = true;
         self.copies = c2::Copies::new(supervisor.committed());
         // Of a job that was going back nobody holds the state: if its checkpoint turns out to be damaged it goes back further,
         // or ends (SU-8).
@@ -135,7 +136,7 @@ impl World {
             ForRoot::Written => {
                 let (record, more) = self.disk.written();
                 if more {
-                    let delay = self.until_written(3000);
+                    let delay = self.until_line();
                     self.after_root(delay, ForRoot::Written);
                 }
                 if record { self.tell_root(RootEvent::Supervisor(SupervisorEvent::Synced)) } else { Ok(()) }
@@ -181,6 +182,12 @@ impl World {
             Ok(event) => {
                 if let KeeperEvent::Published(step) = event {
                     self.check_published(step)?;
+                    if std::mem::take(&mut self.kill_all_stored) {
+                        self.note("all die as a checkpoint is made".to_owned());
+                        self.kill_all();
+                        self.met(Fault::KillAllAtCheckpoint, true);
+                        return Ok(());
+                    }
                 }
                 if matches!(again, ForRoot::Write) && self.root.as_ref().is_some_and(|r| !r.writes.is_empty()) {
                     let delay = self.until_written(20_000);
@@ -262,6 +269,13 @@ impl World {
             }
             Control::Heartbeat { node, operations, rates, down } => {
                 root.lives.insert(node, from);
+                // Where nodes do not reach each other, and when they do again, actors may go elsewhere.
+                self.reasons.links |= self.cut_off.contains(&node) || !down.is_empty();
+                if down.is_empty() {
+                    self.cut_off.remove(&node)
+                } else {
+                    self.cut_off.insert(node)
+                };
                 SupervisorEvent::Heartbeat { node, operations, rates, down }
             }
             Control::Leave { node } => SupervisorEvent::Leave(node),
@@ -285,6 +299,8 @@ impl World {
         let before = root.root.router().refused();
         let effects = root.root.on(now, event);
         c4::refused(stale, root.root.router().refused() - before)?;
+        let held = root.root.router().held();
+        self.bounded("messages that wait for an epoch", held, c5::EARLY)?;
         self.perform_root(effects)
     }
 
@@ -350,7 +366,9 @@ impl World {
                     }
                     let Some(root) = &mut self.root else { return Ok(()) };
                     root.writes.push_back(write);
-                    if root.writes.len() == 1 {
+                    let waiting = root.writes.len();
+                    self.bounded("what waits for the store", waiting, c5::WRITES)?;
+                    if waiting == 1 {
                         let delay = self.until_written(20_000);
                         self.after_root(delay, ForRoot::Write);
                     }
@@ -374,8 +392,7 @@ impl World {
         }
         self.note(format!("step {step} {}", report.fingerprint));
         self.fingerprints.push(report.fingerprint.clone());
-        self.write(Line::Metrics(step, report.fingerprint));
-        Ok(())
+        self.write(Line::Metrics(step, report.fingerprint))
     }
 
     fn append(&mut self, record: Record) -> Result<(), Broken> {
@@ -393,8 +410,7 @@ impl World {
                 self.stepped = true;
             }
         }
-        self.write(Line::Record(record));
-        Ok(())
+        self.write(Line::Record(record))
     }
 
     fn epoch(&mut self, table: &Table) -> Result<(), Broken> {
@@ -413,6 +429,13 @@ impl World {
         } else if !before.goes_back() && self.materials.spec.audit == 0 {
             // An audit gives lives to those who have not failed.
             c6::local(&before, table, &self.failed)?;
+            let others = before.nodes.keys().ne(table.nodes.keys()) || before.leaving != table.leaving;
+            self.reasons.nodes |= others || !table.leaving.is_empty();
+            if let Some(moved) = c6::moved(&before, table, &self.failed) {
+                self.reasons.use_one(moved, table.epoch)?;
+            }
+        } else {
+            self.reasons.anew = true;
         }
         Ok(())
     }
@@ -424,11 +447,17 @@ impl World {
         process.and_then(|node| node.actors.get(&copy.actor)).is_some_and(|actor| actor.incarnation == copy.incarnation)
     }
 
-    fn write(&mut self, line: Line) {
+    fn write(&mut self, line: Line) -> Result<(), Broken> {
         if self.disk.write(line) {
-            let delay = self.until_written(3000);
+            let delay = self.until_line();
             self.after_root(delay, ForRoot::Written);
         }
+        self.bounded("lines that wait for the disk", self.disk.waiting(), c5::LINES)
+    }
+
+    fn until_line(&mut self) -> u64 {
+        let most = if self.kill_all_stored { 100_000 } else { 3000 };
+        self.until_written(most)
     }
 
     /// Until the disk has done something.

@@ -1,6 +1,7 @@
 //! The simulated world: a queue of events in order of time, and what each does.
 
 use super::contracts::c2::{self, Copies};
+use super::contracts::c6::Reasons;
 use super::contracts::{Broken, c3, c5};
 use super::coverage::{Coverage, State};
 use super::disk::Disk;
@@ -102,6 +103,8 @@ pub(super) struct World {
     pub(super) files: Files,
     /// The disk takes so many times as long until then.
     pub(super) slow_disk: (u64, u64),
+    /// All are to die as soon as the next checkpoint exists.
+    pub(super) kill_all_stored: bool,
     /// A bit of a file is to flip when the next checkpoint exists.
     pub(super) flip_file: bool,
     /// Steps of which something had been stored when a bit of a file flipped: it may be in them.
@@ -126,6 +129,10 @@ pub(super) struct World {
     pub(super) copies: Copies,
     /// Lives that the supervisor was told have failed.
     pub(super) failed: BTreeSet<Address>,
+    /// For which actors may be moved.
+    pub(super) reasons: Reasons,
+    /// Nodes that did not reach another when they last said so.
+    pub(super) cut_off: BTreeSet<NodeId>,
     pub(super) coverage: Coverage,
     /// The kind of message that something waits for: its link is to break, or its receiver is to be killed.
     pub(super) ambush: Option<(&'static str, bool)>,
@@ -180,6 +187,7 @@ impl World {
             spoilt: BTreeSet::new(),
             put: BTreeSet::new(),
             told: 0,
+            kill_all_stored: false,
             flip_file: false,
             whole: None,
             file_flipped: false,
@@ -191,6 +199,8 @@ impl World {
             stepped: false,
             copies: Copies::default(),
             failed: BTreeSet::new(),
+            reasons: Reasons::default(),
+            cut_off: BTreeSet::new(),
             coverage: Coverage::default(),
             ambush: None,
             flip_stored: false,
@@ -301,9 +311,11 @@ impl World {
     }
 
     fn summary(&self) -> Summary {
+        let mut coverage = self.coverage.clone();
+        coverage.late += self.events.values().filter(|event| matches!(event, SimEvent::Fault(_))).count() as u64;
         Summary {
             log: self.log.hash(),
-            coverage: self.coverage.clone(),
+            coverage,
             events: self.count,
             milliseconds: self.now / 1000,
             rollbacks: self.rollbacks,

@@ -1,6 +1,6 @@
 //! report.html: how a run went, as pictures and a table. One file, nothing from outside.
 
-use crate::chaos::Kill;
+use crate::chaos::{Kill, counted};
 use crate::recoveries::{self, Recovery};
 use anyhow::Result;
 use everstep_actors::{MetricsLine, RunFolder};
@@ -30,8 +30,8 @@ pub(crate) fn write(run: &RunFolder) -> Result<()> {
     let faults = Kill::read_all(run);
     write!(html, "<h2>Loss (nats per byte)</h2>{}", curve(&loss, &faults)?)?;
     if !faults.is_empty() {
-        let (n, colour) = (faults.len(), "#c33");
-        write!(html, "<p><span style=\"color:{colour}\">|</span> one of {n} faults that chaos made</p>")?;
+        let (n, colour, kinds) = (faults.len(), "#c33", counted(&faults));
+        write!(html, "<p><span style=\"color:{colour}\">|</span> one of {n} faults that chaos made: {kinds}</p>")?;
     }
     write!(html, "<h2>Tokens per second</h2>{}", curve(&rate, &faults)?)?;
     let events = recoveries::events(run).unwrap_or_default();

@@ -9,7 +9,7 @@ use std::io::Write;
 use std::ops::Range;
 use std::process::ExitCode;
 use std::sync::{Mutex, PoisonError};
-use std::time::Instant;
+use std::time::{Duration, Instant};
 
 /// What to simulate.
 #[derive(Debug, clap::Args)]
@@ -45,13 +45,18 @@ struct Shown {
     rollbacks: u64,
     /// Milliseconds of simulated time.
     simulated: u64,
+    /// The one that took longest, and how long.
+    slowest: Option<(u64, Duration)>,
     /// Sum of the seeds' logs as numbers: equal if all are.
     logs: u128,
     coverage: sim::Coverage,
 }
 
 impl Shown {
-    fn add(&mut self, summary: &sim::Summary) {
+    fn add(&mut self, seed: u64, took: Duration, summary: &sim::Summary) {
+        if self.slowest.is_none_or(|(_, most)| took > most) {
+            self.slowest = Some((seed, took));
+        }
         self.seeds += 1;
         self.rollbacks += summary.rollbacks as u64;
         self.simulated += summary.milliseconds;
@@ -65,12 +70,14 @@ impl Shown {
 fn show(seeds: Range<u64>, plant: Option<Bug>, only: Option<&[usize]>) -> (Shown, Option<sim::Violation>) {
     let (shown, all) = (Mutex::new(Shown::default()), seeds.end - seeds.start);
     let violation = seeds.into_par_iter().find_map_first(|seed| {
+        let began = Instant::now();
         let summary = match sim::simulate(seed, plant, only) {
             Ok(summary) => summary,
             Err(violation) => return Some(violation),
         };
+        let took = began.elapsed();
         let mut shown = shown.lock().unwrap_or_else(PoisonError::into_inner);
-        shown.add(&summary);
+        shown.add(seed, took, &summary);
         if shown.seeds.is_multiple_of(PROGRESS) && plant.is_none() {
             eprintln!("{} of {all} seeds", shown.seeds);
         }
@@ -120,7 +127,10 @@ fn logs(seeds: Range<u64>, only: Option<&[usize]>) -> Result<ExitCode> {
     for seed in seeds {
         let (log, showed) = sim::log(seed, only);
         std::io::stdout().write_all(log.as_bytes()).context("--log")?;
-        all_clean &= showed.is_ok();
+        if let Err(violation) = showed {
+            eprintln!("with {VERSION}:\n{violation}");
+            all_clean = false;
+        }
     }
     Ok(if all_clean { ExitCode::SUCCESS } else { ExitCode::FAILURE })
 }
@@ -128,7 +138,8 @@ fn logs(seeds: Range<u64>, only: Option<&[usize]>) -> Result<ExitCode> {
 fn clean(seeds: Range<u64>, options: &Options) -> Result<ExitCode> {
     let began = Instant::now();
     let (shown, violation) = show(seeds, None, options.only.as_deref());
-    let Shown { seeds, rollbacks, simulated, logs, coverage } = shown;
+    let Shown { seeds, rollbacks, simulated, slowest, logs, coverage } = shown;
+    let (slowest, took) = slowest.unwrap_or_default();
     let seconds = began.elapsed().as_secs_f64();
     let cores = seconds * rayon::current_num_threads() as f64;
     let (faster, logs) = (simulated as f64 / 1000.0 / cores, format!("{logs:032x}"));
@@ -138,11 +149,12 @@ fn clean(seeds: Range<u64>, options: &Options) -> Result<ExitCode> {
         let line = json!({
             "seeds": seeds, "faults": faults, "rollbacks": rollbacks, "seconds": seconds,
             "core_seconds_per_seed": cores / seeds.max(1) as f64,
+            "slowest_seed": slowest, "slowest_seconds": took.as_secs_f64(),
             "simulated_to_real": faster, "logs": logs,
             "coverage": coverage.table(),
             "violation": violation.as_ref().map(|v| json!({
                 "seed": v.seed, "only": v.only, "faults": v.faults, "contract": v.contract, "what": v.what,
-                "trail": v.trail, "program": VERSION,
+                "trail": v.trail, "program": VERSION, "replay": v.replay(),
             })),
         });
         println!("{line}");
@@ -153,9 +165,14 @@ fn clean(seeds: Range<u64>, options: &Options) -> Result<ExitCode> {
         println!(
             "{seeds} seeds without a violation, {faults} faults, {rollbacks} ways back to a checkpoint, {seconds:.1} s"
         );
+        println!(
+            "{:.3} s of a core each; the longest {:.3} s, seed {slowest}",
+            cores / seeds.max(1) as f64,
+            took.as_secs_f64()
+        );
         println!("{faster:.0} times as fast as real time on a core; all logs: {logs}");
         if let Some(violation) = &violation {
-            println!("{violation}   (of {VERSION})");
+            println!("with {VERSION}:\n{violation}");
         }
     }
     Ok(if violation.is_none() { ExitCode::SUCCESS } else { ExitCode::FAILURE })

@@ -7,7 +7,7 @@ use crate::ids::{Address, Step};
 use crate::message::Body;
 use crate::spec::JobSpec;
 use crate::supervisor::Record;
-use crate::table::Table;
+use crate::table::{Domain, Table};
 use everstep_kernels::Tensor;
 use std::collections::{BTreeMap, BTreeSet};
 
@@ -90,7 +90,7 @@ impl Copies {
         for shard in 0..table.primaries.len() as u32 {
             let prepared = |copy: &Address| self.prepared.get(copy) == Some(&step);
             let nodes = self.of_shard(shard, table).filter(prepared).filter_map(|copy| table.node_of(copy.actor));
-            let domains = table.domains(nodes).len();
+            let domains = nodes.map(|node| table.domain_of(node)).collect::<BTreeSet<Domain<'_>>>().len();
             if domains < copies as usize {
                 let what = format!("step {step} is said to be in {copies} domains, shard {shard} was in {domains}");
                 return Err(("C2", what));

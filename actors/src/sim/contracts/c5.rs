@@ -9,6 +9,10 @@ pub(in crate::sim) const SESSION: usize = 1024 + 400;
 pub(in crate::sim) const MAILBOX: usize = 200;
 /// Messages of lives that a process has not heard of.
 pub(in crate::sim) const EARLY: usize = 200;
+/// Records and lines that the supervisor decided on and that are not on disk.
+pub(in crate::sim) const LINES: usize = 64;
+/// What the store is to be given.
+pub(in crate::sim) const WRITES: usize = 32;
 /// Messages that an actor keeps for its receivers' next lives.
 pub(in crate::sim) const OUTBOX: usize = 64;
 

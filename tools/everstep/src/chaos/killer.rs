@@ -110,7 +110,10 @@ impl Killer {
             return;
         }
         let target = self.plan.targets[self.turn as usize % self.plan.targets.len()];
-        if self.is_too_much(target) {
+        // A supervisor that is stopped is none of the nodes, and yet enough.
+        let holds = matches!(target, Target::Stop | Target::Cpu | Target::StopSupervisor);
+        let held = holds && !self.held.is_empty() && self.plan.at_most == 1;
+        if held || self.plan.is_too_much(target, self.lasting.len()) {
             return;
         }
         // What is done counts from before it.
@@ -143,26 +146,6 @@ impl Killer {
     /// Whether something lasts still, or nothing was committed after the last fault.
     pub(crate) fn waits(&self, steps: u64) -> bool {
         !self.lasting.is_empty() || !self.held.is_empty() || self.kills.last().is_some_and(|last| steps <= last.step)
-    }
-
-    /// Whether what lasts must end first.
-    fn is_too_much(&self, target: Target) -> bool {
-        match target {
-            Target::Stop | Target::Cpu | Target::StopSupervisor if !self.held.is_empty() && self.plan.at_most == 1 => {
-                true
-            }
-            Target::Stop
-            | Target::Cpu
-            | Target::Cut
-            | Target::OneWay
-            | Target::Isolate
-            | Target::Loss
-            | Target::Delay
-            | Target::TwoNodes
-            | Target::Memory
-            | Target::Unreadable => self.lasting.len() >= self.plan.at_most,
-            _ => false,
-        }
     }
 
     fn lasts(&mut self, duration: Duration) {

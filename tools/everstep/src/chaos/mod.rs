@@ -11,7 +11,7 @@ mod told;
 pub(crate) use attach::attach;
 pub(crate) use killer::{Kill, memory_of};
 pub(crate) use plan::{Plan, Target};
-pub(crate) use told::percentile;
+pub(crate) use told::{counted, percentile};
 
 use crate::data::Data;
 use crate::launcher::{self, Launcher};
@@ -52,12 +52,16 @@ pub(crate) fn both(plan: Plan, config: &Path, set: &[String], alone: Option<usiz
     let (disturbed, launcher) = start("chaos", None)?;
     let mut killer = Killer::new(plan, disturbed.clone())?;
     let mut memory = Memory::of(base.spec.steps);
-    launcher
-        .wait(|targets| {
-            memory.look(targets);
-            killer.act(targets);
-        })?
-        .finished()?;
+    let ended = launcher.wait(|targets| {
+        memory.look(targets);
+        killer.act(targets);
+    });
+    if let Err(why) = ended.and_then(|end| end.finished()) {
+        // What there is to tell is told, whatever it ended of.
+        told::tell(&disturbed, &MetricsLine::read_all(&disturbed.metrics())?, &killer.kills)?;
+        told::left_behind(&disturbed);
+        return Err(why);
+    }
     eprintln!("the same job undisturbed");
     let (undisturbed, launcher) = start("undisturbed", alone)?;
     launcher.wait(|_| {})?.finished()?;

@@ -67,6 +67,20 @@ impl Target {
         matches!(self, Node | TwoNodes | Leave | Memory | Stop | Cpu | Unreadable)
     }
 
+    /// How many nodes it takes out, or makes worse for a while.
+    fn nodes(self) -> usize {
+        use Target::{
+            Clock, Cpu, Cut, Delay, Everything, Expert, Flip, FlipFile, Full, Isolate, Join, Leave, Loss, Memory, Node,
+            OneWay, Rdma, Reducer, Stage, Stop, StopSupervisor, Supervisor, TwoNodes, Unreadable, Wrong,
+        };
+        match self {
+            TwoNodes | Memory | Unreadable => 2,
+            Node | Leave | Wrong | Stop | Cpu | Cut | OneWay | Isolate | Loss | Delay => 1,
+            Stage | Expert | Reducer | Flip | Supervisor | StopSupervisor | Everything | Join | Rdma | Full
+            | FlipFile | Clock => 0,
+        }
+    }
+
     /// Whether it needs the launcher that started the job.
     pub(super) fn needs_launcher(self) -> bool {
         matches!(self, Self::Everything | Self::Join)
@@ -98,7 +112,8 @@ pub(crate) struct Plan {
     /// The share of a core that is left to a node.
     #[serde(default = "cpu_percent")]
     pub(super) cpu_percent: u32,
-    /// So many nodes at most have something that lasts at one time: the next fault waits.
+    /// While something lasts on some nodes, a fault that would make them more than so many waits; one of several nodes by itself waits
+    /// until nothing lasts.
     #[serde(default = "at_most")]
     pub(super) at_most: usize,
     /// A job that commits nothing for so many seconds hangs, and ends.
@@ -157,6 +172,11 @@ impl Plan {
         Ok(plan)
     }
 
+    /// Whether a fault must wait while something lasts on so many nodes.
+    pub(super) fn is_too_much(&self, target: Target, lasting: usize) -> bool {
+        lasting > 0 && target.nodes() > 0 && lasting + target.nodes() > self.at_most
+    }
+
     /// Refuses what only the launcher of a job can do.
     pub(super) fn without_launcher(&self) -> Result<()> {
         match self.targets.iter().find(|target| target.needs_launcher()) {
@@ -191,5 +211,24 @@ mod tests {
             assert!(error.contains(words), "{error}");
         }
         assert!(read("targets = [\"join\"]").unwrap().without_launcher().is_err());
+    }
+
+    #[test]
+    fn what_lasts_bounds_what_may_come() {
+        let plan = |at_most| -> Plan {
+            toml::from_str(&format!("seed = 1\nevery_ms = 1\nat_most = {at_most}\ntargets = [\"node\"]")).unwrap()
+        };
+        for (at_most, lasting, target, waits) in [
+            (1, 0, Target::TwoNodes, false),
+            (1, 1, Target::Node, true),
+            (1, 1, Target::Cut, true),
+            (1, 1, Target::Stage, false),
+            (2, 1, Target::Node, false),
+            (2, 1, Target::TwoNodes, true),
+            (2, 2, Target::Stop, true),
+            (3, 1, Target::Unreadable, false),
+        ] {
+            assert_eq!(plan(at_most).is_too_much(target, lasting), waits, "{target:?} beside {lasting} of {at_most}");
+        }
     }
 }

@@ -7,7 +7,7 @@ use crate::launcher::Targets;
 use crate::recoveries::{self, Recovery};
 use anyhow::Result;
 use everstep_actors::{MetricsLine, RunFolder};
-use std::collections::BTreeMap;
+use std::collections::{BTreeMap, BTreeSet};
 use std::fs;
 use std::path::Path;
 use std::time::{Duration, Instant};
@@ -56,12 +56,17 @@ fn goodput(steps: &[MetricsLine]) -> Option<f64> {
     Some(intervals.len() as f64 * median(intervals) / whole as f64)
 }
 
-/// Prints what a run under faults showed.
-pub(super) fn tell(run: &RunFolder, steps: &[MetricsLine], kills: &[Kill]) -> Result<()> {
+/// How many faults of each kind there were.
+pub(crate) fn counted(kills: &[Kill]) -> String {
     let mut kinds: BTreeMap<Target, usize> = BTreeMap::new();
     kills.iter().for_each(|kill| *kinds.entry(kill.target).or_default() += 1);
     let counted: Vec<String> = kinds.iter().map(|(target, n)| format!("{n} {target:?}")).collect();
-    println!("{} steps, {} faults: {}", steps.len(), kills.len(), counted.join(", "));
+    counted.join(", ")
+}
+
+/// Prints what a run under faults showed.
+pub(super) fn tell(run: &RunFolder, steps: &[MetricsLine], kills: &[Kill]) -> Result<()> {
+    println!("{} steps, {} faults: {}", steps.len(), kills.len(), counted(kills));
     if let Some(goodput) = goodput(steps) {
         println!("goodput: {goodput:.3} of the time went into steps at their median pace");
     }
@@ -76,8 +81,8 @@ pub(super) fn tell(run: &RunFolder, steps: &[MetricsLine], kills: &[Kill]) -> Re
     say("from a node's stop to the supervisor's knowledge", &until(&dead, kills, |t| t == Target::Stop));
     say("from a cut link to the supervisor's knowledge", &until(&dead, kills, |t| t == Target::Cut));
     println!("from a fault to the first commit after the recovery that it caused, by kind:");
-    for target in kinds.keys() {
-        say(&format!("  {target:?}"), &until(&recovered, kills, |t| t == *target));
+    for target in kills.iter().map(|kill| kill.target).collect::<BTreeSet<_>>() {
+        say(&format!("  {target:?}"), &until(&recovered, kills, |t| t == target));
     }
     say("  all", &until(&recovered, kills, |_| true));
     phases(&all);
