@@ -56,6 +56,8 @@ bugs! {
     LastCommitOverlooked = "last-commit-overlooked",
     /// When an actor fails, all of its node get a new life.
     NodeRestarted = "node-restarted",
+    /// Actors that live are moved to a node as soon as it comes.
+    MovedTooSoon = "moved-too-soon",
     /// A failed actor gets no new life.
     FailureOverlooked = "failure-overlooked",
     /// A silent node is not given up.

@@ -62,8 +62,9 @@ fn write_lines(mut files: Files, mut lines: mpsc::Receiver<Line>, to: &ActorRef<
             Line::End(_) => (Ok(()), Some(Msg::Flushed)),
         };
         if let Err(error) = result {
-            // What may be written in part must not be written behind.
+            // What may be written in part must not be written behind. Whoever writes meanwhile hears of this, not of a queue that is closed.
             let _ = to.cast(Msg::DiskFailed(error.to_string()));
+            while lines.blocking_recv().is_some() {}
             return;
         }
         if answer.is_some_and(|answer| to.cast(answer).is_err()) {

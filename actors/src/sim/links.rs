@@ -82,7 +82,8 @@ impl World {
     /// What one life sends to another is lost for a while, however often it is sent. The other breaks the link when it has heard nothing for too long, and
     /// the first hears of that; until it is over, dialling is of no use. Gives whether their link was up.
     pub(super) fn lose_one_way(&mut self, from: Life, to: Life, micros: u64) -> bool {
-        self.network.one_way.insert((from, to), self.now + micros);
+        let until = self.network.one_way.entry((from, to)).or_default();
+        *until = (self.now + micros).max(*until);
         let pair = Network::pair(from, to);
         let Some(link) = self.network.links.get(&pair).filter(|l| l.up) else { return false };
         self.after(IDLE, SimEvent::Silent { from, to, link: link.number });
@@ -178,7 +179,6 @@ impl World {
         }
         let late = if doubled { self.draws.below(2) * self.draws.below(LOST / 10) } else { 0 };
         let Some(link) = self.network.links.get_mut(&pair).filter(|l| l.up) else { return };
-        link.mixed |= late > 0;
         let last = link.last.entry(from).or_default();
         let arrives = if overtaken {
             link.mixed = true;

@@ -304,7 +304,7 @@ fn draw(draws: &mut Draws, slots: u64) -> Fault {
         62 => Fault::Mixing { slot, of: 2 + draws.below(200), micros: while_(draws, 1_000_000) },
         63 => Fault::KillAllAtCheckpoint,
         64 => Fault::Part { mask: 1 << slot, micros: while_(draws, 3_000_000) },
-        65 => Fault::Part { mask: draws.below(1 << slots), micros: while_(draws, 3_000_000) },
+        65 => Fault::Part { mask: 1 + draws.below((1 << slots) - 1), micros: while_(draws, 3_000_000) },
         _ => Fault::SlowDisk { times: 2 + draws.below(50), micros: while_(draws, 1_000_000) },
     }
 }

@@ -44,8 +44,7 @@ impl World {
         let sure = Record::doubted(&began_with).unwrap_or(Step::MAX);
         self.fingerprints =
             self.disk.reported_from(0).into_iter().filter(|(s, _)| *s <= sure).map(|(_, f)| f).collect();
-        (self.table, self.stepped) = (supervisor.table().clone(), false);
-        self.reasons.anew = true;
+        (self.table, self.stepped, self.commits) = (supervisor.table().clone(), false, false);
         self.copies = c2::Copies::new(supervisor.committed());
         // Of a job that was going back nobody holds the state: if its checkpoint turns out to be damaged it goes back further,
         // or ends (SU-8).
@@ -269,13 +268,6 @@ impl World {
             }
             Control::Heartbeat { node, operations, rates, down } => {
                 root.lives.insert(node, from);
-                // Where nodes do not reach each other, and when they do again, actors may go elsewhere.
-                self.reasons.links |= self.cut_off.contains(&node) || !down.is_empty();
-                if down.is_empty() {
-                    self.cut_off.remove(&node)
-                } else {
-                    self.cut_off.insert(node)
-                };
                 SupervisorEvent::Heartbeat { node, operations, rates, down }
             }
             Control::Leave { node } => SupervisorEvent::Leave(node),
@@ -396,6 +388,7 @@ impl World {
     }
 
     fn append(&mut self, record: Record) -> Result<(), Broken> {
+        let with_commit = std::mem::replace(&mut self.commits, matches!(record, Record::Commit(_)));
         match &record {
             // They are reported again.
             Record::Doubt(after) => {
@@ -403,7 +396,7 @@ impl World {
                 self.announced = self.announced.min(*after);
             }
             Record::Audit { .. } | Record::Back(_) => {}
-            Record::Epoch { table, .. } => self.epoch(table)?,
+            Record::Epoch { table, .. } => self.epoch(table, with_commit)?,
             Record::Commit(record) => {
                 self.copies.committed(record.commit.step, record.copies, &self.table)?;
                 c2::thick(record.commit.step, record.copies, &self.materials.spec)?;
@@ -413,7 +406,8 @@ impl World {
         self.write(Line::Record(record))
     }
 
-    fn epoch(&mut self, table: &Table) -> Result<(), Broken> {
+    /// Whether its record follows that of a commit is told too.
+    fn epoch(&mut self, table: &Table, with_commit: bool) -> Result<(), Broken> {
         let before = std::mem::replace(&mut self.table, table.clone());
         self.stepped = false;
         if table.goes_back() {
@@ -429,13 +423,7 @@ impl World {
         } else if !before.goes_back() && self.materials.spec.audit == 0 {
             // An audit gives lives to those who have not failed.
             c6::local(&before, table, &self.failed)?;
-            let others = before.nodes.keys().ne(table.nodes.keys()) || before.leaving != table.leaving;
-            self.reasons.nodes |= others || !table.leaving.is_empty();
-            if let Some(moved) = c6::moved(&before, table, &self.failed) {
-                self.reasons.use_one(moved, table.epoch)?;
-            }
-        } else {
-            self.reasons.anew = true;
+            c6::stays(&before, table, &self.failed, with_commit)?;
         }
         Ok(())
     }

@@ -1,7 +1,6 @@
 //! The simulated world: a queue of events in order of time, and what each does.
 
 use super::contracts::c2::{self, Copies};
-use super::contracts::c6::Reasons;
 use super::contracts::{Broken, c3, c5};
 use super::coverage::{Coverage, State};
 use super::disk::Disk;
@@ -129,10 +128,8 @@ pub(super) struct World {
     pub(super) copies: Copies,
     /// Lives that the supervisor was told have failed.
     pub(super) failed: BTreeSet<Address>,
-    /// For which actors may be moved.
-    pub(super) reasons: Reasons,
-    /// Nodes that did not reach another when they last said so.
-    pub(super) cut_off: BTreeSet<NodeId>,
+    /// The newest record is that of a commit.
+    pub(super) commits: bool,
     pub(super) coverage: Coverage,
     /// The kind of message that something waits for: its link is to break, or its receiver is to be killed.
     pub(super) ambush: Option<(&'static str, bool)>,
@@ -199,8 +196,7 @@ impl World {
             stepped: false,
             copies: Copies::default(),
             failed: BTreeSet::new(),
-            reasons: Reasons::default(),
-            cut_off: BTreeSet::new(),
+            commits: false,
             coverage: Coverage::default(),
             ambush: None,
             flip_stored: false,

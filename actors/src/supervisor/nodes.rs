@@ -3,6 +3,7 @@
 use super::{Happening, Supervisor, SupervisorEffect};
 use crate::ids::NodeId;
 use crate::message::Body;
+use crate::plant::{Bug, planted};
 use crate::table::NodeInfo;
 use crate::tally::Operations;
 use std::collections::BTreeSet;
@@ -40,7 +41,7 @@ impl Supervisor {
             return Vec::new();
         }
         self.uneven = true;
-        self.place(false);
+        self.place(planted(Bug::MovedTooSoon));
         self.settle(Vec::new())
     }
 

@@ -1,5 +1,5 @@
-//! C6, local failure stays local: who survives on its node keeps its life and its place, unless nodes came or went, and no life
-//! computes anything twice in a step; and a node
+//! C6, local failure stays local: who survives on its node keeps its life, and its place until a commit, and no life computes
+//! anything twice in a step; and a node
 //! that was told to end is let go only when nothing lives on it (LV-1). Checked at every epoch, every job and every release.
 
 use super::Broken;
@@ -26,38 +26,21 @@ pub(in crate::sim) fn local(before: &Table, after: &Table, failed: &BTreeSet<Add
     Ok(())
 }
 
-/// The first life that survives on its node, and has not failed, and whose actor goes elsewhere in the next epoch: a move of which
-/// there must be a reason.
-pub(in crate::sim) fn moved(before: &Table, after: &Table, failed: &BTreeSet<Address>) -> Option<Address> {
-    let of = |(actor, old): (&ActorId, &Entry)| {
+/// An epoch follows another, neither of a job that goes back: who survives on its node and has not failed goes elsewhere only with a
+/// commit (SU-6), whose record is the one before.
+pub(in crate::sim) fn stays(
+    before: &Table,
+    after: &Table,
+    failed: &BTreeSet<Address>,
+    with_commit: bool,
+) -> Result<(), Broken> {
+    let moved = |(actor, old): (&ActorId, &Entry)| {
         let life = Address { actor: *actor, incarnation: old.incarnation };
         let elsewhere = after.entries.get(actor).is_some_and(|new| new.node != old.node);
         (elsewhere && after.nodes.contains_key(&old.node) && !failed.contains(&life)).then_some(life)
     };
-    before.entries.iter().find_map(of)
-}
-
-/// Why actors that survive may be moved: each reason for one epoch.
-#[derive(Debug, Default)]
-pub(in crate::sim) struct Reasons {
-    /// The supervisor or the job began anew: what was due before may be done.
-    pub(in crate::sim) anew: bool,
-    /// Nodes came, went, or are to leave.
-    pub(in crate::sim) nodes: bool,
-    /// Some do not reach each other, or do again.
-    pub(in crate::sim) links: bool,
-}
-
-impl Reasons {
-    /// A life was moved in an epoch.
-    pub(in crate::sim) fn use_one(&mut self, moved: Address, epoch: u64) -> Result<(), Broken> {
-        let reason = [&mut self.nodes, &mut self.links, &mut self.anew].into_iter().find(|reason| **reason);
-        match reason {
-            Some(reason) => *reason = false,
-            None => return Err(("C6", format!("{moved} is moved in epoch {epoch}, for which there is no reason"))),
-        }
-        Ok(())
-    }
+    let moved = before.entries.iter().find_map(moved).filter(|_| !with_commit);
+    moved.map_or(Ok(()), |life| Err(("C6", format!("{life} is moved in epoch {} without a commit", after.epoch))))
 }
 
 /// LV-1.
@@ -84,12 +67,11 @@ mod tests {
         let mut elsewhere = table.clone();
         let away = table.nodes.keys().copied().find(|node| Some(*node) != table.node_of(stage)).unwrap();
         elsewhere.entries.get_mut(&stage).unwrap().node = away;
-        assert_eq!(moved(&table, &elsewhere, &BTreeSet::new()), Some(life));
-        assert_eq!(moved(&table, &elsewhere, &BTreeSet::from([life])), None);
-        assert_eq!(moved(&table, &other, &BTreeSet::new()), None);
-        let mut reasons = Reasons { nodes: true, ..Reasons::default() };
-        assert!(reasons.use_one(life, 2).is_ok());
-        assert_eq!(reasons.use_one(life, 3).unwrap_err().0, "C6");
+        let moves = |failed: &[Address], with_commit| {
+            stays(&table, &elsewhere, &failed.iter().copied().collect(), with_commit).is_ok()
+        };
+        assert_eq!([moves(&[], false), moves(&[], true), moves(&[life], false)], [false, true, true]);
+        assert!(stays(&table, &other, &BTreeSet::new(), false).is_ok());
         let busy = table.entries.values().map(|entry| entry.node).max();
         assert_eq!(released(busy, &table).unwrap_err().0, "LV-1");
         assert!(released(Some(NodeId(999)), &table).is_ok() && released(None, &table).is_ok());

@@ -58,7 +58,10 @@ pub(crate) fn both(plan: Plan, config: &Path, set: &[String], alone: Option<usiz
     });
     if let Err(why) = ended.and_then(|end| end.finished()) {
         // What there is to tell is told, whatever it ended of.
-        told::tell(&disturbed, &MetricsLine::read_all(&disturbed.metrics())?, &killer.kills)?;
+        let told = MetricsLine::read_all(&disturbed.metrics()).map_err(anyhow::Error::from);
+        if let Err(error) = told.and_then(|steps| told::tell(&disturbed, &steps, &killer.kills)) {
+            eprintln!("{error:#}");
+        }
         told::left_behind(&disturbed);
         return Err(why);
     }

@@ -67,7 +67,7 @@ impl Target {
         matches!(self, Node | TwoNodes | Leave | Memory | Stop | Cpu | Unreadable)
     }
 
-    /// How many nodes it takes out, or makes worse for a while.
+    /// How many nodes it takes out, or makes worse for a while; none if it is not about some of them.
     fn nodes(self) -> usize {
         use Target::{
             Clock, Cpu, Cut, Delay, Everything, Expert, Flip, FlipFile, Full, Isolate, Join, Leave, Loss, Memory, Node,
@@ -112,8 +112,8 @@ pub(crate) struct Plan {
     /// The share of a core that is left to a node.
     #[serde(default = "cpu_percent")]
     pub(super) cpu_percent: u32,
-    /// While something lasts on some nodes, a fault that would make them more than so many waits; one of several nodes by itself waits
-    /// until nothing lasts.
+    /// While something lasts on some nodes, a fault that would make them more than so many waits; one that is more by itself waits until
+    /// nothing lasts.
     #[serde(default = "at_most")]
     pub(super) at_most: usize,
     /// A job that commits nothing for so many seconds hangs, and ends.
