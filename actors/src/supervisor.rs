@@ -41,7 +41,7 @@ use membership::{Membership, Silent};
 pub use outlook::{Limit, Outlook};
 pub(crate) use record::RECORDS_MAX;
 pub use record::{CommitRecord, Record};
-use record::{pending, unfinished};
+use record::{last_commit, pending, unfinished};
 use speed::Speeds;
 use steps::compared;
 pub use timeline::Phases;
@@ -259,21 +259,16 @@ impl Supervisor {
     }
 
     fn replay(&mut self, log: &[Record]) {
-        for record in log {
-            match record {
-                Record::Epoch { table, next_node } => {
-                    if table.goes_back() {
-                        // The job went back: what was committed after the checkpoint is to be done again.
-                        self.forget_commit_since(table.base);
-                    }
-                    self.table = table.clone();
-                    self.next_node = *next_node;
-                }
-                Record::Commit(_) if planted(Bug::LastCommitOverlooked) => {}
-                Record::Commit(commit) => self.last = Some(*commit),
-                // Settled by what follows, or not.
-                Record::Doubt(_) | Record::Audit { .. } | Record::Back(_) => {}
-            }
+        let epoch = log.iter().rev().find_map(|r| match r {
+            Record::Epoch { table, next_node } => Some((table, next_node)),
+            // Settled by what follows, or not.
+            Record::Commit(_) | Record::Doubt(_) | Record::Audit { .. } | Record::Back(_) => None,
+        });
+        if let Some((table, next_node)) = epoch {
+            (self.table, self.next_node) = (table.clone(), *next_node);
+        }
+        if let Some(Record::Commit(commit)) = last_commit(log).filter(|_| !planted(Bug::LastCommitOverlooked)) {
+            self.last = Some(*commit);
         }
         if let Some(after) = Record::doubted(log) {
             self.doubt(after);
@@ -281,11 +276,6 @@ impl Supervisor {
         if let Some(Record::Audit { step, actor, made }) = unfinished(log) {
             self.go_on_with_audit(*step, *actor, made.clone());
         }
-    }
-
-    /// The checkpoint's own commit stays: its step may not be reported yet.
-    fn forget_commit_since(&mut self, checkpoint: Step) {
-        self.last = self.last.filter(|last| last.commit.step == checkpoint && !planted(Bug::LineForgotten));
     }
 
     /// What was reported of steps after this one stands for nothing: they are reported again as they are done again.

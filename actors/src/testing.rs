@@ -3,10 +3,11 @@
 use crate::compute::run;
 use crate::data::Corpus;
 use crate::effect::{Core, Effect, Event};
-use crate::ids::{ActorId, Address, Incarnation, NodeId, SUPERVISOR_NODE};
-use crate::message::{Body, Local};
+use crate::ids::{ActorId, Address, Incarnation, NodeId, SUPERVISOR_NODE, Step};
+use crate::message::{Body, Commit, Local};
 use crate::pieces::Pieces;
 use crate::spec::{JobSpec, Layout};
+use crate::supervisor::{CommitRecord, Record};
 use crate::table::{Entry, NodeInfo, Table};
 use crate::tokens::Tokens;
 use crate::worker::Materials;
@@ -121,4 +122,10 @@ pub(crate) fn weights(materials: &Materials, group: everstep_kernels::Group) -> 
 pub(crate) fn bits(messages: &[(ActorId, Body<Tensor>)]) -> Vec<(ActorId, Body<Vec<u32>>)> {
     let mut of = |t: Tensor| t.to_words().1.iter().map(|x| x.to_bits()).collect();
     messages.iter().map(|(to, body)| (*to, body.clone().map(&mut of))).collect()
+}
+
+/// The record of a step's commit.
+pub(crate) fn committed(step: Step) -> Record {
+    let commit = Commit { step, clip: 1.0, lr: 0.1, skipped: false };
+    Record::Commit(CommitRecord { commit, loss: 1.0, mtp_loss: None, grad_norm: 1.0, copies: 2, samples: 4 })
 }

@@ -54,9 +54,8 @@ impl ControlLog {
 #[cfg(test)]
 mod tests {
     use super::*;
-    use crate::message::Commit;
-    use crate::supervisor::CommitRecord;
     use crate::table::Table;
+    use crate::testing::committed;
 
     /// CL-1.
     #[test]
@@ -64,20 +63,16 @@ mod tests {
         let folder = tempfile::tempdir().unwrap();
         let path = folder.path().join("control.log");
         let epoch = Record::Epoch { table: Table { primaries: vec![Some(0)], ..Table::default() }, next_node: 3 };
-        let commit = |step| {
-            let commit = Commit { step, clip: 1.0, lr: 0.1, skipped: false };
-            Record::Commit(CommitRecord { commit, loss: 1.0, mtp_loss: None, grad_norm: 1.0, copies: 2, samples: 4 })
-        };
         let mut log = ControlLog::open(&path).unwrap();
         log.append(epoch.clone()).unwrap();
         let mut most = 0;
         for step in 1..=2500 {
-            log.append(commit(step)).unwrap();
+            log.append(committed(step)).unwrap();
             most = most.max(log.records().len());
         }
         assert_eq!(most, RECORDS_MAX);
         let again = ControlLog::open(&path).unwrap();
         assert_eq!(again.records(), log.records());
-        assert_eq!(Record::compacted(again.records()), [epoch, commit(2500)]);
+        assert_eq!(Record::compacted(again.records()), [epoch, committed(2500)]);
     }
 }

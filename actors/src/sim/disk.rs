@@ -32,14 +32,9 @@ pub(super) struct Disk {
 }
 
 impl Disk {
-    /// Gives whether it is the only one: then somebody must say when it is written.
-    pub(super) fn write(&mut self, line: Line) -> bool {
+    /// Gives how many wait. The only one: somebody must say when it is written.
+    pub(super) fn write(&mut self, line: Line) -> usize {
         self.waiting.push_back(line);
-        self.waiting.len() == 1
-    }
-
-    /// How many wait.
-    pub(super) fn waiting(&self) -> usize {
         self.waiting.len()
     }
 
@@ -127,8 +122,8 @@ mod tests {
     fn whatever_a_crash_tears_what_was_written_is_read() {
         for seed in 0..200 {
             let mut disk = Disk::default();
-            assert!(disk.write(record(1)));
-            assert!(!disk.write(Line::Metrics(1, "f".to_owned())));
+            assert_eq!(disk.write(record(1)), 1);
+            assert_eq!(disk.write(Line::Metrics(1, "f".to_owned())), 2);
             assert_eq!(disk.written(), (true, true));
             disk.write(record(2));
             disk.write(record(3));

@@ -422,8 +422,7 @@ impl World {
             self.copies.went_back(table.base);
         } else if !before.goes_back() && self.materials.spec.audit == 0 {
             // An audit gives lives to those who have not failed.
-            c6::local(&before, table, &self.failed)?;
-            c6::stays(&before, table, &self.failed, with_commit)?;
+            c6::local(&before, table, &self.failed, with_commit)?;
         }
         Ok(())
     }
@@ -436,11 +435,12 @@ impl World {
     }
 
     fn write(&mut self, line: Line) -> Result<(), Broken> {
-        if self.disk.write(line) {
+        let waiting = self.disk.write(line);
+        if waiting == 1 {
             let delay = self.until_line();
             self.after_root(delay, ForRoot::Written);
         }
-        self.bounded("lines that wait for the disk", self.disk.waiting(), c5::LINES)
+        self.bounded("lines that wait for the disk", waiting, c5::LINES)
     }
 
     fn until_line(&mut self) -> u64 {

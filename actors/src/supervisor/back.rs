@@ -112,7 +112,8 @@ impl Supervisor {
             }
         }
         self.place(true);
-        self.forget_commit_since(to_step);
+        // The checkpoint's own commit stays: its step may not be reported yet.
+        self.last = self.last.filter(|last| last.commit.step == to_step && !planted(Bug::LineForgotten));
         self.audit = None;
         // A commit whose record is not synced yet is not announced any more: the job is before it now.
         for held in &mut self.held {

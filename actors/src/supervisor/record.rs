@@ -107,7 +107,7 @@ impl Record {
 
 /// The last commit of a log. One before a way back is not one any more, but for that of the step to which it goes: that may not be
 /// reported yet.
-fn last_commit(log: &[Record]) -> Option<&Record> {
+pub(super) fn last_commit(log: &[Record]) -> Option<&Record> {
     log.iter().fold(None, |last, record| match record {
         Record::Commit(_) => Some(record),
         Record::Epoch { table, .. } if table.goes_back() => {
@@ -154,6 +154,7 @@ pub(super) fn unfinished(log: &[Record]) -> Option<&Record> {
 #[cfg(test)]
 mod tests {
     use super::*;
+    use crate::testing::committed;
 
     fn epoch(primary: Option<u32>) -> Record {
         Record::Epoch { table: Table { primaries: vec![primary], ..Table::default() }, next_node: 1 }
@@ -193,13 +194,17 @@ mod tests {
 
     #[test]
     fn a_log_says_how_far_its_job_has_come() {
-        let commit = |step| {
-            let commit = Commit { step, clip: 1.0, lr: 0.1, skipped: false };
-            Record::Commit(CommitRecord { commit, loss: 1.0, mtp_loss: None, grad_norm: 1.0, copies: 2, samples: 4 })
-        };
         let back = Record::Epoch { table: Table { primaries: vec![None], base: 2, ..Table::default() }, next_node: 1 };
-        let log =
-            [epoch(None), epoch(Some(0)), commit(3), commit(4), back, epoch(Some(0)), commit(3), Record::Doubt(1)];
+        let log = [
+            epoch(None),
+            epoch(Some(0)),
+            committed(3),
+            committed(4),
+            back,
+            epoch(Some(0)),
+            committed(3),
+            Record::Doubt(1),
+        ];
         let reached = [None, Some(0), Some(0), Some(3), Some(4), Some(2), Some(0), Some(3), Some(1)];
         for (n, reached) in reached.into_iter().enumerate() {
             assert_eq!(Record::reached(&log[..n]), reached, "{n} records");
@@ -210,16 +215,12 @@ mod tests {
     /// The supervisor and all nodes may end before the line of a step that is stored is written: its commit is not forgotten.
     #[test]
     fn the_commit_of_the_checkpoint_to_which_a_job_goes_back_is_its_last() {
-        let commit = |step| {
-            let commit = Commit { step, clip: 1.0, lr: 0.1, skipped: false };
-            Record::Commit(CommitRecord { commit, loss: 1.0, mtp_loss: None, grad_norm: 1.0, copies: 2, samples: 4 })
-        };
         let back =
             |base| Record::Epoch { table: Table { primaries: vec![None], base, ..Table::default() }, next_node: 1 };
-        let log = [commit(3), commit(4), back(4), epoch(Some(0)), back(4), commit(5), back(4)];
+        let log = [committed(3), committed(4), back(4), epoch(Some(0)), back(4), committed(5), back(4)];
         for (n, last) in [None, Some(3), Some(4), Some(4), Some(4), Some(4), Some(5), None].into_iter().enumerate() {
             for log in [log[..n].to_vec(), Record::compacted(&log[..n])] {
-                assert_eq!(last_commit(&log), last.map(commit).as_ref(), "{n} records");
+                assert_eq!(last_commit(&log), last.map(committed).as_ref(), "{n} records");
             }
         }
     }

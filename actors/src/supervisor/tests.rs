@@ -3,7 +3,7 @@
 use super::*;
 use crate::message::{Body, Commit, Corruption};
 use crate::rates::Rates;
-use crate::testing::{address, info, materials};
+use crate::testing::{address, committed, info, materials};
 use everstep_kernels::Tensor;
 
 const NOW: Duration = Duration::from_secs(1);

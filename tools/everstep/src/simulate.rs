@@ -147,7 +147,8 @@ fn clean(seeds: Range<u64>, options: &Options) -> Result<ExitCode> {
     let faults: u64 = coverage.faults.values().sum();
     if options.json {
         let line = json!({
-            "program": VERSION, "asked": options.seeds, "seeds": seeds, "faults": faults, "rollbacks": rollbacks, "seconds": seconds,
+            "program": VERSION, "asked": options.seeds,
+            "seeds": seeds, "faults": faults, "rollbacks": rollbacks, "seconds": seconds,
             "core_seconds_per_seed": cores / seeds.max(1) as f64,
             "slowest_seed": slowest, "slowest_seconds": took.as_secs_f64(),
             "simulated_to_real": faster, "logs": logs,

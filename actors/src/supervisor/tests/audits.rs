@@ -166,12 +166,8 @@ fn steps_that_were_not_audited_may_come_out_otherwise() {
         let (next, _) = Supervisor::new(materials().spec, NODES, &log, reported, Duration::ZERO);
         assert!(next.reported.is_empty());
         // Once they are done again it is over.
-        let commit = |step| {
-            let commit = Commit { step, clip: 1.0, lr: 0.1, skipped: false };
-            Record::Commit(CommitRecord { commit, loss: 1.0, mtp_loss: None, grad_norm: 1.0, copies: 2, samples: 4 })
-        };
         let mut later = log.clone();
-        later.extend([commit(1), commit(2)]);
+        later.extend([committed(1), committed(2)]);
         assert_eq!(Record::doubted(&later), None);
         assert!(Record::compacted(&later).iter().all(|r| !matches!(r, Record::Doubt(_))));
     }
